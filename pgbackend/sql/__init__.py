@@ -1,0 +1,108 @@
+"""Named SQL statements: the `.sql` files beside this module, with the log's schema put in.
+
+A file is prose in comments, then statements. Each opens with `-- name: commit_offsets`, goes on with comment lines that
+say what it guarantees, and ends where the next one opens. Of the text, only two words are replaced:
+
+    {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
+    {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
+
+A module that runs the statements of a file declares them as fields of a frozen dataclass, so a mistyped name is a type
+error, and a field without a statement (or the reverse) fails when the module's actor is built, not when it is needed:
+
+    @dataclass(frozen=True, slots=True)
+    class SegmentsSql:
+        find_segments: str
+
+    sql = load(SegmentsSql, "segments", schema="pgbackend")
+    await connection.fetch(sql.find_segments)
+
+The name travels as a leading comment, `/* pgbackend:find_segments */`, and so shows in `pg_stat_activity`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+from pgbackend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    StatementsT = TypeVar("StatementsT", bound=DataclassInstance)
+else:
+    StatementsT = TypeVar("StatementsT")
+
+_NAME = re.compile(r"^-- name: *(\w+) *$")
+_PLACEHOLDER = re.compile(r"\{(schema|schema_literal)\}")
+# PostgreSQL cuts longer names off, silently: two logs would become one.
+_MAX_IDENTIFIER_BYTES = 63
+
+
+def load(cls: type[StatementsT], file: str, *, schema: str) -> StatementsT:
+    """An instance of `cls` with the statements of `file`.sql for `schema`; each field is the statement of its name.
+
+    Raises TypeError when fields and statements are not the same names.
+    """
+    statements = parse(file)
+    declared = {field.name for field in fields(cls)}
+    if declared != statements.keys():
+        missing, unknown = sorted(declared - statements.keys()), sorted(statements.keys() - declared)
+        raise TypeError(f"{cls.__name__} and {file}.sql differ: only in the class {missing}, only in the file {unknown}.")
+    return cls(**{name: place_schema(text, schema=schema) for name, text in statements.items()})
+
+
+@cache
+def parse(file: str) -> Mapping[str, str]:
+    """The statements of `file`.sql by name, each with its leading comment, the schema not yet put in."""
+    statements: dict[str, list[str]] = {}
+    lines: list[str] | None = None
+    for line in files(__name__).joinpath(f"{file}.sql").read_text("utf-8").splitlines():
+        if match := _NAME.match(line):
+            if match[1] in statements:
+                raise TypeError(f"{file}.sql has two statements named {match[1]}.")
+            lines = statements[match[1]] = [f"/* pgbackend:{match[1]} */"]
+        elif line.strip() and not line.lstrip().startswith("--"):
+            if lines is None:
+                raise TypeError(f"{file}.sql has text before its first `-- name:` line.")
+            lines.append(line)
+    return MappingProxyType({name: "\n".join(text).rstrip("; ") for name, text in statements.items()})
+
+
+def file_names() -> list[str]:
+    """The names that `load` and `parse` take."""
+    return sorted(entry.name.removesuffix(".sql") for entry in files(__name__).iterdir() if entry.name.endswith(".sql"))
+
+
+def place_schema(text: str, *, schema: str) -> str:
+    """`text` with its placeholders replaced, in one pass: a schema named "{schema}" is a name like any other."""
+    words = {"schema": quote_ident(schema), "schema_literal": quote_literal(schema)}
+    return _PLACEHOLDER.sub(lambda match: words[match[1]], text)
+
+
+def quote_ident(name: str) -> str:
+    """`name` as a quoted identifier. Raises ConfigError for what PostgreSQL cannot have as a name.
+
+    >>> quote_ident('Events of "Acme"s')
+    '"Events of ""Acme""s"'
+    """
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = 0  # a lone surrogate: no UTF-8 holds it
+    if not 0 < size <= _MAX_IDENTIFIER_BYTES or "\0" in name:
+        raise ConfigError(f"{name!r} is no name in PostgreSQL: expected 1 to {_MAX_IDENTIFIER_BYTES} bytes of UTF-8, none zero.")
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    r"""`text` as a literal that means the same whatever `standard_conforming_strings` is.
+
+    >>> quote_literal("it's")
+    "'it''s'"
+    """
+    quoted = "'" + text.replace("'", "''") + "'"
+    return f" E{quoted}".replace("\\", "\\\\") if "\\" in text else quoted
