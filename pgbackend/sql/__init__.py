@@ -51,7 +51,9 @@ def load(cls: type[StatementsT], file: str, *, schema: str) -> StatementsT:
     declared = {field.name for field in fields(cls)}
     if declared != statements.keys():
         missing, unknown = sorted(declared - statements.keys()), sorted(statements.keys() - declared)
-        raise TypeError(f"{cls.__name__} and {file}.sql differ: only in the class {missing}, only in the file {unknown}.")
+        raise TypeError(
+            f"{cls.__name__} and {file}.sql differ: only in the class {missing}, only in the file {unknown}."
+        )
     return cls(**{name: place_schema(text, schema=schema) for name, text in statements.items()})
 
 
@@ -94,7 +96,9 @@ def quote_ident(name: str) -> str:
     except UnicodeEncodeError:
         size = 0  # a lone surrogate: no UTF-8 holds it
     if not 0 < size <= _MAX_IDENTIFIER_BYTES or "\0" in name:
-        raise ConfigError(f"{name!r} is no name in PostgreSQL: expected 1 to {_MAX_IDENTIFIER_BYTES} bytes of UTF-8, none zero.")
+        raise ConfigError(
+            f"{name!r} is no name in PostgreSQL: expected 1 to {_MAX_IDENTIFIER_BYTES} bytes of UTF-8, none zero."
+        )
     return '"' + name.replace('"', '""') + '"'
 
 
