@@ -1,0 +1,64 @@
+"""A durable event log for CloudEvents, inside the PostgreSQL you already run.
+
+What can be imported from here is public; everything else may change without notice.
+"""
+
+from pgbackend.errors import (
+    ConfigError,
+    ConnectionLostError,
+    DatabaseError,
+    EmbeddedServerError,
+    EventError,
+    LeaseLostError,
+    NotRunningError,
+    PgBackendError,
+    ProbeError,
+    ProduceTimeoutError,
+    ProduceUncertainError,
+    Reject,
+    RetryAfter,
+    SchemaError,
+    SubscriptionExistsError,
+    SubscriptionMismatchError,
+    SubscriptionNotFoundError,
+)
+from pgbackend.model import (
+    BlockingAppender,
+    ConsumerDispatcher,
+    DeadLetter,
+    Failure,
+    Info,
+    ShardStatus,
+    Status,
+    SubscriptionStatus,
+)
+from pgbackend.retry import Retry
+
+__all__ = [
+    "BlockingAppender",
+    "ConfigError",
+    "ConnectionLostError",
+    "ConsumerDispatcher",
+    "DatabaseError",
+    "DeadLetter",
+    "EmbeddedServerError",
+    "EventError",
+    "Failure",
+    "Info",
+    "LeaseLostError",
+    "NotRunningError",
+    "PgBackendError",
+    "ProbeError",
+    "ProduceTimeoutError",
+    "ProduceUncertainError",
+    "Reject",
+    "Retry",
+    "RetryAfter",
+    "SchemaError",
+    "ShardStatus",
+    "Status",
+    "SubscriptionExistsError",
+    "SubscriptionMismatchError",
+    "SubscriptionNotFoundError",
+    "SubscriptionStatus",
+]

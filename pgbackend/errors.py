@@ -1,0 +1,123 @@
+"""Every error that pgbackend raises, and the two signals that a dispatcher may raise.
+
+Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; messages end with the next step.
+
+    PgBackendError
+    ├── ConfigError (ValueError)
+    ├── NotRunningError
+    ├── EventError (ValueError)
+    ├── DatabaseError
+    │   ├── ConnectionLostError (ConnectionError)
+    │   └── SchemaError
+    ├── EmbeddedServerError
+    ├── ProduceTimeoutError (TimeoutError)
+    ├── ProduceUncertainError
+    ├── SubscriptionExistsError
+    ├── SubscriptionNotFoundError (LookupError)
+    ├── SubscriptionMismatchError
+    ├── LeaseLostError
+    └── ProbeError
+"""
+
+from collections.abc import Mapping
+
+
+class PgBackendError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(PgBackendError, ValueError):
+    """A setting, name or option is not usable. Raised before any I/O."""
+
+
+class NotRunningError(PgBackendError):
+    """The call needs a backend that is initialized and not stopped."""
+
+
+class EventError(PgBackendError, ValueError):
+    """An event is not a valid CloudEvent, or is too large. Nothing of its call was stored."""
+
+
+class DatabaseError(PgBackendError):
+    """PostgreSQL refused a statement. The driver's error is the cause."""
+
+    def __init__(self, message: str, *, sqlstate: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+class ConnectionLostError(DatabaseError, ConnectionError):
+    """PostgreSQL cannot be reached, or the connection broke before anything was changed."""
+
+
+class SchemaError(DatabaseError):
+    """The log's tables are missing, behind or ahead of this version."""
+
+    def __init__(self, message: str, *, found: str | None = None, expected: str | None = None) -> None:
+        super().__init__(message)
+        self.found = found
+        self.expected = expected
+
+
+class EmbeddedServerError(PgBackendError):
+    """The embedded PostgreSQL cannot be started or reached."""
+
+
+class ProduceTimeoutError(PgBackendError, TimeoutError):
+    """`produce_timeout` passed before the event was sent to PostgreSQL: it is not stored."""
+
+
+class ProduceUncertainError(PgBackendError):
+    """The connection died, or the time ran out, while PostgreSQL was committing: the event may or may not be stored.
+
+    It was not sent again. Produce it again when a duplicate is better than a loss: consumers can tell
+    a duplicate by its `source` and `id`.
+    """
+
+
+class SubscriptionExistsError(PgBackendError):
+    """This backend already runs a subscription of that name."""
+
+
+class SubscriptionNotFoundError(PgBackendError, LookupError):
+    """There is no subscription of that name."""
+
+
+class SubscriptionMismatchError(PgBackendError):
+    """The stored subscription has another order, shard count or end than the call asks for."""
+
+
+class LeaseLostError(PgBackendError):
+    """Another worker runs this shard now. Handled inside; never seen by a caller of the public API."""
+
+
+class ProbeError(PgBackendError):
+    """The log cannot be used as it is. `checks` maps each check to "ok" or to what is wrong."""
+
+    def __init__(self, message: str, *, checks: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.checks = dict(checks)
+
+
+class Reject(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a dispatcher: this event can never be handled, do not try it again.
+
+    It goes to the subscription's `dead_letter` dispatcher, or to `dead_letters`, at once. `details` are kept
+    with the failure.
+    """
+
+    def __init__(self, reason: str, *, details: Mapping[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.details = dict(details or {})
+
+
+class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a dispatcher: failed, and not to be tried again within `delay` seconds.
+
+    Counts as an attempt. The wait is the longer of `delay` and what the policy says, up to the policy's `max_delay`.
+    """
+
+    def __init__(self, reason: str, *, delay: float, details: Mapping[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.delay = delay
+        self.details = dict(details or {})

@@ -1,0 +1,154 @@
+"""What happened, said once: a log record for people, a call for observers such as tests.
+
+Every module that has something to tell calls `emit()`. The text of a fact is constant and its fields are data, so that
+logs can be counted and tests can wait for what happened instead of sleeping. A fact is told per batch or rarer, never
+per event, and costs next to nothing when its level is off and nobody observes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import NamedTuple, Self
+
+logger = logging.getLogger("pgbackend")
+
+Observer = Callable[[str, Mapping[str, object]], None]
+
+# Replaced, never changed: `emit()` runs in any thread and reads it without a lock.
+_observers: tuple[Observer, ...] = ()
+
+
+def emit(name: str, /, *, level: int = logging.INFO, exc_info: BaseException | None = None, **fields: object) -> None:
+    """The fact is logged as `name key=value …` and every observer has been told.
+
+    The record carries `fact` (the name) and `fields` for structured handlers. An observer that raises makes this call
+    raise: observers belong to tests and metrics, which want to know.
+    """
+    if logger.isEnabledFor(level):
+        # stacklevel 2: the line that saw it happen, not this one.
+        extra = {"fact": name, "fields": fields}
+        logger.log(level, name + "%s", _Fields(fields), exc_info=exc_info, stacklevel=2, extra=extra)  # noqa: G003 - a constant
+    for observer in _observers:
+        observer(name, fields)
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """While it is open, `observer(name, fields)` is called for each fact, in the thread that emits it."""
+    global _observers  # noqa: PLW0603 - process-wide by nature, like logging
+    _observers = (*_observers, observer)
+    try:
+        yield
+    finally:
+        remaining = list(_observers)
+        remaining.remove(observer)
+        _observers = tuple(remaining)
+
+
+async def wait(name: str, timeout: float = 10.0, **match: object) -> Mapping[str, object]:
+    """The fields of the first fact `name` after this call whose fields include `match`.
+
+    Raises TimeoutError that names what was waited for. To act first and look afterwards, use a `Recorder`.
+    """
+    with Recorder() as recorder:
+        return await recorder.await_fact(name, timeout, 1, match)
+
+
+class Fact(NamedTuple):
+    """One thing that happened."""
+
+    name: str
+    fields: Mapping[str, object]
+
+
+class Recorder:
+    """Keeps every fact since it was entered.
+
+    >>> with Recorder() as recorder:
+    ...     emit("lease claimed", level=logging.DEBUG, shard=3)
+    >>> recorder.all("lease claimed")
+    [{'shard': 3}]
+    """
+
+    def __init__(self) -> None:
+        self.facts: list[Fact] = []
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._observing = observe(self._keep)
+
+    def __enter__(self) -> Self:
+        self._observing.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._observing.__exit__(kind, error, traceback)
+
+    def all(self, name: str, **match: object) -> list[Mapping[str, object]]:
+        """The fields of the facts of that name so far which include `match`, in order."""
+        return self._matching(name, match)
+
+    async def wait(self, name: str, timeout: float = 10.0, *, count: int = 1, **match: object) -> Mapping[str, object]:
+        """The fields of fact number `count` of that name which includes `match`; at once when it has happened.
+
+        Raises TimeoutError that names what was waited for.
+        """
+        return await self.await_fact(name, timeout, count, match)
+
+    async def await_fact(
+        self, name: str, timeout: float, count: int, match: Mapping[str, object]
+    ) -> Mapping[str, object]:
+        """As `wait()`, for fields that have the name of one of its options."""
+        happened = asyncio.Event()
+        waiting = (asyncio.get_running_loop(), happened)
+        self._waiting.append(waiting)
+        try:
+            async with asyncio.timeout(timeout):
+                while len(found := self._matching(name, match)) < count:
+                    await happened.wait()
+                    happened.clear()
+        except TimeoutError:
+            heard = ", ".join(sorted({fact.name for fact in self.facts})) or "nothing"
+            raise TimeoutError(
+                f"{len(self._matching(name, match))} of {count} facts {name!r}{_Fields(match)} within {timeout} s; "
+                f"heard: {heard}"
+            ) from None
+        finally:
+            self._waiting.remove(waiting)
+        return found[count - 1]
+
+    def _matching(self, name: str, match: Mapping[str, object]) -> list[Mapping[str, object]]:
+        return [fact.fields for fact in list(self.facts) if fact.name == name and _includes(fact.fields, match)]
+
+    def _keep(self, name: str, fields: Mapping[str, object]) -> None:
+        self.facts.append(Fact(name, fields))
+        for loop, happened in list(self._waiting):
+            loop.call_soon_threadsafe(happened.set)
+
+
+class _Fields:
+    """` key=value …`, rendered only when a handler writes the record."""
+
+    __slots__ = ("fields",)
+
+    def __init__(self, fields: Mapping[str, object]) -> None:
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return "".join(f" {key}={_render(value)}" for key, value in self.fields.items())
+
+
+def _render(value: object) -> str:
+    if isinstance(value, BaseException):
+        value = f"{type(value).__name__}: {value}"
+    elif isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    # Quoted when a reader, or a log shipper, could not tell where the value ends.
+    return text if text and text.isprintable() and not set(text) & set(' "=') else repr(text)
+
+
+def _includes(fields: Mapping[str, object], match: Mapping[str, object]) -> bool:
+    return all(key in fields and fields[key] == value for key, value in match.items())

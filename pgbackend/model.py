@@ -1,0 +1,121 @@
+"""The words of pgbackend as frozen facts: what the other modules pass to each other and to the user.
+
+For readers from elsewhere: ack = settle, nack = a dispatcher that raises, cursor = offset, consumer group =
+subscription, Redis' PEL = pending, visibility timeout ≈ lease. An offset is the last settled position (Kafka's is the
+next one to read).
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, NewType
+
+if TYPE_CHECKING:
+    from pgbackend.codec import Event
+
+Position = NewType("Position", int)
+"""An event's place in the log: a positive bigint, the log's total order."""
+
+Epoch = NewType("Epoch", int)
+"""The fencing token of a lease. Unique in a log for ever."""
+
+Order = Literal["none", "key", "strict"]
+
+ConsumerDispatcher = Callable[["Event"], Awaitable[Any] | Any]
+"""Handles one event. Returning means handled, raising means failed. A plain function runs in a thread."""
+
+EventFilter = Callable[["Event"], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Info:
+    """What a backend is, known before `init()`."""
+
+    name: str
+    version: str
+    schema: str
+    server: str
+    """Host, port and database of the DSN, without credentials."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why an event was given up: handed to a `dead_letter` dispatcher as `event.failure`, kept with a dead letter."""
+
+    error: str
+    """Type and message of the last error."""
+    attempts: int
+    """Attempts that were made, the first included."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    """What the dispatcher's exception carried in its `details`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """An event that used up its attempts, with its full content and its last error."""
+
+    id: int
+    subscription: str
+    event: "Event"
+    failure: Failure
+    buried_at: datetime
+    due_at: datetime | None
+    """When it is dispatched again after a `redeliver()`; None while it rests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockingAppender:
+    """An open transaction that has appended, or is about to append, and that the log waits for."""
+
+    virtual_transaction: str
+    pid: int | None
+    """None for a prepared transaction; `gid` names that one."""
+    gid: str | None
+    application: str | None
+    age: float | None
+    """Seconds since its transaction began; None when this role may not see it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStatus:
+    """One shard of a subscription, as its offset row says."""
+
+    shard: int
+    shards: int
+    position: Position
+    pending: int
+    """Positions at or below `position` that are not settled, counted over their ranges."""
+    epoch: Epoch
+    owner: str | None
+    owner_name: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionStatus:
+    """One subscription: where it stands and what it owes."""
+
+    name: str
+    order: Order
+    shards: tuple[ShardStatus, ...]
+    lag: int
+    """Positions between the slowest shard's offset and the head of the log, pending ones included.
+    Rolled-back positions count until they are passed."""
+    redeliveries: int
+    dead_letters: int
+    last_error: str | None
+    complete: bool
+    state: str
+    """`running` or `waiting for …` in this process; `stopped` when nobody runs it, `elsewhere` when another worker does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The log and its subscriptions at one moment."""
+
+    head: Position
+    """The highest position given out; 0 for an empty log."""
+    segments_until: Position
+    """Positions below this one have a segment."""
+    subscriptions: tuple[SubscriptionStatus, ...]
+    appenders: tuple[BlockingAppender, ...]
+    """Transactions that hold positions open at this moment, oldest first."""

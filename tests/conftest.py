@@ -1,0 +1,128 @@
+"""A real PostgreSQL for the session, a migrated database of its own for each test that asks for one."""
+
+import asyncio
+import inspect
+import logging
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from tests.support.server import TemporaryServer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pgbackend")
+    group.addoption("--pg-dsn", help="a PostgreSQL that is already there, as a role that may create databases")
+    group.addoption("--pg-version", type=int, choices=(16, 18), help="major version of the embedded PostgreSQL")
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """DSN of a maintenance database. Without fsync: a test that crashes the server starts one of its own."""
+    given: str | None = request.config.getoption("--pg-dsn")
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="pgbackend-test-", ignore_cleanup_errors=True) as directory:
+        version: int | None = request.config.getoption("--pg-version")
+        with TemporaryServer(Path(directory), version=version) as running:
+            yield running.dsn
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """Name of a database that was migrated once; copies of it cost less than migrating."""
+
+    async def migrated() -> None:
+        from pgbackend.backend import Backend
+
+        async with _connected(server) as connection:
+            await connection.execute(f'create database "{name}"')
+        backend = Backend(_dsn(server, name))
+        await backend.init()
+        await backend.stop()
+
+    async def dropped() -> None:
+        async with _connected(server) as connection:
+            await connection.execute(f'drop database if exists "{name}" with (force)')
+
+    name = f"pgbackend_template_{uuid.uuid4().hex[:12]}"
+    asyncio.run(migrated())
+    yield name
+    asyncio.run(dropped())
+
+
+@pytest.fixture
+async def database(server: str, template: str) -> AsyncIterator[str]:
+    """DSN of a migrated, empty log in a database of the test's own."""
+    async with _new_database(server, template=template) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+async def empty_database(server: str) -> AsyncIterator[str]:
+    """DSN of a database without a log."""
+    async with _new_database(server, template="template1") as dsn:
+        yield dsn
+
+
+@asynccontextmanager
+async def _new_database(server: str, *, template: str) -> AsyncIterator[str]:
+    name = f"pgbackend_test_{uuid.uuid4().hex[:12]}"
+    async with _connected(server) as connection:
+        await connection.execute(f'create database "{name}" template "{template}"')
+    try:
+        yield _dsn(server, name)
+    finally:
+        async with _connected(server) as connection:
+            await connection.execute(f'drop database if exists "{name}" with (force)')
+
+
+@asynccontextmanager
+async def _connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def _dsn(server: str, database: str) -> str:
+    return urlsplit(server)._replace(path=f"/{database}").geturl()
+
+
+class _Complaints(logging.Handler):
+    """Keeps what asyncio only logs: exceptions that nobody retrieved, callbacks that failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A task left running or an exception nobody looked at fails the test that caused it."""
+    complaints = _Complaints()
+    logging.getLogger("asyncio").addHandler(complaints)
+    if inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
+        request.getfixturevalue("_no_task_left")
+    yield
+    logging.getLogger("asyncio").removeHandler(complaints)
+    assert not complaints.texts, "asyncio complained:\n" + "\n".join(complaints.texts)
+
+
+@pytest.fixture
+async def _no_task_left() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    left = {task for task in asyncio.all_tasks() - before if task is not asyncio.current_task() and not task.done()}
+    assert not left, f"tasks left running: {sorted(task.get_name() for task in left)}"

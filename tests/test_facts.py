@@ -1,0 +1,63 @@
+"""Facts are what logs, metrics and tests are told."""
+
+import asyncio
+import logging
+
+import pytest
+
+from pgbackend import facts
+
+
+def test_record_reads_well_and_carries_the_fields(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pgbackend"):
+        facts.emit("lease claimed", shard=3, subscription="bill ing", error=ValueError("no"), waited=0.5, name="x=y")
+    (record,) = caplog.records
+    assert (
+        record.getMessage()
+        == "lease claimed shard=3 subscription='bill ing' error='ValueError: no' waited=0.5 name='x=y'"
+    )
+    assert record.msg == "lease claimed%s"
+    assert vars(record)["fact"] == "lease claimed"
+    assert vars(record)["fields"]["shard"] == 3
+    assert record.funcName == "test_record_reads_well_and_carries_the_fields"
+
+
+def test_nothing_is_rendered_when_nobody_listens() -> None:
+    class Loud:
+        def __str__(self) -> str:
+            raise AssertionError("rendered")
+
+    facts.emit("quiet", level=logging.DEBUG, value=Loud())
+
+
+def test_observer_hears_what_the_log_level_hides() -> None:
+    with facts.Recorder() as recorder:
+        facts.emit("offset committed", level=logging.DEBUG, shard=1)
+        facts.emit("offset committed", level=logging.DEBUG, shard=2)
+    facts.emit("offset committed", level=logging.DEBUG, shard=3)
+    assert recorder.all("offset committed") == [{"shard": 1}, {"shard": 2}]
+    assert recorder.all("offset committed", shard=2) == [{"shard": 2}]
+
+
+async def test_wait_returns_the_first_matching_fact_after_the_call() -> None:
+    facts.emit("pump stopped", level=logging.DEBUG, shard=1, old=True)
+    waiting = asyncio.create_task(facts.wait("pump stopped", 5, shard=1))
+    await asyncio.sleep(0)
+    facts.emit("pump stopped", level=logging.DEBUG, shard=2)
+    facts.emit("pump stopped", level=logging.DEBUG, shard=1)
+    assert await waiting == {"shard": 1}
+
+
+async def test_wait_hears_facts_of_other_threads() -> None:
+    with facts.Recorder() as recorder:
+        await asyncio.to_thread(facts.emit, "lease renewed", level=logging.DEBUG)
+        await recorder.wait("lease renewed", 5)
+
+
+async def test_waiting_in_vain_says_what_for_and_what_was_heard() -> None:
+    with facts.Recorder() as recorder:
+        facts.emit("lease claimed", level=logging.DEBUG)
+        with pytest.raises(
+            TimeoutError, match=r"0 of 1 facts .lease lost. shard=1 within 0\.01 s; heard: lease claimed"
+        ):
+            await recorder.wait("lease lost", 0.01, shard=1)
