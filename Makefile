@@ -1,0 +1,66 @@
+# Everything works right after a clone. Needed: git, make, Python 3.11 or newer with venv, and a package index.
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve demo test lint format check bench build clean
+
+help:
+	@echo 'make serve    run the broker on port 8080, with a PostgreSQL of its own    (ARGS="--port 9090 …")'
+	@echo 'make demo     watch events go through it'
+	@echo 'make test     run all tests                                                 (ARGS="tests/test_facts.py -x")'
+	@echo 'make lint     ruff, mypy and the import contracts'
+	@echo 'make check    lint and test'
+	@echo 'make format   let ruff format and repair what it can'
+	@echo 'make bench    measure against bare asyncpg                                  (ARGS="--events 20000")'
+	@echo 'make build    wheel and sdist in dist/'
+
+serve: $(VENV)/.ready
+	@exec $(BIN)/pgbackend serve $(ARGS)
+
+demo: $(VENV)/.ready
+	@exec $(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.ready
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+check: lint test
+
+format: $(VENV)/.ready
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+bench: $(VENV)/.ready
+	@exec $(BIN)/pgbackend bench $(ARGS)
+
+build: $(VENV)/.ready
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Installed once, and again when pyproject.toml changed. A .venv whose Python is gone is made anew.
+$(VENV)/.ready: pyproject.toml
+	@if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+	  for python in python3 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      found=$$python; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'pgbackend needs Python 3.11 or newer with its venv module (Debian, Ubuntu: apt-get install python3-venv).' >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up $(VENV) with $$($$found --version); the first time takes a minute."; \
+	  $$found -m venv --clear $(VENV); \
+	fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --editable '.[dev]'
+	@touch $@
