@@ -34,7 +34,7 @@ def literal(text: str) -> str:
 
 IDENTIFIER = '"' + schema.replace('"', '""') + '"'
 
-# Asked first, because CREATE SCHEMA IF NOT EXISTS demands the right to create one even where there is nothing to create.
+# Asked first: CREATE SCHEMA IF NOT EXISTS demands the right to create one even where there is nothing to create.
 CREATE_SCHEMA = f"""
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = {literal(schema)}) THEN

@@ -19,7 +19,7 @@ def upgrade() -> None:
     # Enough for producers in plain SQL while nobody runs; whoever runs keeps adding more.
     for lower in range(0, SEGMENTS * SEGMENT_WIDTH, SEGMENT_WIDTH):
         upper = lower + SEGMENT_WIDTH
-        # Not PARTITION OF: it locks the parent against producers. Not with the identity: 17 and newer refuse to attach it.
+        # PARTITION OF would lock the parent against producers, and 17 and newer attach nothing with an identity.
         _run(f"""
             CREATE TABLE {{schema}}.events_{lower} (
                 LIKE {{schema}}.events INCLUDING ALL EXCLUDING IDENTITY,
@@ -36,7 +36,7 @@ def downgrade() -> None:
 
 
 UPGRADE = (
-    # Never updated, never deleted from; one index. The fence stands on the identity: ALWAYS, one value a call, no cycle.
+    # Insert-only, one index. The fence stands on the identity: ALWAYS, one value a call, no cycle.
     # key_hash: what belongs in order together has the same one. The seeds keep the three kinds of key apart.
     """
     CREATE TABLE {schema}.events (
@@ -68,7 +68,10 @@ UPGRADE = (
         CONSTRAINT events_type_not_empty CHECK (type <> ''),
         CONSTRAINT events_subject_not_empty CHECK (subject <> ''),
         CONSTRAINT events_time_rfc3339 CHECK (
-            time ~ '^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)([.][0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$'
+            time ~ (
+                '^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)'
+                '([.][0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$'
+            )
         ),
         CONSTRAINT events_datacontenttype_not_empty CHECK (datacontenttype <> ''),
         CONSTRAINT events_dataschema_not_empty CHECK (dataschema <> ''),
