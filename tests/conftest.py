@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from pgbackend import schema
 from tests.support.server import TemporaryServer
 
 
@@ -40,13 +41,9 @@ def template(server: str) -> Iterator[str]:
     """Name of a database that was migrated once; copies of it cost less than migrating."""
 
     async def migrated() -> None:
-        from pgbackend.backend import Backend
-
         async with _connected(server) as connection:
             await connection.execute(f'create database "{name}"')
-        backend = Backend(_dsn(server, name))
-        await backend.init()
-        await backend.stop()
+        await schema.migrate(lambda: asyncpg.connect(_dsn(server, name)), "pgbackend")
 
     async def dropped() -> None:
         async with _connected(server) as connection:

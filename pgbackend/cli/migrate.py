@@ -1,0 +1,60 @@
+"""`pgbackend migrate`: the log's tables, made, brought to a revision, checked, or printed as SQL."""
+
+import asyncio
+
+import click
+
+from pgbackend import schema as revisions
+from pgbackend.cli.options import ANSWER_TIMEOUT, backend_options
+from pgbackend.database import Database, describe_dsn
+
+
+@click.command()
+@backend_options(dsn_required=False)
+@click.option(
+    "--to",
+    metavar="REVISION",
+    envvar="PGBACKEND_TO",
+    default="head",
+    show_default=True,
+    show_envvar=True,
+    help="The revision to bring the schema to. An older one drops what came after it; `base` drops the log.",
+)
+@click.option(
+    "--sql", is_flag=True, help="Print the SQL that makes the log, for somebody else to run. No database needed."
+)
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 unless this version can work with the schema.")
+def migrate(
+    dsn: str | None, listen_dsn: str | None, schema: str, *, to: str, sql: bool, check: bool
+) -> None:  # fmt: skip
+    """Make the log's tables, or bring them to what this version needs.
+
+    Safe to run again, and by many at once.
+    """
+    if sql and check:
+        raise click.UsageError("Give --sql or --check, not both.")
+    if check and to != "head":
+        raise click.UsageError("--check always looks for the newest revision: leave --to away.")
+    if sql:
+        click.echo(revisions.offline_sql(schema, to))
+        return
+    if dsn is None:
+        raise click.UsageError("Missing option '--dsn' (env var: 'PGBACKEND_DSN').")
+    click.echo(asyncio.run(_migrate(dsn, listen_dsn, schema, to, check=check)))
+
+
+async def _migrate(dsn: str, listen_dsn: str | None, schema: str, to: str, *, check: bool) -> str:
+    database = Database(dsn, listen_dsn=listen_dsn, pool_size=1)
+    await database.open(ANSWER_TIMEOUT)
+    try:
+        before = await revisions.found(database.fetch, schema)
+        if check:
+            revisions.check(before, schema)
+            return f"Schema {schema} on {describe_dsn(dsn)} is at {before}, as this version needs it."
+        await revisions.migrate(database.connect, schema, to=to)
+        after = await revisions.found(database.fetch, schema)
+        if before == after:
+            return f"Schema {schema} on {describe_dsn(dsn)} is at {after or 'base'} already."
+        return f"Schema {schema} on {describe_dsn(dsn)} went from {before or 'nothing'} to {after or 'nothing'}."
+    finally:
+        await database.close()
