@@ -1,0 +1,152 @@
+"""A network that fails on demand: a proxy in front of PostgreSQL that cuts, stalls and restores connections."""
+
+import asyncio
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+
+class Proxy:
+    """Forwards to the server of `dsn` while entered; clients use `proxy.dsn`.
+
+    Passes bytes unchanged. `cut()`, `stall()` and `restore()` act at once; `lose_reply_to()` acts when its bytes pass.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._target = dsn
+        self._server: asyncio.Server | None = None
+        self._links: set[_Link] = set()
+        self._refusing = False
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._fatal: bytes | None = None
+        self._struck = asyncio.Event()
+        self.accepted = 0
+        """Connections that were forwarded so far."""
+
+    @property
+    def dsn(self) -> str:
+        """The target's DSN, through this proxy. Without TLS, so that the proxy sees what passes."""
+        assert self._server, "enter the proxy first"
+        host, port = self._server.sockets[0].getsockname()[:2]
+        parts = urlsplit(self._target)
+        credentials, at, _ = parts.netloc.rpartition("@")
+        query = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("host", "port", "sslmode")]
+        return parts._replace(
+            netloc=f"{credentials}{at}{host}:{port}", query=urlencode([*query, ("sslmode", "disable")])
+        ).geturl()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._server
+        self._server.close()
+        self.cut()
+        while self._links:
+            await asyncio.wait([link.done for link in self._links])
+        await self._server.wait_closed()
+
+    def cut(self) -> None:
+        """Every connection is reset, new ones too, until `restore()`."""
+        self._refusing = True
+        for link in self._links:
+            link.abort()
+
+    def reset(self) -> None:
+        """Every connection is reset; new ones get through."""
+        self.cut()
+        self._refusing = False
+
+    def stall(self) -> None:
+        """Nothing passes in either direction, and nobody is told, until `restore()`."""
+        self._flowing.clear()
+
+    def restore(self) -> None:
+        """New connections get through, and what was held up flows on."""
+        self._refusing = False
+        self._flowing.set()
+
+    def lose_reply_to(self, marker: bytes) -> None:
+        """The next request that contains `marker` reaches the server, but its connection dies before the answer.
+
+        A request here is what arrives in one read: markers should be short and come from one statement.
+        """
+        self._fatal = marker
+        self._struck.clear()
+
+    async def struck(self, timeout: float = 10.0) -> None:
+        """Return once `lose_reply_to()` has happened."""
+        async with asyncio.timeout(timeout):
+            await self._struck.wait()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.transport.abort()
+            return
+        try:
+            upstream = await self._connect()
+        except OSError:
+            writer.transport.abort()
+            return
+        self.accepted += 1
+        link = _Link(writer, upstream[1])
+        self._links.add(link)
+        if self._refusing:
+            link.abort()
+        try:
+            await asyncio.gather(
+                self._forward(reader, upstream[1], link, requests=True),
+                self._forward(upstream[0], writer, link, requests=False),
+            )
+        finally:
+            link.abort()
+            link.done.set_result(None)
+            self._links.discard(link)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        parts = urlsplit(self._target)
+        query = dict(parse_qsl(parts.query))
+        host = query.get("host") or parts.hostname or "localhost"
+        port = int(query.get("port") or parts.port or 5432)
+        if host.startswith("/"):
+            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+        return await asyncio.open_connection(host, port)
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: "_Link", *, requests: bool
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                await self._flowing.wait()
+                if requests and self._fatal and self._fatal in data:
+                    self._fatal = None
+                    link.mute = True
+                if link.mute and not requests:
+                    # The server has answered, so it has done its part; its answer is lost.
+                    self._struck.set()
+                    break
+                writer.write(data)
+                await writer.drain()
+        if requests and not link.mute:
+            with suppress(OSError):
+                writer.write_eof()
+            return
+        link.abort()
+
+
+class _Link:
+    """One client's connection and its continuation to the server."""
+
+    def __init__(self, *writers: asyncio.StreamWriter) -> None:
+        self._writers = writers
+        self.mute = False
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def abort(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()

@@ -1,0 +1,127 @@
+"""A process of its own that runs a subscription, to be stopped, frozen or killed at any moment.
+
+    async with Worker(dsn, ledger, subscription="billing", order="key") as worker:
+        …
+        worker.kill()                       # kill -9: nothing is drained, nothing committed
+
+Its dispatcher notes each event in the ledger, after `delay` seconds.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pgbackend.backend import Backend
+
+from pgbackend.codec import Event
+from tests.support.ledger import Ledger
+
+
+class Worker:
+    """The parent's end. Entering returns once the subscription exists and its backend runs."""
+
+    def __init__(
+        self,
+        dsn: str,
+        ledger: Ledger,
+        *,
+        subscription: str = "test",
+        schema: str = "pgbackend",
+        delay: float = 0.0,
+        settings: dict[str, object] | None = None,
+        **options: object,
+    ) -> None:
+        """`settings` go to `Backend`, `options` to `subscribe()`; both as far as JSON carries them."""
+        self._job = {
+            "dsn": dsn,
+            "ledger": str(ledger.path),
+            "subscription": subscription,
+            "delay": delay,
+            "settings": {"schema": schema, **(settings or {})},
+            "options": {"start": "earliest", **options},
+        }
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        assert self._process, "enter the worker first"
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def __aenter__(self) -> Self:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.support.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(self._job).encode() + b"\n")
+        async with asyncio.timeout(30):
+            line = await self._process.stdout.readline()
+        assert line == b"ready\n", "the worker did not start; see its stderr"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.returncode is None:
+            self.kill()
+        await self.process.wait()
+        await _closed(self.process)
+
+    def kill(self) -> None:
+        """kill -9. The process is gone when `await worker.process.wait()` returns."""
+        self.process.kill()
+
+    def freeze(self) -> None:
+        """Its connections stay open, and it does nothing until `thaw()`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    async def stop(self, timeout: float = 30.0) -> None:
+        """Return once it has drained, committed and ended; fails when it ended otherwise."""
+        self.process.terminate()
+        async with asyncio.timeout(timeout):
+            assert await self.process.wait() == 0
+
+
+async def _closed(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin
+    process.stdin.close()
+    # To the end, so that the pipe's transport is closed with the loop still there.
+    assert process.stdout
+    await process.stdout.read()
+
+
+async def _run(job: dict[str, Any]) -> None:
+    ledger = Ledger(Path(job["ledger"]))
+
+    async def handle(event: Event) -> None:
+        if job["delay"]:
+            await asyncio.sleep(job["delay"])
+        await ledger.handle(event)
+
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    async with Backend(job["dsn"], **job["settings"]) as backend:
+        await backend.subscribe(job["subscription"], handle, **job["options"])
+        os.write(1, b"ready\n")
+        await stopping.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_run(json.loads(sys.stdin.readline())))
