@@ -95,7 +95,10 @@ class Ledger:
 
 def first_handlings(handlings: Iterable[Handling]) -> list[Handling]:
     """Each event once, where it was handled first."""
-    return list({handling.position: handling for handling in reversed(list(handlings))}.values())[::-1]
+    first: dict[int, Handling] = {}
+    for handling in handlings:
+        first.setdefault(handling.position, handling)
+    return list(first.values())
 
 
 def backwards(lane: Sequence[Handling]) -> list[tuple[Handling, Handling]]:

@@ -1,0 +1,57 @@
+"""The failing network fails as it is told to."""
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from tests.support.proxy import Proxy
+
+
+async def test_bytes_pass_unchanged(empty_database: str) -> None:
+    async with Proxy(empty_database) as proxy:
+        connection = await asyncpg.connect(proxy.dsn)
+        text = "x" * 1_000_000
+        assert await connection.fetchval("select $1::text", text) == text
+        assert proxy.accepted == 1
+        await connection.close()
+
+
+async def test_cut_breaks_what_is_open_and_refuses_what_is_new(empty_database: str) -> None:
+    async with Proxy(empty_database) as proxy:
+        connection = await asyncpg.connect(proxy.dsn)
+        waiting = asyncio.create_task(connection.fetchval("select pg_sleep(60)"))
+        await asyncio.sleep(0)
+        proxy.cut()
+        with pytest.raises((asyncpg.PostgresConnectionError, OSError)):
+            await waiting
+        with pytest.raises((asyncpg.PostgresConnectionError, OSError)):
+            await asyncpg.connect(proxy.dsn)
+        proxy.restore()
+        again = await asyncpg.connect(proxy.dsn)
+        assert await again.fetchval("select 1") == 1
+        await again.close()
+
+
+async def test_stall_holds_everything_until_restore(empty_database: str) -> None:
+    async with Proxy(empty_database) as proxy:
+        connection = await asyncpg.connect(proxy.dsn)
+        proxy.stall()
+        waiting = asyncio.create_task(connection.fetchval("select 1"))
+        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        assert not done
+        proxy.restore()
+        assert await waiting == 1
+        await connection.close()
+
+
+async def test_a_lost_reply_leaves_the_work_done(empty_database: str) -> None:
+    async with Proxy(empty_database) as proxy:
+        connection = await asyncpg.connect(proxy.dsn)
+        proxy.lose_reply_to(b"create table")
+        with pytest.raises((asyncpg.PostgresConnectionError, OSError)):
+            await connection.execute("create table t ()")
+        await proxy.struck()
+        direct = await asyncpg.connect(empty_database)
+        assert await direct.fetchval("select to_regclass('t') is not null")
+        await direct.close()
