@@ -1,0 +1,144 @@
+"""The text of a configuration file as plain values, each with the line where it stands.
+
+Comes before the models of `config`, which say what may stand where. Scalars stay the text that was written, whatever
+YAML would make of them: `42`, `true` and `2026-01-01` are text until a field asks for something else. JSON is read the
+same way, so that its errors have lines too.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+import yaml
+
+from pgbackend.errors import ConfigError
+
+Value = str | None | list["Value"] | dict[str, "Value"]
+Path = tuple[str | int, ...]
+
+_NULLS = frozenset({"", "~", "null", "Null", "NULL"})
+_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in "str seq map null bool int float timestamp".split())
+_DEPTH = 64
+# An alias repeats what it names: a few lines can stand for billions of values.
+_VALUES = 100_000
+
+
+class Document:
+    r"""A parsed text. `value` holds mappings, lists, text and None.
+
+    >>> document = Document("triggers:\n  billing: {concurrency: 8}\n", origin="broker.yaml")
+    >>> document.value
+    {'triggers': {'billing': {'concurrency': '8'}}}
+    >>> document.where(("triggers", "billing", "concurrency"))
+    'broker.yaml:2: triggers.billing.concurrency'
+    """
+
+    def __init__(self, text: str, *, origin: str) -> None:
+        self.origin = origin
+        self._values = 0
+        try:
+            self._root = yaml.compose(_without_tabs(text), Loader=yaml.BaseLoader)
+            self.value: Value = None if self._root is None else self._read(self._root, 0)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            said = ", ".join(part for part in (error.context, error.problem) if part)
+            raise ConfigError(f"{origin}:{line}: not valid YAML: {said}.") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}.") from None
+        except RecursionError:
+            raise ConfigError(f"{origin}: nested too deeply: expected at most {_DEPTH} levels.") from None
+
+    def where(self, path: Path) -> str:
+        """`origin:line: path`; the line of the nearest thing above when the path itself is not there."""
+        return f"{self.origin}:{self.line(path)}: {render(path)}" if path else f"{self.origin}:{self.line(path)}"
+
+    def line(self, path: Path) -> int:
+        """The line, from 1, on which the value at `path`, or the nearest thing above it, begins."""
+        node = self._root
+        line = 1
+        for step in path:
+            below: yaml.Node | None = None
+            if isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    if key.value == step or str(key.value).lower() == str(step).lower():
+                        below, line = value, key.start_mark.line + 1
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                below = node.value[step]
+                line = below.start_mark.line + 1
+            if below is None:
+                break
+            node = below
+        return line
+
+    def _read(self, node: yaml.Node, depth: int) -> Value:
+        self._values += 1
+        if depth > _DEPTH or self._values > _VALUES:
+            limit = f"at most {_DEPTH} levels" if depth > _DEPTH else f"at most {_VALUES} values"
+            raise self._error(node, f"expected {limit}, aliases written out")
+        if node.tag not in _TAGS:
+            raise self._error(node, f"expected plain YAML, found the tag {node.tag}")
+        if isinstance(node, yaml.ScalarNode):
+            return None if node.style is None and node.value in _NULLS else _whole(node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._read(below, depth + 1) for below in node.value]
+        return self._read_mapping(node, depth)
+
+    def _read_mapping(self, node: yaml.Node, depth: int) -> dict[str, Value]:
+        mapping: dict[str, Value] = {}
+        merged: dict[str, Value] = {}
+        for key, below in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self._error(key, "expected text as the key")
+            name = _whole(key.value)
+            if name == "<<" and key.style is None:
+                for other in self._merged(below, depth):
+                    merged = other | merged
+            elif name in mapping:
+                raise self._error(key, f"{name!r} stands twice in one mapping: expected each key once")
+            else:
+                mapping[name] = self._read(below, depth + 1)
+        return merged | mapping
+
+    def _merged(self, node: yaml.Node, depth: int) -> Iterator[dict[str, Value]]:
+        for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(source, yaml.MappingNode):
+                raise self._error(source, "expected a mapping, or a list of mappings, to merge")
+            yield self._read_mapping(source, depth + 1)
+
+    def _error(self, node: yaml.Node, said: str) -> ConfigError:
+        return ConfigError(f"{self.origin}:{node.start_mark.line + 1}: {said}.")
+
+
+def render(path: Path) -> str:
+    """A path as people write it.
+
+    >>> render(("triggers", "billing", "filters", 0, "exact"))
+    'triggers.billing.filters[0].exact'
+    """
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            step = step if re.fullmatch(r"[\w/<-]+", step) else json.dumps(step)  # noqa: PLW2901 - the same step, quoted
+            text += f".{step}" if text else step
+    return text
+
+
+def _without_tabs(text: str) -> str:
+    """JSON may be indented by tabs and YAML may not; in valid JSON no tab is part of a value."""
+    text = text.removeprefix("\ufeff")
+    if "\t" in text:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        return text.replace("\t", " ")
+    return text
+
+
+def _whole(text: str) -> str:
+    """Text whose surrogate pairs, as JSON escapes them, are the characters they stand for."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
