@@ -14,7 +14,6 @@ from pgbackend.database import Database, describe_dsn
 @click.option(
     "--to",
     metavar="REVISION",
-    envvar="PGBACKEND_TO",
     default="head",
     show_default=True,
     show_envvar=True,
@@ -24,9 +23,7 @@ from pgbackend.database import Database, describe_dsn
     "--sql", is_flag=True, help="Print the SQL that makes the log, for somebody else to run. No database needed."
 )
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 unless this version can work with the schema.")
-def migrate(
-    dsn: str | None, listen_dsn: str | None, schema: str, *, to: str, sql: bool, check: bool
-) -> None:  # fmt: skip
+def migrate(dsn: str | None, listen_dsn: str | None, schema: str, *, to: str, sql: bool, check: bool) -> None:
     """Make the log's tables, or bring them to what this version needs.
 
     Safe to run again, and by many at once.

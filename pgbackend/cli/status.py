@@ -12,7 +12,7 @@ from pgbackend.model import Info, Status
 
 @click.command()
 @backend_options()
-@click.option("--json", "as_json", is_flag=True, envvar="PGBACKEND_JSON", help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(dsn: str, listen_dsn: str | None, schema: str, *, as_json: bool) -> None:
     """Show the head of the log, and what each subscription has behind and before it."""
 

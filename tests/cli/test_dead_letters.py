@@ -1,0 +1,100 @@
+"""`pgbackend dead-letters`."""
+
+import asyncio
+import json
+
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+
+from pgbackend import Backend, Event, Reject
+from tests.cli.conftest import Run
+from tests.support.polling import eventually
+
+DATA = b'{"order":  17,\n "price": 1.10}'
+
+
+@pytest.fixture
+async def buried(database: str) -> str:
+    """DSN of a log in which two events were given up."""
+
+    async def reject(event: Event) -> None:
+        raise Reject("no such customer", details={"customer": "17"})
+
+    async with Backend(database) as backend:
+        await backend.subscribe("billing", reject)
+        for id_ in ("a", "b"):
+            attributes = {"id": id_, "type": "order.created", "source": "/shop", "datacontenttype": "application/json"}
+            await backend.produce(CloudEvent(attributes, DATA))
+
+        async def both() -> bool:
+            return len([letter async for letter in backend.dead_letters()]) == 2
+
+        await eventually("two dead letters", both)
+    return database
+
+
+async def test_list_shows_what_was_given_up_and_why(run: Run, buried: str) -> None:
+    result = await run("dead-letters", "list", "--dsn", buried)
+    assert result.exit_code == 0, result.output
+    heading, first, second = result.stdout.splitlines()
+    assert heading.split()[0] == "ID"
+    assert "billing" in first
+    assert "order.created" in first
+    assert "no such customer" in first
+    assert second.split()[3] == "b"
+
+
+async def test_list_keeps_to_its_limit_and_says_so(run: Run, buried: str) -> None:
+    result = await run("dead-letters", "list", "--limit", "1", "--dsn", buried)
+    assert len(result.stdout.splitlines()) == 2
+    assert "more" in result.stderr
+
+
+async def test_list_of_another_subscription_is_empty(run: Run, buried: str) -> None:
+    result = await run("dead-letters", "list", "--subscription", "shipping", "--dsn", buried)
+    assert (result.exit_code, result.stdout) == (0, "no dead letters\n")
+
+
+async def test_json_carries_the_event_as_it_came(run: Run, buried: str) -> None:
+    lines = (await run("dead-letters", "list", "--json", "--dsn", buried)).stdout.splitlines()
+    first, _ = [json.loads(line) for line in lines]
+    assert first["event"]["id"] == "a"
+    assert first["details"] == {"customer": "17"}
+    assert '"price": 1.10' in lines[0]
+
+
+async def test_show_shows_one_whole(run: Run, buried: str) -> None:
+    lines = (await run("dead-letters", "list", "--json", "--dsn", buried)).stdout.splitlines()
+    id_ = str(json.loads(lines[1])["id"])
+    result = await run("dead-letters", "show", id_, "--dsn", buried)
+    assert result.exit_code == 0, result.output
+    for text in ("no such customer", "customer", "/shop", "application/json", DATA.decode()):
+        assert text in result.stdout
+    assert (await run("dead-letters", "show", id_, "--data", "--dsn", buried)).stdout_bytes == DATA
+
+
+async def test_show_of_an_unknown_id_fails_clearly(run: Run, database: str) -> None:
+    result = await run("dead-letters", "show", "17", "--dsn", database)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: There is no dead letter 17. Run `pgbackend dead-letters list`.\n"
+
+
+async def test_redeliver_has_them_dispatched_again(run: Run, buried: str) -> None:
+    handled: asyncio.Queue[str] = asyncio.Queue()
+    result = await run("dead-letters", "redeliver", "--subscription", "billing", "--dsn", buried)
+    assert result.stdout == "2 dead letters will be dispatched again.\n", result.output
+    async with Backend(buried) as backend, asyncio.timeout(20):
+        await backend.subscribe("billing", lambda event: handled.put_nowait(event.id))
+        assert {await handled.get(), await handled.get()} == {"a", "b"}
+
+
+async def test_redeliver_says_which_ids_were_not_there(run: Run, buried: str) -> None:
+    result = await run("dead-letters", "redeliver", "987654", "--dsn", buried)
+    assert result.exit_code == 1
+    assert "1 of these ids" in result.stderr
+
+
+async def test_redeliver_wants_ids_or_a_subscription(run: Run) -> None:
+    dsn = ("--dsn", "postgresql://nobody@localhost:1/nowhere")
+    assert (await run("dead-letters", "redeliver", *dsn)).exit_code == 2
+    assert (await run("dead-letters", "redeliver", "1", "--subscription", "x", *dsn)).exit_code == 2

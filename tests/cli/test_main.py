@@ -1,0 +1,69 @@
+"""What all commands have in common."""
+
+import asyncio
+import sys
+import time
+
+import pytest
+
+from tests.cli.conftest import Run
+
+
+async def test_python_m_is_the_same_command() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pgbackend", "--version", stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert out.decode().startswith("pgbackend 0.")
+
+
+async def test_unknown_command_and_missing_dsn_are_wrong_usage(run: Run) -> None:
+    assert (await run("explode")).exit_code == 2
+    result = await run("status")
+    assert result.exit_code == 2
+    assert "--dsn" in result.stderr
+    assert "PGBACKEND_DSN" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["migrate"], ["migrate", "--check"], ["dead-letters", "list"]])
+async def test_a_server_that_is_not_there_is_one_clear_line(run: Run, command: list[str]) -> None:
+    result = await run(*command, "--dsn", "postgresql://nobody@localhost:1/nowhere")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: PostgreSQL cannot be reached: ")
+
+
+@pytest.mark.parametrize("command", [["status"], ["migrate"], ["dead-letters", "list"]])
+async def test_a_server_that_does_not_answer_is_one_clear_line_within_seconds(run: Run, command: list[str]) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as silent:
+        port = silent.sockets[0].getsockname()[1]
+        begun = time.monotonic()
+        result = await run(*command, "--dsn", f"postgresql://nobody@127.0.0.1:{port}/nowhere?sslmode=disable")
+    assert time.monotonic() - begun < 8
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "did not answer" in result.stderr
+
+
+async def test_a_dsn_that_is_none_is_one_clear_line(run: Run) -> None:
+    result = await run("status", "--dsn", "mysql://localhost/x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: The DSN's scheme is ")
+
+
+async def test_options_come_by_environment(run: Run, database: str) -> None:
+    assert (await run("status", env={"PGBACKEND_DSN": database})).exit_code == 0
+    result = await run("status", env={"PGBACKEND_DSN": database, "PGBACKEND_SCHEMA": "elsewhere"})
+    assert result.exit_code == 1
+    assert '"elsewhere" holds no log. Run `pgbackend migrate`.' in result.stderr
+    assert (await run("status", env={"PGBACKEND_DSN": database, "PGBACKEND_STATUS_JSON": "1"})).stdout.startswith("{")
+
+
+async def test_the_version_of_a_deployment_is_no_option(run: Run, database: str) -> None:
+    result = await run("migrate", env={"PGBACKEND_DSN": database, "PGBACKEND_VERSION": "1"})
+    assert "already" in result.stdout

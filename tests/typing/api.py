@@ -1,0 +1,99 @@
+"""What the README shows must type-check as people write it. Read by mypy, never run."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+from cloudevents.core.base import BaseCloudEvent
+from cloudevents.core.v1.event import CloudEvent
+
+from pgbackend import (
+    Backend,
+    ConsumerDispatcher,
+    DeadLetter,
+    Event,
+    EventProducer,
+    Info,
+    Interface,
+    ProbeError,
+    ProduceUncertainError,
+    Reject,
+    Retry,
+    RetryAfter,
+    Status,
+    Subscribable,
+    filters,
+)
+
+
+async def first_screen() -> None:
+    billed = asyncio.Event()
+
+    async def bill(event: Event) -> None:
+        print(event.position, event.type, event.get_data())  # noqa: T201 - as in the README
+        billed.set()
+
+    async with Backend.embedded("./pgdata") as backend:
+        await backend.subscribe("billing", bill)
+        await backend.produce(CloudEvent({"type": "order.created", "source": "/shop"}, {"order": 17}))
+        await billed.wait()
+
+
+async def subscribing(backend: Backend) -> None:
+    async def bill(event: Event) -> None:
+        if event.attempt > 3:
+            raise Reject("no such customer", details={"customer": "17"})
+        raise RetryAfter("closed", delay=60)
+
+    def in_a_thread(event: Event) -> None:
+        assert event.data_bytes is not None
+
+    given_up: ConsumerDispatcher = in_a_thread
+    await backend.subscribe(
+        "billing",
+        bill,
+        start="latest",
+        end=None,
+        filter=filters.Prefix({"type": "order."}),
+        order="none",
+        concurrency=64,
+        retry=Retry(attempts=5, delay=1.0, backoff="exponential", max_delay=600.0),
+        dead_letter=given_up,
+    )
+    await backend.subscribe("audit", in_a_thread, start=datetime.now(UTC), filter=lambda event: event.id != "1")
+    await backend.seek("billing", "earliest")
+    await backend.seek("billing", 17)
+    await backend.unsubscribe("billing")
+    await backend.delete_subscription("billing")
+
+
+async def operating(backend: Backend) -> None:
+    info: Info = backend.info()
+    status: Status = await backend.status()
+    letters: AsyncIterator[DeadLetter] = backend.dead_letters("billing")
+    async for letter in letters:
+        count: int = await backend.redeliver(letter.id)
+    count = await backend.redeliver(subscription="billing")
+    try:
+        await backend.probe()
+    except ProbeError as error:
+        checks: dict[str, str] = error.checks
+        assert checks
+    assert info.name
+    assert status.head == count
+
+
+async def producing(producer: EventProducer, event: BaseCloudEvent) -> None:
+    try:
+        await producer.produce(event)
+    except ProduceUncertainError:
+        await producer.produce(event)
+
+
+async def protocols(backend: Backend, event: Event) -> None:
+    interface: Interface = backend
+    subscribable: Subscribable = backend
+    await interface.init()
+    await subscribable.unsubscribe("billing")
+    # What a handler gets can be produced again.
+    await backend.produce_many([event])
