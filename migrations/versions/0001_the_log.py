@@ -38,6 +38,8 @@ def downgrade() -> None:
 UPGRADE = (
     # Insert-only, one index. The fence stands on the identity: ALWAYS, one value a call, no cycle.
     # key_hash: what belongs in order together has the same one. The seeds keep the three kinds of key apart.
+    # time: the shape only. All of RFC 3339 in one regular expression takes 4 µs a row, more than half of what storing
+    # the row by COPY takes; this takes 1 µs, and all the other checks together 1 µs.
     """
     CREATE TABLE {schema}.events (
         position bigint GENERATED ALWAYS AS IDENTITY (CACHE 1 NO CYCLE),
@@ -68,16 +70,21 @@ UPGRADE = (
         CONSTRAINT events_type_not_empty CHECK (type <> ''),
         CONSTRAINT events_subject_not_empty CHECK (subject <> ''),
         CONSTRAINT events_time_rfc3339 CHECK (
-            time ~ (
-                '^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)'
-                '([.][0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$'
-            )
+            time ~ '^[0-9TtZz:.+-]+$'
+            AND (time LIKE '____-__-__T__:__:__%' OR time LIKE '____-__-__t__:__:__%')
+            AND (time LIKE '%Z' OR time LIKE '%z' OR time LIKE '%+__:__' OR time LIKE '%-__:__')
         ),
         CONSTRAINT events_datacontenttype_not_empty CHECK (datacontenttype <> ''),
         CONSTRAINT events_dataschema_not_empty CHECK (dataschema <> ''),
         CONSTRAINT events_partitionkey_not_empty CHECK (partitionkey <> ''),
         CONSTRAINT events_extensions_object CHECK (json_typeof(extensions) = 'object'),
-        CONSTRAINT events_extensions_without_partitionkey CHECK (extensions -> 'partitionkey' IS NULL),
+        CONSTRAINT events_extensions_names CHECK (
+            extensions::text = '{}'
+            OR NOT extensions::jsonb ?| ARRAY[
+                'specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema',
+                'partitionkey', 'data'
+            ]
+        ),
         CONSTRAINT events_data_encoding_known CHECK (
             data_encoding IS NULL OR (data IS NOT NULL AND data_encoding IN ('json', 'text', 'base64'))
         )
@@ -191,7 +198,8 @@ UPGRADE = (
             REFERENCES {schema}.subscriptions (name) ON DELETE CASCADE,
         CONSTRAINT dead_letters_attempt_not_negative CHECK (attempt >= 0 AND attempts >= 0)
     )""",
-    "CREATE INDEX dead_letters_subscription ON {schema}.dead_letters (subscription, letter_id)",
+    # One letter for an event and a subscription: burying again, after an answer that was lost, is no second letter.
+    "CREATE UNIQUE INDEX dead_letters_event ON {schema}.dead_letters (subscription, position)",
     "CREATE INDEX dead_letters_due ON {schema}.dead_letters (subscription, due_at) WHERE due_at IS NOT NULL",
 )
 

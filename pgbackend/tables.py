@@ -1,0 +1,218 @@
+"""SQLAlchemy's description of the log's tables, for Alembic's autogenerate and for whoever queries a log by SQLAlchemy.
+
+It says what the migrations made; a test holds the two against each other, catalog row by catalog row. The statements of
+this package do not go through it, and segments are not in it: they come and go.
+"""
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    Computed,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    MetaData,
+    PrimaryKeyConstraint,
+    Sequence,
+    Table,
+    TextClause,
+    text,
+)
+from sqlalchemy.dialects.postgresql import (
+    BIGINT,
+    BOOLEAN,
+    BYTEA,
+    INT8MULTIRANGE,
+    INTEGER,
+    INTERVAL,
+    JSON,
+    TEXT,
+    TIMESTAMP,
+    UUID,
+)
+from sqlalchemy.sql import quoted_name
+
+_TIMESTAMPTZ = TIMESTAMP(timezone=True)
+
+# Few rows, written many times a second.
+_HOT = {
+    "fillfactor": 50,
+    "autovacuum_vacuum_threshold": 500,
+    "autovacuum_vacuum_scale_factor": 0,
+    "autovacuum_vacuum_cost_delay": 0,
+}
+
+_KEY_HASH = """(
+    CASE
+        WHEN partitionkey IS NOT NULL THEN hashtextextended(partitionkey, 1)
+        WHEN subject IS NOT NULL THEN hashtextextended(subject, hashtextextended(source, 2))
+        ELSE hashtextextended(id, hashtextextended(source, 3))
+    END
+) & 9223372036854775807"""
+
+_TIME = """
+    time ~ '^[0-9TtZz:.+-]+$'
+    AND (time LIKE '____-__-__T__:__:__%' OR time LIKE '____-__-__t__:__:__%')
+    AND (time LIKE '%Z' OR time LIKE '%z' OR time LIKE '%+__:__' OR time LIKE '%-__:__')
+"""
+
+_EXTENSION_NAMES = """
+    extensions::text = '{}'
+    OR NOT extensions::jsonb ?| ARRAY[
+        'specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema',
+        'partitionkey', 'data'
+    ]
+"""
+
+_DATA_ENCODING = "data_encoding IS NULL OR (data IS NOT NULL AND data_encoding IN ('json', 'text', 'base64'))"
+
+
+def metadata(schema: str = "pgbackend") -> MetaData:
+    """The tables of the log in `schema`, by their names in `.tables` ("schema.events", …)."""
+    tables = MetaData(schema=quoted_name(schema, quote=True))
+    Sequence("epochs", metadata=tables, data_type=BIGINT())
+    Table(
+        "events",
+        tables,
+        Column("position", BIGINT, Identity(always=True, cache=1, cycle=False), nullable=False),
+        Column("recorded_at", _TIMESTAMPTZ, nullable=False, server_default=text("clock_timestamp()")),
+        Column("key_hash", BIGINT, Computed(_KEY_HASH, persisted=True), nullable=False),
+        *_event_columns({"specversion": text("'1.0'"), "extensions": text("'{}'")}),
+        PrimaryKeyConstraint("position", name="events_pkey"),
+        CheckConstraint("specversion <> ''", name="events_specversion_not_empty"),
+        CheckConstraint("id <> ''", name="events_id_not_empty"),
+        CheckConstraint("source <> ''", name="events_source_not_empty"),
+        CheckConstraint("type <> ''", name="events_type_not_empty"),
+        CheckConstraint("subject <> ''", name="events_subject_not_empty"),
+        CheckConstraint(_TIME, name="events_time_rfc3339"),
+        CheckConstraint("datacontenttype <> ''", name="events_datacontenttype_not_empty"),
+        CheckConstraint("dataschema <> ''", name="events_dataschema_not_empty"),
+        CheckConstraint("partitionkey <> ''", name="events_partitionkey_not_empty"),
+        CheckConstraint("json_typeof(extensions) = 'object'", name="events_extensions_object"),
+        CheckConstraint(_EXTENSION_NAMES, name="events_extensions_names"),
+        CheckConstraint(_DATA_ENCODING, name="events_data_encoding_known"),
+        postgresql_partition_by="RANGE (position)",
+    )
+    Table(
+        "incarnation",
+        tables,
+        Column("single", BOOLEAN, nullable=False, server_default=text("true")),
+        Column("id", UUID, nullable=False),
+        Column("since", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        PrimaryKeyConstraint("single", name="incarnation_pkey"),
+        CheckConstraint("single", name="incarnation_single"),
+        prefixes=["UNLOGGED"],
+    )
+    subscriptions = Table(
+        "subscriptions",
+        tables,
+        Column("name", TEXT, nullable=False),
+        Column("ordering", TEXT, nullable=False),
+        Column("shards", INTEGER, nullable=False),
+        Column("start_at", _TIMESTAMPTZ),
+        Column("end_position", BIGINT),
+        Column("end_at", _TIMESTAMPTZ),
+        Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        PrimaryKeyConstraint("name", name="subscriptions_pkey"),
+        CheckConstraint("name <> ''", name="subscriptions_name_not_empty"),
+        CheckConstraint("ordering IN ('none', 'key', 'strict')", name="subscriptions_ordering_known"),
+        CheckConstraint("shards > 0", name="subscriptions_shards_positive"),
+    )
+    Table(
+        "offsets",
+        tables,
+        Column("subscription", TEXT, nullable=False),
+        Column("shard", INTEGER, nullable=False),
+        Column("shards", INTEGER, nullable=False),
+        Column("until", BIGINT),
+        Column("position", BIGINT, nullable=False),
+        Column("pending", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
+        Column("epoch", BIGINT, nullable=False),
+        Column("owner", UUID),
+        Column("completed_at", _TIMESTAMPTZ),
+        PrimaryKeyConstraint("subscription", "shards", "shard", name="offsets_pkey"),
+        _of_subscription(subscriptions, "offsets"),
+        CheckConstraint("shard >= 0 AND shard < shards", name="offsets_shard_in_range"),
+        CheckConstraint("position >= 0", name="offsets_position_not_negative"),
+        CheckConstraint("until >= 0", name="offsets_until_not_negative"),
+        postgresql_with=_HOT,
+    )
+    Table(
+        "workers",
+        tables,
+        Column("id", UUID, nullable=False),
+        Column("name", TEXT, nullable=False),
+        Column("backend_pid", INTEGER),
+        Column("backend_start", _TIMESTAMPTZ),
+        Column("lease_timeout", INTERVAL, nullable=False),
+        Column("started_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        Column("heartbeat_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        PrimaryKeyConstraint("id", name="workers_pkey"),
+        CheckConstraint("lease_timeout > interval '0'", name="workers_lease_timeout_positive"),
+        postgresql_with=_HOT,
+    )
+    Table(
+        "redeliveries",
+        tables,
+        Column("subscription", TEXT, nullable=False),
+        Column("position", BIGINT, nullable=False),
+        Column("key_hash", BIGINT, nullable=False),
+        Column("attempt", INTEGER, nullable=False),
+        Column("due_at", _TIMESTAMPTZ, nullable=False),
+        Column("last_error", TEXT, nullable=False),
+        Column("failure", JSON),
+        PrimaryKeyConstraint("subscription", "position", name="redeliveries_pkey"),
+        _of_subscription(subscriptions, "redeliveries"),
+        CheckConstraint("attempt >= 0", name="redeliveries_attempt_not_negative"),
+        Index("redeliveries_due", "subscription", "due_at"),
+    )
+    Table(
+        "dead_letters",
+        tables,
+        Column("letter_id", BIGINT, Identity(always=True), nullable=False),
+        Column("subscription", TEXT, nullable=False),
+        Column("position", BIGINT, nullable=False),
+        Column("recorded_at", _TIMESTAMPTZ, nullable=False),
+        Column("key_hash", BIGINT, nullable=False),
+        *_event_columns({}),
+        Column("attempts", INTEGER, nullable=False),
+        Column("error", TEXT, nullable=False),
+        Column("details", JSON, nullable=False, server_default=text("'{}'")),
+        Column("buried_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        Column("attempt", INTEGER, nullable=False, server_default=text("0")),
+        Column("due_at", _TIMESTAMPTZ),
+        PrimaryKeyConstraint("letter_id", name="dead_letters_pkey"),
+        _of_subscription(subscriptions, "dead_letters"),
+        CheckConstraint("attempt >= 0 AND attempts >= 0", name="dead_letters_attempt_not_negative"),
+        Index("dead_letters_event", "subscription", "position", unique=True),
+        Index("dead_letters_due", "subscription", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    )
+    return tables
+
+
+def _event_columns(defaults: dict[str, TextClause]) -> list[Column[object]]:
+    """The CloudEvent itself, in the order of `codec.COLUMNS`."""
+    return [
+        Column("specversion", TEXT, nullable=False, server_default=defaults.get("specversion")),
+        Column("id", TEXT, nullable=False),
+        Column("source", TEXT, nullable=False),
+        Column("type", TEXT, nullable=False),
+        Column("subject", TEXT),
+        Column("time", TEXT),
+        Column("datacontenttype", TEXT),
+        Column("dataschema", TEXT),
+        Column("partitionkey", TEXT),
+        Column("extensions", JSON, nullable=False, server_default=defaults.get("extensions")),
+        Column("data", BYTEA),
+        Column("data_encoding", TEXT),
+    ]
+
+
+def _of_subscription(subscriptions: Table, table: str) -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(
+        ["subscription"],
+        # The column itself: a path in text would be cut at the dots of a schema's name.
+        [subscriptions.c.name],
+        name=f"{table}_subscription_fkey",
+        ondelete="CASCADE",
+    )

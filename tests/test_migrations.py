@@ -1,0 +1,247 @@
+import asyncio
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from pgbackend import schema
+from pgbackend.sql import quote_ident
+from pgbackend.tables import metadata
+
+ROOT = Path(__file__).parent.parent
+
+# Everything that PostgreSQL says about the tables of a schema, as text that does not name the schema.
+CATALOG = {
+    "relations": """
+        SELECT relname::text, relkind::text, relpersistence::text, array_to_string(reloptions, ' '),
+               pg_get_partkeydef(oid)
+        FROM pg_class
+        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname NOT LIKE 'alembic_version%'
+        ORDER BY 1""",
+    "columns": """
+        SELECT relname::text, attnum, attname::text, format_type(atttypid, atttypmod), attnotnull, attidentity::text,
+               attgenerated::text, pg_get_expr(adbin, adrelid), attcollation::regcollation::text, attstorage::text
+        FROM pg_class
+        JOIN pg_attribute ON attrelid = pg_class.oid AND attnum > 0
+        LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+        WHERE relnamespace = $1::text::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+            AND relname <> 'alembic_version'
+        ORDER BY 1, 2""",
+    "constraints": """
+        SELECT relname::text, conname::text, contype::text, pg_get_constraintdef(pg_constraint.oid)
+        FROM pg_constraint
+        JOIN pg_class ON pg_class.oid = conrelid
+        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname <> 'alembic_version'
+        ORDER BY 1, 2""",
+    "indexes": """
+        SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid)
+        FROM pg_index
+        JOIN pg_class ON pg_class.oid = indrelid
+        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname <> 'alembic_version'
+        ORDER BY 1""",
+    "sequences": """
+        SELECT relname::text, seqtypid::regtype::text, seqstart, seqincrement, seqmax, seqmin, seqcache, seqcycle
+        FROM pg_sequence
+        JOIN pg_class ON pg_class.oid = seqrelid
+        WHERE relnamespace = $1::text::regnamespace
+        ORDER BY 1""",
+}
+
+
+@asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def catalog(dsn: str, name: str) -> dict[str, list[tuple[object, ...]]]:
+    async with connected(dsn) as connection:
+        return {
+            kind: [
+                tuple(value.replace(f"{name}.", "") if isinstance(value, str) else value for value in row)
+                for row in await connection.fetch(query, name)
+            ]
+            for kind, query in CATALOG.items()
+        }
+
+
+async def migrate(dsn: str, name: str = "pgbackend", *, to: str = "head") -> None:
+    await schema.migrate(lambda: asyncpg.connect(dsn), name, to=to)
+
+
+async def test_migrations_and_sqlalchemy_metadata_describe_the_same_tables(empty_database: str) -> None:
+    await migrate(empty_database, "migrated")
+    async with connected(empty_database) as connection:
+        await connection.execute("CREATE SCHEMA described")
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(empty_database), poolclass=NullPool
+    )
+    async with engine.begin() as sqlalchemy_connection:
+        await sqlalchemy_connection.run_sync(metadata("described").create_all)
+    await engine.dispose()
+
+    migrated, described = await catalog(empty_database, "migrated"), await catalog(empty_database, "described")
+    for kind in CATALOG:
+        assert migrated[kind] == described[kind], kind
+        assert migrated[kind], f"no {kind} found: the comparison would be empty"
+
+
+async def test_autogenerate_finds_nothing_to_do(empty_database: str) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from sqlalchemy import Connection
+
+    await migrate(empty_database, "migrated")
+
+    def differences(connection: Connection) -> list[object]:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_type": True,
+                # Defaults are compared above: for a column of type json PostgreSQL has no "=", which this would use.
+                "compare_server_default": False,
+                "include_schemas": True,
+                "version_table_schema": "migrated",
+                "include_name": lambda name, kind, _: kind != "schema" or name == "migrated",
+                "include_object": lambda _, name, kind, *__: kind != "table" or not name.startswith("events_"),
+            },
+        )
+        return list(compare_metadata(context, metadata("migrated")))
+
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(empty_database), poolclass=NullPool
+    )
+    async with engine.connect() as connection:
+        assert await connection.run_sync(differences) == []
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("revision", ["base", *schema.revisions()])
+async def test_each_revision_goes_back_to_base_and_forwards_again_without_a_trace(
+    empty_database: str, revision: str
+) -> None:
+    await migrate(empty_database)
+    at_head = await catalog(empty_database, "pgbackend")
+
+    await migrate(empty_database, to=revision)
+    await migrate(empty_database, to="base")
+    at_base = await catalog(empty_database, "pgbackend")
+    await migrate(empty_database, to=revision)
+    await migrate(empty_database)
+
+    assert not any(at_base.values())
+    assert await catalog(empty_database, "pgbackend") == at_head
+
+
+@pytest.mark.parametrize("revision", schema.revisions())
+async def test_a_filled_log_of_each_past_revision_is_upgraded_with_its_events(
+    empty_database: str, revision: str
+) -> None:
+    await migrate(empty_database, to=revision)
+    async with connected(empty_database) as connection:
+        await connection.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't')")
+        await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('a', 'none', 1)")
+        before = await connection.fetch("SELECT * FROM pgbackend.events")
+
+        await migrate(empty_database)
+
+        assert await connection.fetch("SELECT * FROM pgbackend.events") == before
+        assert await connection.fetchval("SELECT count(*) FROM pgbackend.subscriptions") == 1
+
+
+async def test_sql_written_offline_makes_the_same_tables_as_a_migration(empty_database: str) -> None:
+    name = "of%s:line"
+    await migrate(empty_database, "online")
+    async with connected(empty_database) as connection:
+        await connection.execute(schema.offline_sql(name))
+        await connection.execute(f"ALTER SCHEMA {quote_ident(name)} RENAME TO offline")
+
+    assert await catalog(empty_database, "offline") == await catalog(empty_database, "online")
+    await schema.migrate(lambda: asyncpg.connect(empty_database), "offline")
+
+
+async def test_sql_written_offline_for_the_way_back_removes_the_tables(empty_database: str) -> None:
+    await migrate(empty_database)
+    async with connected(empty_database) as connection:
+        await connection.execute(schema.offline_sql("pgbackend", "head:base"))
+
+    assert not any((await catalog(empty_database, "pgbackend")).values())
+
+
+def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
+async def test_the_alembic_command_migrates_in_a_checkout(empty_database: str, scheme: str) -> None:
+    dsn = scheme + "://" + empty_database.partition("://")[2]
+
+    up = await asyncio.to_thread(alembic, "upgrade", "head", PGBACKEND_DSN=dsn, PGBACKEND_SCHEMA="by Hand")
+    current = await asyncio.to_thread(alembic, "current", PGBACKEND_DSN=dsn, PGBACKEND_SCHEMA="by Hand")
+
+    assert up.returncode == 0, up.stderr
+    assert f"{schema.head()} (head)" in current.stdout, current.stderr
+    async with connected(empty_database) as connection:
+        assert await connection.fetchval('SELECT count(*) FROM "by Hand".events') == 0
+
+
+def test_the_alembic_command_without_a_dsn_says_what_to_set() -> None:
+    done = alembic("upgrade", "head", PGBACKEND_DSN="")
+
+    assert done.returncode != 0
+    assert "Set PGBACKEND_DSN" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+async def test_an_installed_wheel_brings_its_migrations(empty_database: str, tmp_path: Path) -> None:
+    def build_and_run() -> str:
+        dist, site = tmp_path / "dist", tmp_path / "site"
+        subprocess.run(
+            [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), str(ROOT)],
+            check=True,
+            timeout=120,
+        )
+        (wheel,) = dist.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        script = (
+            "import asyncio, sys, asyncpg, pgbackend\n"
+            "from pgbackend import schema\n"
+            "asyncio.run(schema.migrate(lambda: asyncpg.connect(sys.argv[1]), 'installed'))\n"
+            "print(pgbackend.__file__, schema.head())\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", script, empty_database],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(site)},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+
+    printed = await asyncio.to_thread(build_and_run)
+
+    assert printed.split() == [str(tmp_path / "site" / "pgbackend" / "__init__.py"), schema.head()]
+    async with connected(empty_database) as connection:
+        assert await connection.fetchval("SELECT version_num FROM installed.alembic_version") == schema.head()
