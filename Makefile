@@ -62,5 +62,5 @@ $(VENV)/.ready: pyproject.toml
 	  echo "Setting up $(VENV) with $$($$found --version); the first time takes a minute."; \
 	  $$found -m venv --clear $(VENV); \
 	fi
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore --editable '.[dev]'
 	@touch $@

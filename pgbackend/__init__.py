@@ -3,6 +3,8 @@
 What can be imported from here is public; everything else may change without notice.
 """
 
+from pgbackend import filters
+from pgbackend.codec import Event
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -42,6 +44,7 @@ __all__ = [
     "DatabaseError",
     "DeadLetter",
     "EmbeddedServerError",
+    "Event",
     "EventError",
     "Failure",
     "Info",
@@ -61,4 +64,5 @@ __all__ = [
     "SubscriptionMismatchError",
     "SubscriptionNotFoundError",
     "SubscriptionStatus",
+    "filters",
 ]
