@@ -22,12 +22,15 @@ def test_every_error_can_be_caught_by_its_public_name() -> None:
     assert defined <= set(pgbackend.__all__)
 
 
-def test_every_public_class_and_function_says_what_it_is_for() -> None:
-    silent = [
-        name
-        for name in pgbackend.__all__
-        if (inspect.isclass(value := getattr(pgbackend, name)) or inspect.isfunction(value)) and not value.__doc__
-    ]
+def test_every_public_class_and_method_says_what_it_is_for() -> None:
+    classes = [value for name in pgbackend.__all__ if inspect.isclass(value := getattr(pgbackend, name))]
+    silent = [kind.__name__ for kind in classes if not kind.__doc__]
+    for kind in classes:
+        for name, member in vars(kind).items():
+            if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property | classmethod)):
+                function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+                if not function.__doc__:
+                    silent.append(f"{kind.__name__}.{name}")
     assert silent == []
 
 

@@ -1,7 +1,6 @@
 """Waiting for what no fact tells."""
 
 import asyncio
-import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -9,15 +8,13 @@ Value = TypeVar("Value")
 
 
 async def eventually(
-    what: str, condition: Callable[[], Value | Awaitable[Value]], timeout: float = 10.0, *, interval: float = 0.02
+    what: str, condition: Callable[[], Awaitable[Value]], timeout: float = 10.0, *, interval: float = 0.02
 ) -> Value:
     """The first true value of `condition`; TimeoutError that says `what` was waited for, and what was seen last."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     while True:
-        result = condition()
-        value: Value = await result if inspect.isawaitable(result) else result
-        if value:
+        if value := await condition():
             return value
         if loop.time() > deadline:
             raise TimeoutError(f"{what}: not within {timeout:g} s; last seen: {value!r}")
