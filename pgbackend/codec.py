@@ -816,12 +816,13 @@ def _extensions(row: Row) -> Iterable[tuple[str, ExtensionValue]]:
     return ((name, value) for name, value in json.loads(text).items() if value is not None)
 
 
-def _canonical(value: ExtensionValue) -> str:
-    if type(value) is str:
+def _canonical(value: object) -> str:
+    """CloudEvents' text form, which for integers and booleans is JSON's. Plain SQL may have stored anything."""
+    if isinstance(value, str):
         return value
-    if type(value) is bool:
-        return "true" if value else "false"
-    return str(value)
+    if isinstance(value, int):
+        return str(value) if type(value) is int else "true" if value else "false"
+    return _encoder.encode(value)
 
 
 # ── to HTTP ───────────────────────────────────────────────────────────────────────────────────────────────────────────
