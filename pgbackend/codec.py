@@ -381,7 +381,7 @@ def _check_json(value: object) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise EventError(f"has the key {key!r}: JSON would turn it into text. Use str keys.")
+                raise EventError(f"has the key {key!r:.80}: JSON would turn it into text. Use str keys.")
             if type(item) not in _SCALARS:
                 _check_json(item)
     elif isinstance(value, list):
@@ -588,7 +588,7 @@ def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Event:
         if name.startswith(b"ce-"):
             attribute = name[3:].decode("latin-1")
             if attribute in attributes:
-                raise EventError(f"{_whose_of(attributes)}: header ce-{attribute} stands there twice.")
+                raise EventError(f"{_whose_of(attributes)}: header {_short('ce-' + attribute)} stands there twice.")
             attributes[attribute] = _read_header(attribute, octets)
         elif name == b"content-type":
             if content_type is not None:
@@ -620,7 +620,7 @@ def _read_header(name: str, octets: bytes) -> str:
     try:
         return octets.decode()
     except UnicodeDecodeError:
-        raise EventError(f"Header ce-{name} is not UTF-8, or percent-codes something else.") from None
+        raise EventError(f"Header {_short('ce-' + name)} is not UTF-8, or percent-codes something else.") from None
 
 
 def _utf8_text(body: bytes) -> str:
@@ -793,12 +793,17 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=
 _charset = re.compile(r';\s*charset\s*=\s*"?([^";\s]*)', re.IGNORECASE).search
 
 
-@lru_cache(maxsize=256)
 def _kind(content_type: str | None) -> str:
     """What octets of this content type are: json, text (that is UTF-8), or base64 (anything); "" if it is none."""
     if content_type is None:
         return "base64"
-    if len(content_type) > 1000 or not _media_type(content_type):  # the cache must not keep megabytes
+    # The cache must not keep megabytes that somebody sends as content types.
+    return _kind_of(content_type) if len(content_type) <= 1000 else ""
+
+
+@lru_cache(maxsize=256)
+def _kind_of(content_type: str) -> str:
+    if not _media_type(content_type):
         return ""
     media_type = content_type.partition(";")[0].rstrip().lower()
     if media_type.endswith(("/json", "+json")):
@@ -913,8 +918,8 @@ def _write_data(row: Row, data: bytes, encoding: str | None) -> str:
     try:
         if kind == "json":
             text = data.decode()
-            if encoding is None:
-                _decoder.decode(text)  # it only claims to be JSON; what is not must not stand in an envelope
+            # A body, or plain SQL, only claims to be JSON: what is not would break the envelope, or forge it.
+            _decoder.decode(text)
             return f'"data":{text}'
         if kind == "text":
             return f'"data":{encode_basestring(data.decode())}'

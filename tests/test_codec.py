@@ -854,6 +854,9 @@ def test_plain_sql_may_store_what_no_codec_would() -> None:
     event = Event(tuple(row))
     assert event.get_data() == b"{"
     assert event.attributes_text == {**BARE, "n": "1.5", "o": '{"a":[]}'}
+    for forged in (b'1,"id":"2"', b'1}, {"id":"2"', b""):
+        row[10:] = [forged, "json"]
+        assert again_structured(Event((*tuple(row[:9]), "{}", *row[10:]))).get_data() == forged
     row[10:] = [b"\xff", "text"]
     assert Event(tuple(row)).get_data() == b"\xff"
     row[5] = "yesterday"
