@@ -219,7 +219,8 @@ def _url(value: object) -> URL:
     if re.search(r"[\s\x00-\x1f\x7f]", text):
         raise _refuse(f"{wanted} without white space")
     try:
-        url = URL(text)
+        # A URL in ASCII is sent as it is written: some are signed.
+        url = URL(text, encoded=text.isascii())
         good = url.scheme in ("http", "https") and url.host and url.port
     except ValueError:
         good = None

@@ -17,7 +17,9 @@ Value = str | None | list["Value"] | dict[str, "Value"]
 Path = tuple[str | int, ...]
 
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
-_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in "str seq map null bool int float timestamp".split())
+_TAGS = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map", "null", "bool", "int", "float", "timestamp")
+)
 _DEPTH = 64
 # An alias repeats what it names: a few lines can stand for billions of values.
 _VALUES = 100_000

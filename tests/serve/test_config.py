@@ -228,7 +228,7 @@ def test_durations_are_iso_8601(text: str, expected: float) -> None:
         "--PT1S",
         "P1000000D",
         "PT" + "9" * 400 + "S",
-    ],  # fmt: skip
+    ],
 )
 def test_what_is_no_iso_8601_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a"):

@@ -1,0 +1,123 @@
+"""A receiving target for tests: a real HTTP server that keeps what it got and answers what it is told to."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+
+from aiohttp import web
+
+from pgbackend import codec
+from pgbackend.codec import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as it came in."""
+
+    path: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    at: float = field(default_factory=monotonic)
+
+    def header(self, name: str) -> str | None:
+        """The only header of that name; None without one."""
+        found = [value for key, value in self.headers if key.lower() == name.lower().encode()]
+        assert len(found) <= 1, f"{name} stands there {len(found)} times"
+        return found[0].decode() if found else None
+
+    def event(self) -> Event:
+        """Its event, whatever the mode."""
+        if codec.mode_of(self.header("content-type")) == "structured":
+            return codec.parse_structured(self.body)
+        return codec.parse_binary(self.headers, self.body)
+
+
+Answer = Callable[[Request], Awaitable[web.StreamResponse] | web.StreamResponse]
+
+
+class Target:
+    """Answers 204, unless `answer` says otherwise."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.requests: list[Request] = []
+        self.answer: Answer = lambda request: web.Response(status=204)
+        self._arrived = asyncio.Condition()
+
+    async def wait(self, count: int, timeout: float = 20.0) -> list[Request]:
+        """The requests, once there are `count` of them."""
+        try:
+            async with asyncio.timeout(timeout), self._arrived:
+                await self._arrived.wait_for(lambda: len(self.requests) >= count)
+        except TimeoutError:
+            raise TimeoutError(f"{len(self.requests)} of {count} requests arrived within {timeout} s") from None
+        return self.requests
+
+    def ids(self) -> list[str]:
+        """The ids of the events that arrived, in order."""
+        return [request.event().id for request in self.requests]
+
+    async def _take(self, raw: web.Request) -> web.StreamResponse:
+        request = Request(path=raw.raw_path, headers=tuple(raw.raw_headers), body=await raw.read())
+        async with self._arrived:
+            self.requests.append(request)
+            self._arrived.notify_all()
+        answer = self.answer(request)
+        return await answer if isinstance(answer, Awaitable) else answer
+
+
+@asynccontextmanager
+async def listening(port: int = 0) -> AsyncIterator[Target]:
+    """A target that listens on a port of this machine."""
+    target = Target()
+    application = web.Application(client_max_size=1 << 26)
+    application.router.add_route("*", "/{path:.*}", target._take)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", port)
+        await site.start()
+        target.url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        yield target
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def raw_server(
+    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[str]:
+    """The URL of a server that talks to each connection as `talk` does: not like HTTP, or not to the end."""
+    conversations: set[asyncio.Task[None]] = set()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        conversations.add(task)
+        try:
+            await talk(reader, writer)
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # the other side is done with us, or the test is
+        finally:
+            conversations.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(converse, "127.0.0.1", 0)
+    try:
+        port = server.sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.close()
+        for task in conversations:
+            task.cancel()
+        while conversations:
+            await asyncio.sleep(0)
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    """Head and body of one request with a Content-Length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+    return head + await reader.readexactly(length)

@@ -1,0 +1,382 @@
+"""One attempt at a real HTTP target: what goes over the wire, and what each answer means."""
+
+import asyncio
+import socket
+from base64 import b64decode
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from time import monotonic
+
+import aiohttp
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from pgbackend import codec
+from pgbackend.codec import Event
+from pgbackend.errors import Reject, RetryAfter
+from pgbackend.facts import Recorder
+from pgbackend.model import Failure
+from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session, refuse_without_target
+from tests.serve.target import Target, raw_server, read_request
+
+ORDER = codec.parse_structured(
+    b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","subject":"100% \xc3\xa9","time":'
+    b'"2026-01-01T00:00:00.123456789Z","datacontenttype":"application/json","count":3,"data": {"b": 1.00, "a":[ ]} }'
+)
+
+DeliveryMaker = Callable[..., Delivery]
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session() as opened:
+        yield opened
+
+
+@pytest.fixture
+def delivery(session: aiohttp.ClientSession) -> DeliveryMaker:
+    def make(url: str, **options: object) -> Delivery:
+        return Delivery(session, URL(url, encoded=True), trigger="billing", **options)  # type: ignore[arg-type]
+
+    return make
+
+
+def answering(target: Target, status: int, body: bytes = b"", **headers: str) -> None:
+    target.answer = lambda request: web.Response(
+        status=status, body=body, headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
+
+
+class TestOnTheWire:
+    async def test_binary_mode_carries_attributes_as_headers_and_the_bytes_untouched(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        await delivery(target.url + "orders?x=%2F1")(ORDER)
+
+        [request] = target.requests
+        assert request.path == "/orders?x=%2F1"
+        assert request.body == b'{"b": 1.00, "a":[ ]}'
+        assert request.header("content-type") == "application/json"
+        assert request.header("ce-subject") == "100%25%20%C3%A9"
+        assert request.header("ce-time") == "2026-01-01T00:00:00.123456789Z"
+        assert request.header("ce-count") == "3"
+        assert request.header("ce-datacontenttype") is None
+        assert request.event().attributes_text == ORDER.attributes_text
+
+    async def test_structured_mode_is_one_json_object_with_the_data_as_its_very_text(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        await delivery(target.url, mode="structured")(ORDER)
+
+        [request] = target.requests
+        assert (request.header("content-type") or "").startswith("application/cloudevents+json")
+        assert request.header("ce-id") is None
+        assert b'"data":{"b": 1.00, "a":[ ]}' in request.body
+        assert request.event().attributes_text == ORDER.attributes_text
+
+    async def test_no_data_is_no_body_and_no_invented_content_type(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        await delivery(target.url)(codec.parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t"}'))
+
+        [request] = target.requests
+        assert request.body == b""
+        assert request.header("content-type") is None
+        assert request.header("content-length") == "0"
+
+    async def test_data_without_a_content_type_is_sent_without_one(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        text = b'{"specversion":"1.0","id":"1","source":"/","type":"t","data_base64":"AP8="}'
+        await delivery(target.url)(codec.parse_structured(text))
+
+        [request] = target.requests
+        assert (request.body, request.header("content-type")) == (b"\x00\xff", None)
+
+    async def test_configured_headers_go_with_each_event(self, target: Target, delivery: DeliveryMaker) -> None:
+        await delivery(target.url, headers={"Authorization": "Bearer b", "X-Tenant": "é"})(ORDER)
+
+        [request] = target.requests
+        assert request.header("authorization") == "Bearer b"
+        assert request.header("x-tenant") == "é"
+
+    async def test_a_content_type_that_binary_mode_cannot_carry_goes_in_structured_mode(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        row = ("1.0", "1", "/", "t", None, None, "application/cloudevents+json", None, None, "{}", b"[1]", "json")
+        await delivery(target.url)(Event(row))
+
+        [request] = target.requests
+        assert request.event().row == row
+
+    async def test_no_attribute_breaks_out_of_its_header(self, target: Target, delivery: DeliveryMaker) -> None:
+        """Plain SQL can put into the log what no producer's API lets through."""
+        broken = "t\r\nX-Injected: yes"
+        for row in (
+            ("1.0", broken, "/", "t", broken, None, None, None, broken, "{}", b"1", None),
+            ("1.0", "2", "/", "t", None, broken, broken, broken, None, "{}", b"1", None),
+        ):
+            await delivery(target.url)(Event(row))
+
+        for request in await target.wait(2):
+            assert request.header("x-injected") is None
+
+    async def test_nothing_of_a_response_is_kept_for_the_next_request(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        answering(target, 204, Set_Cookie="session=1; Path=/")
+        await delivery(target.url)(ORDER)
+        await delivery(target.url)(ORDER)
+        assert target.requests[1].header("cookie") is None
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+async def test_2xx_is_delivered(status: int, target: Target, delivery: DeliveryMaker) -> None:
+    answering(target, status, b"" if status == 204 else b"fine")
+    await delivery(target.url)(ORDER)
+
+
+@pytest.mark.parametrize("status", [404, 408, 409, 413, 425, 429, 500, 501, 502, 503, 504, 511, 599])
+async def test_what_may_pass_is_retried(status: int, target: Target, delivery: DeliveryMaker) -> None:
+    answering(target, status)
+    with pytest.raises(DeliveryError, match=f"answered {status}") as caught:
+        await delivery(target.url)(ORDER)
+    assert caught.value.details["knativeerrorcode"] == str(status)
+
+
+@pytest.mark.parametrize(
+    "status", [300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 405, 406, 410, 412, 415, 422, 451]
+)
+async def test_any_other_status_is_final_at_once(status: int, target: Target, delivery: DeliveryMaker) -> None:
+    answering(target, status, Location="/elsewhere")
+    with pytest.raises(Reject, match=f"answered {status}"):
+        await delivery(target.url)(ORDER)
+    assert len(target.requests) == 1, "a redirect was followed"
+
+
+async def test_410_is_a_warning_said_once_until_the_target_is_back(target: Target, delivery: DeliveryMaker) -> None:
+    billing = delivery(target.url)
+    with Recorder() as recorder:
+        for status in (410, 410, 204, 410):
+            answering(target, status)
+            if status == 204:
+                await billing(ORDER)
+            else:
+                with pytest.raises(Reject):
+                    await billing(ORDER)
+    assert len(recorder.all("target is gone", trigger="billing", status=410)) == 2
+
+
+class TestRetryAfter:
+    @pytest.mark.parametrize("status", [408, 429, 500, 503])
+    async def test_seconds_are_obeyed(self, status: int, target: Target, delivery: DeliveryMaker) -> None:
+        answering(target, status, Retry_After=" 17 ")
+        with pytest.raises(RetryAfter) as caught:
+            await delivery(target.url)(ORDER)
+        assert caught.value.delay == 17
+        assert caught.value.details["knativeerrorcode"] == str(status)
+
+    async def test_a_date_is_obeyed(self, target: Target, delivery: DeliveryMaker) -> None:
+        later = datetime.now(UTC) + timedelta(seconds=60)
+        answering(target, 503, Retry_After=format_datetime(later, usegmt=True))
+        with pytest.raises(RetryAfter) as caught:
+            await delivery(target.url)(ORDER)
+        assert 55 < caught.value.delay <= 60
+
+    async def test_a_date_that_has_passed_is_no_wait(self, target: Target, delivery: DeliveryMaker) -> None:
+        answering(target, 503, Retry_After="Sun, 06 Nov 1994 08:49:37 GMT")
+        with pytest.raises(RetryAfter) as caught:
+            await delivery(target.url)(ORDER)
+        assert caught.value.delay == 0
+
+    @pytest.mark.parametrize("text", ["soon", "-5", "1.5", "", "٣", "Sun, 99 Nov 1994 08:49:37 GMT"])
+    async def test_nonsense_is_ignored(self, text: str, target: Target, delivery: DeliveryMaker) -> None:
+        answering(target, 503, Retry_After=text)
+        with pytest.raises(DeliveryError):
+            await delivery(target.url)(ORDER)
+
+    async def test_it_does_not_make_a_final_status_retried(self, target: Target, delivery: DeliveryMaker) -> None:
+        answering(target, 403, Retry_After="1")
+        with pytest.raises(Reject):
+            await delivery(target.url)(ORDER)
+
+
+class TestTroubleOnTheWay:
+    async def test_a_refused_connection_is_retried(self, delivery: DeliveryMaker) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with pytest.raises(DeliveryError, match=f"http://127.0.0.1:{port}/: .*onnect") as caught:
+            await delivery(f"http://127.0.0.1:{port}/")(ORDER)
+        # As Knative has it where no status arrived.
+        assert caught.value.details["knativeerrorcode"] == "500"
+        assert b64decode(caught.value.details["knativeerrordata"]).startswith(b"dispatch error: ")
+
+    async def test_a_name_that_does_not_resolve_is_retried(self, delivery: DeliveryMaker) -> None:
+        with pytest.raises(DeliveryError):
+            await delivery("http://no-such-host.invalid/")(ORDER)
+
+    async def test_a_target_that_says_nothing_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+
+        async with raw_server(silent) as url:
+            began = monotonic()
+            with pytest.raises(DeliveryError, match=r"no response within 0\.2 s"):
+                await delivery(url, timeout=0.2)(ORDER)
+        assert 0.2 <= monotonic() - began < 2
+
+    async def test_a_target_that_trickles_a_header_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
+        async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while True:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+        async with raw_server(trickle) as url:
+            with pytest.raises(DeliveryError, match="no response within"):
+                await delivery(url, timeout=0.3)(ORDER)
+
+    @pytest.mark.parametrize(("status", "is_delivered"), [(b"200 OK", True), (b"503 Busy", False)])
+    async def test_a_body_that_never_ends_costs_at_most_the_timeout_and_the_status_counts(
+        self, status: bytes, *, is_delivered: bool, delivery: DeliveryMaker
+    ) -> None:
+        async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: 1000000\r\n\r\n" % status)
+            while True:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+        async with raw_server(trickle) as url:
+            began = monotonic()
+            if is_delivered:
+                await delivery(url, timeout=0.3)(ORDER)
+            else:
+                with pytest.raises(DeliveryError, match="answered 503"):
+                    await delivery(url, timeout=0.3)(ORDER)
+        assert monotonic() - began < 2
+
+    async def test_of_a_huge_body_a_bounded_part_is_read(self, delivery: DeliveryMaker) -> None:
+        written = 0
+
+        async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal written
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 500 No\r\nContent-Length: 1000000000\r\n\r\n")
+            while written < 1_000_000_000:
+                writer.write(b"x" * 65_536)
+                await writer.drain()
+                written += 65_536
+
+        async with raw_server(pour) as url:
+            with pytest.raises(DeliveryError) as caught:
+                await delivery(url)(ORDER)
+        assert written < 32 << 20
+        assert b64decode(caught.value.details["knativeerrordata"]) == b"x" * 768
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+            b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+            b"HTTP/1.1 99999 OK\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        ],
+    )
+    async def test_an_answer_that_is_not_http_is_retried(self, answer: bytes, delivery: DeliveryMaker) -> None:
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(answer)
+            await writer.drain()
+
+        async with raw_server(talk) as url:
+            with pytest.raises(DeliveryError):
+                await delivery(url, timeout=5.0)(ORDER)
+
+    async def test_an_idle_connection_that_the_target_closed_costs_no_attempt(self, delivery: DeliveryMaker) -> None:
+        """The target closes after its answer without having said so; the next request meets the closing."""
+        connections = 0
+
+        async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 204 No\r\n\r\n")
+            await writer.drain()
+            await read_request(reader)
+            writer.close()
+
+        async with raw_server(answer_once) as url:
+            billing = delivery(url)
+            await billing(ORDER)
+            await billing(ORDER)
+        assert connections == 2
+
+    async def test_a_new_connection_that_the_target_closes_is_a_failed_attempt(self, delivery: DeliveryMaker) -> None:
+        connections = 0
+
+        async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await read_request(reader)
+
+        async with raw_server(hang_up) as url:
+            with pytest.raises(DeliveryError):
+                await delivery(url)(ORDER)
+        assert connections == 1
+
+
+class TestDeadLetters:
+    async def test_a_failure_says_where_and_what_and_how(self, target: Target, delivery: DeliveryMaker) -> None:
+        answering(target, 500, b"no \x00 \xff thanks")
+        with pytest.raises(DeliveryError) as caught:
+            await delivery(target.url.replace("http://", "http://me:secret@") + "orders?token=secret")(ORDER)
+        assert caught.value.details == {
+            "knativeerrordest": target.url + "orders",
+            "knativeerrorcode": "500",
+            "knativeerrordata": "bm8gACD/IHRoYW5rcw==",
+        }
+        assert "secret" not in str(caught.value)
+
+    async def test_a_long_body_is_cut_where_its_base64_has_1024_characters(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        answering(target, 400, b"x" * 100_000)
+        with pytest.raises(Reject) as caught:
+            await delivery(target.url)(ORDER)
+        assert len(caught.value.details["knativeerrordata"]) == 1024
+
+    async def test_a_dead_letter_is_the_event_with_the_attributes_of_its_failure(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        details = {"knativeerrordest": "http://h/", "knativeerrorcode": "500", "knativeerrordata": "eA==", "other": "x"}
+        failed = ORDER.with_delivery(failure=Failure(error="DeliveryError: no", attempts=6, details=details))
+
+        await DeadLetterDelivery(delivery(target.url))(failed)
+
+        [request] = target.requests
+        assert request.body == ORDER.data_bytes
+        expected = ORDER.attributes_text | {name: details[name] for name in details if name != "other"}
+        assert request.event().attributes_text == expected
+
+    async def test_a_dead_letter_that_fails_keeps_why_it_was_given_up(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        answering(target, 403)
+        failed = ORDER.with_delivery(
+            failure=Failure(error="DeliveryError: the first", attempts=6, details={"knativeerrorcode": "500"})
+        )
+        with pytest.raises(Reject, match="answered 403 Forbidden; given up before: DeliveryError: the first") as caught:
+            await DeadLetterDelivery(delivery(target.url))(failed)
+        assert caught.value.details == {"knativeerrorcode": "500"}
+
+    async def test_without_a_url_an_event_is_given_up_at_once(self) -> None:
+        with pytest.raises(Reject, match="no target URL"):
+            await refuse_without_target(ORDER)
