@@ -4,6 +4,7 @@ What can be imported from here is public; everything else may change without not
 """
 
 from pgbackend import filters
+from pgbackend.backend import Backend, EventProducer, Interface, Subscribable
 from pgbackend.codec import Event
 from pgbackend.errors import (
     ConfigError,
@@ -37,6 +38,7 @@ from pgbackend.model import (
 from pgbackend.retry import Retry
 
 __all__ = [
+    "Backend",
     "BlockingAppender",
     "ConfigError",
     "ConnectionLostError",
@@ -46,8 +48,10 @@ __all__ = [
     "EmbeddedServerError",
     "Event",
     "EventError",
+    "EventProducer",
     "Failure",
     "Info",
+    "Interface",
     "LeaseLostError",
     "NotRunningError",
     "PgBackendError",
@@ -60,6 +64,7 @@ __all__ = [
     "SchemaError",
     "ShardStatus",
     "Status",
+    "Subscribable",
     "SubscriptionExistsError",
     "SubscriptionMismatchError",
     "SubscriptionNotFoundError",

@@ -1,6 +1,7 @@
 """How long to wait before an event is tried again: a policy, and nothing else."""
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,10 @@ class Retry:
             # 2¹⁰²⁴ is no float; from 2⁶⁴ on any delay has long met its limit.
             wait = self.delay * 2.0 ** min(retry - 1, 64)
         return min(wait, self.max_delay)
+
+    def wait_before(self, retry: int) -> float:
+        """The same with jitter: what is really waited."""
+        return self.wait(retry) * (1.0 + self.jitter * random.random())  # noqa: S311 - not a secret
 
     def waits(self) -> tuple[float, ...]:
         """The waits between all attempts, in order."""

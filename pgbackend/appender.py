@@ -1,0 +1,265 @@
+"""Group commit: concurrent `produce()` calls of a process share a transaction (I1).
+
+    idle ──a call──▶ sending ──COMMIT, calls have gathered──▶ sending …
+                        └──────COMMIT, none have────────────▶ idle
+
+While one batch is being committed, the next gathers; a lone call on an idle backend is sent at once and pays one commit.
+Positions follow call order, and within a call the order of its list. A call is the unit: when PostgreSQL refuses a batch
+for its data, its calls are tried again apart. The batch is nobody's task and nobody cancels it: a caller that gives up
+leaves the gathering batch, or, once that was sent, only stops waiting.
+
+What is not known is said: a connection lost after sending, or a standby that was not waited for, is a
+`ProduceUncertainError` for every call of the batch, and is not repeated.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from pgbackend import facts
+from pgbackend.codec import COLUMNS, Row
+from pgbackend.database import (
+    Backoff,
+    Connection,
+    Database,
+    is_definite,
+    is_out_of_segments,
+    is_refused_for_data,
+    on_warning,
+    translate,
+)
+from pgbackend.errors import (
+    ConnectionLostError,
+    DatabaseError,
+    EventError,
+    NotRunningError,
+    PgBackendError,
+    ProduceTimeoutError,
+    ProduceUncertainError,
+)
+from pgbackend.sql.statements import LogSql
+
+_BATCH_EVENTS = 1000
+_BATCH_BYTES = 4 << 20
+_COPY_EVENTS = 200
+"""From here on COPY is the faster one: 1,000 rows as COPY 116,000 a second, by unnest 81,000."""
+
+_NOT_WAITED_FOR = frozenset({"57014", "57P01"})
+"""SQLSTATEs of the warnings that a COMMIT was not confirmed by its synchronous standby."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    rows: Sequence[Row]
+    size: int
+    done: "asyncio.Future[None]"
+    sent: bool = False
+
+
+class Appender:
+    """Appends calls to the log, in order, on one connection of its own."""
+
+    def __init__(
+        self,
+        database: Database,
+        sql: LogSql,
+        *,
+        schema: str,
+        produce_timeout: float,
+        on_append: Callable[[int], None],
+        on_full: Callable[[], Awaitable[object]],
+    ) -> None:
+        """`on_append(count)` is called after each COMMIT; `on_full` is awaited when the log has no segment left."""
+        self._database = database
+        self._sql = sql
+        self._schema = schema
+        self._timeout = produce_timeout
+        self._on_append = on_append
+        self._on_full = on_full
+        self._calls: deque[_Call] = deque()
+        self._due = asyncio.Event()
+        self._connection: Connection | None = None
+        self._unconfirmed = False
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="append")
+
+    async def append(self, rows: Sequence[Row], size: int) -> None:
+        """Return once the rows are committed, all of them in one transaction.
+
+        Raises EventError when PostgreSQL refuses their values, ProduceTimeoutError when they were not even sent in time,
+        ProduceUncertainError when nobody knows, DatabaseError for any other refusal: nothing is stored then.
+        """
+        if self._task is None or self._closing:
+            raise NotRunningError("This backend does not take events: call `init()` first, and not after `stop()`.")
+        loop = asyncio.get_running_loop()
+        call = _Call(rows, size, loop.create_future())
+        self._calls.append(call)
+        self._due.set()
+        # A timer, not asyncio.timeout(): 8 µs less for each call.
+        alarm = loop.call_later(self._timeout, self._expire, call)
+        try:
+            await call.done
+        except asyncio.CancelledError:
+            if not call.sent and call in self._calls:
+                self._calls.remove(call)
+            raise
+        finally:
+            alarm.cancel()
+
+    def _expire(self, call: _Call) -> None:
+        if call.done.done():
+            return
+        if call.sent:
+            error: PgBackendError = ProduceUncertainError(
+                f"PostgreSQL did not confirm the commit within {self._timeout:g} s: the event may or may not be stored."
+            )
+        else:
+            self._calls.remove(call)
+            error = ProduceTimeoutError(
+                f"The event was not sent within {self._timeout:g} s, and is not stored. Check that PostgreSQL can be reached."
+            )
+        call.done.set_exception(error)
+
+    async def close(self) -> None:
+        """Return once every call that was made is answered, and the connection is closed."""
+        self._closing = True
+        task, self._task = self._task, None
+        if task is None:
+            return
+        self._due.set()
+        await task
+        self._drop_connection()
+
+    async def _run(self) -> None:
+        backoff = Backoff(cap=1.0)
+        while True:
+            if not self._calls:
+                if self._closing:
+                    return
+                self._due.clear()
+                await self._due.wait()
+                continue
+            try:
+                connection = await self._connected()
+            except DatabaseError as error:
+                # Nothing was sent: whoever has patience left waits for the server to come back.
+                facts.emit("append cannot connect", level=logging.WARNING, error=str(error))
+                if self._closing or not isinstance(error, ConnectionLostError):
+                    self._fail(list(self._calls), error)
+                    self._calls.clear()
+                else:
+                    await backoff.wait()
+                continue
+            backoff.reset()
+            batch = self._gather()
+            await self._send(connection, batch)
+
+    async def _connected(self) -> Connection:
+        connection = self._connection
+        if connection is None or connection.is_closed():
+            connection = self._connection = await self._database.connect()
+            on_warning(connection, self._on_warning)
+        return connection
+
+    def _on_warning(self, sqlstate: str) -> None:
+        if sqlstate in _NOT_WAITED_FOR:
+            self._unconfirmed = True
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+    def _gather(self) -> list[_Call]:
+        """The next calls, as many as fit; one that is larger by itself travels alone."""
+        batch: list[_Call] = []
+        events = size = 0
+        calls = self._calls
+        while calls:
+            call = calls[0]
+            events += len(call.rows)
+            size += call.size
+            if batch and (events > _BATCH_EVENTS or size > _BATCH_BYTES):
+                break
+            batch.append(calls.popleft())
+        return batch
+
+    async def _send(self, connection: Connection, batch: list[_Call]) -> None:
+        """Commit a batch and answer its calls."""
+        for call in batch:
+            call.sent = True
+        rows = batch[0].rows if len(batch) == 1 else [row for call in batch for row in call.rows]
+        try:
+            try:
+                await self._insert(connection, rows)
+            except Exception as error:
+                if not is_out_of_segments(error):
+                    raise
+                # Nobody ran for a hundred million events: make room, and nothing has failed.
+                await self._on_full()
+                await self._insert(connection, rows)
+        except Exception as error:  # noqa: BLE001 - each kind is answered below
+            await self._refused(connection, batch, error)
+            return
+        if self._unconfirmed:
+            self._fail(batch, ProduceUncertainError(
+                "PostgreSQL committed without its synchronous standby's word: the event is lost if it fails over now."
+            ))  # fmt: skip
+        else:
+            for call in batch:
+                if not call.done.done():
+                    call.done.set_result(None)
+        self._on_append(len(rows))
+
+    async def _insert(self, connection: Connection, rows: Sequence[Row]) -> None:
+        self._unconfirmed = False
+        # One bound for all calls of the batch, longer than any caller waits: they are answered by their own clocks.
+        timeout = self._timeout * 2
+        if len(rows) == 1:
+            await connection.execute(self._sql.append_one, *rows[0], timeout=timeout)
+        elif len(rows) < _COPY_EVENTS:
+            await connection.execute(self._sql.append, *map(list, zip(*rows, strict=True)), timeout=timeout)
+        else:
+            await connection.copy_records_to_table(
+                "events", schema_name=self._schema, columns=COLUMNS, records=rows, timeout=timeout
+            )
+
+    async def _refused(self, connection: Connection, batch: list[_Call], error: Exception) -> None:
+        """Answer the calls of a batch that was not committed, or of which nobody knows."""
+        if is_refused_for_data(error):
+            if len(batch) > 1:
+                # One bad event fails only its own caller: each call by itself, in order.
+                for call in batch:
+                    await self._send(connection, [call])
+            else:
+                self._fail(batch, EventError(f"PostgreSQL refused the event: {error}."))
+            return
+        if is_definite(error):
+            self._fail(batch, translate(error))
+            if isinstance(translate(error), ConnectionLostError):
+                self._drop_connection()
+            return
+        self._drop_connection()
+        facts.emit("append is uncertain", level=logging.WARNING, calls=len(batch), error=str(error))
+        self._fail(batch, ProduceUncertainError(
+            f"The connection was lost while PostgreSQL was committing ({error}): the event may or may not be stored."
+        ))  # fmt: skip
+
+    def _fail(self, batch: Sequence[_Call], error: Exception) -> None:
+        for call in batch:
+            if not call.done.done():
+                # An exception of its own for each: tracebacks are put together on it.
+                call.done.set_exception(_copy(error))
+
+
+def _copy(error: Exception) -> Exception:
+    twin = type(error).__new__(type(error), *error.args)
+    twin.args = error.args
+    twin.__dict__.update(error.__dict__)
+    twin.__cause__ = error
+    return twin

@@ -1,0 +1,629 @@
+"""The face of pgbackend: the verbs of a TriggerMesh broker's backend, on PostgreSQL.
+
+From `produce()` to the committed offset, one function a step:
+
+| # | call                                       | statement               | what is true afterwards                             |
+|---|--------------------------------------------|-------------------------|-----------------------------------------------------|
+| 1 | `Backend.produce` → `codec.encode`         |                         | the event is valid and frozen as bytes              |
+| 2 | `Appender.append`                          | `append`, or COPY       | it travelled with its neighbours; COMMIT came back  |
+| 3 | `Hints.ring`, `Notifier.notify`            | `notify`                | readers may know; nothing depends on it             |
+| 4 | `Stream.run` → `Reader.read`               | `read_page`             | a page above the reading place, in log order        |
+| 5 | `Gaps.narrow` … `Gaps.bury`                | `appenders_in_flight`   | a missing position is dead, pending, or waited for  |
+| 6 | `Pump._admit` → `Window.open`              |                         | it is in flight, within the bounds                  |
+| 7 | `Pump._work` → the dispatcher              |                         | it was handled, or it raised; no transaction is open |
+| 8 | `Window.settle`, or `Shard.note` an outcome |                        | settled, or on its way to redelivery or burial      |
+| 9 | `Committer.run_once`                       | `commit_offsets`        | durable, under the shard's epoch                    |
+
+Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up the shards, close the appender.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Iterable
+from datetime import datetime
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from uuid import uuid4
+
+from pgbackend import facts, schema
+from pgbackend.appender import Appender
+from pgbackend.codec import encode, size_of
+from pgbackend.database import Backoff, Database, describe_dsn, normalize_dsn
+from pgbackend.errors import (
+    ConfigError,
+    ConnectionLostError,
+    NotRunningError,
+    PgBackendError,
+    ProbeError,
+    SchemaError,
+    SubscriptionNotFoundError,
+)
+from pgbackend.model import ConsumerDispatcher, DeadLetter, EventFilter, Info, Order, Position, Status
+from pgbackend.pump import Registration
+from pgbackend.reader import IncarnationChanged, Log
+from pgbackend.redelivery import Redelivery
+from pgbackend.retry import Retry
+from pgbackend.segments import Segments
+from pgbackend.sql import quote_ident
+from pgbackend.subscriptions import Definition, Place, Subscriptions, exists, not_found
+from pgbackend.wakeup import Hints, Notifier, channel
+from pgbackend.worker import Settings, Worker
+
+if TYPE_CHECKING:
+    from cloudevents.core.base import BaseCloudEvent
+
+    from pgbackend.embedded import EmbeddedServer
+
+VERSION = "0.1.0"
+
+
+class EventProducer(Protocol):
+    """Whatever takes events in: TriggerMesh's `backend.EventProducer`."""
+
+    async def produce(self, event: "BaseCloudEvent") -> None:
+        """Return once the event is durable. Raises when it is not, or when nobody knows."""
+        ...
+
+
+class Subscribable(Protocol):
+    """Whatever hands events out: TriggerMesh's `backend.Subscribable`."""
+
+    async def subscribe(self, name: str, dispatcher: ConsumerDispatcher) -> None:
+        """Return once every event produced from now on is sure to be dispatched to the subscription."""
+        ...
+
+    async def unsubscribe(self, name: str) -> None:
+        """Return once nothing of the subscription is in flight and its offset is committed."""
+        ...
+
+
+class Interface(EventProducer, Subscribable, Protocol):
+    """TriggerMesh's `backend.Interface`."""
+
+    def info(self) -> Info:
+        """What this backend is. Known before `init()`."""
+        ...
+
+    async def init(self) -> None:
+        """Return once the backend can be used."""
+        ...
+
+    async def start(self) -> None:
+        """Dispatch events until stopped or cancelled."""
+        ...
+
+    async def probe(self) -> None:
+        """Return when the backend works. Raises what is wrong."""
+        ...
+
+
+class Backend:
+    """A durable log of CloudEvents in one PostgreSQL schema, and the subscriptions that this process runs.
+
+    >>> async def main() -> None:
+    ...     async with Backend("postgresql://localhost/app") as backend:
+    ...         await backend.subscribe("billing", print)
+    ...         await backend.produce(event)
+
+    Safe for all tasks of one event loop, not for several threads.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        schema: str = "pgbackend",
+        listen_dsn: str | None = None,
+        hole_wait: float = 1.0,
+        poll_interval: float = 1.0,
+        commit_interval: float = 0.1,
+        lease_timeout: float = 15.0,
+        produce_timeout: float = 30.0,
+        drain_timeout: float = 30.0,
+        max_event_bytes: int = 1 << 20,
+        pool_size: int = 4,
+        window_events: int = 1000,
+        window_bytes: int = 16 << 20,
+        buffer_bytes: int = 64 << 20,
+    ) -> None:
+        """Nothing is connected yet. Raises ConfigError for a setting that cannot be.
+
+        `dsn`: where the log is. `listen_dsn`: a direct way there, where `dsn` leads through a pooler.
+        `schema`: the log's schema; several logs may live in one database.
+        `hole_wait`: seconds that an open appender may delay others, once. Longer keeps strict log order more often.
+        `poll_interval`: seconds between looks at the log when no wake-up comes. Longer idles cheaper, and is later when a
+        wake-up is lost.
+        `commit_interval`: seconds between offset commits. Longer means fewer commits and more repeats after a crash.
+        `lease_timeout`: seconds after which a worker that is not heard of loses its shards.
+        `produce_timeout`, `drain_timeout`: seconds that `produce()` and `stop()` take at most.
+        `max_event_bytes`: larger events are refused.
+        `pool_size`: connections for short statements, beside one that appends and one that listens.
+        `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow targets,
+        and repeat more after a crash.
+        `buffer_bytes`: what the process keeps of the log for subscriptions that are a little behind.
+        """
+        self._dsn: str | None = normalize_dsn(dsn)
+        self._embedded: "EmbeddedServer | None" = None
+        self._listen_dsn = normalize_dsn(listen_dsn) if listen_dsn is not None else None
+        self._where = describe_dsn(dsn)
+        quote_ident(schema)
+        for name, seconds in (
+            ("poll_interval", poll_interval), ("commit_interval", commit_interval), ("lease_timeout", lease_timeout),
+            ("produce_timeout", produce_timeout), ("drain_timeout", drain_timeout), ("hole_wait", hole_wait),
+        ):  # fmt: skip
+            at_least = 0 if name in ("hole_wait", "drain_timeout") else 0.001
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not at_least <= seconds < math.inf:
+                raise ConfigError(f"{name} is {seconds!r}: expected a number of seconds of at least {at_least:g}.")
+        for name, count in (
+            ("max_event_bytes", max_event_bytes), ("pool_size", pool_size), ("window_events", window_events),
+            ("window_bytes", window_bytes), ("buffer_bytes", buffer_bytes),
+        ):  # fmt: skip
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"{name} is {count!r}: expected a whole number of at least 1.")
+        self._settings = Settings(
+            schema=schema,
+            hole_wait=hole_wait,
+            poll_interval=poll_interval,
+            commit_interval=commit_interval,
+            lease_timeout=lease_timeout,
+            produce_timeout=produce_timeout,
+            drain_timeout=drain_timeout,
+            max_event_bytes=max_event_bytes,
+            window_events=window_events,
+            window_bytes=window_bytes,
+            buffer_bytes=buffer_bytes,
+        )
+        self._pool_size = pool_size
+        self._id = str(uuid4())
+        self._channel = channel(schema)
+        self._registrations: dict[str, Registration] = {}
+        self._hints = Hints()
+        self._parts: _Parts | None = None
+        self._notifying: asyncio.Task[None] | None = None
+        self._worker: Worker | None = None
+        self._stop = asyncio.Event()
+        self._stopped = False
+        self._running: asyncio.Task[None] | None = None
+        self._background: asyncio.Task[None] | None = None
+
+    @classmethod
+    def embedded(cls, directory: str | PathLike[str], **settings: Any) -> Self:
+        """A backend on a PostgreSQL of its own, whose data lives in `directory`. Takes the same settings.
+
+        The server starts with `init()` and stops with the last process that uses the directory.
+        """
+        # Here, because its package is an extra.
+        from pgbackend.embedded import EmbeddedServer  # noqa: PLC0415
+
+        backend = cls("postgresql:///postgres", **settings)
+        backend._dsn = None
+        backend._embedded = EmbeddedServer(directory)
+        backend._where = f"embedded in {directory}"
+        return backend
+
+    def info(self) -> Info:
+        """What this backend is. Known before `init()`."""
+        return Info(name="PostgreSQL", version=VERSION, schema=self._settings.schema, server=self._where)
+
+    # The backend's life.
+
+    async def init(self, *, migrate: bool = True) -> None:
+        """Return once the log can be used: connected, its tables as this version needs them. Again does nothing.
+
+        `migrate=False` verifies the tables' revision and changes nothing. Raises ConnectionLostError when PostgreSQL does
+        not answer, SchemaError when the tables are behind (with `migrate=False`) or ahead of this version, or cannot be
+        trusted: a standby, a sequence that is behind its events.
+        """
+        if self._stopped:
+            raise NotRunningError("This backend was stopped. Make a new one.")
+        if self._parts is not None:
+            return
+        if self._embedded is not None:
+            self._dsn = await self._embedded.start()
+        assert self._dsn is not None  # noqa: S101 - one way or the other
+        name, settings = self._settings.schema, self._settings
+        database = Database(self._dsn, listen_dsn=self._listen_dsn, pool_size=self._pool_size)
+        await database.open()
+        try:
+            found = await schema.found(database.fetch, name)
+            if migrate and found != schema.head():
+                if found is not None:
+                    # An unknown revision is a newer version's: never migrated back by accident.
+                    _refuse_newer(found, name)
+                await schema.migrate(database.connect, name)
+                found = await schema.found(database.fetch, name)
+            schema.check(found, name)
+            log = Log(database, schema=name, hole_wait=settings.hole_wait)
+            subscriptions = Subscriptions(log, schema=name)
+            problem = await _distrust(subscriptions)
+            if problem is not None:
+                raise SchemaError(problem, found=found, expected=schema.head())
+            segments = Segments(database=database, schema=name)
+            await segments.extend()
+            await log.enter_incarnation()
+        except BaseException:
+            await database.close()
+            if self._embedded is not None:
+                await self._embedded.stop()
+            raise
+        notifier = Notifier(database, channel=self._channel, statement=log.sql.notify, sender=self._id)
+        appender = Appender(
+            database,
+            log.sql,
+            schema=name,
+            produce_timeout=settings.produce_timeout,
+            on_append=self._on_append,
+            on_full=segments.extend,
+        )
+        self._parts = _Parts(
+            database, log, subscriptions, segments, notifier, appender, Redelivery(database, schema=name)
+        )
+        appender.start()
+        self._notifying = asyncio.create_task(notifier.run(), name="notify")
+
+    async def start(self) -> None:
+        """Dispatch events to the subscriptions of this process, until `stop()` is called or this call is cancelled.
+
+        Returns once in-flight events have finished (after `drain_timeout` at the latest), offsets are committed and leases
+        are given up. Lost connections and restarts of PostgreSQL are waited out.
+        """
+        self._use()
+        if self._running is not None:
+            raise PgBackendError("This backend is running already.")
+        self._running = asyncio.create_task(self._run(), name="pgbackend worker")
+        try:
+            # Cancelling this call must drain first: so it never reaches the worker itself, but for a second time.
+            await asyncio.wait({self._running})
+        except asyncio.CancelledError:
+            self._stop.set()
+            await _finish_or_cancel(self._running)
+            raise
+        finally:
+            running, self._running = self._running, None
+        running.result()
+
+    async def _run(self) -> None:
+        """One worker after the other, each for one life of the server."""
+        parts = self._use()
+        backoff = Backoff()
+        while not self._stop.is_set():
+            self._worker = Worker(
+                log=parts.log,
+                segments=parts.segments,
+                settings=self._settings,
+                registrations=self._registrations,
+                hints=self._hints,
+                notifier=parts.notifier,
+                channel=self._channel,
+                sender=self._id,
+            )
+            try:
+                await self._worker.run(self._stop)
+            except ConnectionLostError as error:
+                facts.emit("worker cannot start", level=logging.WARNING, error=str(error))
+                await backoff.wait()
+            except IncarnationChanged as error:
+                facts.emit("incarnation changed", level=logging.WARNING, error=str(error))
+            finally:
+                self._worker = None
+
+    async def stop(self) -> None:
+        """Return once everything has come to its end: dispatching as `start()` says, then produced events, then connections.
+
+        Safe at any time, and again.
+        """
+        self._stop.set()
+        self._stopped = True
+        if self._running is not None:
+            await asyncio.wait({self._running})
+        if self._background is not None:
+            await asyncio.wait({self._background})
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        await parts.appender.close()
+        if self._notifying is not None:
+            self._notifying.cancel()
+            await asyncio.wait({self._notifying})
+        for registration in self._registrations.values():
+            if registration.threads is not None:
+                registration.threads.shutdown(wait=False, cancel_futures=True)
+        await parts.database.close()
+        if self._embedded is not None:
+            await self._embedded.stop()
+
+    async def __aenter__(self) -> Self:
+        """`init()`, and `start()` in the background."""
+        await self.init()
+        self._background = asyncio.create_task(self.start(), name="pgbackend start")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """`stop()`. Raises what ended dispatching before, if anything did and nothing else is being raised."""
+        background = self._background
+        await self.stop()
+        if background is not None and not background.cancelled() and error is None:
+            background.result()
+
+    # Producing.
+
+    async def produce(self, event: "BaseCloudEvent") -> None:
+        """Return once the event is committed. Any SDK event will do, and those that dispatchers get.
+
+        Raises EventError when it is not a valid CloudEvent or too large, ProduceTimeoutError when it could not be sent
+        within `produce_timeout`, DatabaseError when PostgreSQL refused it: in each case it is not stored. Raises
+        ProduceUncertainError when the connection was lost while PostgreSQL was committing: nobody knows.
+        """
+        row = encode(event, max_event_bytes=self._settings.max_event_bytes)
+        await self._use().appender.append((row,), size_of(row))
+
+    async def produce_many(self, events: Iterable["BaseCloudEvent"]) -> None:
+        """Return once all of the events are committed, in one transaction and in their order. Raises as `produce()` does;
+        none of them is stored then."""
+        limit = self._settings.max_event_bytes
+        rows = [encode(event, max_event_bytes=limit) for event in events]
+        parts = self._use()
+        if rows:
+            await parts.appender.append(rows, sum(map(size_of, rows)))
+
+    def _on_append(self, _count: int) -> None:
+        parts = self._parts
+        self._hints.ring()
+        if parts is not None:
+            parts.notifier.notify()
+
+    # Subscribing.
+
+    async def subscribe(
+        self,
+        name: str,
+        dispatcher: ConsumerDispatcher,
+        *,
+        start: Place = "latest",
+        end: int | datetime | None = None,
+        filter: EventFilter | None = None,  # noqa: A002 - the word that everybody uses
+        order: Order = "none",
+        concurrency: int = 64,
+        shards: int = 1,
+        retry: Retry = Retry(),  # noqa: B008 - frozen
+        dead_letter: ConsumerDispatcher | None = None,
+    ) -> None:
+        """Return once the subscription exists: every event that is acknowledged from now on will be dispatched to it.
+
+        `dispatcher` handles one event: returning means handled, raising means failed. Plain functions run in threads.
+        `start`: where a new subscription begins ("earliest", "latest", behind a position or a date); an existing one goes
+        on from its offset. `end`: the position or date before which it ends. Both bounds are exclusive.
+        `filter`: a predicate on the event; what it refuses counts as handled.
+        `order`: "none", "key" (events with one key one after another), or "strict" (one at a time, in log order).
+        `concurrency`: how many events are dispatched at a time, in each shard.
+        `retry`: how often and when a failed event is tried again.
+        `dead_letter`: gets the events that `dispatcher` did not handle in all its attempts, with the same `retry`; those
+        that it does not handle either are kept as dead letters.
+
+        Raises SubscriptionExistsError when this backend runs one of that name, SubscriptionMismatchError when the stored
+        one has another order, shard count or end, ConfigError for options that cannot be.
+        """
+        _check_subscription(name, dispatcher, end=end, order=order, concurrency=concurrency, shards=shards, start=start)
+        if not isinstance(retry, Retry):
+            raise ConfigError(f"retry is {retry!r}: expected a Retry.")
+        if dead_letter is not None and not callable(dead_letter):
+            raise ConfigError(f"dead_letter is {dead_letter!r}: expected a function that takes an event.")
+        parts = self._use()
+        if name in self._registrations:
+            raise exists(name)
+        wanted = Definition(
+            name=name,
+            order=order,
+            shards=shards,
+            end_position=end if isinstance(end, int) else None,
+            end_at=end if isinstance(end, datetime) else None,
+        )
+        stored = await parts.subscriptions.ensure(wanted, start)
+        if name in self._registrations:
+            raise exists(name)
+        self._registrations[name] = Registration(
+            name=name,
+            dispatcher=dispatcher,
+            dead_letter=dead_letter,
+            filter=filter,
+            order=order,
+            concurrency=concurrency,
+            shards=shards,
+            retry=retry,
+            start_at=stored.start_at,
+            end_position=stored.end_position,
+            end_at=stored.end_at,
+        )
+        if self._worker is not None:
+            self._worker.claim_soon()
+
+    async def unsubscribe(self, name: str) -> None:
+        """Return once nothing of the subscription is in flight here and its offset is committed. The offset stays: to
+        subscribe again goes on from there. Raises SubscriptionNotFoundError when this backend does not run it."""
+        self._use()
+        registration = self._registrations.pop(name, None)
+        if registration is None:
+            raise SubscriptionNotFoundError(f"This backend runs no subscription {name!r}.")
+        if self._worker is not None:
+            await self._worker.release(name)
+        if registration.threads is not None:
+            registration.threads.shutdown(wait=False)
+
+    async def delete_subscription(self, name: str) -> None:
+        """Return once the subscription is forgotten for good: its offset, what was to be tried again, its dead letters.
+
+        One that runs here is unsubscribed first; one that runs elsewhere finds its lease lost. Raises
+        SubscriptionNotFoundError when there is none.
+        """
+        parts = self._use()
+        if name in self._registrations:
+            await self.unsubscribe(name)
+        await parts.subscriptions.delete(name)
+        await parts.notifier.notify_leases()
+
+    async def seek(self, name: str, place: Place) -> None:
+        """Return once the subscription's next event is the first behind `place`: a position, a date, "earliest" or "latest".
+
+        What was waiting to be tried again is dropped, dead letters stay. Works wherever the subscription runs.
+        Raises SubscriptionNotFoundError when there is none.
+        """
+        parts = self._use()
+        registration = self._registrations.get(name)
+        if await parts.subscriptions.find(name) is None:
+            raise not_found(name)
+        if registration is None:
+            await parts.subscriptions.seek(name, place)
+        else:
+            # Here it runs: out of the way while it is moved, so that nothing from the old place comes after.
+            del self._registrations[name]
+            try:
+                if self._worker is not None:
+                    await self._worker.release(name)
+                await parts.subscriptions.seek(name, place)
+            finally:
+                found = await parts.subscriptions.find(name)
+                registration.start_at = found.start_at if found is not None else None
+                self._registrations[name] = registration
+                if self._worker is not None:
+                    self._worker.claim_soon()
+        await parts.notifier.notify_leases()
+
+    # Looking and mending.
+
+    async def status(self) -> Status:
+        """The log and every subscription in it, as they stand now."""
+        parts = self._use()
+        _, _, head, _ = await parts.subscriptions.places()
+        return Status(
+            head=Position(head),
+            segments_until=Position(await parts.segments.extend()),
+            subscriptions=await parts.subscriptions.statuses(
+                head=head, running=self._worker.states() if self._worker is not None else {}
+            ),
+            appenders=await parts.log.appenders(),
+        )
+
+    def dead_letters(self, subscription: str | None = None) -> AsyncIterator[DeadLetter]:
+        """The dead letters of one subscription, or of all, oldest first."""
+        return self._use().redelivery.letters(subscription)
+
+    async def redeliver(self, *ids: int, subscription: str | None = None) -> int:
+        """Send dead letters to their subscriptions again, from the first attempt on; how many.
+
+        By their ids, or all of one subscription. A letter that is handled is gone; one that fails again stays.
+        """
+        if not ids and subscription is None:
+            raise ConfigError("redeliver() needs the dead letters' ids, or a subscription.")
+        parts = self._use()
+        count = await parts.redelivery.redeliver(list(ids) or None, subscription)
+        if self._worker is not None:
+            self._worker.redeliver_soon()
+        return count
+
+    async def probe(self) -> None:
+        """Return when the log can be written to and read. Raises ProbeError that says what is wrong."""
+        parts = self._use()
+        checks: dict[str, str] = {}
+        try:
+            found = await schema.found(parts.database.fetch, self._settings.schema)
+            checks["connection"] = "ok"
+            try:
+                schema.check(found, self._settings.schema)
+                checks["schema"] = "ok"
+                checks["log"] = await _distrust(parts.subscriptions) or "ok"
+            except SchemaError as error:
+                checks["schema"] = str(error)
+        except PgBackendError as error:
+            checks["connection"] = str(error)
+        wrong = [text for text in checks.values() if text != "ok"]
+        if wrong:
+            raise ProbeError(" ".join(wrong), checks=checks)
+
+    def _use(self) -> "_Parts":
+        if self._parts is None:
+            raise NotRunningError(
+                "This backend was stopped. Make a new one."
+                if self._stopped
+                else "This backend is not initialized. Call `await backend.init()` first."
+            )
+        return self._parts
+
+
+class _Parts:
+    """What `init()` makes."""
+
+    __slots__ = ("appender", "database", "log", "notifier", "redelivery", "segments", "subscriptions")
+
+    def __init__(
+        self,
+        database: Database,
+        log: Log,
+        subscriptions: Subscriptions,
+        segments: Segments,
+        notifier: Notifier,
+        appender: Appender,
+        redelivery: Redelivery,
+    ) -> None:
+        self.database = database
+        self.log = log
+        self.subscriptions = subscriptions
+        self.segments = segments
+        self.notifier = notifier
+        self.appender = appender
+        self.redelivery = redelivery
+
+
+async def _finish_or_cancel(task: "asyncio.Task[None]") -> None:
+    """Wait for a task that was asked to end; a second cancellation meanwhile ends it at once."""
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _distrust(subscriptions: Subscriptions) -> str | None:
+    """Why the log cannot be trusted as it is; None when it can."""
+    offset, event, head, in_recovery = await subscriptions.places()
+    if in_recovery:
+        return "The server is a standby: connect to the primary."
+    if head < max(offset, event):
+        return (
+            f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions would be "
+            "given out twice. Restore the sequence, or move the subscriptions with `seek`."
+        )
+    return None
+
+
+def _refuse_newer(found: str, name: str) -> None:
+    if found not in schema.revisions():
+        schema.check(found, name)
+
+
+def _check_subscription(
+    name: str, dispatcher: object, *, end: object, order: str, concurrency: int, shards: int, start: object
+) -> None:
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
+    if not callable(dispatcher):
+        raise ConfigError(f"The dispatcher of {name!r} is {dispatcher!r}: expected a function that takes an event.")
+    if order not in ("none", "key", "strict"):
+        raise ConfigError(f"order of {name!r} is {order!r}: expected none, key or strict.")
+    for label, count in (("concurrency", concurrency), ("shards", shards)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"{label} of {name!r} is {count!r}: expected a whole number of at least 1.")
+    if order == "strict" and shards != 1:
+        raise ConfigError(f"Subscription {name!r} is strict with {shards} shards: log order needs a single one.")
+    for label, bound in (("start", start), ("end", end)):
+        if isinstance(bound, datetime) and bound.tzinfo is None:
+            raise ConfigError(f"{label} of {name!r} is {bound!r}, without a time zone: expected an aware datetime.")
+    if isinstance(end, bool) or not isinstance(end, int | datetime | None) or (isinstance(end, int) and end < 1):
+        raise ConfigError(f"end of {name!r} is {end!r}: expected a position or an aware datetime.")
+    if start not in ("earliest", "latest") and (isinstance(start, bool) or not isinstance(start, int | datetime)):
+        raise ConfigError(
+            f"start of {name!r} is {start!r}: expected 'earliest', 'latest', a position or an aware datetime."
+        )

@@ -1,0 +1,248 @@
+"""Connections to PostgreSQL: a small pool for short statements, and direct connections for those who keep one.
+
+The only module that imports asyncpg. Its promise: every call ends within its timeout, and fails with an error of this
+package that says whether anything can have happened. A connection whose statement was cut off (timeout, cancellation,
+lost socket) is thrown away, never reused.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection  # generic in its stubs only
+Record = asyncpg.Record
+
+CONNECT_TIMEOUT = 10.0
+STATEMENT_TIMEOUT = 30.0
+"""Seconds. Every statement of ours is short; one that takes longer means a stalled network or server."""
+
+# What a statement may meet when its server, or the way to it, is going away.
+_LOST_SQLSTATES = frozenset({
+    "57P01",  # admin_shutdown: also what pg_terminate_backend sends
+    "57P02",  # crash_shutdown
+    "57P03",  # cannot_connect_now: starting up, or in recovery
+    "57P05",  # idle_session_timeout
+    "25006",  # read_only_sql_transaction: a primary that became a standby
+    "25P03",  # idle_in_transaction_session_timeout
+    "53300",  # too_many_connections
+})  # fmt: skip
+_SCHEMA_SQLSTATES = frozenset({"3F000", "42P01", "42703", "42883"})
+
+
+def normalize_dsn(dsn: str) -> str:
+    """The DSN as asyncpg takes it: any of the spellings that people have.
+
+    >>> normalize_dsn("postgres+asyncpg://me@db/app?ssl=require")
+    'postgres://me@db/app?sslmode=require'
+
+    Raises ConfigError when it is no PostgreSQL URL.
+    """
+    scheme, separator, rest = dsn.partition("://")
+    if not separator:
+        raise ConfigError(f"The DSN {_shown(dsn)!r} is not a URL: expected postgresql://user@host:port/database.")
+    base, _, driver = scheme.lower().partition("+")
+    if base not in ("postgres", "postgresql") or driver not in ("", "asyncpg", "psycopg", "psycopg2"):
+        raise ConfigError(f"The DSN's scheme is {scheme!r}: expected postgresql:// or postgres://.")
+    head, question, query = rest.partition("?")
+    if question:
+        # SQLAlchemy's spelling for asyncpg: ?ssl=…; libpq's is ?sslmode=….
+        pairs = [("sslmode" if k == "ssl" else k, v) for k, v in parse_qsl(query, keep_blank_values=True)]
+        return f"{base}://{head}?{urlencode(pairs, quote_via=quote)}"
+    return f"{base}://{head}"
+
+
+def describe_dsn(dsn: str) -> str:
+    """Host, port and database of a DSN, fit to be printed: no user, no password."""
+    parts = urlsplit(dsn)
+    query = dict(parse_qsl(parts.query))
+    host = parts.netloc.rpartition("@")[2] or query.get("host", "")
+    database = parts.path.lstrip("/") or query.get("dbname", query.get("database", ""))
+    return f"{host or 'localhost'}/{database}" if database else host or "localhost"
+
+
+def _shown(dsn: str) -> str:
+    parts = urlsplit(dsn)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else "…"
+
+
+class Backoff:
+    """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`."""
+
+    def __init__(self, *, cap: float = 2.0) -> None:
+        self._cap = cap
+        self._next = 0.05
+
+    def reset(self) -> None:
+        self._next = 0.05
+
+    async def wait(self) -> None:
+        # Jitter: workers that lost the same server must not come back in step.
+        delay = self._next * (0.5 + random.random())  # noqa: S311 - not a secret
+        self._next = min(self._next * 2, self._cap)
+        await asyncio.sleep(delay)
+
+
+class Database:
+    """The connections of one backend."""
+
+    def __init__(self, dsn: str, *, listen_dsn: str | None = None, pool_size: int = 4, name: str = "pgbackend") -> None:
+        self.dsn = normalize_dsn(dsn)
+        self.listen_dsn = normalize_dsn(listen_dsn) if listen_dsn else self.dsn
+        self._pool_size = pool_size
+        self._name = name
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    async def open(self, timeout: float = STATEMENT_TIMEOUT) -> None:
+        """Make the pool and show that PostgreSQL answers. Raises ConnectionLostError or DatabaseError when not."""
+        try:
+            self._pool = await asyncpg.create_pool(
+                self.dsn,
+                min_size=0,
+                max_size=self._pool_size,
+                timeout=CONNECT_TIMEOUT,
+                reset=_keep_session,
+                max_inactive_connection_lifetime=300.0,
+                server_settings={"application_name": self._name},
+            )
+        except Exception as error:
+            raise translate(error) from error
+        try:
+            await self.fetchval("SELECT 1", timeout=timeout)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            # Nobody uses it any more: a polite goodbye, but no waiting for a server that is gone.
+            try:
+                async with asyncio.timeout(2.0):
+                    await pool.close()
+            except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pool.terminate()
+
+    async def connect(self, *, direct: bool = False, timeout: float = CONNECT_TIMEOUT) -> Connection:
+        """A connection of the caller's own; `direct` ones bypass a pooler, where there is one (`listen_dsn`)."""
+        try:
+            return await asyncpg.connect(
+                self.listen_dsn if direct else self.dsn,
+                timeout=timeout,
+                server_settings={"application_name": self._name},
+            )
+        except Exception as error:
+            raise translate(error) from error
+
+    @asynccontextmanager
+    async def acquire(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[Connection]:
+        """A pooled connection. Errors inside come out as this package's; a connection cut off in work is dropped."""
+        if self._pool is None:
+            raise ConnectionLostError("The connection pool is closed.")
+        try:
+            connection = await self._pool.acquire(timeout=timeout)
+        except Exception as error:
+            raise translate(error) from error
+        try:
+            yield connection  # type: ignore[misc] # the proxy has the connection's whole interface
+        except BaseException as error:
+            if _is_cut_off(error):
+                connection.terminate()
+            translated = translate(error) if isinstance(error, Exception) else error
+            if translated is error:
+                raise
+            raise translated from error
+        finally:
+            await self._pool_release(connection)
+
+    async def _pool_release(self, connection: Any) -> None:
+        if self._pool is not None:
+            await self._pool.release(connection)
+
+    async def fetch(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> list[Record]:
+        """All rows of one statement in its own transaction."""
+        async with self.acquire(timeout) as connection:
+            return await connection.fetch(statement, *args, timeout=timeout)
+
+    async def fetchrow(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> Record | None:
+        async with self.acquire(timeout) as connection:
+            return await connection.fetchrow(statement, *args, timeout=timeout)
+
+    async def fetchval(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> Any:
+        async with self.acquire(timeout) as connection:
+            return await connection.fetchval(statement, *args, timeout=timeout)
+
+    async def execute(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> None:
+        async with self.acquire(timeout) as connection:
+            await connection.execute(statement, *args, timeout=timeout)
+
+
+async def _keep_session(_: object) -> None:
+    # asyncpg's reset costs a round trip a statement; nothing here leaves session state behind.
+    return
+
+
+def _is_cut_off(error: BaseException) -> bool:
+    """Whether a statement may still be running, or its connection be useless, after this error."""
+    if isinstance(error, asyncpg.PostgresError):
+        return error.sqlstate in _LOST_SQLSTATES
+    return not isinstance(error, DatabaseError)
+
+
+def is_refused_for_data(error: BaseException) -> bool:
+    """Whether PostgreSQL refused the values (classes 22 and 23), so that other values may pass."""
+    return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] in ("22", "23")
+
+
+def is_out_of_segments(error: BaseException) -> bool:
+    """Whether a position was drawn that no segment of the log holds."""
+    # The same class as a CHECK's refusal, but no constraint has a name here.
+    return isinstance(error, asyncpg.CheckViolationError) and error.constraint_name is None
+
+
+def is_definite(error: BaseException) -> bool:
+    """Whether the server itself said that the statement had no effect."""
+    if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.PostgresConnectionError):
+        return False
+    return error.sqlstate is not None and error.sqlstate not in ("57P01", "57P02", "57P05", "25P03")
+
+
+def translate(error: Exception) -> Exception:
+    """The error of this package for one of asyncpg, the socket or the clock; any other error as it is."""
+    if isinstance(error, DatabaseError | ConfigError):
+        return error
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, asyncpg.PostgresError):
+        state = error.sqlstate
+        if isinstance(error, asyncpg.PostgresConnectionError) or state in _LOST_SQLSTATES:
+            return ConnectionLostError(
+                f"PostgreSQL is not available: {text}. Try again when it is back.", sqlstate=state
+            )
+        if state in _SCHEMA_SQLSTATES:
+            return SchemaError(f"The log's tables are not as expected: {text}. Run `pgbackend migrate`.")
+        return DatabaseError(f"PostgreSQL refused the statement: {text} (SQLSTATE {state}).", sqlstate=state)
+    if isinstance(error, asyncpg.exceptions.ClientConfigurationError):
+        return ConfigError(f"The DSN is not usable: {text}.")
+    if isinstance(error, TimeoutError):
+        return ConnectionLostError("PostgreSQL did not answer in time. Check that it runs and can be reached.")
+    if isinstance(error, asyncpg.InterfaceError | OSError | asyncpg.InternalClientError):
+        return ConnectionLostError(f"PostgreSQL cannot be reached: {text}. Check that it runs, and the DSN.")
+    return error
+
+
+def on_warning(connection: Connection, callback: Callable[[str], None]) -> None:
+    """Call `callback(sqlstate)` for each warning that the server sends on this connection."""
+
+    def listener(_: object, message: asyncpg.PostgresLogMessage) -> None:
+        callback(message.sqlstate or "")
+
+    connection.add_log_listener(listener)  # type: ignore[arg-type] # the stubs want the proxy's type

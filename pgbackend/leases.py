@@ -1,0 +1,212 @@
+"""Who runs which shard: a worker's sign of life, and the claiming and giving up of shards (I5).
+
+A worker is alive as long as its row in `workers` is renewed, or better: as long as the backend of the connection that
+renews it exists. That connection is direct (never a pooler's), lives in a thread of its own with an event loop of its
+own, and listens for wake-ups besides, so a dispatcher that blocks the worker's loop costs neither lease nor hint.
+
+What a worker may rely on is its `Tenure`: a monotonic time up to which nobody else can have taken its shards over. It
+is counted from before the renewal was sent, and is void at once when the connection is lost: a worker in doubt begins no
+dispatch. What it had begun may overlap with the next owner's, and can never be committed: the epoch has changed.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from uuid import UUID
+
+from pgbackend import facts
+from pgbackend.database import Backoff, Connection, Database, translate
+from pgbackend.errors import PgBackendError
+from pgbackend.model import Epoch, Position
+from pgbackend.ranges import RangeSet
+from pgbackend.reader import Log
+from pgbackend.shard import Lease, Tenure
+from pgbackend.sql import load
+from pgbackend.sql.statements import LeasesSql
+
+_ECHO_TIMEOUT = 5.0
+"""Seconds in which a NOTIFY to itself must come back, before a listener is called deaf."""
+
+
+class Leases:
+    """Claims and gives up shards for one worker."""
+
+    def __init__(self, log: Log, *, schema: str, worker: UUID) -> None:
+        self._log = log
+        self._sql = load(LeasesSql, "leases", schema=schema)
+        self._worker = worker
+
+    async def claim(self, subscriptions: Sequence[str]) -> list[Lease]:
+        """Take every shard of these subscriptions that is free now."""
+        rows = await self._log.database.fetch(self._sql.claim, subscriptions, self._worker, self._log.incarnation)
+        return [
+            Lease(
+                subscription=row["subscription"],
+                shard=row["shard"],
+                shards=row["shards"],
+                epoch=Epoch(row["epoch"]),
+                position=Position(row["position"]),
+                pending=RangeSet.parse(row["pending"]),
+                place=row["ctid"],
+                complete=row["completed_at"] is not None,
+            )
+            for row in rows
+        ]
+
+    async def held(self) -> set[int]:
+        """The epochs that are still this worker's."""
+        return {row["epoch"] for row in await self._log.database.fetch(self._sql.held, self._worker)}
+
+    async def release(self, epochs: Sequence[int]) -> None:
+        """Give these shards up; others may claim them from now on."""
+        if epochs:
+            await self._log.database.execute(self._sql.release, self._worker, epochs)
+
+    async def leave(self) -> None:
+        """Forget this worker, and others that have not been heard of for long."""
+        await self._log.database.execute(self._sql.leave, self._worker)
+
+
+class Presence:
+    """The thread that keeps a worker alive in the eyes of the others, and listens for it."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        schema: str,
+        worker: UUID,
+        name: str,
+        lease_timeout: float,
+        channel: str,
+        tenure: Tenure,
+        on_hint: Callable[[str], None],
+    ) -> None:
+        """`on_hint` is called in the loop that calls `start()`: with each NOTIFY's payload, with "" after connecting."""
+        self._database = database
+        self._sql = load(LeasesSql, "leases", schema=schema)
+        self._worker = worker
+        self._name = name
+        self._lease_timeout = lease_timeout
+        self._channel = channel
+        self._tenure = tenure
+        self._on_hint = on_hint
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._alive = threading.Event()
+        self._stop = threading.Event()
+        self._echo = f"echo {worker}"
+        self._heard = 0.0
+
+    async def start(self) -> None:
+        """Return once the worker is registered and listens. Raises what the first connection raises."""
+        self._home = asyncio.get_running_loop()
+        first: asyncio.Future[None] = self._home.create_future()
+        self._thread = threading.Thread(target=self._in_thread, args=(first,), name="pgbackend presence", daemon=True)
+        self._thread.start()
+        try:
+            await first
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Return once the thread is over and its connection closed."""
+        self._tenure.valid_until = 0.0
+        self._stop.set()
+        loop, task = self._loop, self._task
+        if loop is not None and task is not None and not loop.is_closed():
+            try:
+                loop.call_soon_threadsafe(task.cancel)
+            except RuntimeError:
+                pass  # it ended in this moment
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 5.0)
+
+    def _in_thread(self, first: "asyncio.Future[None]") -> None:
+        async def main() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._task = asyncio.current_task()
+            await self._run(first)
+
+        try:
+            asyncio.run(main())
+        except asyncio.CancelledError:
+            pass  # stop()
+        except BaseException as error:  # noqa: BLE001 - a thread's error has nobody else to tell it
+            facts.emit("presence died", level=logging.ERROR, exc_info=error)
+        finally:
+            self._tenure.valid_until = 0.0
+
+    async def _run(self, first: "asyncio.Future[None]") -> None:
+        backoff = Backoff(cap=1.0)
+        while not self._stop.is_set():
+            connection: Connection | None = None
+            try:
+                connection = await self._database.connect(direct=True)
+                await connection.add_listener(self._channel, self._on_notify)
+                await self._renew(connection)
+                self._tell(first, None)
+                backoff.reset()
+                # LISTEN is on: whatever came before must be read, whatever comes after will be heard.
+                self._hint("")
+                await self._beat(connection)
+            except Exception as error:  # noqa: BLE001 - anything means: no sign of life, try again
+                self._tenure.valid_until = 0.0
+                if not first.done():
+                    self._tell(first, translate(error))
+                    return
+                facts.emit("presence lost", level=logging.WARNING, error=str(translate(error)))
+            finally:
+                if connection is not None:
+                    connection.terminate()
+            await backoff.wait()
+
+    async def _beat(self, connection: Connection) -> None:
+        """Renew three times a lease, and see that the channel is not deaf."""
+        interval = self._lease_timeout / 3
+        while True:
+            asked = time.monotonic()
+            await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._echo, timeout=interval)
+            await asyncio.sleep(interval)
+            if self._heard < asked and time.monotonic() - asked > _ECHO_TIMEOUT:
+                facts.emit("listener is deaf", level=logging.WARNING, channel=self._channel)
+                return
+            await self._renew(connection)
+
+    async def _renew(self, connection: Connection) -> None:
+        # Before it is sent: the server's clock starts counting later than ours, never earlier.
+        asked = time.monotonic()
+        await connection.fetchval(
+            self._sql.renew, self._worker, self._name, self._lease_timeout, timeout=self._lease_timeout / 3
+        )
+        self._tenure.valid_until = asked + self._lease_timeout
+
+    def _on_notify(self, _connection: object, _pid: object, _channel: object, payload: object) -> None:
+        text = str(payload)
+        if text == self._echo:
+            self._heard = time.monotonic()
+        elif not text.startswith("echo "):
+            self._hint(text)
+
+    def _hint(self, payload: str) -> None:
+        if self._home is not None and not self._home.is_closed():
+            try:
+                self._home.call_soon_threadsafe(self._on_hint, payload)
+            except RuntimeError:
+                pass  # it closed in this moment
+
+    def _tell(self, first: "asyncio.Future[None]", error: Exception | None) -> None:
+        def tell() -> None:
+            if not first.done():
+                if error is None:
+                    first.set_result(None)
+                else:
+                    first.set_exception(error if isinstance(error, PgBackendError) else translate(error))
+
+        assert self._home is not None  # noqa: S101 - set by start()
+        self._home.call_soon_threadsafe(tell)

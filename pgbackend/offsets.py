@@ -1,0 +1,200 @@
+"""Offset commits: gathered over all shards of the process, fenced by epoch, one statement at a time (I5, I6, I9).
+
+The first settled event after a quiet time is committed at once, then commits follow at most every `commit_interval`; the
+interval stretches so that committing takes less than a tenth of the time. What a commit does not find under its epoch,
+owner and incarnation is a lost lease: the row then belongs to somebody else, and nothing was changed.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from uuid import UUID
+
+from pgbackend import facts
+from pgbackend.database import Backoff
+from pgbackend.errors import DatabaseError, SchemaError
+from pgbackend.reader import Log
+from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
+from pgbackend.sql import load
+from pgbackend.sql.statements import OffsetsSql
+
+_SHARE = 0.1
+"""Committing takes at most this share of the time."""
+
+
+class Committer:
+    """Commits what its shards have settled."""
+
+    def __init__(self, log: Log, *, schema: str, worker: UUID, commit_interval: float) -> None:
+        self._log = log
+        self._sql = load(OffsetsSql, "offsets", schema=schema)
+        self._worker = worker
+        self._interval = commit_interval
+        self._dirty: dict[Shard, None] = {}
+        self._due = asyncio.Event()
+        self._one_commit = asyncio.Lock()
+        self.on_committed: Callable[[Shard, Mark], None] = lambda *_: None
+        """Called for each shard after its mark was committed."""
+        self.on_lost: Callable[[Shard], None] = lambda _: None
+        """Called for each shard whose lease turned out to be lost."""
+
+    def note(self, shard: Shard) -> None:
+        """There may be something to commit for this shard. Cheap: it is called for every settled event."""
+        self._dirty[shard] = None
+        self._due.set()
+
+    async def run(self) -> None:
+        backoff = Backoff()
+        while True:
+            await self._due.wait()
+            began = time.monotonic()
+            try:
+                await self.run_once()
+            except SchemaError:
+                raise
+            except DatabaseError as error:
+                facts.emit("commit failed", level=logging.WARNING, error=str(error))
+                await backoff.wait()
+                continue
+            backoff.reset()
+            took = time.monotonic() - began
+            await asyncio.sleep(max(self._interval, took / _SHARE - took))
+
+    async def run_once(self) -> None:
+        """Commit all there is. Raises DatabaseError when PostgreSQL does not answer; everything is kept for next time."""
+        async with self._one_commit:
+            shards, self._dirty = self._dirty, {}
+            self._due.clear()
+            marks = {shard: mark for shard in shards if not shard.lost and (mark := shard.collect()) is not None}
+            try:
+                await self._commit(marks)
+            except BaseException:
+                # Also when cut off in the middle: what was committed is committed again, to the same effect.
+                for shard, mark in marks.items():
+                    shard.give_back(mark)
+                    self.note(shard)
+                raise
+
+    async def _commit(self, marks: dict[Shard, Mark]) -> None:
+        plain = {shard: mark for shard, mark in marks.items() if not mark.outcomes and shard.committed[0] >= 0}
+        by_key = {shard: mark for shard, mark in marks.items() if shard not in plain}
+        if plain:
+            by_key.update(await self._commit_plain(plain))
+        if by_key:
+            lost = await self._commit_by_key(by_key)
+            if lost:
+                await self._log.verify_incarnation()
+            for shard in lost:
+                shard.lost = True
+                self.on_lost(shard)
+
+    async def _commit_plain(self, marks: dict[Shard, Mark]) -> dict[Shard, Mark]:
+        """Commit marks without outcomes; those whose row was not where it was."""
+        rows = await self._log.database.fetch(
+            self._sql.commit_offsets,
+            [shard.lease.epoch for shard in marks],
+            [shard.place for shard in marks],
+            [mark.position for mark in marks.values()],
+            [mark.pending for mark in marks.values()],
+            [mark.complete for mark in marks.values()],
+            self._worker,
+            self._log.incarnation,
+        )
+        return self._confirm(marks, rows)
+
+    async def _commit_by_key(self, marks: dict[Shard, Mark]) -> dict[Shard, Mark]:
+        """Commit marks with all their outcomes; those whose lease is lost."""
+        outcomes = [(shard.lease.epoch, outcome) for shard, mark in marks.items() for outcome in mark.outcomes.values()]
+        rows = await self._log.database.fetch(
+            self._sql.commit_by_key,
+            json.dumps(
+                [
+                    {
+                        "subscription": shard.lease.subscription,
+                        "shards": shard.lease.shards,
+                        "shard": shard.lease.shard,
+                        "epoch": shard.lease.epoch,
+                        "position": mark.position,
+                        "pending": mark.pending,
+                        "complete": mark.complete,
+                    }
+                    for shard, mark in marks.items()
+                ]
+            ),
+            self._worker,
+            self._log.incarnation,
+            json.dumps(
+                [
+                    {
+                        "epoch": epoch,
+                        "position": outcome.position,
+                        "attempt": outcome.attempt,
+                        "delay": outcome.delay,
+                        "error": outcome.error,
+                        "failure": asdict(outcome.failure) if outcome.failure else None,
+                    }
+                    for epoch, outcome in outcomes
+                    if isinstance(outcome, Scheduled)
+                ]
+            ),
+            json.dumps(
+                [
+                    {"epoch": epoch, "position": outcome.position}
+                    for epoch, outcome in outcomes
+                    if isinstance(outcome, Forgotten | Buried)
+                ]
+            ),
+            json.dumps(
+                [
+                    {
+                        "epoch": epoch,
+                        "position": outcome.position,
+                        "attempts": outcome.failure.attempts,
+                        "error": outcome.failure.error,
+                        "details": dict(outcome.failure.details),
+                    }
+                    for epoch, outcome in outcomes
+                    if isinstance(outcome, Buried)
+                ]
+            ),
+            json.dumps(
+                [
+                    {"epoch": epoch, "letter": outcome.letter}
+                    for epoch, outcome in outcomes
+                    if isinstance(outcome, LetterDelivered)
+                ]
+            ),
+            json.dumps(
+                [
+                    {
+                        "epoch": epoch,
+                        "letter": outcome.letter,
+                        "attempt": outcome.attempt,
+                        "delay": outcome.delay,
+                        "error": outcome.error,
+                        "details": dict(outcome.details),
+                    }
+                    for epoch, outcome in outcomes
+                    if isinstance(outcome, LetterFailed)
+                ]
+            ),
+        )
+        return self._confirm(marks, rows)
+
+    def _confirm(self, marks: dict[Shard, Mark], rows: Iterable[tuple[int, tuple[int, int]]]) -> dict[Shard, Mark]:
+        """Take the server's word for what was committed; the marks that it does not mention."""
+        places = {epoch: place for epoch, place in rows}  # noqa: C416 - records unpack, but are no pairs
+        missing: dict[Shard, Mark] = {}
+        for shard, mark in marks.items():
+            place = places.get(shard.lease.epoch)
+            if place is None:
+                missing[shard] = mark
+            else:
+                shard.confirm(mark, place)
+                self.on_committed(shard, mark)
+        if places:
+            facts.emit("offsets committed", level=logging.DEBUG, shards=len(places))
+        return missing

@@ -1,0 +1,646 @@
+"""One shard being delivered: events in from a cursor, through the dispatcher, out as settled positions.
+
+States of an event in a pump, with what moves it on:
+
+    read ──filter, bound or shard says no──▶ skipped
+     │ admit: the window has room
+     ▼
+    ready ──────── a worker takes it ──────▶ dispatching ──returns──▶ settled
+     ▲ key: its key is free                     │ raises
+     │ strict: it is the only one               ├── attempts left ──▶ scheduled: order "none" hands it over to
+     │                                          │     `redeliveries` and is rid of it; in ordered modes it stays
+     └───── due again ◀─────────────────────────┘     in the window, its key or shard waits, and only count and time
+                                                      are durable
+                                                └── none left, or Reject ──▶ the dead-letter dispatcher's turn, if
+                                                      there is one, else buried
+
+The pump's promises: no more is in flight than the window's bounds; nothing begins while the lease is in doubt; no
+transaction is open while a dispatcher runs (I4); a position is settled only after what became of it is on its way into
+the same commit (I7).
+"""
+
+import asyncio
+import contextvars
+import heapq
+import inspect
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from pgbackend import facts
+from pgbackend.codec import Event
+from pgbackend.errors import Reject, RetryAfter
+from pgbackend.health import TargetHealth
+from pgbackend.model import ConsumerDispatcher, EventFilter, Failure, Order
+from pgbackend.reader import Batch, size_of
+from pgbackend.retry import Retry
+from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Outcome, Scheduled, Shard
+from pgbackend.tail import Cursor
+
+_ERROR_CHARACTERS = 2000
+_LEASE_POLL = 0.05
+_DUE_ROOM = 200
+"""How many events that are due again a pump takes at a time."""
+_PROBE_ROOM = 20
+"""The same while the target is down."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Registration:
+    """A subscription as this process runs it."""
+
+    name: str
+    dispatcher: ConsumerDispatcher
+    dead_letter: ConsumerDispatcher | None
+    filter: EventFilter | None
+    order: Order
+    concurrency: int
+    shards: int
+    retry: Retry
+    start_at: datetime | None
+    """Events recorded at or before it are not for this subscription."""
+    end_position: int | None
+    end_at: datetime | None
+    health: TargetHealth = field(init=False)
+    threads: ThreadPoolExecutor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.health = TargetHealth(self.retry)
+
+    def accepts(self, event: Event) -> bool:
+        """Whether an event is within the date bounds and passes the filter."""
+        at = event.recorded_at
+        if at is not None and (
+            (self.start_at is not None and at <= self.start_at) or (self.end_at is not None and at >= self.end_at)
+        ):
+            return False
+        return self.filter is None or bool(self.filter(event))
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """An event that is dispatched once more."""
+
+    event: Event
+    handed_over: bool
+    """Whether it left the window, so that its settling is an outcome and not a position."""
+    letter: int | None = None
+
+
+class Pump:
+    """Delivers one shard until it is stopped or its lease is lost."""
+
+    def __init__(
+        self,
+        *,
+        registration: Registration,
+        shard: Shard,
+        cursor: Cursor,
+        note: Callable[[Shard], None],
+        waiting: dict[int, tuple[int, float, Failure | None]],
+        clock_passed: Callable[[datetime], Awaitable[bool]],
+        prove_end: Callable[[], Awaitable[int]],
+    ) -> None:
+        """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position."""
+        self.registration = registration
+        self.shard = shard
+        self._cursor = cursor
+        self._note = note
+        self._waiting = waiting
+        self._clock_passed = clock_passed
+        self._prove_end = prove_end
+        self._dispatch = _as_async(registration, registration.dispatcher)
+        self._dispatch_dead = _as_async(registration, registration.dead_letter) if registration.dead_letter else None
+        self._ordered = registration.order != "none"
+        self._ready: deque[Event] = deque()
+        self._again: deque[_Again] = deque()
+        self._letters: deque[_Again] = deque()
+        """Like `_again`, of those whose turn it is with the dead-letter dispatcher: a dead target does not hold them."""
+        self._parked: dict[object, deque[Event]] = {}
+        self._handed_over: set[int] = set()
+        self._sent_letters: set[int] = set()
+        self._idle: list[asyncio.Future[None]] = []
+        self._room: asyncio.Future[None] | None = None
+        self._probe_turn = asyncio.Lock()
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._due_times: list[float] = []
+        self._active: dict[int, str] = {}
+        self._quiet: asyncio.Event = asyncio.Event()
+        self._stopping = False
+        self._ended = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # The pump's life.
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        concurrency = 1 if self.registration.order == "strict" else self.registration.concurrency
+        name = self.shard.name
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = [
+                tasks.create_task(self._work(), name=f"deliver {name} #{number}") for number in range(concurrency)
+            ]
+            tasks.create_task(self._feed(), name=f"feed {name}")
+            if self.registration.end_position is not None or self.registration.end_at is not None:
+                tasks.create_task(self._finish(), name=f"finish {name}")
+
+    async def drain(self, timeout: float) -> None:
+        """Begin nothing more; return once nothing is being dispatched, after `timeout` seconds at the latest.
+
+        Async dispatchers that are still at work by then are cancelled. Threads cannot be: they are named in the log.
+        """
+        self._stopping = True
+        self._ready.clear()
+        self._again.clear()
+        self._letters.clear()
+        for timer in self._timers:
+            timer.cancel()
+        if self._active:
+            self._quiet.clear()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._quiet.wait()
+            except TimeoutError:
+                facts.emit(
+                    "drain timed out",
+                    level=logging.WARNING,
+                    shard=self.shard.name,
+                    events=sorted(self._active.values())[:10],
+                    threads=self.registration.threads is not None,
+                )
+        self._cursor.close()
+
+    @property
+    def retiring(self) -> bool:
+        """Whether it has been told to end."""
+        return self._stopping
+
+    def state(self) -> str:
+        """What it is doing, in a word or two, for `status()`."""
+        if self.shard.complete:
+            return "complete"
+        if self.registration.health.down and self.registration.order != "strict":
+            return "target down"
+        if self._cursor.blocked:
+            return "waiting for an open transaction"
+        return "running"
+
+    def lose(self) -> None:
+        """The lease is gone: begin nothing more, commit nothing more. What is at work may end."""
+        self.shard.lost = True
+        self._stopping = True
+
+    # Reading: cursor → window → ready.
+
+    async def _feed(self) -> None:
+        window, cursor = self.shard.window, self._cursor
+        while not self._ended:
+            batch = await cursor.next(window.holes)
+            for hole in batch.opened:
+                window.add_hole(self._before_end(hole))
+            await self._admit(batch)
+            for hole in batch.closed:
+                window.close_hole(hole)
+            end = self.registration.end_position
+            upto = batch.upto if end is None else min(batch.upto, end - 1)
+            if upto > window.position or batch.closed or batch.opened:
+                window.advance(upto)
+                self._note(self.shard)
+            cursor.advance(batch.upto)
+            self._ended = end is not None and batch.upto >= end - 1 and not window.holes
+
+    def _before_end(self, hole: tuple[int, int]) -> tuple[int, int]:
+        end = self.registration.end_position
+        return hole if end is None else (hole[0], min(hole[1], end))
+
+    async def _admit(self, batch: Batch) -> None:
+        """Take on each event of the batch that is for this shard, waiting for room as need be."""
+        window, registration = self.shard.window, self.registration
+        end, wanted = registration.end_position, registration.accepts
+        plain = registration.filter is None and registration.start_at is None and registration.end_at is None
+        shards, shard = self.shard.lease.shards, self.shard.lease.shard
+        for event in batch.events:
+            position = event.position
+            if end is not None and position >= end:
+                continue
+            if position <= window.position and position not in window.holes:
+                continue
+            if (shards > 1 and event._row[14] % shards != shard) or not (plain or self._wants(event, wanted)):  # type: ignore[misc] # noqa: SLF001 - key_hash, of the record
+                window.skip(position)
+                continue
+            size = size_of(event)
+            while not window.fits(size):
+                self._note(self.shard)
+                await self._until_room()
+            window.open(position, size)
+            self._make_ready(event)
+        self._note(self.shard)
+
+    def _wants(self, event: Event, wanted: EventFilter) -> bool:
+        try:
+            return wanted(event)
+        except Exception as error:  # noqa: BLE001 - a user's predicate may raise anything
+            # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
+            facts.emit(
+                "filter failed", level=logging.ERROR, subscription=self.registration.name, position=event.position,
+                error=_describe(error),
+            )  # fmt: skip
+            return True
+
+    async def _until_room(self) -> None:
+        self._room = asyncio.get_running_loop().create_future()
+        try:
+            await self._room
+        finally:
+            self._room = None
+
+    def _make_ready(self, event: Event) -> None:
+        """Queue an event, or park it behind its key, or hold it back until its noted time has come."""
+        if self._ordered:
+            if self._waiting and (before := self._waiting.pop(event.position, None)) is not None:
+                attempt, delay, failure = before
+                self._occupy(event)
+                self._later(delay, _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False))
+                return
+            if not self._occupy(event):
+                return
+        self._ready.append(event)
+        if self._idle:
+            self._wake()
+
+    def _key(self, event: Event) -> object:
+        return "strict" if self.registration.order == "strict" else event.key
+
+    def _occupy(self, event: Event) -> bool:
+        """Take the event's key, or park the event behind it."""
+        key = self._key(event)
+        if key is None:
+            return True
+        parked = self._parked.get(key)
+        if parked is None:
+            self._parked[key] = deque()
+            return True
+        parked.append(event)
+        return False
+
+    def _vacate(self, event: Event) -> None:
+        """The event is done with: the next of its key may go."""
+        key = self._key(event)
+        if key is None:
+            return
+        parked = self._parked.get(key)
+        if parked:
+            following = parked.popleft()
+            if self._waiting and (before := self._waiting.pop(following.position, None)) is not None:
+                attempt, delay, failure = before
+                again = following.with_delivery(attempt=attempt + 1, failure=failure)
+                self._later(delay, _Again(again, handed_over=False))
+            else:
+                self._ready.append(following)
+                self._wake()
+        else:
+            self._parked.pop(key, None)
+
+    # What is due again.
+
+    def room_for_due(self) -> int:
+        """How many events that are due again this pump would take now, beyond those it has."""
+        if self._stopping or self.shard.lost:
+            return 0
+        # What is at work is still found due until its outcome is committed.
+        at_work = len(self._handed_over) + len(self._sent_letters)
+        room = (_PROBE_ROOM if self.registration.health.down else _DUE_ROOM) - len(self._again) - len(self._letters)
+        return at_work + room if room > 0 else 0
+
+    def next_due(self) -> float | None:
+        """When something that this pump scheduled is due, in monotonic seconds."""
+        return self._due_times[0] if self._due_times else None
+
+    def take_due(self, event: Event, letter: int | None) -> None:
+        """Take an event that is due again, unless it is at work already."""
+        if self._stopping:
+            return
+        if letter is not None:
+            if letter in self._sent_letters:
+                return
+            self._sent_letters.add(letter)
+            self._again.append(_Again(event, handed_over=True, letter=letter))
+        else:
+            # Ordered modes have it in their window, and their own clock for it.
+            if self._ordered or event.position in self._handed_over:
+                return
+            self._handed_over.add(event.position)
+            queue = self._again if event.failure is None else self._letters
+            queue.append(_Again(event, handed_over=True))
+        self._wake()
+
+    def committed(self, mark: Mark) -> None:
+        """What the mark says is durable now: events that were handed over may be found due again."""
+        now = time.monotonic()
+        for outcome in mark.outcomes.values():
+            match outcome:
+                case Scheduled(position=position, delay=delay):
+                    self._handed_over.discard(position)
+                    if not self._ordered:
+                        heapq.heappush(self._due_times, now + delay)
+                case Forgotten(position=position) | Buried(position=position):
+                    self._handed_over.discard(position)
+                case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
+                    self._sent_letters.discard(letter)
+
+    def passed_due(self, now: float) -> None:
+        """The due times up to now have been seen to."""
+        while self._due_times and self._due_times[0] <= now:
+            heapq.heappop(self._due_times)
+
+    # Delivering: ready → dispatcher → settled.
+
+    async def _work(self) -> None:
+        """A standing worker: takes one event after the other. A task an event would cost 6 µs each."""
+        shard, window, ready = self.shard, self.shard.window, self._ready
+        health, dispatch, plain = self.registration.health, self._dispatch, not self._ordered
+        active, note = self._active, self._note
+        while True:
+            if not (ready or self._again or self._letters) or self._stopping:
+                await self._wait()
+                continue
+            if not shard.may_dispatch():
+                # Paused, not lost: the heartbeat says which within moments.
+                await asyncio.sleep(_LEASE_POLL)
+                continue
+            if self._letters:
+                again = self._letters.popleft()
+                self._wake_if_more()
+                await self._retry(again, probe=False)
+                continue
+            if health.down and self.registration.order != "strict":
+                await self._probe()
+                continue
+            if self._again:
+                again = self._again.popleft()
+                self._wake_if_more()
+                await self._retry(again, probe=False)
+                continue
+            event = ready.popleft()
+            if ready and self._idle:
+                self._wake()
+            position = event.position
+            active[position] = event.id
+            try:
+                await dispatch(event)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), probe=False)
+            except Exception as error:  # noqa: BLE001 - whatever a dispatcher raises is a failure of its event
+                self._fail(event, error, probe=False)
+            else:
+                if not shard.lost:
+                    window.settle(position)
+                    note(shard)
+                if health.failing:
+                    self._succeed()
+                if not plain:
+                    self._vacate(event)
+                if self._room is not None and not self._room.done():
+                    self._room.set_result(None)
+            finally:
+                active.pop(position, None)
+                if self._stopping and not active:
+                    self._quiet.set()
+
+    async def _wait(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._idle.append(future)
+        try:
+            await future
+        finally:
+            if future in self._idle:
+                self._idle.remove(future)
+
+    def _wake(self) -> None:
+        """Wake one idle worker; it wakes the next when there is more to do."""
+        while self._idle:
+            future = self._idle.pop()
+            if not future.done():
+                future.set_result(None)
+                return
+
+    def _wake_if_more(self) -> None:
+        if self._idle and (self._ready or self._again or self._letters):
+            self._wake()
+
+    async def _probe(self) -> None:
+        """While the target is down: one event at a time, at the times that its health allows."""
+        health = self.registration.health
+        async with self._probe_turn:
+            while health.down and not self._stopping and (delay := health.next_probe - time.monotonic()) > 0:
+                await asyncio.sleep(min(delay, _LEASE_POLL))
+            if not health.down or self._stopping or not self.shard.may_dispatch():
+                return
+            # In turn: what is due again, then what is new.
+            if self._again and (health.probes % 2 or not self._ready):
+                await self._retry(self._again.popleft(), probe=True)
+            elif self._ready:
+                await self._retry(_Again(self._ready.popleft(), handed_over=False), probe=True)
+
+    async def _retry(self, again: _Again, *, probe: bool) -> None:
+        """Dispatch an event that is not in the straight way from the log: again, as a probe, or as a dead letter."""
+        event = again.event
+        dispatch = self._dispatch if event.failure is None else self._dispatch_dead
+        if dispatch is None:
+            # It was on its way to a dead-letter dispatcher that this process does not have.
+            assert event.failure is not None  # noqa: S101 - only those have none
+            self._done(again, Buried(position=event.position, failure=event.failure))
+            return
+        self._active[event.position] = event.id
+        try:
+            await dispatch(event)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), probe=probe, again=again)
+        except Exception as error:  # noqa: BLE001 - whatever a dispatcher raises is a failure of its event
+            self._fail(event, error, probe=probe, again=again)
+        else:
+            if event.failure is None:
+                self._succeed()
+            if again.letter is not None:
+                self._done(again, LetterDelivered(letter=again.letter))
+            else:
+                self._done(again, Forgotten(position=event.position))
+        finally:
+            self._active.pop(event.position, None)
+            if self._stopping and not self._active:
+                self._quiet.set()
+
+    def _succeed(self) -> None:
+        if self.registration.health.succeeded():
+            facts.emit("target is up", level=logging.WARNING, subscription=self.registration.name)
+            for _ in range(len(self._idle)):
+                self._wake()
+
+    def _fail(self, event: Event, error: BaseException, *, probe: bool, again: _Again | None = None) -> None:
+        """Decide what becomes of an event that failed, and have it committed."""
+        registration, retry = self.registration, self.registration.retry
+        again = again or _Again(event, handed_over=False)
+        text, details = _describe(error), _details(error)
+        facts.emit(
+            "dispatch failed",
+            subscription=registration.name, position=event.position, attempt=event.attempt, error=text,
+        )  # fmt: skip
+        rejected = isinstance(error, Reject)
+        if event.failure is None and not rejected:
+            down = registration.health.failed(event.position, now=time.monotonic(), probe=probe)
+            if down and registration.order != "strict":
+                facts.emit("target is down", level=logging.WARNING, subscription=registration.name, error=text)
+        if event.attempt < retry.attempts and not rejected:
+            delay = retry.wait_before(event.attempt)
+            if isinstance(error, RetryAfter):
+                delay = max(delay, min(error.delay, retry.max_delay))
+            self._schedule(again, attempt=event.attempt, delay=delay, error=text, details=details)
+            return
+        if again.letter is not None:
+            self._done(
+                again, LetterFailed(letter=again.letter, attempt=event.attempt, delay=None, error=text, details=details)
+            )
+            return
+        failure = event.failure or Failure(error=text, attempts=event.attempt, details=details)
+        if event.failure is None and self._dispatch_dead is not None:
+            facts.emit("event given up", subscription=registration.name, position=event.position, error=text)
+            self._schedule(
+                _Again(event.with_delivery(attempt=0, failure=failure), handed_over=again.handed_over),
+                attempt=0, delay=0.0, error=text, details=details,
+            )  # fmt: skip
+            return
+        facts.emit(
+            "event buried", level=logging.WARNING,
+            subscription=registration.name, position=event.position, event_id=event.id, error=failure.error,
+        )  # fmt: skip
+        self._done(again, Buried(position=event.position, failure=failure))
+
+    def _schedule(self, again: _Again, *, attempt: int, delay: float, error: str, details: dict[str, str]) -> None:
+        """Note that the event is to be dispatched again, as attempt number `attempt + 1`."""
+        event = again.event
+        if again.letter is not None:
+            self._done(
+                again, LetterFailed(letter=again.letter, attempt=attempt, delay=delay, error=error, details=details)
+            )
+            return
+        outcome = Scheduled(
+            position=event.position, attempt=attempt, delay=delay, error=error, failure=event.failure
+        )  # fmt: skip
+        if self._ordered:
+            # Only the count and the time are durable; the position stays pending, and its key waits.
+            if not self.shard.lost:
+                self.shard.note(outcome)
+                self._note(self.shard)
+            self._later(delay, _Again(event.with_delivery(attempt=attempt + 1), handed_over=False))
+        else:
+            self._done(again, outcome)
+
+    def _later(self, delay: float, again: _Again) -> None:
+        if self._stopping:
+            return
+
+        def due() -> None:
+            self._timers.discard(timer)
+            (self._again if again.event.failure is None else self._letters).append(again)
+            self._wake()
+
+        timer = asyncio.get_running_loop().call_later(delay, due)
+        self._timers.add(timer)
+
+    def _done(self, again: _Again, outcome: Outcome) -> None:
+        """The event leaves the pump; what became of it is committed with the offset."""
+        event = again.event
+        if self.shard.lost:
+            return
+        if again.handed_over:
+            self.shard.note(outcome)
+        else:
+            # In ordered modes a failed event has a row to be forgotten; otherwise a first failure leaves one behind.
+            if self._ordered or not isinstance(outcome, Forgotten):
+                self.shard.note(outcome)
+            self.shard.window.settle(event.position)
+            if self._ordered:
+                self._vacate(event)
+            if self._room is not None and not self._room.done():
+                self._room.set_result(None)
+        self._note(self.shard)
+
+    # Coming to an end.
+
+    async def _finish(self) -> None:
+        """Wait until the subscription's end is reached, then say so durably."""
+        registration, window = self.registration, self.shard.window
+        goal = (registration.end_position or 0) - 1
+        if registration.end_at is not None:
+            while not await self._clock_passed(registration.end_at):
+                await asyncio.sleep(_FINISH_POLL)
+            # A check that began after the end: no event from before it can appear above what it proved.
+            proven = await self._prove_end()
+            goal = proven if registration.end_position is None else min(goal, proven)
+        while window.position < goal or len(window) or window.holes.below(goal):
+            await asyncio.sleep(_FINISH_POLL)
+        if not self.shard.complete:
+            self.shard.complete = True
+            self._note(self.shard)
+            facts.emit("subscription complete", subscription=registration.name, shard=self.shard.lease.shard)
+
+
+_FINISH_POLL = 0.05
+
+
+def _as_async(
+    registration: Registration, dispatcher: ConsumerDispatcher
+) -> Callable[[Event], Coroutine[Any, Any, object]]:
+    """The dispatcher as a coroutine function; plain functions run in the subscription's own threads."""
+    call = dispatcher if inspect.isfunction(dispatcher) or inspect.ismethod(dispatcher) else dispatcher.__call__  # type: ignore[operator]
+    if inspect.iscoroutinefunction(dispatcher) or inspect.iscoroutinefunction(call):
+        return dispatcher  # type: ignore[return-value] # just seen
+    if isinstance(dispatcher, partial) and inspect.iscoroutinefunction(dispatcher.func):
+        return dispatcher  # type: ignore[return-value] # just seen
+    if registration.threads is None:
+        registration.threads = ThreadPoolExecutor(
+            max_workers=registration.concurrency, thread_name_prefix=f"pgbackend {registration.name}"
+        )
+    threads = registration.threads
+
+    async def in_thread(event: Event) -> None:
+        context = contextvars.copy_context()
+        result = await asyncio.get_running_loop().run_in_executor(threads, context.run, dispatcher, event)
+        if inspect.isawaitable(result):
+            # A plain callable that returns an awaitable, such as a lambda around a coroutine function.
+            await result
+
+    return in_thread
+
+
+def _is_cancelled() -> bool:
+    """Whether it is this task that is being cancelled, not just something that the dispatcher awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _describe(error: BaseException) -> str:
+    """Type and message, fit for a text column: no NUL, no lone surrogate, not endless."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _storable(text)[:_ERROR_CHARACTERS]
+
+
+def _details(error: BaseException) -> dict[str, str]:
+    details = getattr(error, "details", None)
+    if not isinstance(details, dict):
+        return {}
+    return {_storable(str(name)): _storable(str(value)) for name, value in details.items()}
+
+
+def _storable(text: str) -> str:
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

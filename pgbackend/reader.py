@@ -1,0 +1,285 @@
+"""One reader of the log: pages in order, each proven by the fence before anybody gets it.
+
+A reader turns the log into a stream of `Batch`es. Applied one after another they tell a subscription all there is to
+know: the events in the order of their admission, up to where the log is accounted for, and which holes were left behind.
+Between `read_page` and a batch stands only `Gaps` (pgbackend/holes.py); this module does the I/O around it.
+
+Its promise: an event is in exactly one batch of a reader, and a position at or below `upto` that was in none is either
+in an open hole or dead for ever.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from pgbackend.codec import Event
+from pgbackend.database import Database, Record
+from pgbackend.errors import PgBackendError
+from pgbackend.holes import AppenderClock, Evidence, Gaps
+from pgbackend.model import BlockingAppender
+from pgbackend.ranges import Range, RangeSet
+from pgbackend.sql import load
+from pgbackend.sql.statements import HolesSql, LogSql
+
+PAGE_EVENTS = 1000
+PAGE_BYTES = 16 << 20
+"""Large data in one page; what is beyond it is read with the next."""
+_HELD_EVENTS = 5000
+_HELD_BYTES = 32 << 20
+"""What a reader keeps that is visible but above a hole it still waits for."""
+_PATIENT_READS = 20
+"""Looks at the same holes, about a quarter of a second, after which a reader counts as blocked."""
+_OPEN_HOLE_POLL = 0.25
+"""Seconds between looks at passed holes: an event comes within a second of its commit, also from plain SQL."""
+
+_DATA, _POSITION, _RECORDED_AT, _BYTES = 10, 12, 13, 15
+# What a Python object and its attributes weigh beside the data, for the byte windows.
+_EVENT_OVERHEAD = 700
+
+
+class IncarnationChanged(PgBackendError):  # noqa: N818 - a signal between the actors, never seen outside
+    """The server crashed or failed over: positions may have been given out again. Begin anew from durable rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one read found out. Never changed once it is made: several subscriptions share it."""
+
+    events: Sequence[Event]
+    """In the order of admission: first those that appeared in passed holes, then the log's next ones."""
+    upto: int
+    """Everything at or below is in a batch, in an open hole, or dead."""
+    opened: Sequence[Range]
+    """Holes that are now behind the reader, and may still be filled."""
+    closed: Sequence[Range]
+    """Holes behind the reader in which nothing can appear any more."""
+    size: int
+    """Bytes of its events, about."""
+    head: bool
+    """Whether the log had no more when it was read."""
+    again: float | None
+    """Seconds until the reader should look again by itself; None: when there is a hint or the clock says so."""
+
+    def __bool__(self) -> bool:
+        return bool(self.events or self.opened or self.closed)
+
+
+def size_of(event: Event) -> int:
+    """Bytes that an event takes in a window."""
+    data = event.data_bytes
+    return _EVENT_OVERHEAD + (len(data) if data is not None else 0)
+
+
+class Log:
+    """The log as readers see it: pages, evidence, and the life of the server that both belong to."""
+
+    def __init__(self, database: Database, *, schema: str, hole_wait: float) -> None:
+        self.sql = load(LogSql, "log", schema=schema)
+        self._holes_sql = load(HolesSql, "holes", schema=schema)
+        self.database = database
+        self.clock = AppenderClock(hole_wait=hole_wait)
+        self._one_check = asyncio.Lock()
+        self._incarnation: UUID | None = None
+
+    @property
+    def incarnation(self) -> UUID | None:
+        """The life of the server that this process works in; None before `enter_incarnation()`."""
+        return self._incarnation
+
+    async def enter_incarnation(self) -> UUID:
+        """Learn the server's present life, or name it when it has none yet."""
+        while True:
+            found = await self.database.fetchval(self.sql.find_incarnation)
+            if isinstance(found, UUID):
+                self._incarnation = found
+                return found
+            await self.database.execute(self.sql.begin_incarnation)
+
+    async def verify_incarnation(self) -> None:
+        """Raise IncarnationChanged when the server's life is not the one this process works in."""
+        if await self.database.fetchval(self.sql.find_incarnation) != self._incarnation:
+            raise IncarnationChanged("The server was restarted after a crash, or failed over.")
+
+    async def check(self) -> Evidence:
+        """Take the evidence that the fence needs. Serial, so that the clock never goes back to older evidence."""
+        async with self._one_check:
+            row = await self.database.fetchrow(self._holes_sql.appenders_in_flight)
+            assert row is not None  # noqa: S101 - a SELECT of scalars
+            upto, appenders, incarnation = row
+            if self._incarnation is not None and incarnation != self._incarnation:
+                raise IncarnationChanged("The server was restarted after a crash, or failed over.")
+            self.clock.observe(appenders, now=time.monotonic())
+            return Evidence(upto, frozenset(appenders), incarnation)
+
+    async def appenders(self) -> tuple[BlockingAppender, ...]:
+        """Who is appending right now, oldest first, for people."""
+        return tuple(
+            BlockingAppender(
+                **{name: row[name] for name in ("virtual_transaction", "pid", "gid", "application", "age")}
+            )
+            for row in await self.database.fetch(self._holes_sql.describe_appenders)
+        )
+
+    async def oldest_appender(self) -> datetime | None:
+        """When the oldest open appender's transaction began; None when that cannot be seen of each of them."""
+        begun = [row["xact_start"] for row in await self.database.fetch(self._holes_sql.describe_appenders)]
+        return None if None in begun else min(begun, default=None)
+
+    async def read(self, *, after: int, limit: int, holes: RangeSet) -> tuple[list[Event], list[Event], bool]:
+        """What appeared in `holes`, what is above `after` (at most `limit`), and whether there is more to read.
+
+        When the holes have more than a page, nothing of what is above them is returned.
+        """
+        if holes:
+            rows = await self.database.fetch(
+                self.sql.read_page_and_holes, after, limit, self._incarnation, str(holes), PAGE_EVENTS
+            )
+        else:
+            rows = await self.database.fetch(self.sql.read_page, after, limit, self._incarnation)
+        if not rows:
+            await self.verify_incarnation()
+            return [], [], False
+        split = next((i for i, row in enumerate(rows) if row[_POSITION] > after), len(rows)) if holes else 0
+        if split >= PAGE_EVENTS:
+            rows = rows[:split]
+        full = split >= PAGE_EVENTS or 0 < limit <= len(rows) - split
+        events = [Event(row, row[_POSITION], row[_RECORDED_AT]) for row in rows]
+        stubs = [(i, row[_BYTES]) for i, row in enumerate(rows) if row[_DATA] is None and row[_BYTES] is not None]
+        if stubs:
+            kept = await self._fetch_data(events, rows, stubs)
+            if kept < len(rows):
+                return events[:split][:kept], events[split:kept], True
+        return events[:split], events[split:], full
+
+    async def _fetch_data(self, events: list[Event], rows: list[Record], stubs: list[tuple[int, int]]) -> int:
+        """Put the large data into its events, up to `PAGE_BYTES`; how many of the events are whole."""
+        total, wanted, kept = 0, [], len(events)
+        for index, size in stubs:
+            if wanted and total + size > PAGE_BYTES:
+                kept = index
+                break
+            total += size
+            wanted.append(rows[index][_POSITION])
+        found = dict(await self.database.fetch(self.sql.read_data, wanted))  # type: ignore[arg-type] # pairs
+        for index, _ in stubs:
+            row = rows[index]
+            if index < kept and (data := found.get(row[_POSITION])) is not None:
+                events[index] = Event(
+                    (*tuple(row)[:_DATA], data, *tuple(row)[_DATA + 1 :]), row[_POSITION], row[_RECORDED_AT]
+                )
+        return kept
+
+
+class Reader:
+    """Reads on from a position. Not safe for two tasks at once."""
+
+    def __init__(self, log: Log, *, after: int, holes: Iterable[Range] = (), patient: bool = False) -> None:
+        """`holes`: ranges at or below `after` that may still be filled. `patient`: wait for every hole, as `strict` must."""
+        self._log = log
+        self._gaps = Gaps(holes, patient=patient)
+        self._top = after
+        self._held: list[Event] = []
+        self._held_bytes = 0
+        self._blocked_reads = 0
+        self.position = after
+
+    def adopt(self, holes: Iterable[Range]) -> None:
+        """Also watch these holes from now on; what appears in them comes with a later batch."""
+        self._gaps.adopt(holes)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it waits for an appender that has been open for longer than most are."""
+        return self._blocked_reads > _PATIENT_READS
+
+    def open_holes(self) -> RangeSet:
+        """Everything at or below `position` that may still be filled."""
+        return self._gaps.ranges().below(self.position)
+
+    async def read(self, *, prove: bool = False) -> Batch:
+        """One round: evidence if there are gaps (or to `prove` that the log's end is its end), a page, a verdict."""
+        evidence: Evidence | None = None
+        if self._gaps or prove:
+            evidence = await self._log.check()
+            self._gaps.narrow(evidence)
+        room = len(self._held) < _HELD_EVENTS and self._held_bytes < _HELD_BYTES
+        late, page, more = await self._log.read(
+            after=self._top, limit=PAGE_EVENTS if room else 0, holes=self._gaps.ranges()
+        )
+        # After the read: what is still missing now, and has nobody left to fill it, is dead.
+        passed = set(self._gaps.fill([event.position for event in late])) if late else set()
+        closed = self._gaps.bury() if self._gaps and not (late and more) else []
+        self._take(page)
+        if prove and evidence is not None and room and not more and evidence.upto > self._top:
+            # Nothing above the last row was visible after the evidence: the rest up to its `upto` is a hole as well.
+            self._gaps.add(self._top + 1, evidence.upto + 1)
+            self._top = evidence.upto
+        events = [event for event in late if event.position in passed]
+        appeared = [event for event in late if event.position not in passed]
+        if appeared:
+            self._held = sorted([*self._held, *appeared], key=lambda event: event.position)
+            self._held_bytes += sum(map(size_of, appeared))
+        opened = self._gaps.pass_overdue(self._log.clock, now=time.monotonic()) if self._gaps else []
+        before = self.position
+        size = sum(map(size_of, events))
+        released = self._release()
+        size += sum(map(size_of, released))
+        return Batch(
+            events=[*events, *released] if events else released,
+            upto=self.position,
+            opened=opened,
+            closed=[gap for gap in closed if gap[0] <= before],
+            size=size,
+            head=not more and not self._held,
+            again=self._again(more=more and room, progress=bool(events or released or opened or closed)),
+        )
+
+    def _take(self, page: list[Event]) -> None:
+        """Keep a page's events, and note what is missing between them."""
+        if not page:
+            return
+        top = self._top
+        last = page[-1].position
+        if last - top != len(page):
+            for event in page:
+                if event.position != top + 1:
+                    self._gaps.add(top + 1, event.position)
+                top = event.position
+        self._top = last
+        if self._held:
+            self._held.extend(page)
+            self._held_bytes += sum(map(size_of, page))
+        else:
+            self._held = page
+            self._held_bytes = sum(map(size_of, page)) if self._gaps.waiting else 0
+
+    def _release(self) -> list[Event]:
+        """The held events that no hole holds back any more; moves `position` along."""
+        limit = self._gaps.limit() if self._gaps else None
+        if limit is None:
+            released, self._held, self._held_bytes = self._held, [], 0
+            self.position = self._top
+            return released
+        count = 0
+        for event in self._held:
+            if event.position > limit:
+                break
+            count += 1
+        released, self._held = self._held[:count], self._held[count:]
+        if released:
+            self._held_bytes = sum(map(size_of, self._held))
+        self.position = max(self.position, limit - 1)
+        return released
+
+    def _again(self, *, more: bool, progress: bool) -> float | None:
+        if more or self._gaps.unproven:
+            self._blocked_reads = 0
+            return 0.0
+        if self._gaps.waiting:
+            # Most appenders are over in a millisecond or two; one that is not costs a look every 25 ms.
+            self._blocked_reads = 0 if progress else self._blocked_reads + 1
+            return min(0.001 * 1.5**self._blocked_reads, 0.025)
+        return _OPEN_HOLE_POLL if self._gaps else None

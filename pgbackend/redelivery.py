@@ -1,0 +1,104 @@
+"""Failed events that are due again, and dead letters: read here, changed with the offsets (pgbackend/offsets.py)."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from pgbackend.codec import Event
+from pgbackend.database import Database, Record
+from pgbackend.model import DeadLetter, Failure
+from pgbackend.shard import Lease
+from pgbackend.sql import load
+from pgbackend.sql.statements import RedeliverySql
+
+_POSITION, _RECORDED_AT = 12, 13
+_LETTERS_PAGE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class DueEvent:
+    """An event to be dispatched again, with the attempt that it is about to make."""
+
+    event: Event
+    epoch: int
+    letter: int | None
+    """The dead letter that it comes from, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a position in an ordered mode has behind it."""
+
+    attempt: int
+    delay: float
+    failure: Failure | None
+
+
+class Redelivery:
+    """Reads `redeliveries` and `dead_letters`."""
+
+    def __init__(self, database: Database, *, schema: str) -> None:
+        self._database = database
+        self._sql = load(RedeliverySql, "redelivery", schema=schema)
+
+    async def find_due(self, asking: Sequence[tuple[Lease, int]]) -> list[DueEvent]:
+        """For each shard up to so many events of its own that are due now."""
+        rows = await self._database.fetch(self._sql.find_due, *_asked(asking))
+        return [
+            DueEvent(
+                _event(row, attempt=row["attempt"] + 1, failure=_failure(row["failure"])), row["epoch"], letter=None
+            )
+            for row in rows
+        ]
+
+    async def find_due_letters(self, asking: Sequence[tuple[Lease, int]]) -> list[DueEvent]:
+        """The same of dead letters that were sent again."""
+        rows = await self._database.fetch(self._sql.find_due_letters, *_asked(asking))
+        return [DueEvent(_event(row, attempt=row["attempt"] + 1), row["epoch"], row["letter_id"]) for row in rows]
+
+    async def find_attempts(self, lease: Lease) -> dict[int, Waiting]:
+        """By position: what a former owner noted of this shard's failed events."""
+        rows = await self._database.fetch(self._sql.find_attempts, lease.subscription, lease.shard, lease.shards)
+        return {row["position"]: Waiting(row["attempt"], row["delay"], _failure(row["failure"])) for row in rows}
+
+    async def letters(self, subscription: str | None) -> AsyncIterator[DeadLetter]:
+        """All dead letters, or one subscription's, in the order of their ids."""
+        last = 0
+        while True:
+            rows = await self._database.fetch(self._sql.list_letters, last, subscription, _LETTERS_PAGE)
+            for row in rows:
+                last = row["letter_id"]
+                failure = Failure(error=row["error"], attempts=row["attempts"], details=json.loads(row["details"]))
+                yield DeadLetter(
+                    id=last,
+                    subscription=row["subscription"],
+                    event=_event(row, attempt=row["attempts"], failure=failure),
+                    failure=failure,
+                    buried_at=row["buried_at"],
+                    due_at=row["due_at"],
+                )
+            if len(rows) < _LETTERS_PAGE:
+                return
+
+    async def redeliver(self, ids: Sequence[int] | None, subscription: str | None) -> int:
+        """Make dead letters due now; how many."""
+        return len(await self._database.fetch(self._sql.redeliver_letters, ids, subscription))
+
+
+def _asked(asking: Sequence[tuple[Lease, int]]) -> tuple[list[int], list[str], list[int], list[int], list[int]]:
+    leases = [lease for lease, _ in asking]
+    return (
+        [lease.epoch for lease in leases],
+        [lease.subscription for lease in leases],
+        [lease.shard for lease in leases],
+        [lease.shards for lease in leases],
+        [room for _, room in asking],
+    )
+
+
+def _event(row: Record, *, attempt: int, failure: Failure | None = None) -> Event:
+    return Event(row, row[_POSITION], row[_RECORDED_AT], attempt, failure)
+
+
+def _failure(text: str | None) -> Failure | None:
+    return Failure(**json.loads(text)) if text is not None else None

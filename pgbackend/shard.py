@@ -1,0 +1,152 @@
+"""One shard while this worker runs it: its lease, its window, and what is to be committed for it next.
+
+The pump fills it, the committer empties it. Pure: no I/O.
+
+An **outcome** is what became of an event that was not simply handled. It is committed in the same statement as the offset
+that it belongs to, so that a crash finds an event either in the log's path or in redelivery, never in both, and never in
+neither. Of several outcomes for one event only the last is kept.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pgbackend.model import Epoch, Failure, Position
+from pgbackend.ranges import RangeSet
+from pgbackend.window import Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """Failed, to be dispatched again."""
+
+    position: int
+    attempt: int
+    """Attempts made."""
+    delay: float
+    error: str
+    failure: Failure | None
+    """Set once the main dispatcher has given up and the dead-letter dispatcher has its turn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """Handled at last: nothing is due any more."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buried:
+    """Given up: a dead letter."""
+
+    position: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterDelivered:
+    """A dead letter that an operator sent again was handled."""
+
+    letter: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterFailed:
+    """It failed again: due once more after `delay`, or at rest when that is None."""
+
+    letter: int
+    attempt: int
+    delay: float | None
+    error: str
+    details: Mapping[str, str]
+
+
+Outcome = Scheduled | Forgotten | Buried | LetterDelivered | LetterFailed
+OutcomeKey = tuple[str, int]
+
+
+def outcome_key(outcome: Outcome) -> OutcomeKey:
+    """Outcomes with the same key replace each other."""
+    if isinstance(outcome, LetterDelivered | LetterFailed):
+        return ("letter", outcome.letter)
+    return ("event", outcome.position)
+
+
+class Tenure:
+    """Until when this worker may begin dispatches, by its own monotonic clock. Set by the heartbeat's thread."""
+
+    __slots__ = ("valid_until",)
+
+    def __init__(self) -> None:
+        self.valid_until = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What `claim` returned: the right to run a shard, and where it stands."""
+
+    subscription: str
+    shard: int
+    shards: int
+    epoch: Epoch
+    position: Position
+    pending: RangeSet
+    place: tuple[int, int]
+    """The offset row's ctid."""
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What is to be committed for a shard."""
+
+    position: int
+    pending: str
+    complete: bool
+    outcomes: Mapping[OutcomeKey, Outcome]
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """A lease being used."""
+
+    lease: Lease
+    window: Window
+    tenure: Tenure
+    place: tuple[int, int]
+    """The offset row's ctid as the last commit returned it."""
+    lost: bool = False
+    """Whether another worker has it, or may have: nothing is dispatched or committed any more."""
+    complete: bool = False
+    outcomes: dict[OutcomeKey, Outcome] = field(default_factory=dict)
+    committed: tuple[int, str] = (0, "{}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.lease.subscription}/{self.lease.shard}"
+
+    def may_dispatch(self) -> bool:
+        return not self.lost and time.monotonic() < self.tenure.valid_until
+
+    def note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome_key(outcome)] = outcome
+
+    def collect(self) -> Mark | None:
+        """Take what there is to commit; None when the row says it already."""
+        position, pending = self.window.mark()
+        text = str(pending)
+        outcomes, self.outcomes = self.outcomes, {}
+        if not outcomes and not self.complete and (position, text) == self.committed:
+            return None
+        return Mark(position, text, self.complete, outcomes)
+
+    def give_back(self, mark: Mark) -> None:
+        """The commit did not happen, or nobody knows: commit it again with the next."""
+        self.outcomes = {**mark.outcomes, **self.outcomes}
+        self.committed = (-1, "")
+
+    def confirm(self, mark: Mark, place: tuple[int, int]) -> None:
+        """The row says it now."""
+        self.place = place
+        self.committed = (mark.position, mark.pending)

@@ -1,0 +1,43 @@
+-- The evidence that the fence rests on. See pgbackend/holes.py for the proof.
+
+-- name: appenders_in_flight
+-- The highest position given out, then who may hold one of those open. The order matters, so the list is a subquery that
+-- depends on the sequence's row: the locks are read after it. No filter by pid: a prepared transaction has none.
+SELECT
+    head.upto,
+    ARRAY(
+        SELECT held.virtualtransaction
+        FROM pg_catalog.pg_locks AS held
+        WHERE held.locktype = 'relation'
+            AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+            AND held.relation = to_regclass(quote_ident({schema_literal}) || '.events')
+            AND held.mode = 'RowExclusiveLock'
+            AND held.granted
+            AND head.upto >= 0
+    ) AS appenders,
+    (SELECT id FROM {schema}.incarnation) AS incarnation
+FROM (
+    SELECT CASE WHEN sequence.is_called THEN sequence.last_value ELSE 0 END AS upto
+    FROM {schema}.events_position_seq AS sequence
+    OFFSET 0
+) AS head;
+
+-- name: describe_appenders
+-- The same transactions with what this role may see of them, oldest first. For people, not for the proof.
+SELECT
+    held.virtualtransaction AS virtual_transaction,
+    held.pid,
+    prepared.gid,
+    activity.application_name AS application,
+    extract(epoch FROM clock_timestamp() - coalesce(activity.xact_start, prepared.prepared))::float8 AS age,
+    activity.xact_start
+FROM pg_catalog.pg_locks AS held
+LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
+LEFT JOIN pg_catalog.pg_prepared_xacts AS prepared
+    ON held.pid IS NULL AND held.virtualtransaction = '-1/' || prepared.transaction::text
+WHERE held.locktype = 'relation'
+    AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+    AND held.relation = to_regclass(quote_ident({schema_literal}) || '.events')
+    AND held.mode = 'RowExclusiveLock'
+    AND held.granted
+ORDER BY age DESC NULLS LAST;

@@ -1,0 +1,110 @@
+-- Committing offsets: one statement for all shards of a process, each row under its epoch (I5).
+
+-- name: commit_offsets
+-- Rows are found by the ctid that the last commit returned: under a snapshot held for an hour the index keeps every old
+-- version's entry, and a look-up by key went from 0.3 to 5.8 ms after 20,000 commits, by ctid it stayed flat.
+-- A row that is not returned was moved by somebody else, or has another owner: see `commit_by_key`.
+UPDATE {schema}.offsets AS stored
+SET position = marked.position,
+    pending = marked.pending::int8multirange,
+    completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END
+FROM unnest($1::bigint[], $2::tid[], $3::bigint[], $4::text[], $5::boolean[])
+    AS marked (epoch, place, position, pending, complete)
+WHERE stored.ctid = marked.place
+    AND stored.epoch = marked.epoch
+    AND stored.owner = $6
+    AND stored.position <= marked.position
+    AND (SELECT id FROM {schema}.incarnation) = $7
+RETURNING stored.epoch, stored.ctid;
+
+-- name: commit_by_key
+-- The same by primary key, together with what became of failed events: an event is either in the log's path or in
+-- redelivery, never in both, because both change in this one statement. Every part but the first is fenced by it.
+WITH marked AS (
+    SELECT *
+    FROM jsonb_to_recordset($1::jsonb) AS mark (
+        subscription text, shards int, shard int, epoch bigint, position bigint, pending text, complete boolean
+    )
+),
+fenced AS (
+    UPDATE {schema}.offsets AS stored
+    SET position = marked.position,
+        pending = marked.pending::int8multirange,
+        completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END
+    FROM marked
+    WHERE stored.subscription = marked.subscription
+        AND stored.shards = marked.shards
+        AND stored.shard = marked.shard
+        AND stored.epoch = marked.epoch
+        AND stored.owner = $2
+        AND stored.position <= marked.position
+        AND (SELECT id FROM {schema}.incarnation) = $3
+    RETURNING stored.epoch, stored.subscription, stored.ctid
+),
+scheduled AS (
+    INSERT INTO {schema}.redeliveries AS kept (subscription, position, key_hash, attempt, due_at, last_error, failure)
+    SELECT fenced.subscription, due.position, event.key_hash, due.attempt,
+        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json
+    FROM jsonb_to_recordset($4::jsonb) AS due (
+        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb
+    )
+    JOIN fenced USING (epoch)
+    JOIN {schema}.events AS event ON event.position = due.position
+    ON CONFLICT (subscription, position) DO UPDATE
+    SET attempt = excluded.attempt,
+        due_at = excluded.due_at,
+        last_error = excluded.last_error,
+        failure = excluded.failure
+),
+forgotten AS (
+    DELETE FROM {schema}.redeliveries AS kept
+    USING fenced
+    JOIN jsonb_to_recordset($5::jsonb) AS done (epoch bigint, position bigint) USING (epoch)
+    WHERE kept.subscription = fenced.subscription
+        AND kept.position = done.position
+),
+buried AS (
+    INSERT INTO {schema}.dead_letters (
+        subscription, position, recorded_at, key_hash, specversion, id, source, type, subject, time,
+        datacontenttype, dataschema, partitionkey, extensions, data, data_encoding, attempts, error, details
+    )
+    SELECT fenced.subscription, event.position, event.recorded_at, event.key_hash, event.specversion, event.id,
+        event.source, event.type, event.subject, event.time, event.datacontenttype, event.dataschema,
+        event.partitionkey, event.extensions, event.data, event.data_encoding, dead.attempts, dead.error,
+        dead.details::json
+    FROM jsonb_to_recordset($6::jsonb) AS dead (
+        epoch bigint, position bigint, attempts int, error text, details jsonb
+    )
+    JOIN fenced USING (epoch)
+    JOIN {schema}.events AS event ON event.position = dead.position
+    ON CONFLICT (subscription, position) DO UPDATE
+    SET attempts = excluded.attempts,
+        error = excluded.error,
+        details = excluded.details,
+        buried_at = now(),
+        attempt = 0,
+        due_at = NULL
+),
+delivered_letters AS (
+    DELETE FROM {schema}.dead_letters AS letter
+    USING fenced
+    JOIN jsonb_to_recordset($7::jsonb) AS done (epoch bigint, letter bigint) USING (epoch)
+    WHERE letter.letter_id = done.letter
+        AND letter.subscription = fenced.subscription
+),
+failed_letters AS (
+    UPDATE {schema}.dead_letters AS letter
+    SET attempt = failed.attempt,
+        attempts = letter.attempts + 1,
+        error = failed.error,
+        details = failed.details::json,
+        due_at = clock_timestamp() + make_interval(secs => failed.delay)
+    FROM jsonb_to_recordset($8::jsonb) AS failed (
+        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb
+    )
+    JOIN fenced USING (epoch)
+    WHERE letter.letter_id = failed.letter
+        AND letter.subscription = fenced.subscription
+)
+SELECT epoch, ctid
+FROM fenced;

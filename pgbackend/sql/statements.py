@@ -1,0 +1,57 @@
+"""Which statements each `.sql` file has: one frozen dataclass a file, held against it when it is loaded."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LogSql:
+    append: str
+    append_one: str
+    read_page: str
+    read_page_and_holes: str
+    read_data: str
+    find_position: str
+    find_gaps: str
+    find_incarnation: str
+    begin_incarnation: str
+    notify: str
+
+
+@dataclass(frozen=True, slots=True)
+class HolesSql:
+    appenders_in_flight: str
+    describe_appenders: str
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetsSql:
+    commit_offsets: str
+    commit_by_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesSql:
+    renew: str
+    claim: str
+    held: str
+    release: str
+    leave: str
+
+
+@dataclass(frozen=True, slots=True)
+class RedeliverySql:
+    find_due: str
+    find_due_letters: str
+    find_attempts: str
+    list_letters: str
+    redeliver_letters: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionsSql:
+    find_subscription: str
+    create_subscription: str
+    move_subscription: str
+    delete_subscription: str
+    list_status: str
+    find_places: str

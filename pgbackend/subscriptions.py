@@ -1,0 +1,226 @@
+"""Subscriptions as they stand in the database: created, checked, moved, deleted, listed.
+
+Creating one is where "from now on" is decided: whatever is acknowledged after `create()` returns is delivered, and nothing
+older is replayed. For `latest` that takes the fence: positions up to the log's head may still be open.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
+from typing import Literal
+
+from pgbackend.errors import (
+    ConfigError,
+    DatabaseError,
+    SubscriptionExistsError,
+    SubscriptionMismatchError,
+    SubscriptionNotFoundError,
+)
+from pgbackend.holes import MAX_PENDING_RANGES
+from pgbackend.model import Epoch, Order, Position, ShardStatus, SubscriptionStatus
+from pgbackend.ranges import RangeSet
+from pgbackend.reader import Log
+from pgbackend.sql import load
+from pgbackend.sql.statements import SubscriptionsSql
+
+Place = int | datetime | Literal["earliest", "latest"]
+
+_SKEW = timedelta(seconds=60)
+"""`recorded_at` follows positions but for how long an appender can be held up between drawing one and the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """What is stored of a subscription besides its offsets."""
+
+    name: str
+    order: Order
+    shards: int
+    end_position: int | None
+    end_at: datetime | None
+    start_at: datetime | None = None
+
+
+class Subscriptions:
+    """Reads and writes `subscriptions`, and makes and removes their `offsets`."""
+
+    def __init__(self, log: Log, *, schema: str) -> None:
+        self._log = log
+        self._sql = load(SubscriptionsSql, "subscriptions", schema=schema)
+
+    async def ensure(self, wanted: Definition, start: Place) -> Definition:
+        """Create the subscription at `start`, or return the one that is there.
+
+        Raises SubscriptionMismatchError when that one's order, shards or end are others.
+        """
+        found = await self.find(wanted.name)
+        if found is None:
+            position, pending, start_at = await self._locate(start)
+            created = await self._log.database.fetchval(
+                self._sql.create_subscription,
+                wanted.name, wanted.order, wanted.shards, start_at, wanted.end_position, wanted.end_at, position,
+                str(pending),
+            )  # fmt: skip
+            found = await self.find(wanted.name)
+            if found is None:
+                raise SubscriptionNotFoundError(f"Subscription {wanted.name!r} was deleted while it was being created.")
+            if created is not None:
+                return found
+        differences = [
+            f"{label} is {getattr(found, name)!r}, not {getattr(wanted, name)!r}"
+            for name, label in (
+                ("order", "its order"),
+                ("shards", "its shard count"),
+                ("end_position", "its end position"),
+                ("end_at", "its end date"),
+            )  # fmt: skip
+            if getattr(found, name) != getattr(wanted, name)
+        ]
+        if differences:
+            raise SubscriptionMismatchError(
+                f"Subscription {wanted.name!r} exists, and {', '.join(differences)}. "
+                "Subscribe with what is stored, or delete the subscription first."
+            )
+        return found
+
+    async def find(self, name: str) -> Definition | None:
+        row = await self._log.database.fetchrow(self._sql.find_subscription, name)
+        if row is None:
+            return None
+        return Definition(
+            name=row["name"],
+            order=row["ordering"],
+            shards=row["shards"],
+            start_at=row["start_at"],
+            end_position=row["end_position"],
+            end_at=row["end_at"],
+        )
+
+    async def seek(self, name: str, place: Place) -> None:
+        """Move every shard to `place` under a new epoch, and drop what was waiting to be tried again."""
+        if await self.find(name) is None:
+            raise not_found(name)
+        position, pending, start_at = await self._locate(place)
+        if not await self._log.database.fetch(self._sql.move_subscription, name, position, str(pending), start_at):
+            raise not_found(name)
+
+    async def delete(self, name: str) -> None:
+        if await self._log.database.fetchval(self._sql.delete_subscription, name) is None:
+            raise not_found(name)
+
+    async def _locate(self, place: Place) -> tuple[int, RangeSet, datetime | None]:
+        """An offset for a place: position, what is pending below it, and the date that bounds what is delivered."""
+        if place == "earliest":
+            return 0, RangeSet(), None
+        if place == "latest":
+            position, pending = await self._latest()
+            return position, pending, None
+        if isinstance(place, datetime):
+            return await self._position_before(place), RangeSet(), place
+        if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+            raise ConfigError(
+                f"{place!r} is no place in the log: expected 'earliest', 'latest', a position, or an aware datetime."
+            )
+        head = (await self._log.check()).upto
+        if place > head:
+            raise ConfigError(f"Position {place} is ahead of the log, whose head is {head}: give one that exists.")
+        return place, RangeSet(), None
+
+    async def _latest(self) -> tuple[int, RangeSet]:
+        """The log's head, and what at or below it may still appear: those events are acknowledged after this."""
+        evidence = await self._log.check()
+        head, blockers = evidence.upto, evidence.appenders
+        began = time.monotonic()
+        pause = 0.001
+        while blockers:
+            overdue = all(self._log.clock.is_overdue(name, now=time.monotonic()) for name in blockers)
+            if overdue or time.monotonic() - began > self._log.clock.hole_wait:
+                return head, await self._open_holes(head)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.025)
+            now_open = (await self._log.check()).appenders
+            prepared = {name for name in now_open - evidence.appenders if name.startswith("-1/")}
+            blockers = (blockers & now_open) | (prepared if blockers - now_open else set())
+        return head, RangeSet()
+
+    async def _open_holes(self, head: int) -> RangeSet:
+        """Every position up to `head` that is missing and may belong to an appender that is open now."""
+        floor = await self._floor()
+        rows = await self._log.database.fetch(self._log.sql.find_gaps, floor, head, MAX_PENDING_RANGES + 1)
+        if len(rows) > MAX_PENDING_RANGES:
+            names = ", ".join(str(a.pid or a.gid) for a in await self._log.appenders())
+            raise DatabaseError(
+                f"Where the log ends cannot be said: transactions that append to it are open (pid {names}), "
+                f"and more than {MAX_PENDING_RANGES} gaps may be theirs. End them, or start at a position."
+            )
+        return RangeSet((row["lower"], row["upper"]) for row in reversed(rows))
+
+    async def _floor(self) -> int:
+        """A position that no open appender's lie at or below: the last one recorded before the oldest of them began."""
+        begun = await self._log.oldest_appender()
+        return 0 if begun is None else await self._position_before(begun)
+
+    async def _position_before(self, date: datetime) -> int:
+        """A position at or below which nothing was recorded after `date`. By bisection over the primary key."""
+        date = min(date, datetime.now(UTC) + timedelta(days=1)) - _SKEW
+        low, high = 0, (await self._log.check()).upto
+        while low < high:
+            middle = (low + high + 1) // 2
+            row = await self._log.database.fetchrow(self._log.sql.find_position, middle)
+            if row is not None and row["recorded_at"] <= date:
+                low = max(middle, row["position"])
+            else:
+                high = middle - 1
+        return low
+
+    async def statuses(self, *, head: int, running: dict[str, str]) -> tuple[SubscriptionStatus, ...]:
+        """All subscriptions, by name. `running`: what this process has to say of those that it runs."""
+        rows = await self._log.database.fetch(self._sql.list_status)
+        return tuple(
+            self._status(name, list(shards), head=head, state=running.get(name))
+            for name, shards in groupby(rows, key=lambda row: str(row["name"]))
+        )
+
+    def _status(self, name: str, rows: list, *, head: int, state: str | None) -> SubscriptionStatus:  # type: ignore[type-arg] # records
+        shards = tuple(
+            ShardStatus(
+                shard=row["shard"],
+                shards=row["shards"],
+                position=Position(row["position"]),
+                pending=RangeSet.parse(row["pending"]).count(),
+                epoch=Epoch(row["epoch"]),
+                owner=str(row["owner"]) if row["owner"] else None,
+                owner_name=row["owner_name"],
+            )
+            for row in rows
+        )
+        owned = any(shard.owner_name for shard in shards)
+        return SubscriptionStatus(
+            name=name,
+            order=rows[0]["ordering"],
+            shards=shards,
+            lag=max(max(0, head - shard.position) + shard.pending for shard in shards),
+            redeliveries=rows[0]["redeliveries"],
+            dead_letters=rows[0]["dead_letters"],
+            last_error=rows[0]["last_error"],
+            complete=all(row["completed_at"] for row in rows),
+            state=state or ("elsewhere" if owned else "stopped"),
+        )
+
+    async def places(self) -> tuple[int, int, int, bool]:
+        """The highest offset, the highest event, the sequence's value, and whether the server is a standby."""
+        row = await self._log.database.fetchrow(self._sql.find_places)
+        assert row is not None  # noqa: S101 - a SELECT of scalars
+        return row["offset_position"], row["event_position"], row["head"], row["in_recovery"]
+
+
+def not_found(name: str) -> SubscriptionNotFoundError:
+    return SubscriptionNotFoundError(f"There is no subscription {name!r}. `pgbackend status` lists those there are.")
+
+
+def exists(name: str) -> SubscriptionExistsError:
+    return SubscriptionExistsError(
+        f"Subscription {name!r} is running in this backend already. Use another name, or unsubscribe it first."
+    )

@@ -1,0 +1,101 @@
+"""Wake-ups: who appended says so, who reads may sleep. Hints only (I10): polling is always on beneath.
+
+`Hints` is the bell inside a process. `Notifier` rings the other processes' bells with a NOTIFY that follows the commit
+it speaks of, in a transaction of its own: NOTIFY takes a lock at commit that the whole cluster shares, and inside the
+producers' transactions it brought 7,500 durable inserts a second down to 2,400.
+"""
+
+import asyncio
+import hashlib
+
+from pgbackend import facts
+from pgbackend.database import Database
+from pgbackend.errors import DatabaseError
+
+_MIN_INTERVAL = 0.02
+"""Seconds between two NOTIFYs of a process under load. The first after a quiet time goes at once."""
+
+_MAX_CHANNEL_BYTES = 63
+
+LEASES = "leases"
+"""The payload of a hint that is about shards, not about events."""
+
+
+def channel(schema: str) -> str:
+    """The log's NOTIFY channel: a name that PostgreSQL takes whole, one for each schema of a database."""
+    name = f"pgbackend:{schema}"
+    if len(name.encode()) <= _MAX_CHANNEL_BYTES:
+        return name
+    return "pgbackend:" + hashlib.sha256(schema.encode()).hexdigest()[:32]
+
+
+class Hints:
+    """A bell that nobody misses: whoever waits names the last stroke it knows of."""
+
+    def __init__(self) -> None:
+        self._strokes = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    @property
+    def strokes(self) -> int:
+        """How often it rang. Read it before looking at the log, wait for the next one after."""
+        return self._strokes
+
+    def ring(self) -> None:
+        self._strokes += 1
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self, *, since: int, timeout: float) -> None:
+        """Return once it rang after stroke `since`, or `timeout` seconds have passed."""
+        if self._strokes != since:
+            return
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        self._waiters.add(waiter)
+        alarm = loop.call_later(timeout, _wake, waiter)
+        try:
+            await waiter
+        finally:
+            alarm.cancel()
+            self._waiters.discard(waiter)
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+class Notifier:
+    """Tells the other processes of this log, in the background, at most every 20 ms, that there is something new."""
+
+    def __init__(self, database: Database, *, channel: str, statement: str, sender: str) -> None:
+        """`sender` is the payload: a process ignores what it said itself."""
+        self._database = database
+        self._channel = channel
+        self._statement = statement
+        self._sender = sender
+        self._due = asyncio.Event()
+
+    def notify(self) -> None:
+        """There is something new. Returns at once."""
+        self._due.set()
+
+    async def notify_leases(self) -> None:
+        """There are shards to claim, or to give up. Returns when the others were told, or cannot be."""
+        try:
+            await self._database.execute(self._statement, self._channel, LEASES)
+        except DatabaseError as error:
+            facts.emit("notify failed", error=str(error))
+
+    async def run(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            try:
+                await self._database.execute(self._statement, self._channel, self._sender)
+            except DatabaseError as error:
+                # Only a hint is lost: the others poll.
+                facts.emit("notify failed", error=str(error))
+            await asyncio.sleep(_MIN_INTERVAL)

@@ -1,0 +1,95 @@
+"""What one shard has taken on and not yet settled, and what its offset may therefore say.
+
+Pure: no I/O, no clock. A window knows three kinds of positions at or below its reading place: those in flight (taken on,
+not settled), open holes (no event to be seen yet), and the rest, which is settled. `mark()` turns that into an offset:
+
+    position  1  2  3  4  5  6  7  8  9           settled: 1 2 4 6 · in flight: 3 5 7 8 9
+                                      │
+    mark() == (6, {[3,4),[5,6)})      └ nothing above 6 is settled, so the offset need not speak of it
+"""
+
+from pgbackend.ranges import Range, RangeSet
+
+
+class Window:
+    """Positions in flight, bounded by count and bytes."""
+
+    __slots__ = ("_in_flight", "_top", "bytes", "holes", "max_bytes", "max_events", "position")
+
+    def __init__(self, *, position: int, pending: RangeSet, max_events: int, max_bytes: int) -> None:
+        """Begin behind an offset. `pending` is what the offset lists: it may hold events, holes, or both."""
+        self.position = position
+        """How far the log has been read for this shard."""
+        self.holes = pending.copy()
+        self.max_events = max_events
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._in_flight: dict[int, int] = {}
+        self._top = position
+
+    def __len__(self) -> int:
+        """How many events are in flight."""
+        return len(self._in_flight)
+
+    @property
+    def full(self) -> bool:
+        """Whether it must not take on more. One event always fits, however large."""
+        return len(self._in_flight) >= self.max_events or self.bytes >= self.max_bytes
+
+    def fits(self, size: int) -> bool:
+        """Whether an event of that size may be opened now."""
+        count = len(self._in_flight)
+        return not count or (count < self.max_events and self.bytes + size <= self.max_bytes)
+
+    def admits(self, position: int) -> bool:
+        """Whether an event has not been seen by this shard: it is further on, or fills a hole."""
+        return position > self.position or position in self.holes
+
+    def open(self, position: int, size: int) -> None:
+        """Take on an event that `admits()` let in: from now on it is in flight."""
+        self._in_flight[position] = size
+        self.bytes += size
+        if position > self.position:
+            self.position = position
+        else:
+            self.holes.discard(position)
+
+    def skip(self, position: int) -> None:
+        """Pass over an event that is not for this subscription or shard."""
+        if position > self.position:
+            self.position = position
+        else:
+            self.holes.discard(position)
+
+    def settle(self, position: int) -> None:
+        """It is handled, or durably somebody else's concern. Once; KeyError for what is not in flight."""
+        self.bytes -= self._in_flight.pop(position)
+        if position > self._top:
+            self._top = position
+
+    def add_hole(self, hole: Range) -> None:
+        """A hole that the reader passed; the part that this shard has gone by already is known to it."""
+        self.holes.add(max(hole[0], self.position + 1), hole[1])
+
+    def close_hole(self, hole: Range) -> None:
+        """Nothing can appear there any more."""
+        self.holes.remove(*hole)
+
+    def advance(self, upto: int) -> None:
+        """Everything up to here has been opened, skipped, or is a hole."""
+        self.position = max(self.position, upto)
+
+    def mark(self) -> tuple[int, RangeSet]:
+        """The offset as it may be committed now: a position, and what at or below it is pending.
+
+        Never lower than the one before: an event that fills a hole below an earlier mark is pending instead.
+        """
+        if not self._in_flight:
+            self._top = self.position
+            return self.position, self.holes.below(self.position)
+        in_flight = sorted(self._in_flight)
+        above = next((position for position in in_flight if position > self._top), None)
+        mark = self._top = self.position if above is None else above - 1
+        pending = RangeSet.of(position for position in in_flight if position <= mark)
+        holes = self.holes.below(mark)
+        return mark, holes.union(pending) if holes else pending

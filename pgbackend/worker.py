@@ -1,0 +1,379 @@
+"""One worker: a started backend within one life of the server.
+
+It registers, then in rounds claims the free shards of the subscriptions that this process knows, with a pump for each. It
+ends when it is told to (it drains, commits, gives its shards up), or with `IncarnationChanged`, when everything it holds
+in memory is void and a new worker must begin from the durable rows.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import uuid4
+
+from pgbackend import facts
+from pgbackend.database import Backoff
+from pgbackend.errors import DatabaseError, SchemaError
+from pgbackend.leases import Leases, Presence
+from pgbackend.offsets import Committer
+from pgbackend.pump import Pump, Registration
+from pgbackend.reader import IncarnationChanged, Log
+from pgbackend.redelivery import Redelivery
+from pgbackend.segments import Segments
+from pgbackend.shard import Lease, Mark, Shard, Tenure
+from pgbackend.tail import Tail
+from pgbackend.wakeup import LEASES, Hints, Notifier
+from pgbackend.window import Window
+
+_ROUND = 1.0
+"""Seconds between two rounds of claiming, at most: a dead worker's shards do not wait for a long `poll_interval`."""
+_EXTEND = 5.0
+"""Seconds between looks at the segments while the log is quiet."""
+_SEGMENT_PAUSE = 0.2
+"""The same while it is not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a backend was configured with. Times in seconds."""
+
+    schema: str
+    hole_wait: float
+    poll_interval: float
+    commit_interval: float
+    lease_timeout: float
+    produce_timeout: float
+    drain_timeout: float
+    max_event_bytes: int
+    window_events: int
+    window_bytes: int
+    buffer_bytes: int
+
+
+class Worker:
+    """Runs the shards of its registrations until `stop` is set."""
+
+    def __init__(
+        self,
+        *,
+        log: Log,
+        segments: Segments,
+        settings: Settings,
+        registrations: dict[str, Registration],
+        hints: Hints,
+        notifier: Notifier,
+        channel: str,
+        sender: str,
+    ) -> None:
+        self._log = log
+        self._segments = segments
+        self._settings = settings
+        self._registrations = registrations
+        self._hints = hints
+        self._notifier = notifier
+        self._sender = sender
+        self._rounds = Hints()
+        self._id = uuid4()
+        self._tenure = Tenure()
+        self._pumps: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
+        self._retiring: dict[str, int] = {}
+        self._due = asyncio.Event()
+        self._leases = Leases(log, schema=settings.schema, worker=self._id)
+        self._redelivery = Redelivery(log.database, schema=settings.schema)
+        self._committer = Committer(
+            log, schema=settings.schema, worker=self._id, commit_interval=settings.commit_interval
+        )
+        self._committer.on_committed = self._on_committed
+        self._committer.on_lost = self._on_lost
+        self._presence = Presence(
+            log.database,
+            schema=settings.schema,
+            worker=self._id,
+            name=f"{socket.gethostname()}:{os.getpid()}",
+            lease_timeout=settings.lease_timeout,
+            channel=channel,
+            tenure=self._tenure,
+            on_hint=self._on_hint,
+        )
+        self._tail: Tail | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # A worker's life.
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Deliver until `stop` is set, then drain, commit and give up every shard."""
+        await self._log.enter_incarnation()
+        await self._presence.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self._tail = Tail(
+                    self._log,
+                    self._hints,
+                    poll_interval=self._settings.poll_interval,
+                    buffer_bytes=self._settings.buffer_bytes,
+                    tasks=tasks,
+                )
+                standing = [
+                    tasks.create_task(self._committer.run(), name="commit offsets"),
+                    tasks.create_task(self._run_rounds(), name="claim shards"),
+                    tasks.create_task(self._run_redelivery(), name="redeliver"),
+                    tasks.create_task(self._run_segments(), name="extend segments"),
+                ]
+                facts.emit("worker started", worker=str(self._id))
+                await stop.wait()
+                standing[1].cancel()
+                await self._retire(list(self._pumps))
+                for task in standing:
+                    task.cancel()
+                await self._leave()
+        except BaseExceptionGroup as group:
+            # One cause is enough to end it; a new life of the server explains whatever else came with it.
+            changed, other = group.split(IncarnationChanged)
+            raise _first(changed or other) from group
+        finally:
+            self._tasks = None
+            for pump, _ in self._pumps.values():
+                pump.lose()
+            await self._presence.stop()
+            facts.emit("worker stopped", worker=str(self._id))
+
+    async def _leave(self) -> None:
+        try:
+            await self._leases.leave()
+        except DatabaseError as error:
+            facts.emit("leave failed", level=logging.WARNING, error=str(error))
+        await self._notifier.notify_leases()
+
+    def claim_soon(self) -> None:
+        """There are new registrations."""
+        self._rounds.ring()
+
+    def redeliver_soon(self) -> None:
+        """Dead letters were sent on their way again."""
+        self._due.set()
+
+    async def release(self, name: str) -> None:
+        """Return once nothing of this subscription is in flight here, its offsets are committed and its shards free."""
+        mine = [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
+        await self._retire(mine)
+        await self._notifier.notify_leases()
+
+    def states(self) -> dict[str, str]:
+        """By subscription: what it is doing here."""
+        return {pump.registration.name: pump.state() for pump, _ in self._pumps.values()}
+
+    def _on_hint(self, payload: str) -> None:
+        if payload == self._sender:
+            return
+        if payload in (LEASES, ""):
+            self._rounds.ring()
+        if payload != LEASES:
+            self._hints.ring()
+
+    # Claiming and giving up.
+
+    async def _run_rounds(self) -> None:
+        backoff = Backoff()
+        while True:
+            strokes = self._rounds.strokes
+            try:
+                await self.run_round()
+            except SchemaError:
+                raise
+            except DatabaseError as error:
+                facts.emit("claim failed", level=logging.WARNING, error=str(error))
+                await backoff.wait()
+                continue
+            backoff.reset()
+            await self._rounds.wait(since=strokes, timeout=min(self._settings.poll_interval, _ROUND))
+
+    async def run_round(self) -> None:
+        """Drop what others have taken over, claim what is free."""
+        known = set(self._pumps)
+        held = await self._leases.held()
+        for epoch in known - held:
+            if epoch in self._pumps:
+                self._on_lost(self._pumps[epoch][0].shard)
+        # Claimed, but the connection broke before its pump began.
+        await self._leases.release([epoch for epoch in held if epoch not in known])
+        owned: dict[str, int] = {}
+        for pump, _ in self._pumps.values():
+            owned[pump.registration.name] = owned.get(pump.registration.name, 0) + 1
+        wanted = [
+            name
+            for name, registration in self._registrations.items()
+            if not self._retiring.get(name) and owned.get(name, 0) < registration.shards
+        ]
+        if not wanted:
+            return
+        for lease in await self._leases.claim(wanted):
+            registration = self._registrations.get(lease.subscription)
+            if registration is None:
+                # Unsubscribed in this moment.
+                await self._leases.release([lease.epoch])
+                continue
+            await self._begin(lease, registration)
+
+    async def _begin(self, lease: Lease, registration: Registration) -> None:
+        assert self._tail is not None  # noqa: S101 - rounds run inside run()
+        assert self._tasks is not None  # noqa: S101
+        waiting = {}
+        if registration.order != "none":
+            found = await self._redelivery.find_attempts(lease)
+            waiting = {position: (before.attempt, before.delay, before.failure) for position, before in found.items()}
+        shard = Shard(
+            lease=lease,
+            window=Window(
+                position=lease.position,
+                pending=lease.pending,
+                max_events=self._settings.window_events,
+                max_bytes=self._settings.window_bytes,
+            ),
+            tenure=self._tenure,
+            place=lease.place,
+            complete=lease.complete,
+            committed=(lease.position, str(lease.pending)),
+        )
+        pump = Pump(
+            registration=registration,
+            shard=shard,
+            cursor=self._tail.cursor(after=lease.position, holes=lease.pending, patient=registration.order == "strict"),
+            note=self._committer.note,
+            waiting=waiting,
+            clock_passed=self._clock_passed,
+            prove_end=self._prove_end,
+        )
+        task = self._tasks.create_task(pump.run(), name=f"pump {shard.name}")
+        self._pumps[lease.epoch] = (pump, task)
+        self._due.set()
+        facts.emit(
+            "lease claimed", subscription=lease.subscription, shard=lease.shard, epoch=lease.epoch,
+            position=lease.position, pending=lease.pending.count(),
+        )  # fmt: skip
+
+    async def _retire(self, epochs: Iterable[int]) -> None:
+        """Drain these pumps together, commit, and give their shards up."""
+        leaving = [(epoch, *self._pumps[epoch]) for epoch in epochs]
+        for _, pump, _ in leaving:
+            self._retiring[pump.registration.name] = self._retiring.get(pump.registration.name, 0) + 1
+        try:
+            await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for _, pump, _ in leaving))
+            try:
+                async with asyncio.timeout(self._settings.drain_timeout):
+                    await self._committer.run_once()
+                    await self._leases.release([epoch for epoch, pump, _ in leaving if not pump.shard.lost])
+            except (DatabaseError, TimeoutError) as error:
+                # Others take over when this worker is gone; what was not committed is dispatched again.
+                facts.emit("release failed", level=logging.WARNING, error=str(error))
+            for epoch, pump, task in leaving:
+                pump.lose()
+                task.cancel()
+                self._pumps.pop(epoch, None)
+                facts.emit("lease released", subscription=pump.registration.name, shard=pump.shard.lease.shard)
+            await asyncio.gather(*(task for _, _, task in leaving), return_exceptions=True)
+        finally:
+            for _, pump, _ in leaving:
+                self._retiring[pump.registration.name] -= 1
+
+    def _on_lost(self, shard: Shard) -> None:
+        """Somebody else has the shard, or it was moved: end its pump; what is at work there may finish first."""
+        entry = self._pumps.get(shard.lease.epoch)
+        if entry is None or self._tasks is None:
+            return
+        pump, _ = entry
+        if pump.retiring:
+            return
+        pump.lose()
+        facts.emit("lease lost", level=logging.WARNING, subscription=pump.registration.name, shard=shard.lease.shard)
+        self._tasks.create_task(self._end_lost(shard.lease.epoch), name=f"end {shard.name}")
+
+    async def _end_lost(self, epoch: int) -> None:
+        if epoch in self._pumps:
+            await self._retire([epoch])
+            self._rounds.ring()
+
+    # Failed events that are due again.
+
+    def _on_committed(self, shard: Shard, mark: Mark) -> None:
+        entry = self._pumps.get(shard.lease.epoch)
+        if entry is not None and mark.outcomes:
+            entry[0].committed(mark)
+            self._due.set()
+
+    async def _run_redelivery(self) -> None:
+        backoff = Backoff()
+        while True:
+            self._due.clear()
+            now = time.monotonic()
+            try:
+                await self._redeliver_due(now)
+            except SchemaError:
+                raise
+            except DatabaseError as error:
+                facts.emit("redelivery failed", level=logging.WARNING, error=str(error))
+                await backoff.wait()
+                continue
+            backoff.reset()
+            times = [due for pump, _ in self._pumps.values() if (due := pump.next_due()) is not None]
+            delay = min(min(times, default=now + _ROUND) - time.monotonic(), self._settings.poll_interval, _ROUND)
+            try:
+                # At most a look each 10 ms, however often something is scheduled.
+                await asyncio.sleep(min(max(delay, 0.0), 0.01))
+                async with asyncio.timeout(max(delay, 0.0)):
+                    await self._due.wait()
+            except TimeoutError:
+                pass
+
+    async def _redeliver_due(self, now: float) -> None:
+        pumps = [pump for pump, _ in self._pumps.values()]
+        for pump in pumps:
+            pump.passed_due(now)
+        asking = [(pump.shard.lease, room) for pump in pumps if (room := pump.room_for_due())]
+        if not asking:
+            return
+        found = [*await self._redelivery.find_due(asking), *await self._redelivery.find_due_letters(asking)]
+        for due in found:
+            if due.epoch in self._pumps:
+                self._pumps[due.epoch][0].take_due(due.event, due.letter)
+
+    # What the pumps ask of the server.
+
+    async def _clock_passed(self, date: datetime) -> bool:
+        """Whether the server's clock is past a date."""
+        try:
+            return bool(await self._log.database.fetchval("SELECT clock_timestamp() >= $1", date))
+        except DatabaseError:
+            return False
+
+    async def _prove_end(self) -> int:
+        """The log's head, from before everything that is open now."""
+        backoff = Backoff()
+        while True:
+            try:
+                return (await self._log.check()).upto
+            except DatabaseError:
+                await backoff.wait()
+
+    async def _run_segments(self) -> None:
+        while True:
+            try:
+                await self._segments.extend()
+            except DatabaseError as error:
+                facts.emit("segments not extended", level=logging.WARNING, error=str(error))
+            strokes = self._hints.strokes
+            await asyncio.sleep(_SEGMENT_PAUSE)
+            await self._hints.wait(since=strokes, timeout=_EXTEND)
+
+
+def _first(group: BaseExceptionGroup[BaseException] | None) -> BaseException:
+    """An exception of the group, out of however many groups."""
+    error: BaseException | None = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert error is not None  # noqa: S101 - a group is never empty
+    return error
