@@ -30,7 +30,6 @@ from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.backend import Backend
 from pgbackend.codec import COLUMNS, Event, Row, encode
-from pgbackend.embedded import EmbeddedServer
 from pgbackend.errors import PgBackendError
 
 EVENT_BYTES = 500
@@ -85,6 +84,9 @@ async def run(
     """All measurements, on the database of `dsn` or on an embedded server that is gone afterwards."""
     if dsn is not None:
         return await _run(dsn, events, rounds, progress)
+    # Here, because its package is an extra.
+    from pgbackend.embedded import EmbeddedServer  # noqa: PLC0415
+
     with tempfile.TemporaryDirectory(prefix="pgbackend-bench-", ignore_cleanup_errors=True) as directory:
         server = EmbeddedServer(Path(directory))
         try:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from pgbackend import schema
+from pgbackend import Backend, schema
 from tests.support.server import TemporaryServer
 
 
@@ -67,6 +67,15 @@ async def empty_database(server: str) -> AsyncIterator[str]:
     """DSN of a database without a log."""
     async with _new_database(server, template="template1") as dsn:
         yield dsn
+
+
+@pytest.fixture
+async def backend(database: str) -> AsyncIterator[Backend]:
+    """An initialized backend on a log of its own, stopped at the end; `start()` is the test's."""
+    backend = Backend(database)
+    await backend.init()
+    yield backend
+    await backend.stop()
 
 
 @asynccontextmanager

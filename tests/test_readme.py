@@ -18,7 +18,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
 
 
 async def test_first_program_runs_as_written_and_prints_what_it_says(tmp_path: Path) -> None:
@@ -33,22 +34,17 @@ async def test_first_program_runs_as_written_and_prints_what_it_says(tmp_path: P
     assert (out.decode(), err.decode(), process.returncode) == (output, "", 0)
 
 
-async def test_sql_producer_is_accepted_and_delivered(backend: Backend) -> None:
+async def test_sql_producer_is_accepted_and_delivered(backend: Backend, database: str) -> None:
     handled: asyncio.Queue[object] = asyncio.Queue()
     running = asyncio.create_task(backend.start())
     await backend.subscribe("billing", lambda event: handled.put_nowait(event.get_data()), start="earliest")
-    connection = await asyncpg.connect(backend_dsn(backend))
+    connection = await asyncpg.connect(database)
     await connection.execute(_blocks("sql")[0])
     await connection.close()
     async with asyncio.timeout(10):
         assert await handled.get() == {"order": 17}
     await backend.stop()
     await running
-
-
-def backend_dsn(backend: Backend) -> str:
-    dsn: str = backend._database.dsn
-    return dsn
 
 
 def test_broker_configuration_is_accepted() -> None:

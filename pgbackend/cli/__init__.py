@@ -1,6 +1,6 @@
 """The command line: parses, calls `Backend` or the broker, prints. No SQL and no logic of its own.
 
-Each command lives in a module that is imported when it is needed, so that `--version` and a wrong word answer at once.
+Each command lives in a module that is imported when it is needed, so that one does not pay for the others.
 Whatever goes wrong ends in one line that says what to do, and exit code 1; wrong usage is 2.
 """
 
@@ -8,6 +8,7 @@ from importlib import import_module
 
 import click
 
+from pgbackend.backend import VERSION
 from pgbackend.errors import PgBackendError
 
 _COMMANDS = {
@@ -44,7 +45,7 @@ _SETTINGS = {"auto_envvar_prefix": "PGBACKEND", "help_option_names": ["-h", "--h
 
 @click.group(cls=_Commands, context_settings=_SETTINGS)
 # Not by environment: a deployment that notes its PGBACKEND_VERSION must not get that printed instead of its work.
-@click.version_option(package_name="pgbackend", message="%(prog)s %(version)s", allow_from_autoenv=False)
+@click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
 def main() -> None:
     """A durable event log for CloudEvents, inside the PostgreSQL you already run.
 

@@ -1,8 +1,8 @@
 """`pgbackend bench`: this machine's figures beside those of bare asyncpg."""
 
 import asyncio
-import json
 from dataclasses import asdict
+from json import dumps
 
 import click
 
@@ -24,8 +24,8 @@ from pgbackend.cli.options import table
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How many rounds; medians count."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(dsn: str | None, *, events: int, rounds: int, as_json: bool) -> None:  # fmt: skip
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def bench(dsn: str | None, *, events: int, rounds: int, json: bool) -> None:  # fmt: skip
     """Measure pgbackend against bare asyncpg on the same rows, in the same run.
 
     Takes a few minutes with the defaults. The ratio is what counts: ours divided by bare.
@@ -33,9 +33,9 @@ def bench(dsn: str | None, *, events: int, rounds: int, as_json: bool) -> None: 
     report = asyncio.run(
         run(dsn, events=events, rounds=rounds, progress=lambda text: click.echo(f"… {text}", err=True))
     )
-    if as_json:
+    if json:
         measurements = [{**asdict(each), "ratio": each.ratio, "ok": each.ok} for each in report.measurements]
-        click.echo(json.dumps({"machine": report.machine, "measurements": measurements}, indent=2))
+        click.echo(dumps({"machine": report.machine, "measurements": measurements}, indent=2))
     else:
         click.echo(_render(report))
 

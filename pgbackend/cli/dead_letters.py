@@ -1,7 +1,7 @@
 """`pgbackend dead-letters`: events that were given up, what they held and why, and another try."""
 
 import asyncio
-import json
+from json import dumps
 
 import click
 
@@ -19,22 +19,20 @@ def dead_letters() -> None:
 @backend_options()
 @click.option("--subscription", metavar="NAME", help="Only those of this subscription.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, with the whole event.")
-def list_(
-    dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | None, limit: int, as_json: bool
-) -> None:
+@click.option("--json", is_flag=True, help="Print one JSON object a line, with the whole event.")
+def list_(dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | None, limit: int, json: bool) -> None:
     """List dead letters, oldest first."""
     letters = asyncio.run(_read(dsn, listen_dsn=listen_dsn, schema=schema, subscription=subscription, limit=limit + 1))
-    for letter in letters[:limit] if as_json else ():
+    for letter in letters[:limit] if json else ():
         click.echo(_to_json(letter))
-    if as_json:
+    if json:
         return
     if not letters:
         click.echo("no dead letters")
         return
     rows: list[tuple[object, ...]] = [
         (
-            letter.id,
+            str(letter.id),
             letter.subscription,
             letter.event.type,
             letter.event.id,
@@ -52,18 +50,18 @@ def list_(
 @dead_letters.command()
 @click.argument("letter_id", metavar="ID", type=int)
 @backend_options()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the whole event.")
-@click.option("--data", "only_data", is_flag=True, help="Print the event's data bytes as they are, and nothing else.")
-def show(letter_id: int, dsn: str, listen_dsn: str | None, schema: str, *, as_json: bool, only_data: bool) -> None:
+@click.option("--json", is_flag=True, help="Print one JSON object, with the whole event.")
+@click.option("--data", is_flag=True, help="Print the event's data bytes as they are, and nothing else.")
+def show(letter_id: int, dsn: str, listen_dsn: str | None, schema: str, *, json: bool, data: bool) -> None:
     """Show one dead letter: its event, its failure."""
     letters = asyncio.run(_read(dsn, listen_dsn=listen_dsn, schema=schema, letter_id=letter_id, limit=1))
     if not letters:
         raise click.ClickException(f"There is no dead letter {letter_id}. Run `pgbackend dead-letters list`.")
     (letter,) = letters
-    if only_data:
-        click.get_binary_stream("stdout").write(letter.event.data_bytes or b"")
+    if data:
+        click.echo(letter.event.data_bytes or b"", nl=False)
     else:
-        click.echo(_to_json(letter) if as_json else _render(letter))
+        click.echo(_to_json(letter) if json else _render(letter))
 
 
 @dead_letters.command()
@@ -113,7 +111,7 @@ async def _read(
 
 
 def _to_json(letter: DeadLetter) -> str:
-    about = json.dumps(
+    about = dumps(
         {
             "id": letter.id,
             "subscription": letter.subscription,

@@ -1,8 +1,8 @@
 """`pgbackend status`: where the log and its subscriptions stand."""
 
 import asyncio
-import json
 from dataclasses import asdict
+from json import dumps
 
 import click
 
@@ -12,8 +12,8 @@ from pgbackend.model import Info, Status
 
 @click.command()
 @backend_options()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def status(dsn: str, listen_dsn: str | None, schema: str, *, as_json: bool) -> None:
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def status(dsn: str, listen_dsn: str | None, schema: str, *, json: bool) -> None:
     """Show the head of the log, and what each subscription has behind and before it."""
 
     async def ask() -> tuple[Info, Status]:
@@ -21,7 +21,7 @@ def status(dsn: str, listen_dsn: str | None, schema: str, *, as_json: bool) -> N
             return backend.info(), await backend.status()
 
     info, found = asyncio.run(ask())
-    click.echo(json.dumps(asdict(found), indent=2) if as_json else _render(info, found))
+    click.echo(dumps(asdict(found), indent=2) if json else _render(info, found))
 
 
 def _render(info: Info, status: Status) -> str:
@@ -29,7 +29,7 @@ def _render(info: Info, status: Status) -> str:
     if status.appenders:
         rows: list[tuple[object, ...]] = [
             (
-                appender.pid or appender.gid or appender.virtual_transaction,
+                str(appender.pid or appender.gid or appender.virtual_transaction),
                 appender.application or "?",
                 "?" if appender.age is None else f"{appender.age:.1f} s",
             )
