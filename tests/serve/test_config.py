@@ -349,6 +349,8 @@ MISTAKES = [
     ("triggers: {a: {bounds: {byDate: {end: 2026-02-30T00:00:00Z}}}}", "byDate.end: expected a time such as"),
     ("triggers: {a: {bounds: {byDate: {end: 2026-02-03}}}}", "byDate.end: expected a time such as"),
     ("triggers: {a: {order: sorted}}", "triggers.a.order: expected none, key or strict"),
+    ("triggers: {a: {order: strict, shards: 2}}", "triggers.a.shards: strict order is that of the whole log"),
+    ("triggers: {a: {bounds: {byId: {end: 0}}}}", "bounds.byId.end: expected a whole number from 1 to"),
     ("triggers: {a: {start: now}}", "triggers.a.start: expected earliest or latest"),
     ("triggers: {a: {concurrency: 0}}", "triggers.a.concurrency: expected a whole number from 1 to"),
     ("triggers: {a: {shards: 0}}", "triggers.a.shards: expected a whole number from 1 to"),

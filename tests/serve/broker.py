@@ -1,0 +1,134 @@
+"""A broker for tests: with a real PostgreSQL, behind a real socket, in this process."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import aiohttp
+import asyncpg
+
+from pgbackend import codec
+from pgbackend.backend import Backend
+from pgbackend.codec import Event
+from pgbackend.serve import triggers
+from pgbackend.serve.config import load
+from pgbackend.serve.delivery import open_session
+from pgbackend.serve.ingest import Ingest, Limits
+from pgbackend.serve.listener import Listener, bind
+
+HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
+"""Of a valid event in binary mode."""
+
+STRUCTURED = {"content-type": "application/cloudevents+json"}
+BATCH = {"content-type": "application/cloudevents-batch+json"}
+
+
+def envelope(id_: object = "1", **members: object) -> bytes:
+    """A valid event in structured mode."""
+    return json.dumps({"specversion": "1.0", "id": str(id_), "source": "/shop", "type": "order", **members}).encode()
+
+
+class Answer(NamedTuple):
+    """What a client got."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def detail(self) -> str:
+        """What a problem says."""
+        assert self.headers["content-type"] == "application/problem+json"
+        problem = json.loads(self.body)
+        assert problem["status"] == self.status
+        return str(problem["detail"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broker:
+    """A running one."""
+
+    host: str
+    port: int
+    dsn: str
+    backend: Backend
+    listener: Listener
+    client: aiohttp.ClientSession
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}/"
+
+    async def request(
+        self, method: str, path: str = "/", *, headers: Mapping[str, str] | None = None, body: object = None
+    ) -> Answer:
+        """The answer to one request; `body` may be anything that aiohttp can send."""
+        body = io.BytesIO(body) if isinstance(body, bytes) else body  # of larger bytes aiohttp warns
+        async with self.client.request(
+            method, self.url.rstrip("/") + path, headers=headers, data=body, skip_auto_headers=("Content-Type",)
+        ) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def send(self, headers: Mapping[str, str], body: object = b"", path: str = "/") -> Answer:
+        """The answer to a POST."""
+        return await self.request("POST", path, headers=headers, body=body)
+
+    async def talk(self, *parts: bytes, timeout: float = 10.0) -> bytes:
+        """What comes back on a connection of its own until the broker closes it, after these bytes were sent.
+
+        Empty when the broker closed without an answer.
+        """
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            async with asyncio.timeout(timeout):
+                try:
+                    for part in parts:
+                        writer.write(part)
+                        await writer.drain()
+                    return await reader.read()
+                except ConnectionError:
+                    return b""
+        finally:
+            writer.close()
+
+    async def stored(self) -> list[Event]:
+        """The events of the log, in its order."""
+        connection = await asyncpg.connect(self.dsn)
+        try:
+            columns = ", ".join(codec.COLUMNS)
+            records = await connection.fetch(f"select {columns} from pgbackend.events order by position")
+            return [Event(tuple(record)) for record in records]
+        finally:
+            await connection.close()
+
+
+@asynccontextmanager
+async def serving(
+    dsn: str, *, config: str = "{}", limits: Limits | None = None, produce_timeout: float = 30.0
+) -> AsyncIterator[Broker]:
+    """A broker with this configuration, until the body ends."""
+    configuration = load(config, origin="test")
+    backend = Backend(dsn, produce_timeout=produce_timeout, poll_interval=0.1)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(backend.stop)
+        await backend.init()
+        session = await stack.enter_async_context(open_session())
+        for name, trigger in configuration.triggers.items():
+            await triggers.subscribe(backend, session, name, trigger)
+        bound = stack.enter_context(bind("127.0.0.1", 0))
+        host, port = bound.getsockname()
+        listener = Listener(Ingest(backend, auth=configuration.ingest, limits=limits), bound)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(listener.run(), name="listener")
+            group.create_task(backend.start(), name="backend")
+            await listener.wait_started()
+            try:
+                async with aiohttp.ClientSession(auto_decompress=False) as client:
+                    yield Broker(host=host, port=port, dsn=dsn, backend=backend, listener=listener, client=client)
+            finally:
+                listener.stop()
+                await backend.stop()

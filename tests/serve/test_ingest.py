@@ -1,0 +1,365 @@
+"""Events over HTTP into the log: three content modes, limits, refusals, and 202 only after the commit."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from pgbackend.backend import Backend
+from pgbackend.errors import (
+    ConnectionLostError,
+    DatabaseError,
+    NotRunningError,
+    PgBackendError,
+    ProduceTimeoutError,
+    ProduceUncertainError,
+)
+from pgbackend.serve.ingest import Limits
+from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+
+
+class TestBinaryMode:
+    async def test_headers_are_attributes_and_the_body_is_the_data(self, broker: Broker) -> None:
+        body = b' {"n": 1.00,\xe2\x80\xa8 "a": [ ]}\n'
+        answer = await broker.send(
+            HEADERS | {"CE-Subject": "caf%C3%A9", "ce-priority": "5", "content-type": "application/json"}, body
+        )
+        assert (answer.status, answer.body) == (202, b"")
+
+        [event] = await broker.stored()
+        assert event.data_bytes == body
+        assert event.attributes_text == {
+            "specversion": "1.0",
+            "id": "1",
+            "source": "/shop",
+            "type": "order",
+            "subject": "café",
+            "priority": "5",
+            "datacontenttype": "application/json",
+        }
+
+    async def test_any_path_takes_events(self, broker: Broker) -> None:
+        for path in ("/", "/a/b?c=d", "/healthz", "/%ff"):
+            assert (await broker.send(HEADERS, path=path)).status == 202
+        assert len(await broker.stored()) == 4
+
+    async def test_no_body_is_no_data(self, broker: Broker) -> None:
+        assert (await broker.send(HEADERS)).status == 202
+        assert (await broker.stored())[0].data_bytes is None
+
+    async def test_octets_are_kept_as_they_are(self, broker: Broker) -> None:
+        body = bytes(range(256)) * 100
+        assert (await broker.send(HEADERS | {"content-type": "image/png"}, body)).status == 202
+        assert (await broker.stored())[0].data_bytes == body
+
+    async def test_a_chunked_body_is_the_same_as_one_with_a_length(self, broker: Broker) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            for number in range(20):
+                yield bytes([number]) * 10_000
+
+        assert (await broker.send(HEADERS, chunks())).status == 202
+        assert (await broker.stored())[0].data_bytes == b"".join([bytes([n]) * 10_000 for n in range(20)])
+
+    @pytest.mark.parametrize("missing", ["ce-specversion", "ce-id", "ce-source", "ce-type"])
+    async def test_a_missing_attribute_is_named(self, missing: str, broker: Broker) -> None:
+        answer = await broker.send({name: value for name, value in HEADERS.items() if name != missing})
+        assert answer.status == 400
+        assert repr(missing.removeprefix("ce-")) in answer.detail
+        assert await broker.stored() == []
+
+    async def test_what_is_no_event_at_all_is_415(self, broker: Broker) -> None:
+        answer = await broker.send({"content-type": "application/json"}, b"{}")
+        assert answer.status == 415
+        assert "Not a CloudEvent" in answer.detail
+
+
+class TestStructuredMode:
+    async def test_data_is_kept_as_its_very_text(self, broker: Broker) -> None:
+        body = (
+            b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":  {"n":1.00, "long":12345678901234567890} }'
+        )
+        assert (await broker.send(STRUCTURED, body)).status == 202
+        assert (await broker.stored())[0].data_bytes == b'{"n":1.00, "long":12345678901234567890}'
+
+    async def test_the_content_type_alone_chooses_the_mode(self, broker: Broker) -> None:
+        for content_type in (
+            "Application/CloudEvents+JSON; charset=utf-8",
+            "application/cloudevents",
+            "application/cloudevents+json",
+        ):
+            headers = HEADERS | {"ce-id": "from a header", "content-type": content_type}
+            assert (await broker.send(headers, envelope("from the envelope"))).status == 202
+        assert {event.id for event in await broker.stored()} == {"from the envelope"}
+
+    @pytest.mark.parametrize(
+        ("body", "said"),
+        [
+            (b"", "An event in JSON is an object"),
+            (b"[]", "An event in JSON is an object"),
+            (b"{", "Not JSON"),
+            (b'{"specversion":"1.0"', "Not JSON"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":NaN}', "NaN"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"data_base64":"AA=="}', "data_base64"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data_base64":"e!!A=="}', "not base64"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","subject":""}', "'subject' is empty"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":1.5}', "'x'"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\\u0000"}', "'x' has a control character"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\xff"}', "Not UTF-8 at byte 59"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\\ud800"}', "'x' has a control"),
+            (b"[" * 100_000, "object"),
+            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":' + b"[" * 100_000, "nested too deeply"),
+            (b'{"id":' + b"9" * 10_000 + b"}", "integer"),
+        ],
+    )
+    async def test_what_is_no_event_is_400_and_says_why(self, body: bytes, said: str, broker: Broker) -> None:
+        answer = await broker.send(STRUCTURED, body)
+        assert answer.status == 400
+        assert said in answer.detail
+        assert await broker.stored() == []
+
+    async def test_another_format_is_415(self, broker: Broker) -> None:
+        for name in (
+            "application/cloudevents+xml",
+            "application/cloudevents+protobuf",
+            "application/cloudevents-batch",
+        ):
+            answer = await broker.send({"content-type": name}, b"<event/>")
+            assert answer.status == 415
+            assert name in answer.detail
+
+
+class TestBatchMode:
+    async def test_all_events_are_stored_in_their_order(self, broker: Broker) -> None:
+        body = b"[%b]" % b",".join(envelope(number) for number in range(100))
+        assert (await broker.send(BATCH, body)).status == 202
+        assert [event.id for event in await broker.stored()] == [str(number) for number in range(100)]
+
+    async def test_an_empty_batch_is_taken(self, broker: Broker) -> None:
+        assert (await broker.send(BATCH, b" [ ] ")).status == 202
+        assert await broker.stored() == []
+
+    async def test_one_bad_event_refuses_all_and_is_named_by_its_index(self, broker: Broker) -> None:
+        answer = await broker.send(BATCH, b'[%b, %b, {"specversion":"1.0","id":"bad"}]' % (envelope(1), envelope(2)))
+        assert answer.status == 400
+        assert "index 2" in answer.detail
+        assert "'bad'" in answer.detail
+        assert await broker.stored() == []
+
+    @pytest.mark.parametrize("body", [b"", b"{}", b"[", b"[{}]", b"[1]", b'[""]', b"[] x", b"[,]"])
+    async def test_what_is_no_batch_is_400(self, body: bytes, broker: Broker) -> None:
+        assert (await broker.send(BATCH, body)).status == 400
+
+
+class TestLimits:
+    async def test_an_event_of_the_limit_passes_in_every_mode_and_one_more_byte_is_413(self, database: str) -> None:
+        async with serving(database) as broker:
+            fits = b"\xff" * ((1 << 20) - 1000)
+            large = b"\xff" * ((1 << 20) + 1)
+            octets = [base64.b64encode(data).decode() for data in (fits, large)]
+            assert (await broker.send(HEADERS, fits)).status == 202
+            assert (await broker.send(STRUCTURED, envelope(data_base64=octets[0]))).status == 202
+            assert (await broker.send(BATCH, b"[%b]" % envelope(data_base64=octets[0]))).status == 202
+            assert {event.data_bytes for event in await broker.stored()} == {fits}
+
+            assert (await broker.send(HEADERS, large)).status == 413
+            answer = await broker.send(STRUCTURED, envelope("big", data_base64=octets[1]))
+            assert answer.status == 413
+            assert "'big' of '/shop'" in answer.detail
+            answer = await broker.send(BATCH, b"[%b,%b]" % (envelope(1), envelope("big", data_base64=octets[1])))
+            assert answer.status == 413
+            assert "index 1" in answer.detail
+            assert len(await broker.stored()) == 3
+
+    async def test_a_length_that_is_too_large_is_refused_before_the_body_is_sent(self, broker: Broker) -> None:
+        head = b"POST / HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
+        assert (await broker.talk(head)).startswith(b"HTTP/1.1 413 ")
+
+    async def test_an_endless_body_is_refused_while_it_arrives(self, broker: Broker) -> None:
+        reader, writer = await asyncio.open_connection(broker.host, broker.port)
+        headers = b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
+        writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + headers + b"\r\n")
+        async with asyncio.timeout(20):
+            answered = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+            sent = 0
+            while not answered.done():
+                writer.write(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+                await writer.drain()
+                sent += 65_536
+        assert answered.result().startswith(b"HTTP/1.1 413 ")
+        assert sent < 16 << 20
+        # What is still on its way is thrown away, and the connection is good for another request.
+        writer.write(b"0\r\n\r\n" + b"POST / HTTP/1.1\r\nContent-Length: 0\r\n" + headers + b"\r\n")
+        await reader.readuntil(b"}")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+        writer.close()
+
+    async def test_a_batch_has_limits_of_its_own(self, database: str) -> None:
+        async with serving(database, limits=Limits(batch_bytes=1000, batch_events=3)) as broker:
+            three = b"[%b]" % b",".join([envelope()] * 3)
+            assert (await broker.send(BATCH, three)).status == 202
+            answer = await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 4))
+            assert (answer.status, "4 events" in answer.detail) == (413, True)
+            assert (await broker.send(BATCH, three + b" " * 1000)).status == 413
+            assert len(await broker.stored()) == 3
+
+    async def test_all_requests_together_hold_a_bounded_number_of_bytes(self, database: str) -> None:
+        """Slow clients that each stay below the limit of one request cannot exhaust memory together."""
+        async with serving(database, limits=Limits(held_bytes=1_000_000)) as broker:
+            head = b"POST / HTTP/1.1\r\nContent-Length: 400000\r\n"
+            head += b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items()) + b"\r\n"
+            slow = [await asyncio.open_connection(broker.host, broker.port) for _ in range(2)]
+            for _, writer in slow:
+                writer.write(head + b"x" * 399_999)
+                await writer.drain()
+            answer = await broker.send(HEADERS, b"x" * 400_000)
+            while answer.status == 202:  # the slow ones have not all been read yet
+                answer = await broker.send(HEADERS, b"x" * 400_000)
+            assert answer.status == 503
+            assert answer.headers["retry-after"] == "1"
+
+            for reader, writer in slow:
+                writer.write(b"x")
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+                writer.close()
+            assert (await broker.send(HEADERS, b"x" * 400_000)).status == 202
+
+
+class TestOtherRequests:
+    async def test_healthz_is_ok_while_postgresql_is(self, broker: Broker) -> None:
+        answer = await broker.request("GET", "/healthz")
+        assert (answer.status, json.loads(answer.body)) == (200, {"ok": "true"})
+        answer = await broker.request("HEAD", "/healthz")
+        assert (answer.status, answer.body) == (200, b"")
+
+    async def test_there_is_nothing_else_to_read(self, broker: Broker) -> None:
+        for path in ("/", "/healthz/x", "/metrics"):
+            assert (await broker.request("GET", path)).status == 404
+
+    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+    async def test_other_methods_are_told_what_is_allowed(self, method: str, broker: Broker) -> None:
+        answer = await broker.request(method, "/")
+        assert (answer.status, answer.headers["allow"]) == (405, "POST")
+        answer = await broker.request(method, "/healthz")
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, POST")
+
+    async def test_an_encoded_body_is_not_stored_as_if_it_were_plain(self, broker: Broker) -> None:
+        answer = await broker.send(HEADERS | {"content-encoding": "gzip"}, b"\x1f\x8b")
+        assert answer.status == 415
+        assert (await broker.send(HEADERS | {"content-encoding": "identity"}, b"x")).status == 202
+
+
+class TestAuthorization:
+    CONFIG = "ingest: {user: shöp, password: 'p:w', token: tök}"
+
+    @staticmethod
+    def basic(text: str) -> dict[str, str]:
+        return HEADERS | {"authorization": "Basic " + base64.b64encode(text.encode()).decode()}
+
+    async def test_who_knows_a_secret_may_send(self, database: str) -> None:
+        async with serving(database, config=self.CONFIG) as broker:
+            assert (await broker.send(self.basic("shöp:p:w"))).status == 202
+            for scheme in ("Bearer", "bearer", "BEARER "):
+                assert (await broker.send(HEADERS | {"authorization": f"{scheme} tök"})).status == 202
+            assert (await broker.send(HEADERS, path="/?access_token=t%C3%B6k")).status == 202
+
+    async def test_nobody_else_may(self, database: str) -> None:
+        async with serving(database, config=self.CONFIG) as broker:
+            tries = [HEADERS] + [self.basic(text) for text in ("shöp:", "shöp:p", "shöp", ":p:w", "", "x:p:w", "tök")]
+            tries += [
+                HEADERS | {"authorization": value}
+                for value in ("Basic", "Basic !!", "Bearer", "Bearer ", "Bearer x", "tök", "Digest tök", "Basic tök")
+            ]
+            for headers in tries:
+                answer = await broker.send(headers)
+                assert answer.status == 401, headers
+                assert "tök" not in answer.detail
+                assert answer.headers.getall("www-authenticate") == [  # type: ignore[attr-defined]
+                    'Basic realm="pgbackend", charset="UTF-8"',
+                    'Bearer realm="pgbackend"',
+                ]
+            assert (await broker.send(HEADERS, path="/?access_token=x")).status == 401
+            assert await broker.stored() == []
+
+    async def test_only_the_configured_scheme_counts(self, database: str) -> None:
+        async with serving(database, config="ingest: {token: t}") as broker:
+            assert (await broker.send(self.basic("t"))).status == 401
+            assert (await broker.send(self.basic(":"))).status == 401
+            assert (await broker.send(HEADERS | {"authorization": "Bearer t"})).status == 202
+        async with serving(database, config="ingest: {user: u, password: p}") as broker:
+            assert (await broker.send(HEADERS, path="/?access_token=p")).status == 401
+            assert (await broker.send(HEADERS | {"authorization": "Bearer "})).status == 401
+
+    async def test_health_needs_no_secret(self, database: str) -> None:
+        async with serving(database, config=self.CONFIG) as broker:
+            assert (await broker.request("GET", "/healthz")).status == 200
+
+
+class TestWhenPostgresqlIsInTheWay:
+    async def test_202_comes_only_after_the_commit(self, broker: Broker) -> None:
+        blocker = await asyncpg.connect(broker.dsn)
+        try:
+            transaction = blocker.transaction()
+            await transaction.start()
+            await blocker.execute("lock table pgbackend.events in share row exclusive mode")
+            sending = asyncio.create_task(broker.send(HEADERS))
+            while not await blocker.fetchval("select count(*) from pg_locks where not granted"):
+                await asyncio.sleep(0.01)
+            assert not sending.done()
+            await transaction.rollback()
+            assert (await sending).status == 202
+            assert len(await broker.stored()) == 1
+        finally:
+            await blocker.close()
+
+    async def test_a_wait_that_is_too_long_is_503_and_stores_nothing_or_says_that_it_may_have(
+        self, database: str
+    ) -> None:
+        async with serving(database, produce_timeout=0.5) as broker:
+            blocker = await asyncpg.connect(broker.dsn)
+            try:
+                async with blocker.transaction():
+                    await blocker.execute("lock table pgbackend.events in share row exclusive mode")
+                    answer = await broker.send(HEADERS)
+                assert answer.status == 503
+                assert int(answer.headers["retry-after"]) >= 1
+                assert "unknown" in answer.detail or "Nothing was stored" in answer.detail
+            finally:
+                await blocker.close()
+
+    @pytest.mark.parametrize(
+        ("error", "status", "said"),
+        [
+            (ConnectionLostError("no route"), 503, "Nothing was stored"),
+            (ProduceTimeoutError("30 s"), 503, "Nothing was stored"),
+            (NotRunningError("stopped"), 503, "stopping"),
+            (ProduceUncertainError("broken"), 503, "may or may not be stored"),
+            (DatabaseError("disk full", sqlstate="53100"), 503, "disk full"),
+            (DatabaseError("bad text", sqlstate="22021"), 400, "bad text"),
+            (RuntimeError("a bug"), 500, "The broker failed"),
+        ],
+    )
+    async def test_each_outcome_has_its_answer(
+        self, error: Exception, status: int, said: str, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def failing(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Backend, "produce", failing)
+        monkeypatch.setattr(Backend, "produce_many", failing)
+        for headers, body in ((HEADERS, b"x"), (BATCH, b"[%b]" % envelope())):
+            answer = await broker.send(headers, body)
+            assert answer.status == status
+            assert said in answer.detail
+            assert ("retry-after" in answer.headers) == (status == 503)
+
+    async def test_health_says_what_is_wrong(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def failing(*_: object) -> None:
+            raise PgBackendError("the log is upside down")
+
+        monkeypatch.setattr(Backend, "probe", failing)
+        answer = await broker.request("GET", "/healthz")
+        assert answer.status == 503
+        assert "upside down" in answer.detail

@@ -1,0 +1,240 @@
+"""Clients that do not speak HTTP, or not to the end: each gets a 4xx or is cut off, and nobody else notices."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from pgbackend.backend import Backend
+from pgbackend.errors import ConfigError
+from pgbackend.serve import listener as listener_module
+from pgbackend.serve.listener import bind
+from tests.serve.broker import HEADERS, STRUCTURED, Broker, envelope
+
+HEAD = b"POST / HTTP/1.1\r\n" + b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\r\n\r\nGARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a port without it
+        b"\x00" * 1000,
+        b"POST / HTTP/9.9\r\n\r\n",
+        b"POST /\xff\xfe HTTP/1.1\r\n\r\n",
+        b"POST  HTTP/1.1\r\n\r\n",
+        HEAD + b"no colon\r\n\r\n",
+        HEAD + b": no name\r\n\r\n",
+        HEAD + b"ce-subject: a\x00b\r\n\r\n",
+        HEAD + b"ce-subject: a\nb\r\n\r\n",
+        HEAD + b"ce-subject : a\r\n\r\n",
+        HEAD + b"Content-Length: -1\r\n\r\n",
+        HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n",
+        HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+    ],
+)
+async def test_what_is_not_http_is_400(sent: bytes, broker: Broker) -> None:
+    answer = await broker.talk(sent)
+    assert answer.startswith(b"HTTP/1.1 400 "), answer
+    assert b"application/problem+json" in answer
+    assert await broker.stored() == []
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"ce-subject: \xff\xfe", b"UTF-8"),
+        (b"ce-subject: %C0%A0", b"UTF-8"),
+        (b"ce-subject: %00", b"control character"),
+        (b"ce-subject: \xc2\x80", b"control character"),
+        (b"ce-sub_ject: x", b"no attribute name"),
+        (b"ce-: x", b"no attribute name"),
+        (b"ce-data: x", b"no attribute name"),
+        (b"ce-datacontenttype: text/plain", b"ce-datacontenttype is not allowed"),
+        (b"ce-id: 2", b"twice"),
+        (b"content-type: text/\xe9", b"expected a media type"),
+    ],
+)
+async def test_headers_that_are_no_attributes_are_400(header: bytes, said: bytes, broker: Broker) -> None:
+    answer = await broker.talk(HEAD + b"Connection: close\r\n" + header + b"\r\nContent-Length: 0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 "), answer
+    assert said in answer
+    assert await broker.stored() == []
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST / HTTP/1.1\r\nX: " + b"x" * 200_000,
+        b"POST /" + b"x" * 200_000,
+        b"POST / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000,
+        b"POST / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"x" * 2_000_000,
+    ],
+    ids=["a header without end", "a path without end", "headers without end", "a large header", "trailers"],
+)
+async def test_headers_that_are_too_large_are_refused(sent: bytes, broker: Broker) -> None:
+    answer = await broker.talk(*(sent[at : at + 10_000] for at in range(0, len(sent), 10_000)))
+    # A client that is still sending may be cut off before it reads.
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")), answer
+
+
+async def test_a_large_body_does_not_count_as_headers(broker: Broker) -> None:
+    await broker.send(HEADERS, b"x" * 500_000)
+    await broker.send(HEADERS, b"x" * 500_000)
+    assert len(await broker.stored()) == 2
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST / HT", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"],
+    ids=["nothing", "line", "head", "body"],
+)
+async def test_who_sends_too_slowly_is_told_and_cut_off(
+    sent: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_PATIENCE", 0.5)
+    answer = await broker.talk(sent)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert await broker.stored() == []
+
+
+async def test_a_connection_between_requests_is_not_cut_off_for_slowness(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_PATIENCE", 0.5)
+    request = HEAD + b"Content-Length: 0\r\n\r\n"
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(request)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2):
+            await reader.read(1)
+    writer.write(request)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+
+
+async def test_who_goes_away_in_the_middle_leaves_nothing_behind(broker: Broker) -> None:
+    for sent in (b"", b"PO", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"):
+        _, writer = await asyncio.open_connection(broker.host, broker.port)
+        writer.write(sent)
+        await writer.drain()
+        writer.transport.abort()
+    assert (await broker.send(HEADERS)).status == 202
+    assert len(await broker.stored()) == 1
+
+
+async def test_more_connections_than_there_may_be_are_told_to_come_back(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module._Connection, "limit", 3)
+    idle = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
+    answer = await broker.talk()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_pipelined_requests_are_answered_in_order(broker: Broker) -> None:
+    requests = [
+        b"POST / HTTP/1.1\r\n%bContent-Type: application/cloudevents+json\r\nContent-Length: %d\r\n\r\n%b"
+        % (b"Connection: close\r\n" if number == 9 else b"", len(body), body)
+        for number in range(10)
+        for body in [envelope(number)]
+    ]
+    answer = await broker.talk(b"".join(requests))
+    assert answer.count(b"HTTP/1.1 202 ") == 10
+    assert [event.id for event in await broker.stored()] == [str(number) for number in range(10)]
+
+
+async def test_a_good_request_before_garbage_gets_its_own_answer(broker: Broker) -> None:
+    answer = await broker.talk(HEAD + b"Content-Length: 1\r\n\r\nx" + b"GARBAGE\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert len(await broker.stored()) == 1
+
+
+async def test_an_offer_to_upgrade_is_declined_and_the_event_is_taken(broker: Broker) -> None:
+    """Java's client offers HTTP/2 with its first request."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    for _ in range(2):
+        # In one piece, and with a body that comes later.
+        writer.write(HEAD + upgrade + b"Content-Length: 5\r\n\r\nhello" + HEAD + upgrade + b"Content-Length: 5\r\n\r\n")
+        await writer.drain()
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+        writer.write(b"hello")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert [event.data_bytes for event in await broker.stored()] == [b"hello"] * 4
+
+
+async def test_what_follows_a_body_is_no_header(broker: Broker) -> None:
+    answer = await broker.talk(
+        HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nce-subject: late\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert (await broker.stored())[0].subject is None
+
+
+async def test_chunks_may_be_small(broker: Broker) -> None:
+    body = b"1\r\nx\r\n" * 100_000
+    head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert (await broker.talk(head, body, b"0\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    assert (await broker.stored())[0].data_bytes == b"x" * 100_000
+
+
+async def test_it_is_no_proxy(broker: Broker) -> None:
+    assert (await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 405 ")
+
+
+async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_those_that_never_arrive(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_GRACE", 0.5)
+    reached, released = asyncio.Event(), asyncio.Event()
+    produce = Backend.produce
+
+    async def held(self: Backend, *events: object) -> None:
+        reached.set()
+        await released.wait()
+        await produce(self, *events)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Backend, "produce", held)
+    sending = asyncio.create_task(broker.send(STRUCTURED, envelope()))
+    await reached.wait()
+    talking = asyncio.create_task(broker.talk(HEAD + b"Content-Length: 10\r\n\r\n12345"))
+
+    broker.listener.stop()
+    assert (await talking).startswith(b"HTTP/1.1 503 ")
+    released.set()
+    assert (await sending).status == 202
+    assert len(await broker.stored()) == 1
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            bind("127.0.0.1", port)
+    assert str(caught.value) == f"Cannot listen on port {port} of 127.0.0.1: it is in use. Choose another with --port."
+
+
+def test_a_host_that_is_not_here_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"Cannot listen on port 0 of 192\.0\.2\.1: "):
+        bind("192.0.2.1", 0)
+    with pytest.raises(ConfigError, match="no address"):
+        bind("no-such-host.invalid", 0)
