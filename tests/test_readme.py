@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,7 +28,12 @@ async def test_first_program_runs_as_written_and_prints_what_it_says(tmp_path: P
     assert len(program.splitlines()) <= 20
     (tmp_path / "program.py").write_text(program)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "program.py", cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "program.py",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(60):
         out, err = await process.communicate()
