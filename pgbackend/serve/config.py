@@ -276,7 +276,8 @@ SomeText = Annotated[str, BeforeValidator(_some_text)]
 Seconds = Annotated[float, BeforeValidator(_duration)]
 OptionalUrl = Annotated[URL | None, BeforeValidator(_optional_url)]
 HeaderValue = Annotated[str, BeforeValidator(_secret), AfterValidator(_header_value)]
-BoundPosition = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(0, _MAX_POSITION))]
+StartPosition = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(0, _MAX_POSITION))]
+EndPosition = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(1, _MAX_POSITION))]
 BoundStart = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=False))]
 BoundEnd = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=True))]
 
@@ -434,8 +435,8 @@ class Target(_Section):
 class ById(_Section):
     """Positions, exclusive at both ends."""
 
-    start: BoundPosition | None = None
-    end: BoundPosition | None = None
+    start: StartPosition | None = None
+    end: EndPosition | None = None
 
 
 class ByDate(_Section):
@@ -471,6 +472,12 @@ class Trigger(_Section):
     shards: Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(1, _MAX_SHARDS))] = 1
     first: Literal["earliest", "latest"] = Field(default="latest", alias="start")
     bounds: Bounds = Bounds()
+
+    @model_validator(mode="after")
+    def _one_shard_in_log_order(self) -> Self:
+        if self.order == "strict" and self.shards != 1:
+            raise _refuse("strict order is that of the whole log: expected a single shard", key="shards")
+        return self
 
     @property
     def delivery_options(self) -> DeliveryOptions:

@@ -174,14 +174,7 @@ class DeadLetterDelivery:
         failure = event.failure
         details = {} if failure is None else failure.details
         extra = {name: value for name, value in details.items() if name.startswith("knativeerror")}
-        try:
-            await self._delivery(codec.attributes_with(event, extra))
-        except (Reject, RetryAfter, DeliveryError) as error:
-            # What is kept in the end names both targets, and first of all why the event was given up.
-            if failure is not None:
-                error.args = (f"{error}; given up before: {failure.error}",)
-                error.details = dict(details)
-            raise
+        await self._delivery(codec.attributes_with(event, extra))
 
 
 async def refuse_without_target(_event: Event) -> None:

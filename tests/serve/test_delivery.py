@@ -366,17 +366,6 @@ class TestDeadLetters:
         expected = ORDER.attributes_text | {name: details[name] for name in details if name != "other"}
         assert request.event().attributes_text == expected
 
-    async def test_a_dead_letter_that_fails_keeps_why_it_was_given_up(
-        self, target: Target, delivery: DeliveryMaker
-    ) -> None:
-        answering(target, 403)
-        failed = ORDER.with_delivery(
-            failure=Failure(error="DeliveryError: the first", attempts=6, details={"knativeerrorcode": "500"})
-        )
-        with pytest.raises(Reject, match="answered 403 Forbidden; given up before: DeliveryError: the first") as caught:
-            await DeadLetterDelivery(delivery(target.url))(failed)
-        assert caught.value.details == {"knativeerrorcode": "500"}
-
     async def test_without_a_url_an_event_is_given_up_at_once(self) -> None:
         with pytest.raises(Reject, match="no target URL"):
             await refuse_without_target(ORDER)

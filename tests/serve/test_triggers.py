@@ -1,0 +1,405 @@
+"""Triggers end to end: events in over HTTP, through the log, out to real targets."""
+
+import asyncio
+from base64 import b64decode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from time import monotonic
+
+import asyncpg
+import pytest
+from aiohttp import web
+
+from pgbackend.backend import Backend
+from pgbackend.errors import ConfigError
+from pgbackend.model import DeadLetter, Status, SubscriptionStatus
+from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.target import Request, Target
+
+FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
+
+
+@asynccontextmanager
+async def one_trigger(database: str, url: str, options: str = "") -> AsyncIterator[Broker]:
+    body = f"target: {{url: '{url}'}}{', ' if options else ''}{options}"
+    async with serving(database, config=f"triggers: {{billing: {{{body}}}}}") as broker:
+        yield broker
+
+
+async def send(broker: Broker, *ids: object, **attributes: str) -> None:
+    answer = await broker.send(BATCH, b"[%b]" % b",".join(envelope(id_, **attributes) for id_ in ids))
+    assert answer.status == 202
+
+
+async def settled(broker: Broker, name: str = "billing", timeout: float = 20.0) -> SubscriptionStatus:
+    """The subscription's status once it owes nothing."""
+    try:
+        async with asyncio.timeout(timeout):
+            while True:
+                one = subscription(await broker.backend.status(), name)
+                if one.lag == 0 and one.redeliveries == 0 and not any(shard.pending for shard in one.shards):
+                    return one
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise TimeoutError(f"not settled within {timeout} s: {one}") from None
+
+
+def subscription(status: Status, name: str) -> SubscriptionStatus:
+    return next(one for one in status.subscriptions if one.name == name)
+
+
+async def letters(backend: Backend) -> list[DeadLetter]:
+    return [letter async for letter in backend.dead_letters("billing")]
+
+
+def failing(target: Target, status: int, *, times: int, **headers: str) -> None:
+    """The target answers the first `times` requests with this status."""
+    target.answer = lambda request: web.Response(
+        status=status if len(target.requests) <= times else 204,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+        body=b"no" if len(target.requests) <= times else b"",
+    )
+
+
+async def test_events_of_every_mode_arrive_as_they_were_sent_and_in_log_order(
+    database: str, target: Target, other_target: Target
+) -> None:
+    config = f"""
+        triggers:
+          binary: {{target: {{url: '{target.url}'}}, order: strict}}
+          structured: {{target: {{url: '{other_target.url}', mode: structured}}, order: strict}}
+        """
+    json_type = {"content-type": "application/json"}
+    async with serving(database, config=config) as broker:
+        assert (await broker.send(HEADERS | json_type | {"ce-id": "1"}, b' {"n": 1.00}\n')).status == 202
+        assert (await broker.send(HEADERS | {"ce-id": "2"}, bytes(range(256)))).status == 202
+        assert (await broker.send(HEADERS | {"ce-id": "3"})).status == 202
+        text = b'{"specversion":"1.0","id":"4","source":"/","type":"t","time":"2026-01-01T00:00:60.123456789Z",'
+        text += b'"data":null}'
+        assert (await broker.send(STRUCTURED, text)).status == 202
+        text = (
+            b'[{"specversion":"1.0","id":"5","source":"/","type":"t","datacontenttype":"text/plain","data":"\\u00e9"},'
+        )
+        text += b'{"specversion":"1.0","id":"6","source":"/","type":"t","x":-1,"y":true,"data":[ 1 , {"b":2,"a":1}]}]'
+        assert (await broker.send(BATCH, text)).status == 202
+        await target.wait(6)
+        await other_target.wait(6)
+
+        stored = await broker.stored()
+    assert target.ids() == other_target.ids() == ["1", "2", "3", "4", "5", "6"]
+    for kept, binary, structured in zip(stored, target.requests, other_target.requests, strict=True):
+        assert binary.body == (kept.data_bytes or b"")
+        expected = kept.attributes_text
+        assert structured.event().attributes_text == expected
+        # Data without a content type that is JSON says so where there is no envelope to imply it.
+        if kept.row[11] == "json":
+            expected.setdefault("datacontenttype", "application/json")
+        assert binary.event().attributes_text == expected
+    assert other_target.requests[0].event().get_data() == {"n": 1.0}
+    assert other_target.requests[1].event().data_bytes == bytes(range(256))
+    assert b'"data":[ 1 , {"b":2,"a":1}]' in other_target.requests[5].body
+    assert b'"data":null' in other_target.requests[3].body
+
+
+async def test_filters_choose_and_what_they_refuse_counts_as_handled(database: str, target: Target) -> None:
+    options = "filters: [{prefix: {type: order.}}, {not: {exact: {subject: draft}}}]"
+    async with one_trigger(database, target.url, options) as broker:
+        await send(broker, 1, type="order.created")
+        await send(broker, 2, type="order.created", subject="draft")
+        await send(broker, 3, type="Order.created")
+        await send(broker, 4, type="order.paid", subject="final")
+        await target.wait(2)
+        await settled(broker)
+    assert sorted(target.ids()) == ["1", "4"]
+
+
+class TestRetries:
+    async def test_a_failed_event_is_sent_again_until_it_is_delivered(self, database: str, target: Target) -> None:
+        failing(target, 503, times=3)
+        async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 3, {FAST}}}") as broker:
+            await send(broker, 1)
+            await target.wait(4)
+            await settled(broker)
+            assert await letters(broker.backend) == []
+        assert target.ids() == ["1"] * 4
+
+    async def test_each_wait_is_as_long_as_the_policy_says(self, database: str, target: Target) -> None:
+        failing(target, 500, times=3)
+        options = "deliveryOptions: {retry: 3, backoffPolicy: exponential, backoffDelay: PT0.15S}"
+        async with one_trigger(database, target.url, options) as broker:
+            await send(broker, 1)
+            times = [request.at for request in await target.wait(4)]
+        waits = [later - earlier for earlier, later in pairwise(times)]
+        for wait, least in zip(waits, (0.3, 0.6, 1.2), strict=True):
+            assert least - 0.01 <= wait <= least * 1.1 + 0.5
+
+    async def test_without_retries_there_is_one_attempt(self, database: str, target: Target) -> None:
+        failing(target, 503, times=100)
+        async with one_trigger(database, target.url, "deliveryOptions: {retry: 0}") as broker:
+            await send(broker, 1)
+            await settled(broker)
+            [letter] = await letters(broker.backend)
+        assert len(target.requests) == 1
+        assert letter.failure.attempts == 1
+
+    async def test_a_final_status_is_not_tried_again(self, database: str, target: Target) -> None:
+        failing(target, 403, times=100)
+        async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 5, {FAST}}}") as broker:
+            await send(broker, 1)
+            await settled(broker)
+            [letter] = await letters(broker.backend)
+        assert len(target.requests) == 1
+        assert "403" in letter.failure.error
+
+    async def test_retry_after_is_obeyed(self, database: str, target: Target) -> None:
+        failing(target, 429, times=1, Retry_After="1")
+        async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 1, {FAST}}}") as broker:
+            await send(broker, 1)
+            first, second = await target.wait(2)
+        assert second.at - first.at >= 1.0
+
+    async def test_retry_after_is_obeyed_up_to_the_longest_wait(self, database: str, target: Target) -> None:
+        failing(target, 503, times=1, Retry_After="3600")
+        async with one_trigger(
+            database, target.url, f"deliveryOptions: {{retry: 1, backoffMax: PT0.5S, {FAST}}}"
+        ) as broker:
+            await send(broker, 1)
+            first, second = await target.wait(2)
+        assert 0.5 <= second.at - first.at < 5
+
+    async def test_a_target_that_was_down_gets_its_events_when_it_is_back(self, database: str, target: Target) -> None:
+        down = True
+
+        def answer(request: Request) -> web.Response:
+            return web.Response(status=503 if down else 204)
+
+        target.answer = answer
+        options = "deliveryOptions: {retry: 1000, backoffPolicy: constant, backoffDelay: PT0.05S, backoffMax: PT0.1S}"
+        async with one_trigger(database, target.url, options) as broker:
+            await send(broker, *range(5))
+            await target.wait(10)
+            down = False
+            await settled(broker)
+            assert await letters(broker.backend) == []
+        assert set(target.ids()) == {"0", "1", "2", "3", "4"}
+
+
+class TestDeadLetters:
+    async def test_a_given_up_event_goes_to_the_dead_letter_url_with_why(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        failing(target, 500, times=100)
+        options = f"deliveryOptions: {{retry: 1, {FAST}, deadLetterURL: '{other_target.url}dead'}}"
+        headers = "headers: {Authorization: Bearer secret}"
+        config = f"triggers: {{billing: {{target: {{url: '{target.url}live', {headers}}}, {options}}}}}"
+        async with serving(database, config=config) as broker:
+            await send(broker, 1, subject="s")
+            [dead] = await other_target.wait(1)
+            await settled(broker)
+            assert await letters(broker.backend) == []
+            [kept] = await broker.stored()
+        assert target.ids() == ["1", "1"]
+        assert dead.path == "/dead"
+        assert dead.header("authorization") is None, "a secret of one target went to another"
+        assert dead.event().attributes_text == kept.attributes_text | {
+            "knativeerrordest": target.url + "live",
+            "knativeerrorcode": "500",
+            "knativeerrordata": "bm8=",
+        }
+
+    async def test_the_dead_letter_url_has_the_same_retries_and_then_the_log_keeps_the_event(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        failing(target, 400, times=100)
+        failing(other_target, 502, times=100)
+        options = f"deliveryOptions: {{retry: 2, {FAST}, deadLetterURL: '{other_target.url}'}}"
+        async with one_trigger(database, target.url, options) as broker:
+            await send(broker, 1, data={"n": 1})  # type: ignore[arg-type]
+            await other_target.wait(3)
+            await settled(broker)
+            [letter] = await letters(broker.backend)
+        assert (len(target.requests), len(other_target.requests)) == (1, 3)
+        assert letter.event.data_bytes == b'{"n": 1}'
+        assert letter.failure.error == f"Reject: {target.url} answered 400 Bad Request"
+        assert letter.failure.details["knativeerrorcode"] == "400"
+
+    async def test_a_dead_letter_url_that_fails_for_a_while_gets_the_event_in_the_end(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        failing(target, 400, times=100)
+        failing(other_target, 503, times=2)
+        options = f"deliveryOptions: {{retry: 2, {FAST}, deadLetterURL: '{other_target.url}'}}"
+        async with one_trigger(database, target.url, options) as broker:
+            await send(broker, 1)
+            await other_target.wait(3)
+            await settled(broker)
+            assert await letters(broker.backend) == []
+
+    async def test_without_a_target_url_events_go_to_the_dead_letter_url_at_once(
+        self, database: str, target: Target
+    ) -> None:
+        config = f"triggers: {{billing: {{deliveryOptions: {{retry: 5, deadLetterURL: '{target.url}'}}}}}}"
+        async with serving(database, config=config) as broker:
+            await send(broker, 1)
+            [dead] = await target.wait(1)
+            await settled(broker)
+        assert b64decode(dead.event().attributes_text["knativeerrordata"]) == b"the trigger has no target URL"
+
+    async def test_without_any_url_the_log_keeps_the_event(self, database: str) -> None:
+        async with serving(database, config="triggers: {billing: }") as broker:
+            await send(broker, 1)
+            await settled(broker)
+            [letter] = await letters(broker.backend)
+        assert letter.event.id == "1"
+
+    async def test_a_kept_event_can_be_delivered_later(self, database: str, target: Target) -> None:
+        failing(target, 400, times=1)
+        async with one_trigger(database, target.url) as broker:
+            await send(broker, 1)
+            await settled(broker)
+            assert await broker.backend.redeliver(subscription="billing") == 1
+            await target.wait(2)
+        assert target.ids() == ["1", "1"]
+
+
+class TestOrderAndConcurrency:
+    async def test_strict_order_survives_failures(self, database: str, target: Target) -> None:
+        failing(target, 503, times=2)
+        async with one_trigger(database, target.url, f"order: strict, deliveryOptions: {{retry: 5, {FAST}}}") as broker:
+            await send(broker, *range(20))
+            await target.wait(22)
+            await settled(broker)
+        assert target.ids() == ["0", "0"] + [str(number) for number in range(20)]
+
+    async def test_events_of_one_key_arrive_one_after_another(self, database: str, target: Target) -> None:
+        async with one_trigger(database, target.url, "order: key, shards: 4") as broker:
+            for number in range(30):
+                await send(broker, number, partitionkey=str(number % 3))
+            await target.wait(30)
+            await settled(broker)
+        for key in range(3):
+            ids = [id_ for id_ in map(int, target.ids()) if id_ % 3 == key]
+            assert ids == sorted(ids)
+
+    async def test_concurrency_is_how_many_requests_are_open_at_a_time(self, database: str, target: Target) -> None:
+        open_now = most = 0
+
+        async def answer(request: Request) -> web.Response:
+            nonlocal open_now, most
+            open_now += 1
+            most = max(most, open_now)
+            await asyncio.sleep(0.02)
+            open_now -= 1
+            return web.Response(status=204)
+
+        target.answer = answer
+        async with one_trigger(database, target.url, "concurrency: 3") as broker:
+            await send(broker, *range(30))
+            await target.wait(30)
+            await settled(broker)
+        assert most == 3
+
+
+class TestStartAndBounds:
+    async def test_a_new_trigger_gets_what_comes_after_it(self, database: str, target: Target) -> None:
+        async with serving(database) as broker:
+            await send(broker, "before")
+        async with one_trigger(database, target.url) as broker:
+            await send(broker, "after")
+            await target.wait(1)
+            await settled(broker)
+        assert target.ids() == ["after"]
+
+    async def test_the_earliest_start_is_all_that_the_log_has(self, database: str, target: Target) -> None:
+        async with serving(database) as broker:
+            await send(broker, "before")
+        async with one_trigger(database, target.url, "start: earliest") as broker:
+            await target.wait(1)
+            await settled(broker)
+        assert target.ids() == ["before"]
+
+    async def test_an_existing_trigger_goes_on_where_it_was(self, database: str, target: Target) -> None:
+        for start in ("latest", "earliest"):
+            async with one_trigger(database, target.url, f"start: {start}") as broker:
+                await send(broker, start)
+                await target.wait(1)
+                await settled(broker)
+        assert target.ids() == ["latest", "earliest"]
+
+    async def test_positions_bound_it_exclusively_and_then_it_is_complete(self, database: str, target: Target) -> None:
+        async with serving(database) as broker:
+            await send(broker, *range(1, 9))
+            first = (await broker.backend.status()).head - 7
+        bounds = f"bounds: {{byId: {{start: {first + 1}, end: {first + 5}}}}}, order: strict"
+        async with one_trigger(database, target.url, bounds) as broker:
+            await target.wait(3)
+            await complete(broker)
+        assert target.ids() == ["3", "4", "5"]
+
+    async def test_a_date_bounds_by_when_events_were_recorded(self, database: str, target: Target) -> None:
+        async with serving(database) as broker:
+            await send(broker, "old")
+        await asyncio.sleep(0.01)
+        async with serving(database) as broker:
+            now = await _clock(broker)
+            await send(broker, "new")
+        async with one_trigger(database, target.url, f"bounds: {{byDate: {{start: '{now}'}}}}") as broker:
+            await target.wait(1)
+            await settled(broker)
+        assert target.ids() == ["new"]
+
+    async def test_another_end_than_the_stored_one_is_named(self, database: str, target: Target) -> None:
+        async with one_trigger(database, target.url, "bounds: {byId: {end: 100}}"):
+            pass
+        with pytest.raises(ConfigError, match=r"^triggers\.billing: "):
+            async with one_trigger(database, target.url, "bounds: {byId: {end: 200}}"):
+                pass
+
+
+async def complete(broker: Broker, timeout: float = 20.0) -> None:
+    async with asyncio.timeout(timeout):
+        while not subscription(await broker.backend.status(), "billing").complete:
+            await asyncio.sleep(0.02)
+
+
+async def _clock(broker: Broker) -> str:
+    connection = await asyncpg.connect(broker.dsn)
+    try:
+        now = await connection.fetchval("select clock_timestamp()")
+        return str(now.isoformat())
+    finally:
+        await connection.close()
+
+
+async def test_a_dead_target_harms_only_its_own_trigger(database: str, target: Target, other_target: Target) -> None:
+    """Both on one machine: connections are not shared in a way that one could use up the other's."""
+    released = asyncio.Event()
+
+    async def hang(request: Request) -> web.Response:
+        await released.wait()
+        return web.Response(status=204)
+
+    target.answer = hang
+    config = (
+        f"triggers: {{billing: {{target: {{url: '{target.url}'}}}}, other: {{target: {{url: '{other_target.url}'}}}}}}"
+    )
+    async with serving(database, config=config) as broker:
+        began = monotonic()
+        await send(broker, *range(300))
+        await other_target.wait(300)
+        assert monotonic() - began < 20
+        released.set()
+        await target.wait(300)
+    assert sorted(map(int, other_target.ids())) == list(range(300))
+
+
+async def test_events_from_plain_sql_are_delivered(database: str, target: Target) -> None:
+    async with one_trigger(database, target.url, "deliveryOptions: {retry: 0}") as broker:
+        connection = await asyncpg.connect(database)
+        await connection.execute("insert into pgbackend.events (id, source, type) values ('1', '/sql', 'plain')")
+        await connection.close()
+        await target.wait(1)
+        await settled(broker)
+    event = target.requests[0].event()
+    assert (event.id, event.source, event.type) == ("1", "/sql", "plain")
