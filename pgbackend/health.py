@@ -23,17 +23,12 @@ class TargetHealth:
         self._retry = retry
         self._failed: set[int] = set()
         self._probes = 0
+        # Plain attributes: they are read before and after each dispatch.
+        self.down = False
+        self.failing = False
+        """Whether the last dispatch failed: a success would be news."""
         self.next_probe = 0.0
         """Monotonic seconds: no probe before."""
-
-    @property
-    def down(self) -> bool:
-        return len(self._failed) >= FAILURES_IN_A_ROW
-
-    @property
-    def failing(self) -> bool:
-        """Whether the last dispatch failed: a success would be news."""
-        return bool(self._failed)
 
     @property
     def probes(self) -> int:
@@ -45,6 +40,7 @@ class TargetHealth:
         was_down = self.down
         self._failed.clear()
         self._probes = 0
+        self.down = self.failing = False
         return was_down
 
     def failed(self, position: int, *, now: float, probe: bool) -> bool:
@@ -53,10 +49,12 @@ class TargetHealth:
             self._probes += 1
             self.next_probe = now + self._retry.wait(self._probes + 1)
             return False
-        was_down = self.down
-        if not was_down:
-            self._failed.add(position)
-        if self.down and not was_down:
-            self.next_probe = now + self._retry.wait(1)
-            return True
-        return False
+        self.failing = True
+        if self.down:
+            return False
+        self._failed.add(position)
+        if len(self._failed) < FAILURES_IN_A_ROW:
+            return False
+        self.down = True
+        self.next_probe = now + self._retry.wait(1)
+        return True

@@ -42,7 +42,8 @@ class Committer:
         """Called for each shard whose lease turned out to be lost."""
 
     def note(self, shard: Shard) -> None:
-        """There may be something to commit for this shard. Cheap: it is called for every settled event."""
+        """There may be something to commit for this shard."""
+        shard.noted = True
         self._dirty[shard] = None
         self._due.set()
 

@@ -50,6 +50,9 @@ class Batch:
 
     events: Sequence[Event]
     """In the order of admission: first those that appeared in passed holes, then the log's next ones."""
+    positions: Sequence[int]
+    sizes: Sequence[int]
+    """Of each event, so that the subscriptions that share a batch do not each work them out."""
     upto: int
     """Everything at or below is in a batch, in an open hole, or dead."""
     opened: Sequence[Range]
@@ -58,8 +61,6 @@ class Batch:
     """Holes behind the reader in which nothing can appear any more."""
     size: int
     """Bytes of its events, about."""
-    head: bool
-    """Whether the log had no more when it was read."""
     again: float | None
     """Seconds until the reader should look again by itself; None: when there is a hint or the clock says so."""
 
@@ -67,10 +68,9 @@ class Batch:
         return bool(self.events or self.opened or self.closed)
 
 
-def size_of(event: Event) -> int:
-    """Bytes that an event takes in a window."""
-    data = event.data_bytes
-    return _EVENT_OVERHEAD + (len(data) if data is not None else 0)
+def _sizes(events: Iterable[Event]) -> list[int]:
+    """Bytes that each event takes in a window."""
+    return [_EVENT_OVERHEAD + len(event.data_bytes or b"") for event in events]
 
 
 class Log:
@@ -221,20 +221,21 @@ class Reader:
         appeared = [event for event in late if event.position not in passed]
         if appeared:
             self._held = sorted([*self._held, *appeared], key=lambda event: event.position)
-            self._held_bytes += sum(map(size_of, appeared))
+            self._held_bytes += sum(_sizes(appeared))
         opened = self._gaps.pass_overdue(self._log.clock, now=time.monotonic()) if self._gaps else []
         before = self.position
-        size = sum(map(size_of, events))
         released = self._release()
-        size += sum(map(size_of, released))
+        admitted = [*events, *released] if events else released
+        sizes = _sizes(admitted)
         return Batch(
-            events=[*events, *released] if events else released,
+            events=admitted,
+            positions=[event.position for event in admitted],
+            sizes=sizes,
             upto=self.position,
             opened=opened,
             closed=[gap for gap in closed if gap[0] <= before],
-            size=size,
-            head=not more and not self._held,
-            again=self._again(more=more and room, progress=bool(events or released or opened or closed)),
+            size=sum(sizes),
+            again=self._again(more=more and room, progress=bool(admitted or opened or closed)),
         )
 
     def _take(self, page: list[Event]) -> None:
@@ -251,10 +252,10 @@ class Reader:
         self._top = last
         if self._held:
             self._held.extend(page)
-            self._held_bytes += sum(map(size_of, page))
+            self._held_bytes += sum(_sizes(page))
         else:
             self._held = page
-            self._held_bytes = sum(map(size_of, page)) if self._gaps.waiting else 0
+            self._held_bytes = sum(_sizes(page)) if self._gaps.waiting else 0
 
     def _release(self) -> list[Event]:
         """The held events that no hole holds back any more; moves `position` along."""
@@ -270,7 +271,7 @@ class Reader:
             count += 1
         released, self._held = self._held[:count], self._held[count:]
         if released:
-            self._held_bytes = sum(map(size_of, self._held))
+            self._held_bytes = sum(_sizes(self._held))
         self.position = max(self.position, limit - 1)
         return released
 

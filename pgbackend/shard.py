@@ -119,6 +119,8 @@ class Shard:
     lost: bool = False
     """Whether another worker has it, or may have: nothing is dispatched or committed any more."""
     complete: bool = False
+    noted: bool = False
+    """Whether the committer knows that there may be something to commit."""
     outcomes: dict[OutcomeKey, Outcome] = field(default_factory=dict)
     committed: tuple[int, str] = (0, "{}")
 
@@ -134,6 +136,7 @@ class Shard:
 
     def collect(self) -> Mark | None:
         """Take what there is to commit; None when the row says it already."""
+        self.noted = False
         position, pending = self.window.mark()
         text = str(pending)
         outcomes, self.outcomes = self.outcomes, {}

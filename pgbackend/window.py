@@ -8,6 +8,8 @@ not settled), open holes (no event to be seen yet), and the rest, which is settl
     mark() == (6, {[3,4),[5,6)})      └ nothing above 6 is settled, so the offset need not speak of it
 """
 
+from collections.abc import Sequence
+
 from pgbackend.ranges import Range, RangeSet
 
 
@@ -53,6 +55,12 @@ class Window:
             self.position = position
         else:
             self.holes.discard(position)
+
+    def open_run(self, positions: Sequence[int], sizes: Sequence[int]) -> None:
+        """The same for many at once, in ascending order, all of them further on."""
+        self._in_flight.update(zip(positions, sizes, strict=True))
+        self.bytes += sum(sizes)
+        self.position = positions[-1]
 
     def skip(self, position: int) -> None:
         """Pass over an event that is not for this subscription or shard."""
