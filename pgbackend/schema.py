@@ -9,7 +9,6 @@ import asyncio
 import io
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -25,19 +24,12 @@ from sqlalchemy.pool import NullPool
 from pgbackend.database import Connection, translate
 from pgbackend.errors import ConfigError, DatabaseError, SchemaError
 from pgbackend.sql import load, quote_ident
+from pgbackend.sql.statements import SchemaSql
 
 _LOCK_NOT_AVAILABLE = "55P03"
 
 # Alembic's context belongs to the process, so two migrations never run at once in it.
 _alembic = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class SchemaSql:
-    """The statements of schema.sql."""
-
-    find_revision: str
-    has_revision: str
 
 
 def head() -> str:

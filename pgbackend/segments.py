@@ -13,6 +13,7 @@ from pgbackend.errors import DatabaseError
 from pgbackend.facts import emit
 from pgbackend.model import Position
 from pgbackend.sql import load
+from pgbackend.sql.statements import SegmentsSql
 
 AHEAD_POSITIONS = 100_000_000
 """Positions that have a segment before they are given out: 11 hours at 2,500 events a second."""
@@ -23,17 +24,6 @@ WIDTH = 10_000_000
 
 # Somebody holds a lock: an operator's DDL, a vacuum, another maker of segments.
 _TRY_LATER = frozenset({"55P03", "40P01"})
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentsSql:
-    """The statements of segments.sql."""
-
-    find_reach: str
-    limit_waits: str
-    try_lock: str
-    lock: str
-    define_segment: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,13 @@ say what it guarantees, and ends where the next one opens. Of the text, only two
     {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
     {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
 
-A module that runs the statements of a file declares them as fields of a frozen dataclass, so a mistyped name is a type
-error, and a field without a statement (or the reverse) fails when the module's actor is built, not when it is needed:
-
-    @dataclass(frozen=True, slots=True)
-    class SegmentsSql:
-        find_segments: str
+The statements of a file are declared as fields of a frozen dataclass in `statements.py`, so a mistyped name is a type
+error, and a field without a statement (or the reverse) fails when its actor is built, not when it is needed:
 
     sql = load(SegmentsSql, "segments", schema="pgbackend")
-    await connection.fetch(sql.find_segments)
+    await connection.fetchrow(sql.find_reach)
 
-The name travels as a leading comment, `/* pgbackend:find_segments */`, and so shows in `pg_stat_activity`.
+The name travels as a leading comment, `/* pgbackend:find_reach */`, and so shows in `pg_stat_activity`.
 """
 
 import re

@@ -55,3 +55,18 @@ class SubscriptionsSql:
     delete_subscription: str
     list_status: str
     find_places: str
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentsSql:
+    find_reach: str
+    limit_waits: str
+    try_lock: str
+    lock: str
+    define_segment: str
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaSql:
+    find_revision: str
+    has_revision: str

@@ -8,7 +8,7 @@ import pytest
 
 from pgbackend import schema, sql
 from pgbackend.errors import ConfigError
-from pgbackend.sql import file_names, load, parse, place_schema, quote_ident, quote_literal
+from pgbackend.sql import file_names, load, parse, place_schema, quote_ident, quote_literal, statements
 
 SCHEMA = "Of \"many\" 'words': 100%s {schema}"
 STATEMENTS = [(file, name) for file in file_names() for name in parse(file)]
@@ -36,6 +36,11 @@ async def test_statement_prepares_on_the_migrated_schema(log: str, file: str, na
         await connection.prepare(place_schema(parse(file)[name], schema=SCHEMA))
     finally:
         await connection.close()
+
+
+@pytest.mark.parametrize("file", file_names())
+def test_each_file_has_a_class_that_declares_its_statements(file: str) -> None:
+    load(getattr(statements, f"{file.title().replace('_', '')}Sql"), file, schema=SCHEMA)
 
 
 @pytest.mark.parametrize(("file", "name"), STATEMENTS)
@@ -66,10 +71,10 @@ def test_statements_become_fields_with_the_schema_in_them(files: Path) -> None:
         "-- name: read\nSELECT {schema_literal}, '{}' -- trailing\n"
     )
 
-    statements = load(LogSql, "test_fields", schema="a\"{schema_literal}'")
+    loaded = load(LogSql, "test_fields", schema="a\"{schema_literal}'")
 
-    assert statements.append == ('/* pgbackend:append */\nINSERT INTO "a""{schema_literal}\'".events\nDEFAULT VALUES')
-    assert statements.read == "/* pgbackend:read */\nSELECT 'a\"{schema_literal}''', '{}' -- trailing"
+    assert loaded.append == ('/* pgbackend:append */\nINSERT INTO "a""{schema_literal}\'".events\nDEFAULT VALUES')
+    assert loaded.read == "/* pgbackend:read */\nSELECT 'a\"{schema_literal}''', '{}' -- trailing"
 
 
 def test_a_field_without_a_statement_is_refused_by_name(files: Path) -> None:
