@@ -1,0 +1,461 @@
+"""Keeps one PostgreSQL alive while somebody uses it. A program that `embedded` starts, never imported.
+
+It stands between the users of a data directory and the server, in a session of its own: a user may be killed, with its
+whole process group, and this process is still there to stop the server; the server may be killed, and this process, its
+parent, learns of it, reaps it and starts it again. The promise: while a user lives there is a server, and when the last
+one has left there is none.
+
+Who lives is the kernel's word, never a process id's. Each of these files is locked with flock(), and such a lock goes
+when the last process that holds it is gone, however it went:
+
+    users    shared, by each user; exclusively by a keeper that found no user, until the server is stopped: who comes
+             meanwhile waits for that
+    keeper   by the keeper. Its starter took it and handed it down: two users that want one never start two
+    server   by the postmaster and every process of its making, which inherit it: free means that none of them is left,
+             and that a `postmaster.pid` is a remnant, whatever process has that number by now
+
+    initialize ─▶ launch ─▶ ready ─▶ running ──no user left──▶ stop ─▶ end
+                    ▲                   │
+                    └── the server died ┘
+
+It imports nothing but the standard library and runs without site-packages, which keeps it small and starts it fast. As
+root it gives up its rights for good once there is a database, and works from its current directory: no directory above
+has to let the server's user in.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TypedDict
+
+TICK = 0.1
+"""Seconds between two looks at the users and the server."""
+PATIENCE = 60.0
+"""Seconds that an orderly stop may take. After that the server is stopped as by a crash, which loses nothing."""
+LOG_BYTES = 8 << 20
+"""The server's log begins anew at this size; one older part is kept."""
+SHORT_DIRECTORIES = ("/var/lib/pgbackend/run", "/tmp")  # noqa: S108 - a directory 0700 of our own in it
+"""Where the socket is when its path would be too long, or out of the server's reach, in the data directory."""
+SOCKET_PATH_BYTES = 107
+"""What the kernel's address of a Unix socket holds."""
+
+_DATA = Path("data")
+_CLUSTER = _DATA / "PG_VERSION"
+_NOTE = _DATA / "postmaster.pid"
+_RUN = Path("run")
+_LOG = Path("postgresql.log")
+_HERE = "/proc/self/cwd"
+"""A name of the current directory that needs no right to the directories above it."""
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+_SOCKET_NAME = ".s.PGSQL.5432"
+_PR_SET_PDEATHSIG = 1
+
+
+class Plan(TypedDict):
+    """What the starter decided."""
+
+    home: str
+    """Absolute path; also the current directory."""
+    programs: str
+    """Directory of `postgres` and `initdb`."""
+    user: list[int]
+    """User and group to run as; empty: as we are."""
+    settings: dict[str, str]
+
+
+class Failure(Exception):  # noqa: N818 - goes to the starter as text, which makes an error of it
+    """No server, and why."""
+
+
+class Keeper:
+    """One keeper's life. Paths are relative to the current directory, which the plan calls home."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._users = _open_lock("users")
+        self._server: subprocess.Popen[bytes] | None = None
+        self._sockets = Path()
+        self._log = -1
+
+    def run(self) -> None:
+        """Return when no user is left and the server is stopped. Raises Failure when it cannot be started at first."""
+        self._initialize()
+        self._drop_privileges()
+        self._sockets = _socket_directory(Path(self._plan["home"]))
+        self._log = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._rotate_log()
+        try:
+            self._launch()
+            if self._await_ready():
+                _tell("ready")
+                os.dup2(self._log, 1)
+                os.dup2(self._log, 2)
+                self._keep()
+        finally:
+            self._stop()
+            if self._unused():  # else their DSN must stay true
+                _remove_socket_directory()
+
+    def _initialize(self) -> None:
+        """A complete, synced database stands in `data`. Killed at any moment, the next keeper begins anew."""
+        if _CLUSTER.exists():
+            return
+        if _DATA.exists():
+            raise Failure(f"{self._plan['home']}/{_DATA} is there but holds no database. Remove it.")
+        for former in Path().glob(f"{_DATA}.new-*"):
+            shutil.rmtree(former, ignore_errors=True)
+        new = Path(Path(tempfile.mkdtemp(prefix=f"{_DATA}.new-", dir=".")).name)
+        user, group = self._plan["user"] or (None, None)
+        # initdb wants its user in the password file, PostgreSQL itself does not. When its user is not there, an account
+        # that always is makes the files. Its other processes cannot come near: `home` is closed to them, and another
+        # group bars them from /proc/…/cwd.
+        maker = None if user is None else _account(user)
+        if maker is not None and group is not None:
+            os.chown(new, maker, group, follow_symlinks=False)
+        command = [
+            f"{self._plan['programs']}/initdb",
+            f"--pgdata={self._plan['home']}/{new}" if maker is None else f"--pgdata={_HERE}",
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--data-checksums",
+            "--no-sync",
+            "--no-instructions",
+        ]
+        done = subprocess.run(  # noqa: S603 - the wheel's program
+            command,
+            cwd=new,
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            user=maker,
+            group=group,
+            extra_groups=None if maker is None else [],
+        )
+        if done.returncode:
+            raise Failure("initdb failed: " + _last_lines(done.stdout))
+        for path in _tree(new):
+            if user is not None and group is not None:
+                os.chown(path, user, group, follow_symlinks=False)
+            if self._plan["settings"].get("fsync") != "off":
+                _sync(path)
+        new.rename(_DATA)
+        _sync(Path())
+
+    def _drop_privileges(self) -> None:
+        if self._plan["user"]:
+            user, group = self._plan["user"]
+            os.setgroups([])
+            os.setgid(group)
+            os.setuid(user)
+
+    def _launch(self) -> None:
+        """A new server runs, with nothing left of a former one."""
+        lock = _open_lock("server")
+        try:
+            self._outlive_former(lock)
+            self._remove_remnants()
+            settings = {
+                "listen_addresses": "",
+                "port": "5432",
+                "unix_socket_directories": str(self._sockets),
+                "unix_socket_permissions": "0700",
+                "logging_collector": "off",
+                "log_destination": "stderr",
+                **self._plan["settings"],
+            }
+            command = [f"{self._plan['programs']}/postgres", "-D", self._data_argument()]
+            for name, value in settings.items():
+                command += ["-c", f"{name}={value}"]
+            self._server = subprocess.Popen(  # noqa: S603 - the wheel's program
+                command,
+                cwd=_DATA,
+                env=_ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+                pass_fds=(lock,),
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - there is one thread
+            )
+        finally:
+            # The server's own copies hold the lock from here on: ours would hide that the server is gone.
+            os.close(lock)
+
+    def _outlive_former(self, lock: int) -> None:
+        """No process of a former server is left, and `lock` is held."""
+        began = time.monotonic()
+        sent: set[signal.Signals] = set()
+        while not _locked(lock, fcntl.LOCK_EX):
+            waited = time.monotonic() - began
+            former = _postgres_processes()
+            leader = _noted_pid()
+            # Its keeper's death has asked a postmaster to end in order. Without a postmaster they are orphans.
+            if leader in former and waited < 15.0:
+                self._signal(sent, signal.SIGINT, [leader])
+            elif waited < 20.0:
+                self._signal(sent, signal.SIGQUIT, former)
+            else:
+                self._signal(sent, signal.SIGKILL, former)
+            if waited > 30.0:
+                raise Failure(f"a former server does not end: processes {former or 'of another container'}.")
+            time.sleep(0.02)
+
+    def _signal(self, sent: set[signal.Signals], number: signal.Signals, processes: Sequence[int]) -> None:
+        if processes and number not in sent:
+            sent.add(number)
+            self._say(f"a former server is still there: {number.name} to {processes}")
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, number)
+
+    def _remove_remnants(self) -> None:
+        if _noted_pid() and (strangers := _postgres_processes()):
+            raise Failure(
+                f"a PostgreSQL that pgbackend did not start uses {self._plan['home']}/{_DATA}: "
+                f"processes {strangers}. Stop it with pg_ctl."
+            )
+        # PostgreSQL takes any living process with that number for a postmaster, and in a container numbers repeat.
+        for remnant in (_NOTE, self._sockets / _SOCKET_NAME, self._sockets / f"{_SOCKET_NAME}.lock"):
+            remnant.unlink(missing_ok=True)
+
+    def _data_argument(self) -> str:
+        path = Path(self._plan["home"]) / _DATA
+        with contextlib.suppress(OSError):
+            if path.samefile(_DATA):
+                return str(path)
+        return _HERE  # it begins there, and every process of its making stays there
+
+    def _await_ready(self) -> bool:
+        """Whether the server accepts connections; else no user is left. Raises Failure when it ended."""
+        server = self._server
+        assert server  # noqa: S101 - for the type checker
+        began = os.fstat(self._log).st_size
+        while not _is_ready(server.pid):
+            if server.poll() is not None:
+                with _LOG.open("rb") as log:
+                    log.seek(began)
+                    raise Failure("PostgreSQL ended while starting: " + _last_lines(log.read()))
+            if self._unused():
+                return False
+            time.sleep(0.01)
+        return True
+
+    def _keep(self) -> None:
+        """Return when no user is left, or the database was deleted under us."""
+        delay = TICK
+        launched = rotated = time.monotonic()
+        while not self._unused() and _CLUSTER.exists():
+            time.sleep(TICK)
+            now = time.monotonic()
+            if self._server and self._server.poll() is None:
+                if now - rotated > 1.0:
+                    self._rotate_log()
+                    rotated = now
+                continue
+            if now - launched > 30.0:
+                delay = TICK
+            if self._server:
+                self._say(f"the server ended with status {self._server.returncode}; it is started again")
+                self._server = None
+            if now - launched > delay:
+                delay = min(delay * 2, 10.0)
+                launched = now
+                try:
+                    self._launch()
+                except (Failure, OSError) as error:
+                    self._say(f"the server was not started: {error}")
+
+    def _unused(self) -> bool:
+        """Whether no user is left. When it is so, none can come before this process has ended."""
+        return _locked(self._users, fcntl.LOCK_EX)
+
+    def _stop(self) -> None:
+        """The server is stopped, in order if it can be."""
+        if not self._server:
+            return
+        for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
+            if self._server.poll() is None:
+                self._server.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(patience)
+                return
+
+    def _rotate_log(self) -> None:
+        """The log is short enough. It is copied and cut: the server writes at its end, wherever that is."""
+        if os.fstat(self._log).st_size > LOG_BYTES:
+            shutil.copyfile(_LOG, f"{_LOG}.1")
+            os.ftruncate(self._log, 0)
+
+    def _say(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        os.write(self._log, f"{stamp} [{os.getpid()}] KEEPER:  {text}\n".encode())
+
+
+def _open_lock(name: str) -> int:
+    """A descriptor of its own of the lock file. In home, only root and the server's user reach it."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.suppress(FileExistsError):
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL)
+        os.fchmod(fd, 0o666)  # whatever the umask
+        return fd
+    return os.open(name, flags)
+
+
+def _locked(fd: int, how: int) -> bool:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _account(user: int) -> int:
+    """`user` if the password file knows it, else another unprivileged account that it knows."""
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(user).pw_uid
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam("nobody").pw_uid
+    for entry in pwd.getpwall():
+        if entry.pw_uid:
+            return entry.pw_uid
+    raise Failure("there is no unprivileged account that PostgreSQL could run as. Create one called pgbackend.")
+
+
+def _socket_directory(home: Path) -> Path:
+    """Absolute path of a directory 0700 of ours for the socket, which `run` is or points to. It does not change."""
+    with contextlib.suppress(OSError):
+        if _RUN.is_symlink() and _is_private(target := _RUN.readlink()):
+            return target
+    # A comma parts the directories of a list; what else may be special, to the server or in a URL, is not worth it.
+    path = home / _RUN
+    if re.fullmatch(r"[\w./-]+", str(path), re.ASCII) and len(f"{path}/{_SOCKET_NAME}") <= SOCKET_PATH_BYTES:
+        with contextlib.suppress(OSError):
+            _RUN.mkdir(mode=0o700, exist_ok=True)
+            if _is_private(path) and path.samefile(_RUN):
+                return path
+    if _RUN.is_symlink():
+        _RUN.unlink()
+    elif _RUN.is_dir():
+        shutil.rmtree(_RUN)
+    for directory in SHORT_DIRECTORIES:
+        with contextlib.suppress(OSError):
+            target = Path(tempfile.mkdtemp(prefix="pgbackend-", dir=directory))
+            _RUN.symlink_to(target)
+            return target
+    raise Failure(f"there is no place for a Unix socket: tried {path}, {', '.join(SHORT_DIRECTORIES)}.")
+
+
+def _is_private(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
+
+
+def _remove_socket_directory() -> None:
+    """A directory far from home is not left behind; the next keeper makes another."""
+    with contextlib.suppress(OSError):
+        if _RUN.is_symlink():
+            _RUN.readlink().rmdir()
+            _RUN.unlink()
+
+
+def _noted_pid() -> int:
+    """The number in `postmaster.pid`, 0 if there is none."""
+    try:
+        return int(_NOTE.read_bytes().partition(b"\n")[0])
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _is_ready(pid: int) -> bool:
+    try:
+        lines = _NOTE.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return False
+    return len(lines) > 7 and lines[0] == b"%d" % pid and lines[7].strip() == b"ready"
+
+
+def _postgres_processes() -> list[int]:
+    """Living processes of any PostgreSQL on our data, as far as this container sees them. All of them work there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone, a zombie, or somebody else's
+            if (process / "exe").readlink().name.startswith("postgres") and (process / "cwd").samefile(_DATA):
+                found.append(int(process.name))
+    return found
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """What a child calls first, so that it is asked to end in order once `parent` is gone. Linux only."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return None
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return bind
+
+
+def _tree(top: Path) -> Iterator[Path]:
+    """Each file, then its directory."""
+    for directory, _, names in os.walk(top, topdown=False):
+        yield from (Path(directory, name) for name in names)
+        yield Path(directory)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _last_lines(output: bytes) -> str:
+    return "\n".join(output.decode(errors="replace").strip().splitlines()[-12:])
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the starter was killed
+        os.write(1, text.encode() + b"\n")
+
+
+def main() -> NoReturn:
+    """Run by `embedded`: the plan is the argument, in JSON; the lock `keeper` is held by an inherited descriptor."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # A service manager that ends all processes of a service at once would take the server away from users that still
+    # drain. We end when they have. A function and not SIG_IGN, which the server would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    os.umask(0o077)
+    plan: Plan = json.loads(sys.argv[1])
+    try:
+        Keeper(plan).run()
+    except (Failure, OSError) as error:
+        _tell(str(error))
+        sys.exit(1)
+    sys.exit()
+
+
+if __name__ == "__main__":
+    main()
