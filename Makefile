@@ -14,7 +14,7 @@ help:
 	@echo 'make lint     ruff, mypy and the import contracts'
 	@echo 'make check    lint and test'
 	@echo 'make format   let ruff format and repair what it can'
-	@echo 'make bench    measure against bare asyncpg                                  (ARGS="--events 20000")'
+	@echo 'make bench    measure against bare asyncpg                                  (ARGS="--rounds 3")'
 	@echo 'make build    wheel and sdist in dist/'
 
 serve: $(VENV)/.ready

@@ -7,20 +7,20 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
 from pgbackend import Backend, schema
-from tests.support.server import TemporaryServer
+from pgbackend.embedded import EmbeddedServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pgbackend")
     group.addoption("--pg-dsn", help="a PostgreSQL that is already there, as a role that may create databases")
     group.addoption("--pg-version", type=int, choices=(16, 18), help="major version of the embedded PostgreSQL")
+    group.addoption("--long", action="store_true", help="crashes, outages and load at full length: takes many minutes")
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +32,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="pgbackend-test-", ignore_cleanup_errors=True) as directory:
         version: int | None = request.config.getoption("--pg-version")
-        with TemporaryServer(Path(directory), version=version) as running:
-            yield running.dsn
+        running = EmbeddedServer(directory, version=version, settings={"fsync": "off"})
+        yield asyncio.run(running.start())
+        asyncio.run(running.stop())
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pgbackend.cli.options import table
     help="The database to measure on, in a scratch schema that is dropped afterwards. Default: an embedded server.",
 )
 @click.option(
-    "--events", type=click.IntRange(min=1_000), default=20_000, show_default=True, help="How many events a round."
+    "--events", type=click.IntRange(min=1_000), default=50_000, show_default=True, help="How many events a round."
 )
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How many rounds; medians count."
