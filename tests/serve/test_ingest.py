@@ -19,6 +19,8 @@ from pgbackend.errors import (
 )
 from pgbackend.serve.ingest import Limits
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.support.polling import eventually
+from tests.support.proxy import Proxy
 
 
 class TestBinaryMode:
@@ -328,6 +330,31 @@ class TestWhenPostgresqlIsInTheWay:
                 assert "unknown" in answer.detail or "Nothing was stored" in answer.detail
             finally:
                 await blocker.close()
+
+    async def test_without_postgresql_events_are_refused_until_it_is_back(self, database: str) -> None:
+        async with Proxy(database) as proxy, serving(proxy.dsn, produce_timeout=2.0) as broker:
+            assert (await broker.send(HEADERS | {"ce-id": "before"})).status == 202
+            proxy.cut()
+            for answer in (await broker.send(HEADERS | {"ce-id": "lost"}), await broker.request("GET", "/healthz")):
+                assert answer.status == 503
+                assert int(answer.headers["retry-after"]) >= 1
+            proxy.restore()
+
+            async def accepted() -> bool:
+                return (await broker.send(HEADERS | {"ce-id": "after"})).status == 202
+
+            await eventually("PostgreSQL is back", accepted)
+            assert (await broker.request("GET", "/healthz")).status == 200
+            assert [event.id for event in await broker.stored()] == ["before", "after"]
+
+    async def test_a_commit_whose_answer_was_lost_is_said_to_be_uncertain(self, database: str) -> None:
+        async with Proxy(database) as proxy, serving(proxy.dsn) as broker:
+            proxy.lose_reply_to(b"uncertain")
+            answer = await broker.send(HEADERS | {"ce-id": "uncertain"})
+            await proxy.struck()
+            assert answer.status == 503
+            assert answer.headers["retry-after"] == "1"
+            assert "may or may not be stored" in answer.detail
 
     @pytest.mark.parametrize(
         ("error", "status", "said"),
