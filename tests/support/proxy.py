@@ -85,19 +85,18 @@ class Proxy:
             await self._struck.wait()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._refusing:
-            writer.transport.abort()
-            return
         try:
             upstream = await self._connect()
         except OSError:
             writer.transport.abort()
             return
-        self.accepted += 1
         link = _Link(writer, upstream[1])
         self._links.add(link)
+        # Looked at last: a cut that came while connecting counts.
         if self._refusing:
             link.abort()
+        else:
+            self.accepted += 1
         try:
             await asyncio.gather(
                 self._forward(reader, upstream[1], link, requests=True),
