@@ -65,7 +65,7 @@ async def running(*args: str, env: Mapping[str, str] | None = None) -> AsyncIter
         "pgbackend",
         "serve",
         *args,
-        env=_ENVIRONMENT | (env or {}),
+        env=_ENVIRONMENT | dict(env or {}),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -194,8 +194,10 @@ class TestSignals:
         assert target.ids() == ["1", "2"]
 
     async def test_a_second_interrupt_ends_it_at_once(self, database: str, target: Target) -> None:
+        released = asyncio.Event()
+
         async def hang(request: Request) -> web.Response:
-            await asyncio.sleep(60)
+            await released.wait()
             return web.Response(status=204)
 
         target.answer = hang
@@ -207,6 +209,7 @@ class TestSignals:
             await _refused(url)
             serve.send(signal.SIGINT)
             assert await serve.ended(timeout=5.0) == 130
+        released.set()
 
     async def test_a_signal_while_it_starts_is_obeyed(self) -> None:
         contacted = asyncio.Event()
@@ -254,7 +257,7 @@ class TestFailures:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
             said = await self.one_line("--port", "0", "--dsn", f"postgresql://me:hunter2@127.0.0.1:{port}/x")
-        assert f"127.0.0.1:{port}" in said
+        assert "cannot be reached" in said
         assert "hunter2" not in said
 
     async def test_a_trigger_that_does_not_fit_the_log_is_said(self, database: str, target: Target) -> None:
