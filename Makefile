@@ -18,7 +18,7 @@ help:
 	@echo 'make build    wheel and sdist in dist/'
 
 serve: $(VENV)/.ready
-	@exec $(BIN)/pgbackend serve $(ARGS)
+	@exec $(BIN)/python examples/receiver.py -- $(BIN)/pgbackend serve --config examples/broker.yaml $(ARGS)
 
 demo: $(VENV)/.ready
 	@exec $(BIN)/python examples/demo.py $(ARGS)
