@@ -3,10 +3,10 @@
     idle ──a call──▶ sending ──COMMIT, calls have gathered──▶ sending …
                         └──────COMMIT, none have────────────▶ idle
 
-While one batch is being committed, the next gathers; a lone call on an idle backend is sent at once and pays one commit.
-Positions follow call order, and within a call the order of its list. A call is the unit: when PostgreSQL refuses a batch
-for its data, its calls are tried again apart. The batch is nobody's task and nobody cancels it: a caller that gives up
-leaves the gathering batch, or, once that was sent, only stops waiting.
+While one batch is being committed, the next gathers; a lone call on an idle backend is sent at once and pays one
+commit. Positions follow call order, and within a call the order of its list. A call is the unit: when PostgreSQL
+refuses a batch for its data, its calls are tried again apart. The batch is nobody's task and nobody cancels it: a
+caller that gives up leaves the gathering batch, or, once that was sent, only stops waiting.
 
 What is not known is said: a connection lost after sending, or a standby that was not waited for, is a
 `ProduceUncertainError` for every call of the batch, and is not repeated.
@@ -43,8 +43,10 @@ from pgbackend.sql.statements import LogSql
 
 _BATCH_EVENTS = 1000
 _BATCH_BYTES = 4 << 20
-_COPY_EVENTS = 200
-"""From here on COPY is the faster one: 1,000 rows as COPY 116,000 a second, by unnest 81,000."""
+_COPY_EVENTS = 16
+"""From here on COPY is the cheaper one: 32 rows take 0.9 ms and 7 µs of CPU each, by unnest 1.4 ms and 15 µs."""
+
+_DATA = COLUMNS.index("data")
 
 _NOT_WAITED_FOR = frozenset({"57014", "57P01"})
 """SQLSTATEs of the warnings that a COMMIT was not confirmed by its synchronous standby."""
@@ -54,6 +56,7 @@ _NOT_WAITED_FOR = frozenset({"57014", "57P01"})
 class _Call:
     rows: Sequence[Row]
     size: int
+    """Bytes of data."""
     done: "asyncio.Future[None]"
     sent: bool = False
 
@@ -88,16 +91,16 @@ class Appender:
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="append")
 
-    async def append(self, rows: Sequence[Row], size: int) -> None:
+    async def append(self, rows: Sequence[Row]) -> None:
         """Return once the rows are committed, all of them in one transaction.
 
-        Raises EventError when PostgreSQL refuses their values, ProduceTimeoutError when they were not even sent in time,
-        ProduceUncertainError when nobody knows, DatabaseError for any other refusal: nothing is stored then.
+        Raises EventError when PostgreSQL refuses their values, ProduceTimeoutError when they were not even sent in
+        time, ProduceUncertainError when nobody knows, DatabaseError for any other refusal: nothing is stored then.
         """
         if self._task is None or self._closing:
             raise NotRunningError("This backend does not take events: call `init()` first, and not after `stop()`.")
         loop = asyncio.get_running_loop()
-        call = _Call(rows, size, loop.create_future())
+        call = _Call(rows, sum(len(row[_DATA] or b"") for row in rows), loop.create_future())
         self._calls.append(call)
         self._due.set()
         # A timer, not asyncio.timeout(): 8 µs less for each call.
@@ -121,7 +124,8 @@ class Appender:
         else:
             self._calls.remove(call)
             error = ProduceTimeoutError(
-                f"The event was not sent within {self._timeout:g} s, and is not stored. Check that PostgreSQL can be reached."
+                f"The event was not sent within {self._timeout:g} s, and is not stored. "
+                "Check that PostgreSQL can be reached."
             )
         call.done.set_exception(error)
 

@@ -2,17 +2,17 @@
 
 From `produce()` to the committed offset, one function a step:
 
-| # | call                                       | statement               | what is true afterwards                             |
-|---|--------------------------------------------|-------------------------|-----------------------------------------------------|
-| 1 | `Backend.produce` → `codec.encode`         |                         | the event is valid and frozen as bytes              |
-| 2 | `Appender.append`                          | `append`, or COPY       | it travelled with its neighbours; COMMIT came back  |
-| 3 | `Hints.ring`, `Notifier.notify`            | `notify`                | readers may know; nothing depends on it             |
-| 4 | `Stream.run` → `Reader.read`               | `read_page`             | a page above the reading place, in log order        |
-| 5 | `Gaps.narrow` … `Gaps.bury`                | `appenders_in_flight`   | a missing position is dead, pending, or waited for  |
-| 6 | `Pump._admit` → `Window.open`              |                         | it is in flight, within the bounds                  |
-| 7 | `Pump._work` → the dispatcher              |                         | it was handled, or it raised; no transaction is open |
-| 8 | `Window.settle`, or `Shard.note` an outcome |                        | settled, or on its way to redelivery or burial      |
-| 9 | `Committer.run_once`                       | `commit_offsets`        | durable, under the shard's epoch                    |
+| # | call                               | statement             | what is true afterwards                            |
+|---|------------------------------------|-----------------------|----------------------------------------------------|
+| 1 | `Backend.produce` → `encode`       |                       | the event is valid and frozen as bytes             |
+| 2 | `Appender.append`                  | `append`, or COPY     | it travelled with its neighbours; COMMIT came back |
+| 3 | `Hints.ring`, `Notifier.notify`    | `notify`              | readers may know; nothing depends on it            |
+| 4 | `Stream.run` → `Reader.read`       | `read_page`           | a page above the reading place, in log order       |
+| 5 | `Gaps.narrow` … `Gaps.bury`        | `appenders_in_flight` | a missing position is dead, pending, or awaited    |
+| 6 | `Pump._admit` → `Window.open`      |                       | it is in flight, within the bounds                 |
+| 7 | `Pump._deliver` → the dispatcher   |                       | it was handled, or raised; no transaction was open |
+| 8 | `Window.settle`, `Shard.note`      |                       | settled, or on its way to redelivery or burial     |
+| 9 | `Committer.run_once`               | `commit_offsets`      | durable, under the shard's epoch                   |
 
 Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up the shards, close the appender.
 """
@@ -29,7 +29,7 @@ from uuid import uuid4
 
 from pgbackend import facts, schema
 from pgbackend.appender import Appender
-from pgbackend.codec import encode, size_of
+from pgbackend.codec import encode
 from pgbackend.database import Backoff, Database, describe_dsn, normalize_dsn
 from pgbackend.errors import (
     ConfigError,
@@ -133,19 +133,19 @@ class Backend:
         `dsn`: where the log is. `listen_dsn`: a direct way there, where `dsn` leads through a pooler.
         `schema`: the log's schema; several logs may live in one database.
         `hole_wait`: seconds that an open appender may delay others, once. Longer keeps strict log order more often.
-        `poll_interval`: seconds between looks at the log when no wake-up comes. Longer idles cheaper, and is later when a
-        wake-up is lost.
+        `poll_interval`: seconds between looks at the log when no wake-up comes. Longer idles cheaper, and is later
+        when a wake-up is lost.
         `commit_interval`: seconds between offset commits. Longer means fewer commits and more repeats after a crash.
         `lease_timeout`: seconds after which a worker that is not heard of loses its shards.
         `produce_timeout`, `drain_timeout`: seconds that `produce()` and `stop()` take at most.
         `max_event_bytes`: larger events are refused.
         `pool_size`: connections for short statements, beside one that appends and one that listens.
-        `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow targets,
-        and repeat more after a crash.
+        `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow
+        targets, and repeat more after a crash.
         `buffer_bytes`: what the process keeps of the log for subscriptions that are a little behind.
         """
         self._dsn: str | None = normalize_dsn(dsn)
-        self._embedded: "EmbeddedServer | None" = None
+        self._embedded: EmbeddedServer | None = None
         self._listen_dsn = normalize_dsn(listen_dsn) if listen_dsn is not None else None
         self._where = describe_dsn(dsn)
         quote_ident(schema)
@@ -212,9 +212,9 @@ class Backend:
     async def init(self, *, migrate: bool = True) -> None:
         """Return once the log can be used: connected, its tables as this version needs them. Again does nothing.
 
-        `migrate=False` verifies the tables' revision and changes nothing. Raises ConnectionLostError when PostgreSQL does
-        not answer, SchemaError when the tables are behind (with `migrate=False`) or ahead of this version, or cannot be
-        trusted: a standby, a sequence that is behind its events.
+        `migrate=False` verifies the tables' revision and changes nothing. Raises ConnectionLostError when PostgreSQL
+        does not answer, SchemaError when the tables are behind (with `migrate=False`) or ahead of this version, or
+        cannot be trusted: a standby, a sequence that is behind its events.
         """
         if self._stopped:
             raise NotRunningError("This backend was stopped. Make a new one.")
@@ -237,10 +237,8 @@ class Backend:
             schema.check(found, name)
             log = Log(database, schema=name, hole_wait=settings.hole_wait)
             subscriptions = Subscriptions(log, schema=name)
-            problem = await _distrust(subscriptions)
-            if problem is not None:
-                raise SchemaError(problem, found=found, expected=schema.head())
-            segments = Segments(database=database, schema=name)
+            _refuse_distrusted(await _distrust(subscriptions), found)
+            segments = Segments(database, schema=name)
             await segments.extend()
             await log.enter_incarnation()
         except BaseException:
@@ -266,8 +264,8 @@ class Backend:
     async def start(self) -> None:
         """Dispatch events to the subscriptions of this process, until `stop()` is called or this call is cancelled.
 
-        Returns once in-flight events have finished (after `drain_timeout` at the latest), offsets are committed and leases
-        are given up. Lost connections and restarts of PostgreSQL are waited out.
+        Returns once in-flight events have finished (after `drain_timeout` at the latest), offsets are committed and
+        leases are given up. Lost connections and restarts of PostgreSQL are waited out.
         """
         self._use()
         if self._running is not None:
@@ -310,9 +308,9 @@ class Backend:
                 self._worker = None
 
     async def stop(self) -> None:
-        """Return once everything has come to its end: dispatching as `start()` says, then produced events, then connections.
+        """Return once everything has come to its end.
 
-        Safe at any time, and again.
+        First dispatching, as `start()` says; then events being produced; then connections. Safe at any time, and again.
         """
         self._stop.set()
         self._stopped = True
@@ -359,16 +357,18 @@ class Backend:
         ProduceUncertainError when the connection was lost while PostgreSQL was committing: nobody knows.
         """
         row = encode(event, max_event_bytes=self._settings.max_event_bytes)
-        await self._use().appender.append((row,), size_of(row))
+        await self._use().appender.append((row,))
 
     async def produce_many(self, events: Iterable["BaseCloudEvent"]) -> None:
-        """Return once all of the events are committed, in one transaction and in their order. Raises as `produce()` does;
-        none of them is stored then."""
+        """Return once all of the events are committed, in one transaction and in their order.
+
+        Raises as `produce()` does; none of them is stored then.
+        """
         limit = self._settings.max_event_bytes
         rows = [encode(event, max_event_bytes=limit) for event in events]
         parts = self._use()
         if rows:
-            await parts.appender.append(rows, sum(map(size_of, rows)))
+            await parts.appender.append(rows)
 
     def _on_append(self, _count: int) -> None:
         parts = self._parts
@@ -395,17 +395,17 @@ class Backend:
         """Return once the subscription exists: every event that is acknowledged from now on will be dispatched to it.
 
         `dispatcher` handles one event: returning means handled, raising means failed. Plain functions run in threads.
-        `start`: where a new subscription begins ("earliest", "latest", behind a position or a date); an existing one goes
-        on from its offset. `end`: the position or date before which it ends. Both bounds are exclusive.
+        `start`: where a new subscription begins ("earliest", "latest", behind a position or a date); an existing one
+        goes on from its offset. `end`: the position or date before which it ends. Both bounds are exclusive.
         `filter`: a predicate on the event; what it refuses counts as handled.
         `order`: "none", "key" (events with one key one after another), or "strict" (one at a time, in log order).
         `concurrency`: how many events are dispatched at a time, in each shard.
         `retry`: how often and when a failed event is tried again.
-        `dead_letter`: gets the events that `dispatcher` did not handle in all its attempts, with the same `retry`; those
-        that it does not handle either are kept as dead letters.
+        `dead_letter`: gets the events that `dispatcher` did not handle in all its attempts, with the same `retry`;
+        those that it does not handle either are kept as dead letters.
 
-        Raises SubscriptionExistsError when this backend runs one of that name, SubscriptionMismatchError when the stored
-        one has another order, shard count or end, ConfigError for options that cannot be.
+        Raises SubscriptionExistsError when this backend runs one of that name, SubscriptionMismatchError when the
+        stored one has another order, shard count or end, ConfigError for options that cannot be.
         """
         _check_subscription(name, dispatcher, end=end, order=order, concurrency=concurrency, shards=shards, start=start)
         if not isinstance(retry, Retry):
@@ -442,8 +442,11 @@ class Backend:
             self._worker.claim_soon()
 
     async def unsubscribe(self, name: str) -> None:
-        """Return once nothing of the subscription is in flight here and its offset is committed. The offset stays: to
-        subscribe again goes on from there. Raises SubscriptionNotFoundError when this backend does not run it."""
+        """Return once nothing of the subscription is in flight here and its offset is committed.
+
+        The offset stays: to subscribe again goes on from there. Raises SubscriptionNotFoundError when this backend does
+        not run it.
+        """
         self._use()
         registration = self._registrations.pop(name, None)
         if registration is None:
@@ -466,10 +469,10 @@ class Backend:
         await parts.notifier.notify_leases()
 
     async def seek(self, name: str, place: Place) -> None:
-        """Return once the subscription's next event is the first behind `place`: a position, a date, "earliest" or "latest".
+        """Return once the subscription's next event is the first behind `place`.
 
-        What was waiting to be tried again is dropped, dead letters stay. Works wherever the subscription runs.
-        Raises SubscriptionNotFoundError when there is none.
+        `place`: a position, a date, "earliest" or "latest". What was waiting to be tried again is dropped, dead letters
+        stay. Works wherever the subscription runs. Raises SubscriptionNotFoundError when there is none.
         """
         parts = self._use()
         registration = self._registrations.get(name)
@@ -593,10 +596,15 @@ async def _distrust(subscriptions: Subscriptions) -> str | None:
         return "The server is a standby: connect to the primary."
     if head < max(offset, event):
         return (
-            f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions would be "
-            "given out twice. Restore the sequence, or move the subscriptions with `seek`."
+            f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions would "
+            "be given out twice. Restore the sequence, or move the subscriptions with `seek`."
         )
     return None
+
+
+def _refuse_distrusted(problem: str | None, found: str | None) -> None:
+    if problem is not None:
+        raise SchemaError(problem, found=found, expected=schema.head())
 
 
 def _refuse_newer(found: str, name: str) -> None:

@@ -167,6 +167,12 @@ class Event:
         return None if row[4] is None else (row[2], row[4])
 
     @property
+    def key_hash(self) -> int:
+        """What shards are cut by. Only for events that were read from the log: the database works it out."""
+        row: RecordLike = self._row
+        return int(row[14])
+
+    @property
     def attributes_text(self) -> dict[str, str]:
         """Every attribute as the text that came in; integers and booleans in CloudEvents' canonical text form."""
         texts = {name: text for name, text in self._core() if text is not None}
@@ -691,7 +697,7 @@ def _checked_row(attributes: dict[str, object], data: bytes | None, encoding: st
     take = attributes.pop
     id_ = _text("id", take("id", None))
     source = _text("source", take("source", None))
-    if not _uri_reference(source):
+    if not _is_uri_reference(source):
         raise EventError(f"attribute 'source' is {_short(source)}: expected a URI-reference.")
     type_ = _text("type", take("type", None))
     subject = None if (value := take("subject", None)) is None else _text("subject", value)
@@ -707,6 +713,12 @@ def _checked_row(attributes: dict[str, object], data: bytes | None, encoding: st
     key = None if (value := take("partitionkey", None)) is None else _text("partitionkey", value)
     extensions = _write_extensions(attributes) if attributes else "{}"
     return (specversion, id_, source, type_, subject, time, content_type, schema, key, extensions, data, encoding)
+
+
+@lru_cache(maxsize=4096)
+def _is_uri_reference(text: str) -> bool:
+    # A producer has few sources: remembering them costs a fifth of looking again.
+    return _uri_reference(text) is not None
 
 
 def _text(name: str, value: object) -> str:

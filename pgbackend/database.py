@@ -245,4 +245,4 @@ def on_warning(connection: Connection, callback: Callable[[str], None]) -> None:
     def listener(_: object, message: asyncpg.PostgresLogMessage) -> None:
         callback(message.sqlstate or "")
 
-    connection.add_log_listener(listener)  # type: ignore[arg-type] # the stubs want the proxy's type
+    connection.add_log_listener(listener)

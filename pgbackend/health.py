@@ -5,10 +5,10 @@ States of a target, as its pumps see it:
     up     ── 10 different events failed in a row ──▶ down
     down   ── any success ──▶ up
 
-While it is up, every event is dispatched as it comes and every failure counts for its event. While it is down, nothing is
-dispatched but single probes, each with another event in turn: an hour's outage then uses up the attempts of few events
-and floods nothing, and a run of bad events does not keep the good ones behind it for ever. The waits between probes grow
-as the subscription's `Retry` says, up to its `max_delay`. Pure: told the time, asks no clock.
+While it is up, every event is dispatched as it comes and every failure counts for its event. While it is down,
+nothing is dispatched but single probes, each with another event in turn: an hour's outage then uses up the attempts
+of few events and floods nothing, and a run of bad events does not keep the good ones behind it for ever. The waits
+between probes grow as the subscription's `Retry` says, up to its `max_delay`. Pure: told the time, asks no clock.
 """
 
 from pgbackend.retry import Retry

@@ -5,8 +5,8 @@ renews it exists. That connection is direct (never a pooler's), lives in a threa
 own, and listens for wake-ups besides, so a dispatcher that blocks the worker's loop costs neither lease nor hint.
 
 What a worker may rely on is its `Tenure`: a monotonic time up to which nobody else can have taken its shards over. It
-is counted from before the renewal was sent, and is void at once when the connection is lost: a worker in doubt begins no
-dispatch. What it had begun may overlap with the next owner's, and can never be committed: the epoch has changed.
+is counted from before the renewal was sent, and is void at once when the connection is lost: a worker in doubt begins
+no dispatch. What it had begun may overlap with the next owner's, and can never be committed: the epoch has changed.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from uuid import UUID
 
 from pgbackend import facts
@@ -84,7 +85,7 @@ class Presence:
         tenure: Tenure,
         on_hint: Callable[[str], None],
     ) -> None:
-        """`on_hint` is called in the loop that calls `start()`: with each NOTIFY's payload, with "" after connecting."""
+        """`on_hint` is called in the loop of `start()`: with each NOTIFY's payload, with "" after connecting."""
         self._database = database
         self._sql = load(LeasesSql, "leases", schema=schema)
         self._worker = worker
@@ -120,10 +121,8 @@ class Presence:
         self._stop.set()
         loop, task = self._loop, self._task
         if loop is not None and task is not None and not loop.is_closed():
-            try:
+            with suppress(RuntimeError):  # it ended in this moment
                 loop.call_soon_threadsafe(task.cancel)
-            except RuntimeError:
-                pass  # it ended in this moment
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 5.0)
 
@@ -195,10 +194,8 @@ class Presence:
 
     def _hint(self, payload: str) -> None:
         if self._home is not None and not self._home.is_closed():
-            try:
+            with suppress(RuntimeError):  # it closed in this moment
                 self._home.call_soon_threadsafe(self._on_hint, payload)
-            except RuntimeError:
-                pass  # it closed in this moment
 
     def _tell(self, first: "asyncio.Future[None]", error: Exception | None) -> None:
         def tell() -> None:

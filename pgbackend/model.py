@@ -105,7 +105,8 @@ class SubscriptionStatus:
     last_error: str | None
     complete: bool
     state: str
-    """`running` or `waiting for …` in this process; `stopped` when nobody runs it, `elsewhere` when another worker does."""
+    """In this process `running`, `complete`, `target down` or `waiting for …`; `elsewhere` when another worker runs it,
+    `stopped` when nobody does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

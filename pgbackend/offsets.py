@@ -1,8 +1,8 @@
 """Offset commits: gathered over all shards of the process, fenced by epoch, one statement at a time (I5, I6, I9).
 
-The first settled event after a quiet time is committed at once, then commits follow at most every `commit_interval`; the
-interval stretches so that committing takes less than a tenth of the time. What a commit does not find under its epoch,
-owner and incarnation is a lost lease: the row then belongs to somebody else, and nothing was changed.
+The first settled event after a quiet time is committed at once, then commits follow at most every `commit_interval`;
+the interval stretches so that committing takes less than a tenth of the time. What a commit does not find under its
+epoch, owner and incarnation is a lost lease: the row then belongs to somebody else, and nothing was changed.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.database import Backoff
+from pgbackend.database import Backoff, Record
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.reader import Log
 from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
@@ -65,7 +65,10 @@ class Committer:
             await asyncio.sleep(max(self._interval, took / _SHARE - took))
 
     async def run_once(self) -> None:
-        """Commit all there is. Raises DatabaseError when PostgreSQL does not answer; everything is kept for next time."""
+        """Commit all there is.
+
+        Raises DatabaseError when PostgreSQL does not answer; everything is kept for next time.
+        """
         async with self._one_commit:
             shards, self._dirty = self._dirty, {}
             self._due.clear()
@@ -185,9 +188,9 @@ class Committer:
         )
         return self._confirm(marks, rows)
 
-    def _confirm(self, marks: dict[Shard, Mark], rows: Iterable[tuple[int, tuple[int, int]]]) -> dict[Shard, Mark]:
+    def _confirm(self, marks: dict[Shard, Mark], rows: Iterable[Record]) -> dict[Shard, Mark]:
         """Take the server's word for what was committed; the marks that it does not mention."""
-        places = {epoch: place for epoch, place in rows}  # noqa: C416 - records unpack, but are no pairs
+        places = {row[0]: row[1] for row in rows}
         missing: dict[Shard, Mark] = {}
         for shard, mark in marks.items():
             place = places.get(shard.lease.epoch)

@@ -121,7 +121,7 @@ class Pump:
         self._ready: deque[Event] = deque()
         self._again: deque[_Again] = deque()
         self._letters: deque[_Again] = deque()
-        """Like `_again`, of those whose turn it is with the dead-letter dispatcher: a dead target does not hold them."""
+        """The same for the dead-letter dispatcher: a target that is down does not hold them."""
         self._parked: dict[object, deque[Event]] = {}
         self._handed_over: set[int] = set()
         self._sent_letters: set[int] = set()
@@ -234,7 +234,7 @@ class Pump:
                 continue
             if position <= window.position and position not in window.holes:
                 continue
-            if (shards > 1 and event._row[14] % shards != shard) or not (plain or self._wants(event, wanted)):
+            if (shards > 1 and event.key_hash % shards != shard) or not (plain or self._wants(event, wanted)):
                 window.skip(position)
                 continue
             while not window.fits(batch.sizes[index]):
@@ -470,8 +470,8 @@ class Pump:
         """While the target is down: one event at a time, at the times that its health allows."""
         health = self.registration.health
         async with self._probe_turn:
-            while health.down and not self._stopping and (delay := health.next_probe - monotonic()) > 0:
-                await asyncio.sleep(min(delay, _LEASE_POLL))
+            while health.down and not self._stopping and monotonic() < health.next_probe:  # noqa: ASYNC110 - a clock
+                await asyncio.sleep(min(max(health.next_probe - monotonic(), 0.0), _LEASE_POLL))
             if not health.down or self._stopping or not self.shard.may_dispatch():
                 return
             # In turn: what is due again, then what is new.
@@ -611,12 +611,12 @@ class Pump:
         registration, window = self.registration, self.shard.window
         goal = (registration.end_position or 0) - 1
         if registration.end_at is not None:
-            while not await self._clock_passed(registration.end_at):
+            while not await self._clock_passed(registration.end_at):  # noqa: ASYNC110 - the server's clock
                 await asyncio.sleep(_FINISH_POLL)
             # A check that began after the end: no event from before it can appear above what it proved.
             proven = await self._prove_end()
             goal = proven if registration.end_position is None else min(goal, proven)
-        while window.position < goal or len(window) or window.holes.below(goal):
+        while window.position < goal or len(window) or window.holes.below(goal):  # noqa: ASYNC110 - rare, and plain
             await asyncio.sleep(_FINISH_POLL)
         if not self.shard.complete:
             self.shard.complete = True
@@ -631,10 +631,8 @@ def _as_async(
     registration: Registration, dispatcher: ConsumerDispatcher
 ) -> Callable[[Event], Coroutine[Any, Any, object]]:
     """The dispatcher as a coroutine function; plain functions run in the subscription's own threads."""
-    call = dispatcher if inspect.isfunction(dispatcher) or inspect.ismethod(dispatcher) else dispatcher.__call__  # type: ignore[operator]
-    if inspect.iscoroutinefunction(dispatcher) or inspect.iscoroutinefunction(call):
-        return dispatcher  # type: ignore[return-value] # just seen
-    if isinstance(dispatcher, partial) and inspect.iscoroutinefunction(dispatcher.func):
+    plain = dispatcher.func if isinstance(dispatcher, partial) else dispatcher
+    if inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None)):  # noqa: B004
         return dispatcher  # type: ignore[return-value] # just seen
     if registration.threads is None:
         registration.threads = ThreadPoolExecutor(

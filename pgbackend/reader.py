@@ -1,8 +1,8 @@
 """One reader of the log: pages in order, each proven by the fence before anybody gets it.
 
 A reader turns the log into a stream of `Batch`es. Applied one after another they tell a subscription all there is to
-know: the events in the order of their admission, up to where the log is accounted for, and which holes were left behind.
-Between `read_page` and a batch stands only `Gaps` (pgbackend/holes.py); this module does the I/O around it.
+know: the events in the order of their admission, up to where the log is accounted for, and which holes were left
+behind. Between `read_page` and a batch stands only `Gaps` (pgbackend/holes.py); this module does the I/O around it.
 
 Its promise: an event is in exactly one batch of a reader, and a position at or below `upto` that was in none is either
 in an open hole or dead for ever.
@@ -156,14 +156,15 @@ class Log:
 
     async def _fetch_data(self, events: list[Event], rows: list[Record], stubs: list[tuple[int, int]]) -> int:
         """Put the large data into its events, up to `PAGE_BYTES`; how many of the events are whole."""
-        total, wanted, kept = 0, [], len(events)
+        total, kept = 0, len(events)
+        wanted: list[int] = []
         for index, size in stubs:
             if wanted and total + size > PAGE_BYTES:
                 kept = index
                 break
             total += size
             wanted.append(rows[index][_POSITION])
-        found = dict(await self.database.fetch(self.sql.read_data, wanted))  # type: ignore[arg-type] # pairs
+        found = {row[0]: row[1] for row in await self.database.fetch(self.sql.read_data, wanted)}
         for index, _ in stubs:
             row = rows[index]
             if index < kept and (data := found.get(row[_POSITION])) is not None:
@@ -177,7 +178,7 @@ class Reader:
     """Reads on from a position. Not safe for two tasks at once."""
 
     def __init__(self, log: Log, *, after: int, holes: Iterable[Range] = (), patient: bool = False) -> None:
-        """`holes`: ranges at or below `after` that may still be filled. `patient`: wait for every hole, as `strict` must."""
+        """`holes`: ranges at or below `after` that may still be filled. `patient`: wait for every hole (`strict`)."""
         self._log = log
         self._gaps = Gaps(holes, patient=patient)
         self._top = after

@@ -2,9 +2,9 @@
 
 The pump fills it, the committer empties it. Pure: no I/O.
 
-An **outcome** is what became of an event that was not simply handled. It is committed in the same statement as the offset
-that it belongs to, so that a crash finds an event either in the log's path or in redelivery, never in both, and never in
-neither. Of several outcomes for one event only the last is kept.
+An **outcome** is what became of an event that was not simply handled. It is committed in the same statement as the
+offset that it belongs to, so that a crash finds an event either in the log's path or in redelivery, never in both,
+and never in neither. Of several outcomes for one event only the last is kept.
 """
 
 import time

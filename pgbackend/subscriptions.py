@@ -1,7 +1,7 @@
 """Subscriptions as they stand in the database: created, checked, moved, deleted, listed.
 
-Creating one is where "from now on" is decided: whatever is acknowledged after `create()` returns is delivered, and nothing
-older is replayed. For `latest` that takes the fence: positions up to the log's head may still be open.
+Creating one is where "from now on" is decided: whatever is acknowledged after `create()` returns is delivered, and
+nothing older is replayed. For `latest` that takes the fence: positions up to the log's head may still be open.
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class Subscriptions:
                 ("shards", "its shard count"),
                 ("end_position", "its end position"),
                 ("end_at", "its end date"),
-            )  # fmt: skip
+            )
             if getattr(found, name) != getattr(wanted, name)
         ]
         if differences:

@@ -2,8 +2,8 @@
 
 A `Stream` is a reader with a short memory of what it has read. Every pump has a `Cursor`, and every cursor is in one
 stream: pumps at about the same place share it, and with it each page, each decoded event and each check of the fence. A
-cursor that falls behind the memory (64 MiB for all) begins a stream of its own at its place; one that has caught up with
-another stream moves over. `strict` cursors share among themselves, since their reader waits where others go on.
+cursor that falls behind the memory (64 MiB for all) begins a stream of its own at its place; one that has caught up
+with another stream moves over. `strict` cursors share among themselves, since their reader waits where others go on.
 
 Moving is safe at any place, by one rule. A cursor knows what is settled by position: it admits an event that is above
 its place, or that lies in one of its own open holes, and no other. The holes it brings along are adopted by the

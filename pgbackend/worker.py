@@ -1,8 +1,8 @@
 """One worker: a started backend within one life of the server.
 
-It registers, then in rounds claims the free shards of the subscriptions that this process knows, with a pump for each. It
-ends when it is told to (it drains, commits, gives its shards up), or with `IncarnationChanged`, when everything it holds
-in memory is void and a new worker must begin from the durable rows.
+It registers, then in rounds claims the free shards of the subscriptions that this process knows, with a pump for
+each. It ends when it is told to (it drains, commits, gives its shards up), or with `IncarnationChanged`, when
+everything it holds in memory is void and a new worker must begin from the durable rows.
 """
 
 import asyncio
