@@ -34,7 +34,7 @@ def bench(dsn: str | None, *, events: int, rounds: int, json: bool) -> None:  # 
         run(dsn, events=events, rounds=rounds, progress=lambda text: click.echo(f"… {text}", err=True))
     )
     if json:
-        measurements = [{**asdict(each), "ratio": each.ratio, "ok": each.ok} for each in report.measurements]
+        measurements = [{**asdict(each), "ok": each.ok} for each in report.measurements]
         click.echo(dumps({"machine": report.machine, "measurements": measurements}, indent=2))
     else:
         click.echo(_render(report))
