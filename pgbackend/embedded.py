@@ -125,14 +125,17 @@ class EmbeddedServer:
         Raises EmbeddedServerError, after which this process does not use the server.
         """
         abandoned = threading.Event()
-        starting = asyncio.ensure_future(asyncio.to_thread(self._user.enter, self._wish, abandoned))
+        if self._pid != os.getpid():  # forked
+            self._user, self._pid, self._entered = _user_of(self.directory), os.getpid(), 0
+        starting = asyncio.create_task(asyncio.to_thread(self._user.enter, self._wish, abandoned))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The thread cannot be cancelled, but looks at this before every step.
+            # The thread cannot be cancelled, but looks at this before every step. Not to wait for it would leave this
+            # process a user that nobody knows of.
             abandoned.set()
-            with contextlib.suppress(EmbeddedServerError):
-                await starting
+            await asyncio.wait([starting])
+            if not starting.cancelled() and starting.exception() is None:
                 await asyncio.to_thread(self._user.leave)
             raise
         self._entered += 1
@@ -175,6 +178,7 @@ class _User:
         self._left = threading.Event()
         self._watch: threading.Thread | None = None
         self._keepers: list[subprocess.Popen[bytes]] = []
+        self._postmaster = 0
         self.dsn = ""
 
     def enter(self, wish: _Wish, abandoned: threading.Event) -> None:
@@ -194,10 +198,6 @@ class _User:
                     self._watch.join()
                 self._release()
                 self._await_end()
-
-    def forget(self) -> None:
-        """In the child of a fork: the parent's lock is the parent's alone."""
-        self._release()
 
     def _join(self, wish: _Wish, patience: "_Patience") -> None:
         identity = _prepare_home(self._directory, self._home)
@@ -221,6 +221,7 @@ class _User:
             self._release()
             raise
         self.dsn = f"postgresql://postgres@/postgres?host={_sockets(self._home)}&port=5432"
+        self._postmaster = _postmaster(self._home)
         self._left = threading.Event()
         self._watch = threading.Thread(
             target=self._watch_keeper, args=(plan, self._left), name=f"watch {self._home}", daemon=True
@@ -237,6 +238,7 @@ class _User:
             keeper = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-I", "-S", Path(__file__).with_name("keeper.py"), json.dumps(plan)],
                 cwd=self._home,
+                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -246,11 +248,11 @@ class _User:
         except OSError as error:
             raise EmbeddedServerError(f"{sys.executable!r} cannot be run to keep the server: {error}") from error
         finally:
-            os.close(lock)
+            _close_lock(lock)
         self._reap()
         self._keepers.append(keeper)
         answer = _answer(keeper, patience)
-        if answer != "ready":
+        if answer is not None:
             keeper.wait()
             raise EmbeddedServerError(
                 f"The embedded PostgreSQL in {self._directory} does not start: "
@@ -263,21 +265,26 @@ class _User:
     def _watch_keeper(self, plan: Mapping[str, object], left: threading.Event) -> None:
         """While this process is a user there is a keeper, and with it a server."""
         interval = WATCH_INTERVAL
+        where = str(self._directory)
         while not left.wait(interval):
             interval = WATCH_INTERVAL
             try:
                 if self._start_keeper(plan, _Patience(600.0, left, self._home)):
-                    facts.emit("embedded server restarted", level=logging.WARNING, directory=str(self._directory))
+                    facts.emit("embedded keeper replaced", level=logging.WARNING, directory=where)
+                now = _postmaster(self._home)
+                if now not in (0, self._postmaster):
+                    self._postmaster = now
+                    facts.emit("embedded server restarted", level=logging.WARNING, directory=where, pid=now)
             except _AbandonedError:
                 return
             except (EmbeddedServerError, OSError) as error:
-                facts.emit("embedded server is down", level=logging.ERROR, directory=str(self._directory), error=error)
+                facts.emit("embedded server is down", level=logging.ERROR, directory=where, error=error)
                 interval = 10.0
             self._reap()
 
     def _release(self) -> None:
         if self._users is not None:
-            os.close(self._users)
+            _close_lock(self._users)
             self._users = None
 
     def _await_end(self) -> None:
@@ -334,20 +341,20 @@ class _Patience:
             time.sleep(0.05)
 
 
-def _answer(keeper: "subprocess.Popen[bytes]", patience: _Patience) -> str:
-    """What the keeper says: "ready", or why not."""
+def _answer(keeper: "subprocess.Popen[bytes]", patience: _Patience) -> str | None:
+    """None once the server is ready, or why there is none."""
     assert keeper.stdout  # noqa: S101 - for the type checker
     said = b""
     with keeper.stdout as pipe:
         os.set_blocking(pipe.fileno(), False)
-        while said != b"ready\n":
+        while not said.endswith(b"ready\n"):
             patience.wait("PostgreSQL to start", keeper)
             with contextlib.suppress(BlockingIOError):
                 part = os.read(pipe.fileno(), 65536)
                 if not part:
-                    break
+                    return said.decode(errors="replace").strip()
                 said += part
-    return said.decode(errors="replace").strip()
+    return None
 
 
 def _prepare_home(directory: Path, home: Path) -> tuple[int, int] | None:
@@ -364,10 +371,9 @@ def _prepare_home(directory: Path, home: Path) -> tuple[int, int] | None:
             identity = _hand_over(directory, home)
         found = home.stat()
     except OSError as error:
-        raise EmbeddedServerError(
-            f"The embedded PostgreSQL cannot keep its data in {directory}: {error.strerror} ({error.filename}). "
-            "Name another directory."
-        ) from error
+        reason = f"{error.strerror} ({error.filename or home})"
+        step = "Name another directory." if os.geteuid() else "Name another, or run as an ordinary user."
+        raise EmbeddedServerError(f"PostgreSQL cannot keep its data in {directory}: {reason}. {step}") from error
     owner = identity[0] if identity else os.geteuid()
     if found.st_uid != owner:
         raise EmbeddedServerError(f"{home} belongs to user {found.st_uid}, not to {owner}. Name another directory.")
@@ -477,6 +483,14 @@ def _sockets(home: Path) -> str:
     return str(run.readlink() if run.is_symlink() else run)
 
 
+def _postmaster(home: Path) -> int:
+    """The number in `postmaster.pid`, 0 if there is none."""
+    try:
+        return int((home / "data" / "postmaster.pid").read_bytes().partition(b"\n")[0])
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
 def _accepts_connections(home: Path) -> bool:
     """Whether a connection succeeds now. A server that is starting, or stopping, answers too, but with an error."""
     startup = b"\0\3\0\0user\0postgres\0database\0postgres\0\0"
@@ -496,8 +510,16 @@ def _open_lock(path: Path, mode: int = 0o666) -> int:
     with contextlib.suppress(FileExistsError):
         fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
         os.fchmod(fd, mode)  # whatever the umask
+        _locks.add(fd)
         return fd
-    return os.open(path, flags)
+    fd = os.open(path, flags)
+    _locks.add(fd)
+    return fd
+
+
+def _close_lock(fd: int) -> None:
+    _locks.discard(fd)
+    os.close(fd)
 
 
 @contextlib.contextmanager
@@ -506,7 +528,7 @@ def _lock(path: Path, mode: int = 0o666) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        _close_lock(fd)
 
 
 def _locked(fd: int, how: int) -> bool:
@@ -517,6 +539,8 @@ def _locked(fd: int, how: int) -> bool:
     return True
 
 
+_locks: set[int] = set()
+"""Descriptors of lock files that are open."""
 _users_here: dict[Path, _User] = {}
 _users_here_lock = threading.Lock()
 
@@ -527,11 +551,13 @@ def _user_of(directory: Path) -> _User:
 
 
 def _forget_all() -> None:
+    """In the child of a fork: the locks are the parent's alone, also those that another thread held just then."""
     global _users_here_lock  # noqa: PLW0603 - another thread of the parent may have held it
     _users_here_lock = threading.Lock()
-    for user in _users_here.values():
-        user.forget()
     _users_here.clear()
+    for fd in _locks:
+        os.close(fd)
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_forget_all)

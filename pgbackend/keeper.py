@@ -24,7 +24,6 @@ has to let the server's user in.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -86,6 +85,7 @@ class Keeper:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._users = _open_lock("users")
+        self._bind = _die_with(os.getpid())
         self._server: subprocess.Popen[bytes] | None = None
         self._sockets = Path()
         self._log = -1
@@ -113,16 +113,16 @@ class Keeper:
         """A complete, synced database stands in `data`. Killed at any moment, the next keeper begins anew."""
         if _CLUSTER.exists():
             return
+        user, group = self._plan["user"] or (None, None)
         if _DATA.exists():
             raise Failure(f"{self._plan['home']}/{_DATA} is there but holds no database. Remove it.")
         for former in Path().glob(f"{_DATA}.new-*"):
             shutil.rmtree(former, ignore_errors=True)
         new = Path(Path(tempfile.mkdtemp(prefix=f"{_DATA}.new-", dir=".")).name)
-        user, group = self._plan["user"] or (None, None)
         # initdb wants its user in the password file, PostgreSQL itself does not. When its user is not there, an account
         # that always is makes the files. Its other processes cannot come near: `home` is closed to them, and another
         # group bars them from /proc/…/cwd.
-        maker = None if user is None else _account(user)
+        maker = _account(user)
         if maker is not None and group is not None:
             os.chown(new, maker, group, follow_symlinks=False)
         command = [
@@ -192,7 +192,7 @@ class Keeper:
                 stderr=self._log,
                 start_new_session=True,
                 pass_fds=(lock,),
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - there is one thread
+                preexec_fn=self._bind,  # noqa: PLW1509 - there is one thread
             )
         finally:
             # The server's own copies hold the lock from here on: ours would hide that the server is gone.
@@ -204,7 +204,7 @@ class Keeper:
         sent: set[signal.Signals] = set()
         while not _locked(lock, fcntl.LOCK_EX):
             waited = time.monotonic() - began
-            former = _postgres_processes()
+            former = _holders(lock)
             leader = _noted_pid()
             # Its keeper's death has asked a postmaster to end in order. Without a postmaster they are orphans.
             if leader in former and waited < 15.0:
@@ -226,7 +226,7 @@ class Keeper:
                     os.kill(process, number)
 
     def _remove_remnants(self) -> None:
-        if _noted_pid() and (strangers := _postgres_processes()):
+        if _NOTE.exists() and (strangers := _postgres_processes()):
             raise Failure(
                 f"a PostgreSQL that pgbackend did not start uses {self._plan['home']}/{_DATA}: "
                 f"processes {strangers}. Stop it with pg_ctl."
@@ -326,16 +326,19 @@ def _locked(fd: int, how: int) -> bool:
     return True
 
 
-def _account(user: int) -> int:
-    """`user` if the password file knows it, else another unprivileged account that it knows."""
+def _account(user: int | None) -> int | None:
+    """`user` if the password file knows it, else another unprivileged account that it knows. None is ourselves."""
     with contextlib.suppress(KeyError):
-        return pwd.getpwuid(user).pw_uid
+        found = pwd.getpwuid(os.geteuid() if user is None else user).pw_uid
+        return None if user is None else found
+    if user is None:
+        raise Failure(f"initdb needs a name for user id {os.geteuid()}. Add one to the password file.")
     with contextlib.suppress(KeyError):
         return pwd.getpwnam("nobody").pw_uid
     for entry in pwd.getpwall():
         if entry.pw_uid:
             return entry.pw_uid
-    raise Failure("there is no unprivileged account that PostgreSQL could run as. Create one called pgbackend.")
+    raise Failure("there is no unprivileged account that initdb could run as. Create one called pgbackend.")
 
 
 def _socket_directory(home: Path) -> Path:
@@ -391,8 +394,19 @@ def _is_ready(pid: int) -> bool:
     return len(lines) > 7 and lines[0] == b"%d" % pid and lines[7].strip() == b"ready"
 
 
+def _holders(lock: int) -> list[int]:
+    """Processes that have the file of `lock` open, as far as this container sees them."""
+    found = set()
+    ours = os.fstat(lock)
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # gone, or somebody else's
+            if os.path.samestat(link.stat(), ours):
+                found.add(int(link.parts[2]))
+    return sorted(found - {os.getpid()})
+
+
 def _postgres_processes() -> list[int]:
-    """Living processes of any PostgreSQL on our data, as far as this container sees them. All of them work there."""
+    """Processes of any PostgreSQL on our data, as far as this container sees them. All of them work there."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone, a zombie, or somebody else's
@@ -403,8 +417,11 @@ def _postgres_processes() -> list[int]:
 
 def _die_with(parent: int) -> Callable[[], None] | None:
     """What a child calls first, so that it is asked to end in order once `parent` is gone. Linux only."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
+    try:
+        import ctypes  # noqa: PLC0415 - a small build of Python may be without
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, AttributeError):
         return None
 
     def bind() -> None:

@@ -1,0 +1,117 @@
+"""A process of its own that uses an embedded PostgreSQL, to be killed at any moment.
+
+    async with EmbeddedUser(directory) as user:
+        user.kill()                         # kill -9, its whole process group
+
+And what its machine shows of a server: processes, from /proc.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pgbackend.embedded import EmbeddedServer
+
+
+class EmbeddedUser:
+    """The parent's end. Entering returns once the server runs for it."""
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        """`options` go to `EmbeddedServer`, as far as JSON carries them."""
+        self._job = {"directory": str(directory), "options": {"settings": {"fsync": "off"}, **options}}
+        self._process: asyncio.subprocess.Process | None = None
+        self.dsn = ""
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        assert self._process, "enter the user first"
+        return self._process
+
+    async def __aenter__(self) -> Self:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.support.embedded_user",
+            json.dumps(self._job),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            start_new_session=True,  # a process group to kill
+        )
+        assert self._process.stdout
+        async with asyncio.timeout(60):
+            self.dsn = (await self._process.stdout.readline()).decode().strip()
+        assert self.dsn, "it did not start; see its stderr"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.returncode is None:
+            self.kill()
+        await self.process.wait()
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        await self.process.stdout.read()  # to the end, so that the pipe's transport is closed with the loop still there
+
+    def kill(self) -> None:
+        """kill -9, and whatever it started that is in its process group."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    def interrupt(self) -> None:
+        """What the terminal does at Ctrl-C. The process itself takes no notice."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    async def stop(self, timeout: float = 30.0) -> None:
+        """Return once it has called `stop()` and ended."""
+        assert self.process.stdin
+        self.process.stdin.write(b"stop\n")
+        async with asyncio.timeout(timeout):
+            assert await self.process.wait() == 0
+
+
+def processes(directory: Path) -> list[int]:
+    """Processes of a PostgreSQL on that directory, zombies aside."""
+    return _working_in(directory / "postgresql" / "data")
+
+
+def keepers(directory: Path) -> list[int]:
+    """Processes that keep a server there."""
+    return _working_in(directory / "postgresql")
+
+
+def postmaster(directory: Path) -> int:
+    """The process id of the server there; 0 between two."""
+    try:
+        return int((directory / "postgresql" / "data" / "postmaster.pid").read_text().split()[0])
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
+def _working_in(directory: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").samefile(directory):
+                found.append(int(process.name))
+        except OSError:
+            continue  # gone, or somebody else's
+    return found
+
+
+async def _use(directory: str, options: dict[str, object]) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: None)
+    server = EmbeddedServer(directory, **options)  # type: ignore[arg-type]  # from JSON
+    print(await server.start(), flush=True)  # noqa: T201 - to the parent
+    await asyncio.to_thread(sys.stdin.readline)
+    await server.stop()
+
+
+if __name__ == "__main__":
+    asyncio.run(_use(**json.loads(sys.argv[1])))
