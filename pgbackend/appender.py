@@ -235,6 +235,10 @@ class Appender:
 
     async def _refused(self, connection: Connection, batch: list[_Call], error: Exception) -> None:
         """Answer the calls of a batch that was not committed, or of which nobody knows."""
+        if isinstance(error, DatabaseError):
+            # The log is out of segments, and they cannot be made: the INSERT itself was refused.
+            self._fail(batch, error)
+            return
         if is_refused_for_data(error):
             if len(batch) > 1:
                 # One bad event fails only its own caller: each call by itself, in order.

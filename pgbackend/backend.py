@@ -280,7 +280,10 @@ class Backend:
             raise
         finally:
             running, self._running = self._running, None
-        running.result()
+        error = running.exception()
+        if error is not None:
+            facts.emit("worker died", level=logging.ERROR, error=str(error))
+            raise error
 
     async def _run(self) -> None:
         """One worker after the other, each for one life of the server."""

@@ -23,7 +23,7 @@ else:
 Record = asyncpg.Record
 
 CONNECT_TIMEOUT = 10.0
-STATEMENT_TIMEOUT = 30.0
+STATEMENT_TIMEOUT = 15.0
 """Seconds. Every statement of ours is short; one that takes longer means a stalled network or server."""
 
 # What a statement may meet when its server, or the way to it, is going away.

@@ -19,7 +19,7 @@ from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.database import Backoff, Connection, Database, translate
-from pgbackend.errors import PgBackendError
+from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.model import Epoch, Position
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
@@ -84,8 +84,13 @@ class Presence:
         channel: str,
         tenure: Tenure,
         on_hint: Callable[[str], None],
+        on_held: Callable[[frozenset[int]], None],
     ) -> None:
-        """`on_hint` is called in the loop of `start()`: with each NOTIFY's payload, with "" after connecting."""
+        """Both callbacks are called in the loop of `start()`.
+
+        `on_hint`: with each NOTIFY's payload, with "" after connecting. `on_held`: with the epochs that are still this
+        worker's, after its tenure had run out.
+        """
         self._database = database
         self._sql = load(LeasesSql, "leases", schema=schema)
         self._worker = worker
@@ -94,6 +99,7 @@ class Presence:
         self._channel = channel
         self._tenure = tenure
         self._on_hint = on_hint
+        self._on_held = on_held
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -147,13 +153,15 @@ class Presence:
             connection: Connection | None = None
             try:
                 connection = await self._database.connect(direct=True)
+                closed = asyncio.Event()
+                connection.add_termination_listener(lambda _, closed=closed: closed.set())
                 await connection.add_listener(self._channel, self._on_notify)
                 await self._renew(connection)
                 self._tell(first, None)
                 backoff.reset()
                 # LISTEN is on: whatever came before must be read, whatever comes after will be heard.
                 self._hint("")
-                await self._beat(connection)
+                await self._beat(connection, closed)
             except Exception as error:  # noqa: BLE001 - anything means: no sign of life, try again
                 self._tenure.valid_until = 0.0
                 if not first.done():
@@ -165,14 +173,21 @@ class Presence:
                     connection.terminate()
             await backoff.wait()
 
-    async def _beat(self, connection: Connection) -> None:
-        """Renew three times a lease, and see that the channel is not deaf."""
+    async def _beat(self, connection: Connection, closed: asyncio.Event) -> None:
+        """Renew three times a lease, and see that the channel is not deaf. Fails as soon as the connection is lost."""
         interval = self._lease_timeout / 3
+        unheard_since = time.monotonic()
         while True:
-            asked = time.monotonic()
             await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._echo, timeout=interval)
-            await asyncio.sleep(interval)
-            if self._heard < asked and time.monotonic() - asked > _ECHO_TIMEOUT:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await closed.wait()
+            if closed.is_set():
+                # Others may take the shards over from this moment on: no waiting for the next renewal to fail.
+                raise ConnectionLostError("The connection that keeps this worker's leases was closed.")
+            if self._heard > unheard_since:
+                unheard_since = time.monotonic()
+            elif time.monotonic() - unheard_since > interval + _ECHO_TIMEOUT:
                 facts.emit("listener is deaf", level=logging.WARNING, channel=self._channel)
                 return
             await self._renew(connection)
@@ -180,10 +195,19 @@ class Presence:
     async def _renew(self, connection: Connection) -> None:
         # Before it is sent: the server's clock starts counting later than ours, never earlier.
         asked = time.monotonic()
-        await connection.fetchval(
+        held = await connection.fetchval(
             self._sql.renew, self._worker, self._name, self._lease_timeout, timeout=self._lease_timeout / 3
         )
-        self._tenure.valid_until = asked + self._lease_timeout
+        until = asked + self._lease_timeout
+        if time.monotonic() < self._tenure.valid_until:
+            self._tenure.valid_until = until
+        else:
+            # It was frozen, or cut off: others may have taken shards over. Their pumps must know before they go on.
+            self._call_home(self._regain, frozenset(held), until)
+
+    def _regain(self, held: frozenset[int], until: float) -> None:
+        self._on_held(held)
+        self._tenure.valid_until = until
 
     def _on_notify(self, _connection: object, _pid: object, _channel: object, payload: object) -> None:
         text = str(payload)
@@ -193,9 +217,13 @@ class Presence:
             self._hint(text)
 
     def _hint(self, payload: str) -> None:
+        self._call_home(self._on_hint, payload)
+
+    def _call_home(self, callback: Callable[..., None], *args: object) -> None:
+        """Call it in the loop of `start()`, if that is still there."""
         if self._home is not None and not self._home.is_closed():
             with suppress(RuntimeError):  # it closed in this moment
-                self._home.call_soon_threadsafe(self._on_hint, payload)
+                self._home.call_soon_threadsafe(callback, *args)
 
     def _tell(self, first: "asyncio.Future[None]", error: Exception | None) -> None:
         def tell() -> None:
@@ -205,5 +233,4 @@ class Presence:
                 else:
                     first.set_exception(error if isinstance(error, PgBackendError) else translate(error))
 
-        assert self._home is not None  # noqa: S101 - set by start()
-        self._home.call_soon_threadsafe(tell)
+        self._call_home(tell)

@@ -75,6 +75,11 @@ class BlockingAppender:
     age: float | None
     """Seconds since its transaction began; None when this role may not see it."""
 
+    def __str__(self) -> str:
+        who = f"prepared transaction {self.gid!r}" if self.pid is None else f"pid {self.pid}"
+        named = f" ({self.application})" if self.application else ""
+        return f"{who}{named}" + (f", open for {self.age:.0f} s" if self.age is not None else "")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:

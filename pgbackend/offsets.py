@@ -49,6 +49,7 @@ class Committer:
 
     async def run(self) -> None:
         backoff = Backoff()
+        before = 0.0
         while True:
             await self._due.wait()
             began = time.monotonic()
@@ -62,7 +63,9 @@ class Committer:
                 continue
             backoff.reset()
             took = time.monotonic() - began
-            await asyncio.sleep(max(self._interval, took / _SHARE - took))
+            # One slow commit is a cold connection or a checkpoint, two in a row are a slow server.
+            await asyncio.sleep(max(self._interval, min(took, before) * (1 / _SHARE - 1)))
+            before = took
 
     async def run_once(self) -> None:
         """Commit all there is.

@@ -134,19 +134,20 @@ class Pump:
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
         self._ended = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._feeder: asyncio.Task[None] | None = None
 
     # The pump's life.
 
     async def run(self) -> None:
         """Deliver until cancelled."""
+        if self._stopping:
+            return
         concurrency = 1 if self.registration.order == "strict" else self.registration.concurrency
         name = self.shard.name
         async with asyncio.TaskGroup() as tasks:
-            self._tasks = [
-                tasks.create_task(self._work(), name=f"deliver {name} #{number}") for number in range(concurrency)
-            ]
-            tasks.create_task(self._feed(), name=f"feed {name}")
+            for number in range(concurrency):
+                tasks.create_task(self._work(), name=f"deliver {name} #{number}")
+            self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
             if self.registration.end_position is not None or self.registration.end_at is not None:
                 tasks.create_task(self._finish(), name=f"finish {name}")
 
@@ -156,6 +157,8 @@ class Pump:
         Async dispatchers that are still at work by then are cancelled. Threads cannot be: they are named in the log.
         """
         self._stopping = True
+        if self._feeder is not None:
+            self._feeder.cancel()
         self._ready.clear()
         self._again.clear()
         self._letters.clear()
@@ -175,6 +178,11 @@ class Pump:
                     threads=self.registration.threads is not None,
                 )
         self._cursor.close()
+
+    @property
+    def ordered(self) -> bool:
+        """Whether its failed events wait in the window, and come again by its own clock."""
+        return self._ordered
 
     @property
     def retiring(self) -> bool:

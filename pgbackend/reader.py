@@ -30,8 +30,6 @@ PAGE_BYTES = 16 << 20
 _HELD_EVENTS = 5000
 _HELD_BYTES = 32 << 20
 """What a reader keeps that is visible but above a hole it still waits for."""
-_PATIENT_READS = 20
-"""Looks at the same holes, about a quarter of a second, after which a reader counts as blocked."""
 _OPEN_HOLE_POLL = 0.25
 """Seconds between looks at passed holes: an event comes within a second of its commit, also from plain SQL."""
 
@@ -192,9 +190,9 @@ class Reader:
         self._gaps.adopt(holes)
 
     @property
-    def blocked(self) -> bool:
-        """Whether it waits for an appender that has been open for longer than most are."""
-        return self._blocked_reads > _PATIENT_READS
+    def waiting(self) -> bool:
+        """Whether an appender holds it back: by what it may still append, or by more holes than can be passed."""
+        return self._gaps.waiting
 
     def open_holes(self) -> RangeSet:
         """Everything at or below `position` that may still be filled."""

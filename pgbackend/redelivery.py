@@ -43,6 +43,8 @@ class Redelivery:
 
     async def find_due(self, asking: Sequence[tuple[Lease, int]]) -> list[DueEvent]:
         """For each shard up to so many events of its own that are due now."""
+        if not asking:
+            return []
         rows = await self._database.fetch(self._sql.find_due, *_asked(asking))
         return [
             DueEvent(

@@ -13,12 +13,11 @@ stream's reader, so that whatever appears in them will be in some later batch.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
 
 from pgbackend import facts
 from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, SchemaError
-from pgbackend.ranges import Range
+from pgbackend.ranges import RangeSet
 from pgbackend.reader import Batch, Log, Reader
 from pgbackend.wakeup import Hints
 
@@ -36,14 +35,16 @@ class Tail:
         self._tasks = tasks
         self._streams: list[Stream] = []
 
-    def cursor(self, *, after: int, holes: Iterable[Range], patient: bool = False) -> "Cursor":
+    def cursor(self, *, after: int, holes: RangeSet, patient: bool = False) -> "Cursor":
         """A place in the log that reads on behind `after`. `holes`: what is open or unsettled below it."""
         return Cursor(self, after=after, holes=holes, patient=patient)
 
-    def place(self, cursor: "Cursor", holes: Iterable[Range]) -> "Stream":
+    def place(self, cursor: "Cursor", holes: RangeSet) -> "Stream":
         """The stream that covers the cursor's place and is farthest ahead; a new one when there is none."""
+        # A strict cursor with holes below its place must see them filled first: no other's reader waits for those.
+        alone = cursor.patient and bool(holes)
         fitting = [s for s in self._streams if s.patient == cursor.patient and s.covers(cursor.position)]
-        if fitting:
+        if fitting and not alone:
             stream = max(fitting, key=lambda s: s.reader.position)
             stream.reader.adopt(holes)
         else:
@@ -91,6 +92,9 @@ class Stream:
         self._first = 0
         self._published = asyncio.Event()
         self._demand = asyncio.Event()
+        self._blocked_since: float | None = None
+        self.blocked = False
+        """Whether an appender holds the reader back for longer than `hole_wait`."""
 
     @property
     def next(self) -> int:
@@ -159,6 +163,29 @@ class Stream:
             again = batch.again
             if batch or batch.upto > start:
                 self._publish(batch, start)
+            await self._watch(loop.time())
+
+    async def _watch(self, now: float) -> None:
+        """Notice when an appender holds the reader back, and say which."""
+        if not self.reader.waiting:
+            self._blocked_since = None
+            self.blocked = False
+            return
+        if self._blocked_since is None:
+            self._blocked_since = now
+        if self.blocked or now - self._blocked_since <= self._tail.log.clock.hole_wait:
+            return
+        self.blocked = True
+        try:
+            appenders = [str(appender) for appender in await self._tail.log.appenders()]
+        except DatabaseError:
+            appenders = []
+        facts.emit(
+            "reading waits for an open transaction",
+            level=logging.WARNING,
+            position=self.reader.position,
+            appenders=appenders,
+        )
 
     def _publish(self, batch: Batch, start: int) -> None:
         self._batches.append(batch)
@@ -180,16 +207,16 @@ class Stream:
 class Cursor:
     """One pump's place in the log."""
 
-    def __init__(self, tail: Tail, *, after: int, holes: Iterable[Range], patient: bool) -> None:
+    def __init__(self, tail: Tail, *, after: int, holes: RangeSet, patient: bool) -> None:
         self.position = after
         """Everything at or below has been handed out, or is one of the caller's holes."""
         self.patient = patient
         self.number = 0
         self._tail = tail
         self._stream: Stream | None = None
-        self._first_holes = list(holes)
+        self._first_holes = holes
 
-    async def next(self, holes: Iterable[Range]) -> Batch:
+    async def next(self, holes: RangeSet) -> Batch:
         """The next batch. `holes`: the caller's open holes now, should the cursor have to change its stream.
 
         Events at or below `position` that are not in the caller's holes have been handed out before: skip them.
@@ -207,7 +234,7 @@ class Cursor:
                 self.number += 1
                 stream.forget()
                 return batch
-            if self._tail.better_than(stream, self.position):
+            if not (self.patient and holes) and self._tail.better_than(stream, self.position):
                 self._enter(holes)
                 continue
             await stream.published()
@@ -215,7 +242,7 @@ class Cursor:
     @property
     def blocked(self) -> bool:
         """Whether its reader is held back by an appender, for longer than most are open."""
-        return self._stream is not None and self._stream.reader.blocked
+        return self._stream is not None and self._stream.blocked
 
     def advance(self, upto: int) -> None:
         """Say that everything up to here has been taken over."""
@@ -230,7 +257,7 @@ class Cursor:
             if not stream.cursors:
                 self._tail.drop(stream)
 
-    def _enter(self, holes: Iterable[Range]) -> Stream:
+    def _enter(self, holes: RangeSet) -> Stream:
         self.close()
         stream = self._stream = self._tail.place(self, holes)
         stream.cursors.add(self)

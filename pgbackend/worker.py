@@ -77,6 +77,7 @@ class Worker:
         self._notifier = notifier
         self._sender = sender
         self._rounds = Hints()
+        self._one_round = asyncio.Lock()
         self._id = uuid4()
         self._tenure = Tenure()
         self._pumps: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
@@ -98,6 +99,7 @@ class Worker:
             channel=channel,
             tenure=self._tenure,
             on_hint=self._on_hint,
+            on_held=self._on_held,
         )
         self._tail: Tail | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -159,7 +161,9 @@ class Worker:
 
     async def release(self, name: str) -> None:
         """Return once nothing of this subscription is in flight here, its offsets are committed and its shards free."""
-        mine = [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
+        # A round that claimed before the registration went has ended by then, and its pump is among them.
+        async with self._one_round:
+            mine = [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
         await self._retire(mine)
         await self._notifier.notify_leases()
 
@@ -175,6 +179,11 @@ class Worker:
         if payload != LEASES:
             self._hints.ring()
 
+    def _on_held(self, held: frozenset[int]) -> None:
+        """After a time of doubt: what others have taken over meanwhile is lost."""
+        for epoch in set(self._pumps) - held:
+            self._on_lost(self._pumps[epoch][0].shard)
+
     # Claiming and giving up.
 
     async def _run_rounds(self) -> None:
@@ -182,7 +191,8 @@ class Worker:
         while True:
             strokes = self._rounds.strokes
             try:
-                await self.run_round()
+                async with self._one_round:
+                    await self.run_round()
             except SchemaError:
                 raise
             except DatabaseError as error:
@@ -194,6 +204,8 @@ class Worker:
 
     async def run_round(self) -> None:
         """Drop what others have taken over, claim what is free."""
+        # Who runs nothing has nobody else to tell it that the server lives another life, in which it can claim nothing.
+        await self._log.verify_incarnation()
         known = set(self._pumps)
         held = await self._leases.held()
         for epoch in known - held:
@@ -333,10 +345,13 @@ class Worker:
         pumps = [pump for pump, _ in self._pumps.values()]
         for pump in pumps:
             pump.passed_due(now)
-        asking = [(pump.shard.lease, room) for pump in pumps if (room := pump.room_for_due())]
+        asking = [(pump, room) for pump in pumps if (room := pump.room_for_due())]
         if not asking:
             return
-        found = [*await self._redelivery.find_due(asking), *await self._redelivery.find_due_letters(asking)]
+        found = [
+            *await self._redelivery.find_due([(pump.shard.lease, room) for pump, room in asking if not pump.ordered]),
+            *await self._redelivery.find_due_letters([(pump.shard.lease, room) for pump, room in asking]),
+        ]
         for due in found:
             if due.epoch in self._pumps:
                 self._pumps[due.epoch][0].take_due(due.event, due.letter)
