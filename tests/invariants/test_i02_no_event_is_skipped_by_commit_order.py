@@ -8,6 +8,7 @@ from collections import Counter
 import asyncpg
 
 from pgbackend import Backend, Event
+from tests.support.figures import report
 from tests.support.polling import eventually
 from tests.support.producers import INSERT, Crowd
 
@@ -32,8 +33,10 @@ class Catch:
         await eventually(f"{len(ids)} events are dispatched", caught, timeout, interval=0.005)
 
 
-async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_open_transaction(database: str, long: bool) -> None:
-    crowd = Crowd(database, producers=24, transactions=1000 if long else 60)
+async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_open_transaction(
+    database: str, long: bool
+) -> None:
+    crowd = Crowd(database, producers=24, transactions=1000 if long else 40, pause=0.05)
     unrelated = await asyncpg.connect(database)
     await unrelated.execute("CREATE TABLE unrelated (n int)")
     held = unrelated.transaction(isolation="repeatable_read")
@@ -52,11 +55,13 @@ async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_ope
     await unrelated.close()
 
     for catch in (plain, keyed, strict):
-        assert Counter(catch.ids) == Counter(crowd.committed.keys()), "something was lost, doubled, or was never committed"
+        assert Counter(catch.ids) == Counter(crowd.committed.keys()), (
+            "something was lost, doubled, or was never committed"
+        )
     assert strict.positions == sorted(strict.positions)
     delays = sorted(plain.at[id_] - done for id_, done in crowd.committed.items())
     median, p99 = statistics.median(delays), delays[int(len(delays) * 0.99)]
-    print(
+    report(
         f"{len(crowd.committed)} events, {crowd.rolled_back} rolled back; delivery after commit: "
         f"median {median * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms, max {delays[-1] * 1000:.1f} ms"
     )
@@ -139,7 +144,7 @@ async def test_a_rolled_back_bulk_load_is_one_hole_and_soon_forgotten(database: 
     transaction = producer.transaction()
     await transaction.start()
     await producer.execute(
-        "INSERT INTO pgbackend.events (id, source, type) SELECT n::text, 'test', 'test' FROM generate_series(1, 50000) n"
+        "INSERT INTO pgbackend.events (id, source, type) SELECT n, 'test', 'test' FROM generate_series(1, 50000) n"
     )
     other = await asyncpg.connect(database)
     await other.execute(INSERT, "after")
@@ -149,7 +154,9 @@ async def test_a_rolled_back_bulk_load_is_one_hole_and_soon_forgotten(database: 
         await catch.has("after")
 
         async def offset() -> tuple[int, str]:
-            return tuple(await other.fetchrow("SELECT position, pending::text FROM pgbackend.offsets"))
+            row = await other.fetchrow("SELECT position, pending::text FROM pgbackend.offsets")
+            assert row
+            return row["position"], row["pending"]
 
         async def is_pending() -> bool:
             return await offset() == (50001, "{[1,50001)}")
