@@ -100,6 +100,7 @@ class Presence:
         self._tenure = tenure
         self._on_hint = on_hint
         self._on_held = on_held
+        self._doubts = 0
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -163,12 +164,14 @@ class Presence:
                 self._hint("")
                 await self._beat(connection, closed)
             except Exception as error:  # noqa: BLE001 - anything means: no sign of life, try again
-                self._tenure.valid_until = 0.0
                 if not first.done():
                     self._tell(first, translate(error))
                     return
                 facts.emit("presence lost", level=logging.WARNING, error=str(translate(error)))
             finally:
+                # Before the connection goes: others may take over from then on.
+                self._doubts += 1
+                self._tenure.valid_until = 0.0
                 if connection is not None:
                     connection.terminate()
             await backoff.wait()
@@ -203,11 +206,13 @@ class Presence:
             self._tenure.valid_until = until
         else:
             # It was frozen, or cut off: others may have taken shards over. Their pumps must know before they go on.
-            self._call_home(self._regain, frozenset(held), until)
+            self._call_home(self._regain, frozenset(held), until, self._doubts)
 
-    def _regain(self, held: frozenset[int], until: float) -> None:
-        self._on_held(held)
-        self._tenure.valid_until = until
+    def _regain(self, held: frozenset[int], until: float, doubts: int) -> None:
+        # The connection may have been lost again while this waited for the loop.
+        if doubts == self._doubts:
+            self._on_held(held)
+            self._tenure.valid_until = until
 
     def _on_notify(self, _connection: object, _pid: object, _channel: object, payload: object) -> None:
         text = str(payload)
