@@ -45,6 +45,8 @@ from pgbackend.tail import Cursor
 
 _ERROR_CHARACTERS = 2000
 _LEASE_POLL = 0.05
+_BREATH = 0.02
+"""Seconds after which a worker lets the event loop's other tasks run."""
 _DUE_ROOM = 200
 """How many events that are due again a pump takes at a time."""
 _PROBE_ROOM = 20
@@ -135,6 +137,9 @@ class Pump:
         self._stopping = False
         self._ended = False
         self._feeder: asyncio.Task[None] | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._spare = 1 if registration.order == "strict" else registration.concurrency
+        """How many workers may still be made."""
 
     # The pump's life.
 
@@ -142,11 +147,9 @@ class Pump:
         """Deliver until cancelled."""
         if self._stopping:
             return
-        concurrency = 1 if self.registration.order == "strict" else self.registration.concurrency
         name = self.shard.name
         async with asyncio.TaskGroup() as tasks:
-            for number in range(concurrency):
-                tasks.create_task(self._work(), name=f"deliver {name} #{number}")
+            self._tasks = tasks
             self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
             if self.registration.end_position is not None or self.registration.end_at is not None:
                 tasks.create_task(self._finish(), name=f"finish {name}")
@@ -297,7 +300,8 @@ class Pump:
             if not self._occupy(event):
                 return
         self._ready.append(event)
-        if self._idle:
+        if len(self._ready) == 1:
+            # Whoever takes it wakes the next one, should there be more by then.
             self._wake()
 
     def _key(self, event: Event) -> object:
@@ -414,9 +418,15 @@ class Pump:
         shard, window, ready = self.shard, self.shard.window, self._ready
         health, dispatch, ordered, active = self.registration.health, self._dispatch, self._ordered, self._active
         tenure = shard.tenure
-        while ready and not self._detour and monotonic() < tenure.valid_until:
+        breath = monotonic() + _BREATH
+        while ready and not self._detour and (now := monotonic()) < tenure.valid_until:
+            if now > breath:
+                # A dispatcher that never waits for anything must not keep commits and other subscriptions waiting.
+                await asyncio.sleep(0)
+                breath = monotonic() + _BREATH
+                continue
             event = ready.popleft()
-            if ready and self._idle:
+            if ready and (self._idle or self._spare):
                 self._wake()
             position = event.position
             active[position] = event
@@ -463,15 +473,18 @@ class Pump:
                 self._idle.remove(future)
 
     def _wake(self) -> None:
-        """Wake one idle worker; it wakes the next when there is more to do."""
+        """Wake one idle worker, or make one while there may be more; it wakes the next when there is more to do."""
         while self._idle:
             future = self._idle.pop()
             if not future.done():
                 future.set_result(None)
                 return
+        if self._spare and self._tasks is not None:
+            self._spare -= 1
+            self._tasks.create_task(self._work(), name=f"deliver {self.shard.name}")
 
     def _wake_if_more(self) -> None:
-        if self._idle and (self._ready or self._again or self._letters):
+        if self._ready or self._again or self._letters:
             self._wake()
 
     async def _probe(self) -> None:
