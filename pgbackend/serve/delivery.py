@@ -106,7 +106,7 @@ class Delivery:
             try:
                 headers, body = codec.write_binary(event)
             except EventError:
-                pass  # a content type that only the structured mode can carry
+                pass  # names from plain SQL, content types: what only the structured mode can carry
             else:
                 return CIMultiDict([*headers, *self._headers.items()]), body
         headers = [("Content-Type", "application/cloudevents+json; charset=utf-8"), *self._headers.items()]

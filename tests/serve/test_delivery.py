@@ -1,6 +1,7 @@
 """One attempt at a real HTTP target: what goes over the wire, and what each answer means."""
 
 import asyncio
+import json
 import socket
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
@@ -102,14 +103,15 @@ class TestOnTheWire:
         assert request.header("authorization") == "Bearer b"
         assert request.header("x-tenant") == "é"
 
-    async def test_a_content_type_that_binary_mode_cannot_carry_goes_in_structured_mode(
+    async def test_what_binary_mode_cannot_carry_goes_in_structured_mode(
         self, target: Target, delivery: DeliveryMaker
     ) -> None:
         row = ("1.0", "1", "/", "t", None, None, "application/cloudevents+json", None, None, "{}", b"[1]", "json")
         await delivery(target.url)(Event(row))
+        await delivery(target.url)(Event((*row[:6], None, None, None, '{"no name": "x"}', b"1", None)))
 
-        [request] = target.requests
-        assert request.event().row == row
+        assert target.requests[0].event().row == row
+        assert json.loads(target.requests[1].body)["no name"] == "x"
 
     async def test_no_attribute_breaks_out_of_its_header(self, target: Target, delivery: DeliveryMaker) -> None:
         """Plain SQL can put into the log what no producer's API lets through."""

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
+from typing import ClassVar
 
 import asyncpg
 import pytest
@@ -65,11 +66,11 @@ class TestBinaryMode:
         assert (await broker.send(HEADERS, chunks())).status == 202
         assert (await broker.stored())[0].data_bytes == b"".join([bytes([n]) * 10_000 for n in range(20)])
 
-    @pytest.mark.parametrize("missing", ["ce-specversion", "ce-id", "ce-source", "ce-type"])
-    async def test_a_missing_attribute_is_named(self, missing: str, broker: Broker) -> None:
-        answer = await broker.send({name: value for name, value in HEADERS.items() if name != missing})
-        assert answer.status == 400
-        assert repr(missing.removeprefix("ce-")) in answer.detail
+    async def test_a_missing_attribute_is_named(self, broker: Broker) -> None:
+        for missing in HEADERS:
+            answer = await broker.send({name: value for name, value in HEADERS.items() if name != missing})
+            assert answer.status == 400
+            assert repr(missing.removeprefix("ce-")) in answer.detail
         assert await broker.stored() == []
 
     async def test_what_is_no_event_at_all_is_415(self, broker: Broker) -> None:
@@ -96,30 +97,29 @@ class TestStructuredMode:
             assert (await broker.send(headers, envelope("from the envelope"))).status == 202
         assert {event.id for event in await broker.stored()} == {"from the envelope"}
 
-    @pytest.mark.parametrize(
-        ("body", "said"),
-        [
-            (b"", "An event in JSON is an object"),
-            (b"[]", "An event in JSON is an object"),
-            (b"{", "Not JSON"),
-            (b'{"specversion":"1.0"', "Not JSON"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":NaN}', "NaN"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"data_base64":"AA=="}', "data_base64"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data_base64":"e!!A=="}', "not base64"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","subject":""}', "'subject' is empty"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":1.5}', "'x'"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\\u0000"}', "'x' has a control character"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\xff"}', "Not UTF-8 at byte 59"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\\ud800"}', "'x' has a control"),
-            (b"[" * 100_000, "object"),
-            (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":' + b"[" * 100_000, "nested too deeply"),
-            (b'{"id":' + b"9" * 10_000 + b"}", "integer"),
-        ],
-    )
-    async def test_what_is_no_event_is_400_and_says_why(self, body: bytes, said: str, broker: Broker) -> None:
-        answer = await broker.send(STRUCTURED, body)
-        assert answer.status == 400
-        assert said in answer.detail
+    NO_EVENTS: ClassVar = [
+        (b"", "An event in JSON is an object"),
+        (b"[]", "An event in JSON is an object"),
+        (b"{", "Not JSON"),
+        (b'{"specversion":"1.0"', "Not JSON"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":NaN}', "NaN"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"data_base64":"AA=="}', "data_base64"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data_base64":"e!!A=="}', "not base64"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","subject":""}', "'subject' is empty"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":1.5}', "'x'"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\\u0000"}', "'x' has a control character"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\xff"}', "Not UTF-8 at byte 59"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","x":"\\ud800"}', "'x' has a control"),
+        (b"[" * 100_000, "object"),
+        (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"id":' + b"9" * 10_000 + b"}", "integer"),
+    ]
+
+    async def test_what_is_no_event_is_400_and_says_why(self, broker: Broker) -> None:
+        for body, said in self.NO_EVENTS:
+            answer = await broker.send(STRUCTURED, body)
+            assert answer.status == 400, body[:100]
+            assert said in answer.detail
         assert await broker.stored() == []
 
     async def test_another_format_is_415(self, broker: Broker) -> None:
@@ -150,9 +150,9 @@ class TestBatchMode:
         assert "'bad'" in answer.detail
         assert await broker.stored() == []
 
-    @pytest.mark.parametrize("body", [b"", b"{}", b"[", b"[{}]", b"[1]", b'[""]', b"[] x", b"[,]"])
-    async def test_what_is_no_batch_is_400(self, body: bytes, broker: Broker) -> None:
-        assert (await broker.send(BATCH, body)).status == 400
+    async def test_what_is_no_batch_is_400(self, broker: Broker) -> None:
+        for body in (b"", b"{}", b"[", b"[{}]", b"[1]", b'[""]', b"[] x", b"[,]"):
+            assert (await broker.send(BATCH, body)).status == 400, body
 
 
 class TestLimits:
@@ -240,12 +240,11 @@ class TestOtherRequests:
         for path in ("/", "/healthz/x", "/metrics"):
             assert (await broker.request("GET", path)).status == 404
 
-    @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
-    async def test_other_methods_are_told_what_is_allowed(self, method: str, broker: Broker) -> None:
-        answer = await broker.request(method, "/")
-        assert (answer.status, answer.headers["allow"]) == (405, "POST")
-        answer = await broker.request(method, "/healthz")
-        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, POST")
+    async def test_other_methods_are_told_what_is_allowed(self, broker: Broker) -> None:
+        for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
+            for path, allowed in (("/", "POST"), ("/healthz", "GET, HEAD, POST")):
+                answer = await broker.request(method, path)
+                assert (answer.status, answer.headers["allow"]) == (405, allowed)
 
     async def test_an_encoded_body_is_not_stored_as_if_it_were_plain(self, broker: Broker) -> None:
         answer = await broker.send(HEADERS | {"content-encoding": "gzip"}, b"\x1f\x8b")

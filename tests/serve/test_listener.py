@@ -21,56 +21,56 @@ def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"\r\n\r\nGARBAGE\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a port without it
-        b"\x00" * 1000,
-        b"POST / HTTP/9.9\r\n\r\n",
-        b"POST /\xff\xfe HTTP/1.1\r\n\r\n",
-        b"POST  HTTP/1.1\r\n\r\n",
-        HEAD + b"no colon\r\n\r\n",
-        HEAD + b": no name\r\n\r\n",
-        HEAD + b"ce-subject: a\x00b\r\n\r\n",
-        HEAD + b"ce-subject: a\nb\r\n\r\n",
-        HEAD + b"ce-subject : a\r\n\r\n",
-        HEAD + b"Content-Length: -1\r\n\r\n",
-        HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-        HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n",
-        HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh\r\n0\r\n\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
-    ],
-)
-async def test_what_is_not_http_is_400(sent: bytes, broker: Broker) -> None:
-    answer = await broker.talk(sent)
-    assert answer.startswith(b"HTTP/1.1 400 "), answer
-    assert b"application/problem+json" in answer
+NOT_HTTP = [
+    b"\r\n\r\nGARBAGE\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a port without it
+    b"\x00" * 1000,
+    b"POST / HTTP/9.9\r\n\r\n",
+    b"POST /\xff\xfe HTTP/1.1\r\n\r\n",
+    b"POST  HTTP/1.1\r\n\r\n",
+    HEAD + b"no colon\r\n\r\n",
+    HEAD + b": no name\r\n\r\n",
+    HEAD + b"ce-subject: a\x00b\r\n\r\n",
+    HEAD + b"ce-subject: a\nb\r\n\r\n",
+    HEAD + b"ce-subject : a\r\n\r\n",
+    HEAD + b"Content-Length: -1\r\n\r\n",
+    HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n",
+    HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+]
+
+
+async def test_what_is_not_http_is_400(broker: Broker) -> None:
+    for sent in NOT_HTTP:
+        answer = await broker.talk(sent)
+        assert answer.startswith(b"HTTP/1.1 400 "), (sent, answer)
+        assert b"application/problem+json" in answer
     assert await broker.stored() == []
 
 
-@pytest.mark.parametrize(
-    ("header", "said"),
-    [
-        (b"ce-subject: \xff\xfe", b"UTF-8"),
-        (b"ce-subject: %C0%A0", b"UTF-8"),
-        (b"ce-subject: %00", b"control character"),
-        (b"ce-subject: \xc2\x80", b"control character"),
-        (b"ce-sub_ject: x", b"no attribute name"),
-        (b"ce-: x", b"no attribute name"),
-        (b"ce-data: x", b"no attribute name"),
-        (b"ce-datacontenttype: text/plain", b"ce-datacontenttype is not allowed"),
-        (b"ce-id: 2", b"twice"),
-        (b"content-type: text/\xe9", b"expected a media type"),
-    ],
-)
-async def test_headers_that_are_no_attributes_are_400(header: bytes, said: bytes, broker: Broker) -> None:
-    answer = await broker.talk(HEAD + b"Connection: close\r\n" + header + b"\r\nContent-Length: 0\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 400 "), answer
-    assert said in answer
+NO_ATTRIBUTES = [
+    (b"ce-subject: \xff\xfe", b"UTF-8"),
+    (b"ce-subject: %C0%A0", b"UTF-8"),
+    (b"ce-subject: %00", b"control character"),
+    (b"ce-subject: \xc2\x80", b"control character"),
+    (b"ce-sub_ject: x", b"no attribute name"),
+    (b"ce-: x", b"no attribute name"),
+    (b"ce-data: x", b"no attribute name"),
+    (b"ce-datacontenttype: text/plain", b"ce-datacontenttype is not allowed"),
+    (b"ce-id: 2", b"twice"),
+    (b"content-type: text/\xe9", b"expected a media type"),
+]
+
+
+async def test_headers_that_are_no_attributes_are_400(broker: Broker) -> None:
+    for header, said in NO_ATTRIBUTES:
+        answer = await broker.talk(HEAD + b"Connection: close\r\n" + header + b"\r\nContent-Length: 0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 "), (header, answer)
+        assert said in answer, (header, answer)
     assert await broker.stored() == []
 
 
@@ -194,6 +194,19 @@ async def test_chunks_may_be_small(broker: Broker) -> None:
     head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert (await broker.talk(head, body, b"0\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
     assert (await broker.stored())[0].data_bytes == b"x" * 100_000
+
+
+async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
+    old = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: 3\r\n\r\nold"
+    assert (await broker.talk(old)).startswith(b"HTTP/1.1 202 ")
+
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Expect: 100-continue\r\nContent-Length: 7\r\n\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"careful")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert [event.data_bytes for event in await broker.stored()] == [b"old", b"careful"]
 
 
 async def test_it_is_no_proxy(broker: Broker) -> None:
