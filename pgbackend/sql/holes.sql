@@ -33,8 +33,17 @@ SELECT
     activity.xact_start
 FROM pg_catalog.pg_locks AS held
 LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
+-- By the lock on its own xid: a prepared transaction keeps its virtual one until a restart makes it "-1/<xid>".
 LEFT JOIN pg_catalog.pg_prepared_xacts AS prepared
-    ON held.pid IS NULL AND held.virtualtransaction = '-1/' || prepared.transaction::text
+    ON held.pid IS NULL
+    AND EXISTS (
+        SELECT
+        FROM pg_catalog.pg_locks AS own
+        WHERE own.locktype = 'transactionid'
+            AND own.pid IS NULL
+            AND own.virtualtransaction = held.virtualtransaction
+            AND own.transactionid = prepared.transaction
+    )
 WHERE held.locktype = 'relation'
     AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
     AND held.relation = to_regclass(quote_ident({schema_literal}) || '.events')

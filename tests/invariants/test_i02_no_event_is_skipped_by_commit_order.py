@@ -2,35 +2,15 @@
 
 import asyncio
 import statistics
-import time
 from collections import Counter
 
 import asyncpg
 
 from pgbackend import Backend, Event
+from tests.support.catch import Catch
 from tests.support.figures import report
 from tests.support.polling import eventually
 from tests.support.producers import INSERT, Crowd
-
-
-class Catch:
-    """A dispatcher that keeps what it got, in order, and when."""
-
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-        self.positions: list[int] = []
-        self.at: dict[str, float] = {}
-
-    async def __call__(self, event: Event) -> None:
-        self.ids.append(event.id)
-        self.positions.append(event.position)
-        self.at.setdefault(event.id, time.monotonic())
-
-    async def has(self, *ids: str, timeout: float = 15.0) -> None:
-        async def caught() -> bool:
-            return set(ids) <= set(self.at)
-
-        await eventually(f"{len(ids)} events are dispatched", caught, timeout, interval=0.005)
 
 
 async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_open_transaction(

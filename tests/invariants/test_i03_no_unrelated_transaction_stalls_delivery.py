@@ -1,0 +1,171 @@
+"""I3. An appender that stays open delays others by at most `hole_wait`, once; its event comes when it appears."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, Event, facts
+from tests.support.catch import Catch, make_event
+from tests.support.figures import report
+from tests.support.polling import eventually
+from tests.support.producers import INSERT
+
+HOLE_WAIT = 0.5
+
+
+class Load:
+    """Events by `produce()`, one after the other, and when each was acknowledged."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.done: dict[str, float] = {}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._run(), name="load")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _run(self) -> None:
+        while True:
+            id_ = f"load-{len(self.done)}"
+            await self.backend.produce(make_event(id_))
+            self.done[id_] = time.monotonic()
+            await asyncio.sleep(0.005)
+
+    async def runs_for(self, seconds: float) -> None:
+        began = time.monotonic()
+
+        async def passed() -> bool:
+            return time.monotonic() - began > seconds
+
+        await eventually(f"{seconds} s of load", passed, seconds + 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [False, True], ids=["open", "prepared"])
+async def test_an_appender_that_stays_open_delays_others_once_and_its_event_comes_when_it_commits(
+    database: str, long: bool, prepared: bool
+) -> None:
+    catch = Catch()
+    producer = await asyncpg.connect(database)
+    async with Backend(database, hole_wait=HOLE_WAIT) as backend:
+        await backend.subscribe("plain", catch)
+        load = Load(backend)
+        async with load.running():
+            await producer.execute("BEGIN")
+            await producer.execute(INSERT, "late")
+            if prepared:
+                await producer.execute("PREPARE TRANSACTION 'late'")
+            await load.runs_for(60.0 if long else 4.0)
+            await producer.execute("COMMIT PREPARED 'late'" if prepared else "COMMIT")
+            committed = time.monotonic()
+            await catch.has("late", timeout=5)
+        # The last one may be stored although nobody was told.
+        await catch.has(*load.done)
+    await producer.close()
+
+    delays = sorted(catch.at[id_] - done for id_, done in load.done.items())
+    late = catch.at["late"] - committed
+    waited = sum(delay > 0.1 for delay in delays)
+    report(
+        f"{len(delays)} events beside an appender open for {60 if long else 4} s, hole_wait {HOLE_WAIT} s: "
+        f"median {delays[len(delays) // 2] * 1000:.1f} ms, {waited} took over 100 ms, the longest "
+        f"{delays[-1] * 1000:.0f} ms; its own event came {late * 1000:.0f} ms after its commit"
+    )
+    assert delays[-1] < HOLE_WAIT + 1.0
+    assert late < 1.0
+    # Once for the appender, not once for each hole beside it.
+    assert waited < len(delays) / 2
+    assert len(catch.ids) == len(set(catch.ids))
+
+
+async def test_a_strict_subscription_waits_for_the_appender_and_says_for_whom(database: str) -> None:
+    plain, strict = Catch(), Catch()
+    producer = await asyncpg.connect(database, server_settings={"application_name": "nightly import"})
+    await producer.execute("BEGIN")
+    await producer.execute(INSERT, "late")
+    with facts.Recorder() as recorder:
+        async with Backend(database, hole_wait=0.1) as backend:
+            await backend.subscribe("plain", plain, start="earliest")
+            await backend.subscribe("strict", strict, start="earliest", order="strict")
+            await backend.produce(make_event("after"))
+            await plain.has("after")
+            waiting = await recorder.wait("reading waits for an open transaction")
+            status = await backend.status()
+            assert strict.ids == []
+            await producer.execute("COMMIT")
+            await strict.has("late", "after")
+    await producer.close()
+
+    assert strict.ids == ["late", "after"]
+    assert "nightly import" in str(waiting)
+    assert [appender.application for appender in status.appenders] == ["nightly import"]
+    assert {found.name: found.state for found in status.subscriptions}["strict"] == "waiting for an open transaction"
+
+
+async def test_status_names_a_prepared_transaction_that_the_log_waits_for(database: str) -> None:
+    producer = await asyncpg.connect(database)
+    await producer.execute("BEGIN")
+    await producer.execute(INSERT, "late")
+    await producer.execute("PREPARE TRANSACTION 'forgotten by its owner'")
+    async with Backend(database) as backend:
+        appenders = (await backend.status()).appenders
+    await producer.execute("ROLLBACK PREPARED 'forgotten by its owner'")
+    await producer.close()
+
+    assert [(appender.pid, appender.gid) for appender in appenders] == [(None, "forgotten by its owner")]
+
+
+async def test_a_lock_on_the_table_that_never_inserts_delays_others_once_only(database: str) -> None:
+    """Such as a client's session that updated nothing in an open transaction, or a trigger's DELETE without a match."""
+    idler = await asyncpg.connect(database)
+    await idler.execute("BEGIN")
+    await idler.execute("LOCK TABLE pgbackend.events IN ROW EXCLUSIVE MODE")
+    producer = await asyncpg.connect(database)
+    catch = Catch()
+    async with Backend(database, hole_wait=0.2) as backend:
+        await backend.subscribe("plain", catch, start="earliest")
+        for number in range(30):
+            # Each leaves a hole behind that only the idler might still fill.
+            await producer.execute("BEGIN")
+            await producer.execute(INSERT, f"rolled back {number}")
+            await producer.execute("ROLLBACK")
+            await producer.execute(INSERT, str(number))
+        began = time.monotonic()
+        await catch.has(*map(str, range(30)))
+        took = time.monotonic() - began
+        await idler.execute("ROLLBACK")
+    await idler.close()
+    await producer.close()
+
+    assert took < 30 * 0.2 / 2, "the wait was paid for each hole"
+
+
+async def test_an_idle_transaction_elsewhere_delays_nobody(database: str) -> None:
+    other = await asyncpg.connect(database)
+    await other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    await other.execute("SELECT count(*) FROM pgbackend.events")
+    await other.execute("SELECT pg_current_xact_id()")
+    got: list[Event] = []
+    async with Backend(database, hole_wait=60.0) as backend:
+        await backend.subscribe("strict", got.append, order="strict")
+        producer = await asyncpg.connect(database)
+        await producer.execute("BEGIN")
+        await producer.execute(INSERT, "rolled back")
+        await producer.execute("ROLLBACK")
+        await backend.produce(make_event("after"))
+
+        async def arrived() -> bool:
+            return [event.id for event in got] == ["after"]
+
+        await eventually("the event is dispatched", arrived, 5)
+        await producer.close()
+    await other.close()

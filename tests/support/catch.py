@@ -1,0 +1,47 @@
+"""A dispatcher that keeps what it gets, and events to give it."""
+
+import time
+from collections.abc import Callable
+
+from cloudevents.core.v1.event import CloudEvent
+
+from pgbackend.codec import Event
+from tests.support.polling import eventually
+
+
+class Catch:
+    """What a subscription was handed, in order, and when in monotonic seconds. Fails where `fails` says so."""
+
+    def __init__(self, fails: Callable[[Event], bool] = lambda _: False) -> None:
+        self.fails = fails
+        self.attempts: list[str] = []
+        """The id of each dispatch."""
+        self.ids: list[str] = []
+        """The ids that were handled."""
+        self.positions: list[int] = []
+        self.at: dict[str, float] = {}
+
+    async def __call__(self, event: Event) -> None:
+        self.attempts.append(event.id)
+        if self.fails(event):
+            raise RuntimeError("the target is down")
+        self.ids.append(event.id)
+        self.positions.append(event.position)
+        self.at.setdefault(event.id, time.monotonic())
+
+    async def has(self, *ids: str, timeout: float = 15.0) -> None:
+        """Return once these were handled."""
+
+        async def caught() -> bool:
+            return set(ids) <= self.at.keys()
+
+        try:
+            await eventually(f"{len(ids)} events are handled", caught, timeout, interval=0.005)
+        except TimeoutError as error:
+            missing = [id_ for id_ in ids if id_ not in self.at]
+            raise TimeoutError(f"{error}; {len(missing)} are missing, {missing[:5]} first") from None
+
+
+def make_event(id_: str, data: bytes | str = b"", *, key: str | None = None) -> CloudEvent:
+    attributes = {"id": id_, "source": "test", "type": "test", "datacontenttype": "text/plain"}
+    return CloudEvent(attributes | ({"partitionkey": key} if key else {}), data)
