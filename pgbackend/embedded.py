@@ -185,7 +185,12 @@ class _User:
         """This process is a user once more, and the server accepts connections."""
         with self._lock:
             if self._entered == 0:
-                self._join(wish, _Patience(wish.start_timeout, abandoned, self._home))
+                try:
+                    self._join(wish, _Patience(wish.start_timeout, abandoned, self._home))
+                except OSError as error:
+                    raise EmbeddedServerError(
+                        f"{self._home} cannot be used: {error}. Name another directory."
+                    ) from error
             self._entered += 1
 
     def leave(self) -> None:
@@ -254,11 +259,10 @@ class _User:
         answer = _answer(keeper, patience)
         if answer is not None:
             keeper.wait()
-            raise EmbeddedServerError(
-                f"The embedded PostgreSQL in {self._directory} does not start: "
-                f"{answer or f'its keeper ended with status {keeper.returncode}'}\n"
-                f"See {self._home / 'postgresql.log'}."
-            )
+            reason = answer or f"its keeper ended with status {keeper.returncode}"
+            log = self._home / "postgresql.log"
+            more = f"\nSee {log}." if log.exists() else ""
+            raise EmbeddedServerError(f"The embedded PostgreSQL in {self._directory} does not start: {reason}{more}")
         facts.emit("embedded server started", directory=str(self._directory), keeper=keeper.pid)
         return True
 
@@ -364,15 +368,18 @@ def _prepare_home(directory: Path, home: Path) -> tuple[int, int] | None:
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
             identity = None
         else:
-            for path in (ROOT_DIRECTORY, ROOT_DIRECTORY / "run"):
+            run = ROOT_DIRECTORY / "run"
+            for path in (ROOT_DIRECTORY, run):
                 path.mkdir(mode=0o711, parents=True, exist_ok=True)
+            if not run.stat().st_uid:
+                os.chown(run, *_system_user())
             directory.mkdir(parents=True, exist_ok=True)
             home.mkdir(mode=0o700, exist_ok=True)
             identity = _hand_over(directory, home)
         found = home.stat()
     except OSError as error:
         reason = f"{error.strerror} ({error.filename or home})"
-        step = "Name another directory." if os.geteuid() else "Name another, or run as an ordinary user."
+        step = "Name another directory." if os.geteuid() else "Name another directory, or run as an ordinary user."
         raise EmbeddedServerError(f"PostgreSQL cannot keep its data in {directory}: {reason}. {step}") from error
     owner = identity[0] if identity else os.geteuid()
     if found.st_uid != owner:
@@ -394,12 +401,15 @@ def _hand_over(directory: Path, home: Path) -> tuple[int, int]:
         identity = (above.st_uid, above.st_gid) if above.st_uid else _system_user()
         if os.listdir(fd):  # noqa: PTH208 - a descriptor
             raise EmbeddedServerError(f"{home} is root's, and not empty: it is none of ours. Name another directory.")
-        os.fchown(fd, *identity)
+        try:
+            os.fchown(fd, *identity)
+        except OSError as error:
+            raise EmbeddedServerError(
+                f"PostgreSQL refuses to run as root, and {home} cannot be given to user {identity[0]}: "
+                f"{error.strerror}. Run as an ordinary user."
+            ) from error
     finally:
         os.close(fd)
-    run = ROOT_DIRECTORY / "run"
-    if not run.stat().st_uid:
-        os.chown(run, *_system_user())
     return identity
 
 

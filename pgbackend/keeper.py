@@ -89,6 +89,7 @@ class Keeper:
         self._server: subprocess.Popen[bytes] | None = None
         self._sockets = Path()
         self._log = -1
+        self._launched_at = 0  # where the log was then
 
     def run(self) -> None:
         """Return when no user is left and the server is stopped. Raises Failure when it cannot be started at first."""
@@ -136,18 +137,21 @@ class Keeper:
             "--no-sync",
             "--no-instructions",
         ]
-        done = subprocess.run(  # noqa: S603 - the wheel's program
-            command,
-            cwd=new,
-            env=_ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-            user=maker,
-            group=group,
-            extra_groups=None if maker is None else [],
-        )
+        try:
+            done = subprocess.run(  # noqa: S603 - the wheel's program
+                command,
+                cwd=new,
+                env=_ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                check=False,
+                user=maker,
+                group=group,
+                extra_groups=None if maker is None else [],
+            )
+        except PermissionError as error:
+            raise _may_not_become(maker) if maker else Failure(f"{command[0]} is not executable here.") from error
         if done.returncode:
             raise Failure("initdb failed: " + _last_lines(done.stdout))
         for path in _tree(new):
@@ -161,9 +165,12 @@ class Keeper:
     def _drop_privileges(self) -> None:
         if self._plan["user"]:
             user, group = self._plan["user"]
-            os.setgroups([])
-            os.setgid(group)
-            os.setuid(user)
+            try:
+                os.setgroups([])
+                os.setgid(group)
+                os.setuid(user)
+            except PermissionError as error:
+                raise _may_not_become(user) from error
 
     def _launch(self) -> None:
         """A new server runs, with nothing left of a former one."""
@@ -173,16 +180,18 @@ class Keeper:
             self._remove_remnants()
             settings = {
                 "listen_addresses": "",
-                "port": "5432",
-                "unix_socket_directories": str(self._sockets),
-                "unix_socket_permissions": "0700",
                 "logging_collector": "off",
                 "log_destination": "stderr",
                 **self._plan["settings"],
+                # Not for others to choose: the DSN says so.
+                "port": "5432",
+                "unix_socket_directories": str(self._sockets),
+                "unix_socket_permissions": "0700",
             }
             command = [f"{self._plan['programs']}/postgres", "-D", self._data_argument()]
             for name, value in settings.items():
                 command += ["-c", f"{name}={value}"]
+            self._launched_at = os.fstat(self._log).st_size
             self._server = subprocess.Popen(  # noqa: S603 - the wheel's program
                 command,
                 cwd=_DATA,
@@ -246,11 +255,10 @@ class Keeper:
         """Whether the server accepts connections; else no user is left. Raises Failure when it ended."""
         server = self._server
         assert server  # noqa: S101 - for the type checker
-        began = os.fstat(self._log).st_size
         while not _is_ready(server.pid):
             if server.poll() is not None:
                 with _LOG.open("rb") as log:
-                    log.seek(began)
+                    log.seek(self._launched_at)
                     raise Failure("PostgreSQL ended while starting: " + _last_lines(log.read()))
             if self._unused():
                 return False
@@ -306,6 +314,12 @@ class Keeper:
     def _say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         os.write(self._log, f"{stamp} [{os.getpid()}] KEEPER:  {text}\n".encode())
+
+
+def _may_not_become(user: int) -> Failure:
+    return Failure(
+        f"PostgreSQL refuses to run as root, which may not become user {user} here. Run as an ordinary user."
+    )
 
 
 def _open_lock(name: str) -> int:

@@ -7,6 +7,7 @@ And what its machine shows of a server: processes, from /proc.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -62,7 +63,8 @@ class EmbeddedUser:
 
     def kill(self) -> None:
         """kill -9, and whatever it started that is in its process group."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def interrupt(self) -> None:
         """What the terminal does at Ctrl-C. The process itself takes no notice."""
