@@ -1,0 +1,197 @@
+"""PostgreSQL as the fence sees it, without PostgreSQL: a sequence, locks, visibility, one small step at a time.
+
+What the server does in one go from the outside is taken apart here: an appender locks, then draws; its commit is
+visible first, and its lock is gone later; a check reads the sequence first and the locks later. Between any two steps
+anybody else may act, so that a test can go through interleavings that a real server shows once in a million.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from pgbackend.codec import Event
+from pgbackend.holes import AppenderClock, Evidence
+from pgbackend.ranges import RangeSet
+from pgbackend.reader import Log, Reader
+
+HOLE_WAIT = 2.0
+
+
+@dataclass(eq=False)
+class Appender:
+    """A transaction that appends."""
+
+    name: str
+    locked: bool = False
+    positions: list[int] = field(default_factory=list)
+    savepoint: int | None = None
+    """How many positions it had drawn by then."""
+    over: bool = False
+    """Committed or rolled back; the lock may still be held."""
+
+
+class Step:
+    """Awaited where something else may happen: one turn of whoever drives the coroutine."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+class SimulatedLog:
+    """The server, and `Log` as readers know it."""
+
+    def __init__(self, *, page: int = 3, step: Callable[[], Any] = Step) -> None:
+        self.now = 0.0
+        self.head = 0
+        self.visible: dict[int, Appender] = {}
+        self.appenders: list[Appender] = []
+        self.clock = _SimulatedClock(self)
+        self._names = 0
+        self._page = page
+        self._step = step
+
+    # Appenders.
+
+    def begin(self) -> Appender:
+        appender = Appender(self._name("3/"))
+        self.appenders.append(appender)
+        return appender
+
+    def _name(self, prefix: str) -> str:
+        self._names += 1
+        return f"{prefix}{self._names}"
+
+    def act(self, number: int, action: int) -> None:
+        """Some appender takes the step that it can take next."""
+        if not self.appenders or action == 0:
+            self.begin()
+            return
+        appender = self.appenders[number % len(self.appenders)]
+        if appender.over:
+            self.unlock(appender)
+        elif not appender.locked:
+            appender.locked = True
+        elif action in (1, 2, 3) or not appender.positions:
+            self.draw(appender)
+        elif action == 4:
+            appender.savepoint = len(appender.positions)
+        elif action == 5 and appender.savepoint is not None:
+            del appender.positions[appender.savepoint :]
+            appender.savepoint = None
+        elif action == 6:
+            appender.name = self._name("-1/")
+        elif action == 7:
+            self.roll_back(appender)
+        else:
+            self.commit(appender)
+
+    def draw(self, appender: Appender) -> int:
+        assert appender.locked
+        assert not appender.over
+        if appender.name.startswith("-1/"):
+            self.commit(appender)  # nothing more can be inserted
+            return 0
+        self.head += 1
+        appender.positions.append(self.head)
+        return self.head
+
+    def commit(self, appender: Appender) -> None:
+        self.visible.update(dict.fromkeys(appender.positions, appender))
+        appender.over = True
+
+    def roll_back(self, appender: Appender) -> None:
+        appender.over = True
+
+    def unlock(self, appender: Appender) -> None:
+        assert appender.over
+        appender.locked = False
+        self.appenders.remove(appender)
+
+    def settle_down(self) -> None:
+        """Every appender comes to its end: every other one commits."""
+        for number, appender in enumerate(list(self.appenders)):
+            if not appender.over:
+                (self.commit if number % 2 else self.roll_back)(appender)
+            self.unlock(appender)
+
+    # What readers ask.
+
+    def open_now(self) -> frozenset[str]:
+        return frozenset(appender.name for appender in self.appenders if appender.locked)
+
+    async def check(self) -> Evidence:
+        upto = self.head
+        await self._step()
+        appenders = self.open_now()
+        self.clock.observe(appenders, now=self.now)
+        await self._step()
+        return Evidence(upto, appenders, None)
+
+    async def read(self, *, after: int, limit: int, holes: RangeSet) -> tuple[list[Event], list[Event], bool]:
+        await self._step()
+        late = [position for position in sorted(self.visible) if position in holes][: self._page]
+        page = [position for position in sorted(self.visible) if position > after][:limit]
+        if len(late) >= self._page:
+            page = []
+        await self._step()
+        return _events(late), _events(page), len(late) >= self._page or 0 < limit <= len(page)
+
+    def reader(self, *, after: int = 0, holes: Iterable[tuple[int, int]] = (), patient: bool = False) -> Reader:
+        return Reader(cast("Log", self), after=after, holes=holes, patient=patient)
+
+
+class _SimulatedClock(AppenderClock):
+    """Goes by the log's own time."""
+
+    def __init__(self, log: SimulatedLog) -> None:
+        super().__init__(hole_wait=HOLE_WAIT)
+        self._log = log
+
+    def is_overdue(self, appender: str, *, now: float) -> bool:  # noqa: ARG002 - the machine's time is none of its business
+        return super().is_overdue(appender, now=self._log.now)
+
+
+def _events(positions: Iterable[int]) -> list[Event]:
+    return [
+        Event(("1.0", str(position), "test", "test", None, None, None, None, None, "{}", None, None), position)
+        for position in positions
+    ]
+
+
+class Account:
+    """What a subscription makes of a reader's batches, and what it may therefore rely on."""
+
+    def __init__(self, log: SimulatedLog, *, position: int = 0, patient: bool = False) -> None:
+        self.log = log
+        self.position = position
+        self.patient = patient
+        self.holes = RangeSet()
+        self.seen: list[int] = []
+        self._settled = RangeSet()
+
+    def take(
+        self, positions: Iterable[int], opened: Iterable[tuple[int, int]], closed: Iterable[tuple[int, int]], upto: int
+    ) -> None:
+        """Apply a batch as a pump does."""
+        for lower, upper in opened:
+            self.holes.add(max(lower, self.position + 1), upper)
+        for position in positions:
+            if position <= self.position and position not in self.holes:
+                continue
+            assert position not in self.seen, f"{position} came twice"
+            if self.patient and self.seen:
+                assert position > self.seen[-1], f"{position} came behind {self.seen[-1]}"
+            own = self.log.visible[position].positions
+            assert all(later not in self.seen for later in own if later > position), f"{position} came behind its own"
+            self.seen.append(position)
+            if not self.holes.discard(position):
+                self.position = position
+        for lower, upper in closed:
+            self.holes.remove(lower, upper)
+        self.position = max(self.position, upto)
+
+    def verify(self) -> None:
+        """Everything that is committed has come; everything else is known to be dead."""
+        assert sorted(self.seen) == sorted(self.log.visible), "lost, or never committed"
+        assert not self.holes
+        assert self.position >= max(self.log.visible, default=0)

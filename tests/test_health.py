@@ -1,0 +1,75 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgbackend.health import FAILURES_IN_A_ROW, TargetHealth
+from pgbackend.retry import Retry
+
+
+def down_target(retry: Retry) -> TargetHealth:
+    health = TargetHealth(retry)
+    for position in range(FAILURES_IN_A_ROW):
+        health.failed(position, now=100.0, probe=False)
+    assert health.down
+    return health
+
+
+def test_ten_different_events_in_a_row_take_a_target_down() -> None:
+    health = TargetHealth(Retry())
+
+    told = [health.failed(position, now=0.0, probe=False) for position in range(FAILURES_IN_A_ROW)]
+
+    assert told == [False] * (FAILURES_IN_A_ROW - 1) + [True]
+
+
+def test_one_event_that_fails_again_and_again_does_not() -> None:
+    health = TargetHealth(Retry())
+    for _ in range(100):
+        health.failed(7, now=0.0, probe=False)
+
+    assert not health.down
+
+
+def test_a_success_begins_the_count_anew() -> None:
+    health = TargetHealth(Retry())
+    for position in range(FAILURES_IN_A_ROW - 1):
+        health.failed(position, now=0.0, probe=False)
+    assert not health.succeeded(), "it was not down"
+    health.failed(99, now=0.0, probe=False)
+
+    assert not health.down
+
+
+def test_any_success_brings_it_up_and_says_so_once() -> None:
+    health = down_target(Retry())
+
+    assert health.succeeded()
+    assert not health.succeeded()
+    assert not health.down
+    assert not health.failing
+
+
+@pytest.mark.parametrize("retry", [Retry(delay=1.0), Retry(delay=2.0, backoff="linear"), Retry(delay=3, max_delay=5)])
+def test_probes_are_as_far_apart_as_the_policy_waits(retry: Retry) -> None:
+    health = down_target(retry)
+    assert health.next_probe == 100.0 + retry.wait(1)
+
+    for probe in range(1, 20):
+        health.failed(probe, now=1000.0, probe=True)
+        assert health.next_probe == 1000.0 + retry.wait(probe + 1)
+        assert health.probes == probe
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=200))
+def test_it_is_down_after_failures_of_ten_events_with_no_success_between(outcomes: list[int | None]) -> None:
+    health, failed, down = TargetHealth(Retry()), set[int](), False
+    for outcome in outcomes:
+        if outcome is None:
+            health.succeeded()
+            failed, down = set(), False
+        else:
+            health.failed(outcome, now=0.0, probe=False)
+            failed.add(outcome)
+            down = down or len(failed) >= FAILURES_IN_A_ROW
+        assert health.down == down
+        assert health.failing == bool(failed)
