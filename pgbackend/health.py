@@ -7,13 +7,20 @@ States of a target, as its pumps see it:
 
 While it is up, every event is dispatched as it comes and every failure counts for its event. While it is down,
 nothing is dispatched but single probes, each with another event in turn: an hour's outage then uses up the attempts
-of few events and floods nothing, and a run of bad events does not keep the good ones behind it for ever. The waits
-between probes grow as the subscription's `Retry` says, up to its `max_delay`. Pure: told the time, asks no clock.
+of few events and floods nothing, and a run of bad events does not keep the good ones behind it for ever. Pure: told
+the time, asks no clock.
+
+The waits between probes begin with the `delay` of the subscription's `Retry` and grow by half each time, up to its
+`max_delay`. By default an hour then has 18 probes, and the ten events that it takes at least have 40 attempts left: an
+hour's outage buries nothing. Growing faster finds good events behind bad ones later, growing slower buries more.
 """
 
 from pgbackend.retry import Retry
 
 FAILURES_IN_A_ROW = 10
+_GROWTH = 1.5
+_LEAST_WAIT = 0.05
+"""Seconds: a policy without a delay must not make probes a flood."""
 
 
 class TargetHealth:
@@ -47,7 +54,7 @@ class TargetHealth:
         """An event failed; whether that is what took the target down."""
         if probe:
             self._probes += 1
-            self.next_probe = now + self._retry.wait(self._probes + 1)
+            self.next_probe = now + self._wait()
             return False
         self.failing = True
         if self.down:
@@ -56,5 +63,10 @@ class TargetHealth:
         if len(self._failed) < FAILURES_IN_A_ROW:
             return False
         self.down = True
-        self.next_probe = now + self._retry.wait(1)
+        self.next_probe = now + self._wait()
         return True
+
+    def _wait(self) -> float:
+        # 1.5⁶⁴ is beyond any limit, and not yet beyond a float.
+        longest = max(self._retry.max_delay, _LEAST_WAIT)
+        return min(max(self._retry.delay, _LEAST_WAIT) * _GROWTH ** min(self._probes, 64), longest)

@@ -38,9 +38,19 @@ from pgbackend.codec import Event
 from pgbackend.errors import Reject, RetryAfter
 from pgbackend.health import TargetHealth
 from pgbackend.model import ConsumerDispatcher, EventFilter, Failure, Order
-from pgbackend.reader import Batch
+from pgbackend.reader import Batch, size_of
 from pgbackend.retry import Retry
-from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Outcome, Scheduled, Shard
+from pgbackend.shard import (
+    Buried,
+    DueRequest,
+    Forgotten,
+    LetterDelivered,
+    LetterFailed,
+    Mark,
+    Outcome,
+    Scheduled,
+    Shard,
+)
 from pgbackend.tail import Cursor
 
 _ERROR_CHARACTERS = 2000
@@ -125,8 +135,10 @@ class Pump:
         self._letters: deque[_Again] = deque()
         """The same for the dead-letter dispatcher: a target that is down does not hold them."""
         self._parked: dict[object, deque[Event]] = {}
-        self._handed_over: set[int] = set()
-        self._sent_letters: set[int] = set()
+        self._handed_over: dict[int, int] = {}
+        """Positions at work that came from `redeliveries`, with their sizes, until their outcome is committed."""
+        self._letters_out: dict[int, int] = {}
+        """The same of dead letters that were sent again, by their ids."""
         self._idle: list[asyncio.Future[None]] = []
         self._room: asyncio.Future[None] | None = None
         self._probe_turn = asyncio.Lock()
@@ -181,11 +193,6 @@ class Pump:
                     threads=self.registration.threads is not None,
                 )
         self._cursor.close()
-
-    @property
-    def ordered(self) -> bool:
-        """Whether its failed events wait in the window, and come again by its own clock."""
-        return self._ordered
 
     @property
     def retiring(self) -> bool:
@@ -339,33 +346,38 @@ class Pump:
 
     # What is due again.
 
-    def room_for_due(self) -> int:
-        """How many events that are due again this pump would take now, beyond those it has."""
-        if self._stopping or self.shard.lost:
-            return 0
-        # What is at work is still found due until its outcome is committed.
-        at_work = len(self._handed_over) + len(self._sent_letters)
-        room = (_PROBE_ROOM if self.registration.health.down else _DUE_ROOM) - len(self._again) - len(self._letters)
-        return at_work + room if room > 0 else 0
+    def ask_due(self) -> DueRequest | None:
+        """What this pump would take now of the events that are due again; None when it has no room."""
+        room = (
+            (_PROBE_ROOM if self.registration.health.down else _DUE_ROOM)
+            - len(self._handed_over)
+            - len(self._letters_out)
+        )
+        room_bytes = self.shard.window.max_bytes - sum(self._handed_over.values()) - sum(self._letters_out.values())
+        if self._stopping or self.shard.lost or room <= 0 or room_bytes <= 0:
+            return None
+        return DueRequest(
+            lease=self.shard.lease,
+            events=not self._ordered,
+            room=room,
+            room_bytes=room_bytes,
+            positions=list(self._handed_over),
+            letters=list(self._letters_out),
+        )
 
     def next_due(self) -> float | None:
         """When something that this pump scheduled is due, in monotonic seconds."""
         return self._due_times[0] if self._due_times else None
 
     def take_due(self, event: Event, letter: int | None) -> None:
-        """Take an event that is due again, unless it is at work already."""
+        """Take an event that is due again."""
         if self._stopping:
             return
         if letter is not None:
-            if letter in self._sent_letters:
-                return
-            self._sent_letters.add(letter)
+            self._letters_out[letter] = size_of(event)
             self._again.append(_Again(event, handed_over=True, letter=letter))
         else:
-            # Ordered modes have it in their window, and their own clock for it.
-            if self._ordered or event.position in self._handed_over:
-                return
-            self._handed_over.add(event.position)
+            self._handed_over[event.position] = size_of(event)
             queue = self._again if event.failure is None else self._letters
             queue.append(_Again(event, handed_over=True))
         self._wake()
@@ -376,13 +388,13 @@ class Pump:
         for outcome in mark.outcomes.values():
             match outcome:
                 case Scheduled(position=position, delay=delay):
-                    self._handed_over.discard(position)
+                    self._handed_over.pop(position, None)
                     if not self._ordered:
                         heapq.heappush(self._due_times, now + delay)
                 case Forgotten(position=position) | Buried(position=position):
-                    self._handed_over.discard(position)
+                    self._handed_over.pop(position, None)
                 case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
-                    self._sent_letters.discard(letter)
+                    self._letters_out.pop(letter, None)
 
     def passed_due(self, now: float) -> None:
         """The due times up to now have been seen to."""
@@ -491,15 +503,20 @@ class Pump:
         """While the target is down: one event at a time, at the times that its health allows."""
         health = self.registration.health
         async with self._probe_turn:
-            while health.down and not self._stopping and monotonic() < health.next_probe:  # noqa: ASYNC110 - a clock
+            while (  # noqa: ASYNC110 - a clock
+                health.down and not self._stopping and not self._letters and monotonic() < health.next_probe
+            ):
                 await asyncio.sleep(min(max(health.next_probe - monotonic(), 0.0), _LEASE_POLL))
-            if not health.down or self._stopping or not self.shard.may_dispatch():
+            if not health.down or self._stopping or self._letters or not self.shard.may_dispatch():
                 return
-            # In turn: what is due again, then what is new.
+            # In turn: what is due again, whoever has most attempts left; then what is new, the last one, because the
+            # first ones may be a run of bad events, with the good ones behind it.
             if self._again and (health.probes % 2 or not self._ready):
-                await self._retry(self._again.popleft(), probe=True)
+                again = min(self._again, key=_attempt)
+                self._again.remove(again)
+                await self._retry(again, probe=True)
             elif self._ready:
-                await self._retry(_Again(self._ready.popleft(), handed_over=False), probe=True)
+                await self._retry(_Again(self._ready.pop(), handed_over=False), probe=True)
 
     async def _retry(self, again: _Again, *, probe: bool) -> None:
         """Dispatch an event that is not in the straight way from the log: again, as a probe, or as a dead letter."""
@@ -646,6 +663,10 @@ class Pump:
 
 
 _FINISH_POLL = 0.05
+
+
+def _attempt(again: _Again) -> int:
+    return again.event.attempt
 
 
 def _as_async(

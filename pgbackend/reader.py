@@ -66,8 +66,13 @@ class Batch:
         return bool(self.events or self.opened or self.closed)
 
 
+def size_of(event: Event) -> int:
+    """Bytes that an event takes in a window."""
+    return _EVENT_OVERHEAD + len(event.data_bytes or b"")
+
+
 def _sizes(events: Iterable[Event]) -> list[int]:
-    """Bytes that each event takes in a window."""
+    # Not by size_of(): a third of the time.
     return [_EVENT_OVERHEAD + len(event.data_bytes or b"") for event in events]
 
 

@@ -1,13 +1,13 @@
 """Failed events that are due again, and dead letters: read here, changed with the offsets (pgbackend/offsets.py)."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 from pgbackend.codec import Event
 from pgbackend.database import Database, Record
 from pgbackend.model import DeadLetter, Failure
-from pgbackend.shard import Lease
+from pgbackend.shard import DueRequest, Lease
 from pgbackend.sql import load
 from pgbackend.sql.statements import RedeliverySql
 
@@ -41,22 +41,25 @@ class Redelivery:
         self._database = database
         self._sql = load(RedeliverySql, "redelivery", schema=schema)
 
-    async def find_due(self, asking: Sequence[tuple[Lease, int]]) -> list[DueEvent]:
-        """For each shard up to so many events of its own that are due now."""
-        if not asking:
-            return []
-        rows = await self._database.fetch(self._sql.find_due, *_asked(asking))
-        return [
-            DueEvent(
-                _event(row, attempt=row["attempt"] + 1, failure=_failure(row["failure"])), row["epoch"], letter=None
+    async def find_due(self, requests: Sequence[DueRequest]) -> list[DueEvent]:
+        """For each shard, up to the room it has, its events and dead letters whose time has come."""
+        found: list[DueEvent] = []
+        if from_log := [request for request in requests if request.events]:
+            rows = await self._database.fetch(
+                self._sql.find_due, *_asked(from_log), *_at_work((one.lease.epoch, one.positions) for one in from_log)
             )
-            for row in rows
-        ]
-
-    async def find_due_letters(self, asking: Sequence[tuple[Lease, int]]) -> list[DueEvent]:
-        """The same of dead letters that were sent again."""
-        rows = await self._database.fetch(self._sql.find_due_letters, *_asked(asking))
-        return [DueEvent(_event(row, attempt=row["attempt"] + 1), row["epoch"], row["letter_id"]) for row in rows]
+            found += [
+                DueEvent(_event(row, attempt=row["attempt"] + 1, failure=_failure(row["failure"])), row["epoch"], None)
+                for row in rows
+            ]
+        if requests:
+            rows = await self._database.fetch(
+                self._sql.find_due_letters,
+                *_asked(requests),
+                *_at_work((one.lease.epoch, one.letters) for one in requests),
+            )
+            found += [DueEvent(_event(row, attempt=row["attempt"] + 1), row["epoch"], row["letter_id"]) for row in rows]
+        return found
 
     async def find_attempts(self, lease: Lease) -> dict[int, Waiting]:
         """By position: what a former owner noted of this shard's failed events."""
@@ -87,15 +90,21 @@ class Redelivery:
         return len(await self._database.fetch(self._sql.redeliver_letters, ids, subscription))
 
 
-def _asked(asking: Sequence[tuple[Lease, int]]) -> tuple[list[int], list[str], list[int], list[int], list[int]]:
-    leases = [lease for lease, _ in asking]
+def _asked(requests: Sequence[DueRequest]) -> tuple[list[int], list[str], list[int], list[int], list[int], list[int]]:
+    leases = [request.lease for request in requests]
     return (
         [lease.epoch for lease in leases],
         [lease.subscription for lease in leases],
         [lease.shard for lease in leases],
         [lease.shards for lease in leases],
-        [room for _, room in asking],
+        [request.room for request in requests],
+        [request.room_bytes for request in requests],
     )
+
+
+def _at_work(numbers: Iterable[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:
+    pairs = [(epoch, number) for epoch, some in numbers for number in some]
+    return [epoch for epoch, _ in pairs], [number for _, number in pairs]
 
 
 def _event(row: Record, *, attempt: int, failure: Failure | None = None) -> Event:

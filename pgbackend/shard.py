@@ -97,6 +97,21 @@ class Lease:
     complete: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueRequest:
+    """What a shard would take of its failed events whose time has come."""
+
+    lease: Lease
+    events: bool
+    """Whether also from `redeliveries`: in ordered modes they wait in the window, and come by the pump's own clock."""
+    room: int
+    room_bytes: int
+    positions: list[int]
+    """At work already."""
+    letters: list[int]
+    """Dead letters at work already."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """What is to be committed for a shard."""

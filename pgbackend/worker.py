@@ -345,14 +345,8 @@ class Worker:
         pumps = [pump for pump, _ in self._pumps.values()]
         for pump in pumps:
             pump.passed_due(now)
-        asking = [(pump, room) for pump in pumps if (room := pump.room_for_due())]
-        if not asking:
-            return
-        found = [
-            *await self._redelivery.find_due([(pump.shard.lease, room) for pump, room in asking if not pump.ordered]),
-            *await self._redelivery.find_due_letters([(pump.shard.lease, room) for pump, room in asking]),
-        ]
-        for due in found:
+        requests = [request for pump in pumps if (request := pump.ask_due()) is not None]
+        for due in await self._redelivery.find_due(requests):
             if due.epoch in self._pumps:
                 self._pumps[due.epoch][0].take_due(due.event, due.letter)
 

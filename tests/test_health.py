@@ -1,4 +1,3 @@
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,15 +48,34 @@ def test_any_success_brings_it_up_and_says_so_once() -> None:
     assert not health.failing
 
 
-@pytest.mark.parametrize("retry", [Retry(delay=1.0), Retry(delay=2.0, backoff="linear"), Retry(delay=3, max_delay=5)])
-def test_probes_are_as_far_apart_as_the_policy_waits(retry: Retry) -> None:
-    health = down_target(retry)
-    assert health.next_probe == 100.0 + retry.wait(1)
+def test_the_waits_between_probes_grow_up_to_the_longest_of_the_policy() -> None:
+    health = down_target(Retry(delay=1.0, max_delay=10.0))
+    waits = [health.next_probe - 100.0]
 
-    for probe in range(1, 20):
+    for probe in range(1, 9):
         health.failed(probe, now=1000.0, probe=True)
-        assert health.next_probe == 1000.0 + retry.wait(probe + 1)
-        assert health.probes == probe
+        waits.append(health.next_probe - 1000.0)
+
+    assert waits == [1.0, 1.5, 2.25, 3.375, 5.0625, 7.59375, 10.0, 10.0, 10.0]
+    assert health.probes == 8
+
+
+def test_an_hour_of_probes_uses_up_no_event_of_ten() -> None:
+    retry = Retry()
+    health, now, attempts = down_target(retry), 100.0, [1] * FAILURES_IN_A_ROW
+
+    while (now := health.next_probe) < 100.0 + 3600.0:
+        event = attempts.index(min(attempts))
+        attempts[event] += 1
+        health.failed(event, now=now, probe=True)
+
+    assert max(attempts) < retry.attempts
+
+
+def test_probes_are_no_flood_even_without_a_delay() -> None:
+    health = down_target(Retry(delay=0.0, max_delay=0.0))
+
+    assert health.next_probe > 100.0
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=200))

@@ -1,41 +1,70 @@
 -- Failed events that are due again, and dead letters. They change in offsets.sql, fenced; here they are read.
 
 -- name: find_due
--- For each shard that asks: its failed events whose time has come, oldest first, with their content from the log.
+-- For each shard that asks: its failed events whose time has come, oldest first, with their content from the log. Within
+-- its room by count and bytes, the first in any case, and without those that are at work already.
 SELECT
-    event.specversion, event.id, event.source, event.type, event.subject, event.time, event.datacontenttype,
-    event.dataschema, event.partitionkey, event.extensions, event.data, event.data_encoding, event.position,
-    event.recorded_at, event.key_hash, asked.epoch, due.attempt, due.failure, due.last_error
-FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[])
-    AS asked (epoch, subscription, shard, shards, room)
-CROSS JOIN LATERAL (
-    SELECT *
-    FROM {schema}.redeliveries AS waiting
-    WHERE waiting.subscription = asked.subscription
-        AND waiting.due_at <= clock_timestamp()
-        AND waiting.key_hash % asked.shards = asked.shard
-    ORDER BY waiting.due_at
-    LIMIT asked.room
-) AS due
-JOIN {schema}.events AS event ON event.position = due.position;
+    specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
+    data_encoding, position, recorded_at, key_hash, epoch, attempt, failure
+FROM (
+    SELECT
+        event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure,
+        sum(octet_length(event.data)) OVER (
+            PARTITION BY asked.epoch ORDER BY due.due_at, event.position
+            ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ) AS bytes_before
+    FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[], $6::bigint[])
+        AS asked (epoch, subscription, shard, shards, room, room_bytes)
+    CROSS JOIN LATERAL (
+        SELECT *
+        FROM {schema}.redeliveries AS waiting
+        WHERE waiting.subscription = asked.subscription
+            AND waiting.due_at <= clock_timestamp()
+            AND waiting.key_hash % asked.shards = asked.shard
+            AND NOT EXISTS (
+                SELECT
+                FROM unnest($7::bigint[], $8::bigint[]) AS busy (epoch, position)
+                WHERE busy.epoch = asked.epoch AND busy.position = waiting.position
+            )
+        ORDER BY waiting.due_at
+        LIMIT asked.room
+    ) AS due
+    JOIN {schema}.events AS event ON event.position = due.position
+) AS found
+WHERE bytes_before IS NULL OR bytes_before < room_bytes
+ORDER BY due_at;
 
 -- name: find_due_letters
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.
 SELECT
-    due.specversion, due.id, due.source, due.type, due.subject, due.time, due.datacontenttype, due.dataschema,
-    due.partitionkey, due.extensions, due.data, due.data_encoding, due.position, due.recorded_at, due.key_hash,
-    asked.epoch, due.attempt, due.letter_id
-FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[])
-    AS asked (epoch, subscription, shard, shards, room)
-CROSS JOIN LATERAL (
-    SELECT *
-    FROM {schema}.dead_letters AS letter
-    WHERE letter.subscription = asked.subscription
-        AND letter.due_at <= clock_timestamp()
-        AND letter.key_hash % asked.shards = asked.shard
-    ORDER BY letter.due_at
-    LIMIT asked.room
-) AS due;
+    specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
+    data_encoding, position, recorded_at, key_hash, epoch, attempt, letter_id
+FROM (
+    SELECT
+        due.*, asked.epoch, asked.room_bytes,
+        sum(octet_length(due.data)) OVER (
+            PARTITION BY asked.epoch ORDER BY due.due_at, due.letter_id
+            ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ) AS bytes_before
+    FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[], $6::bigint[])
+        AS asked (epoch, subscription, shard, shards, room, room_bytes)
+    CROSS JOIN LATERAL (
+        SELECT *
+        FROM {schema}.dead_letters AS letter
+        WHERE letter.subscription = asked.subscription
+            AND letter.due_at <= clock_timestamp()
+            AND letter.key_hash % asked.shards = asked.shard
+            AND NOT EXISTS (
+                SELECT
+                FROM unnest($7::bigint[], $8::bigint[]) AS busy (epoch, letter_id)
+                WHERE busy.epoch = asked.epoch AND busy.letter_id = letter.letter_id
+            )
+        ORDER BY letter.due_at
+        LIMIT asked.room
+    ) AS due
+) AS found
+WHERE bytes_before IS NULL OR bytes_before < room_bytes
+ORDER BY due_at;
 
 -- name: find_attempts
 -- Of a shard in an ordered mode: what its waiting positions have behind them. A new owner goes on from there.
