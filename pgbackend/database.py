@@ -98,6 +98,7 @@ class Database:
     def __init__(self, dsn: str, *, listen_dsn: str | None = None, pool_size: int = 4, name: str = "pgbackend") -> None:
         self.dsn = normalize_dsn(dsn)
         self.listen_dsn = normalize_dsn(listen_dsn) if listen_dsn else self.dsn
+        self._where = describe_dsn(self.dsn)
         self._pool_size = pool_size
         self._name = name
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -141,7 +142,7 @@ class Database:
                 server_settings={"application_name": self._name},
             )
         except Exception as error:
-            raise translate(error) from error
+            raise translate(error, where=self._where) from error
 
     @asynccontextmanager
     async def acquire(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[Connection]:
@@ -151,7 +152,7 @@ class Database:
         try:
             connection = await self._pool.acquire(timeout=timeout)
         except Exception as error:
-            raise translate(error) from error
+            raise translate(error, where=self._where) from error
         try:
             yield connection  # type: ignore[misc] # the proxy has the connection's whole interface
         except BaseException as error:
@@ -216,26 +217,28 @@ def is_definite(error: BaseException) -> bool:
     return error.sqlstate is not None and error.sqlstate not in ("57P01", "57P02", "57P05", "25P03")
 
 
-def translate(error: Exception) -> Exception:
-    """The error of this package for one of asyncpg, the socket or the clock; any other error as it is."""
+def translate(error: Exception, *, where: str | None = None) -> Exception:
+    """The error of this package for one of asyncpg, the socket or the clock; any other error as it is.
+
+    `where`: the server's name, when it is the connecting that failed.
+    """
+    server = f"PostgreSQL at {where}" if where else "PostgreSQL"
     if isinstance(error, DatabaseError | ConfigError):
         return error
     text = str(error).strip() or type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate
         if isinstance(error, asyncpg.PostgresConnectionError) or state in _LOST_SQLSTATES:
-            return ConnectionLostError(
-                f"PostgreSQL is not available: {text}. Try again when it is back.", sqlstate=state
-            )
+            return ConnectionLostError(f"{server} is not available: {text}. Try again when it is back.", sqlstate=state)
         if state in _SCHEMA_SQLSTATES:
             return SchemaError(f"The log's tables are not as expected: {text}. Run `pgbackend migrate`.")
         return DatabaseError(f"PostgreSQL refused the statement: {text} (SQLSTATE {state}).", sqlstate=state)
     if isinstance(error, asyncpg.exceptions.ClientConfigurationError):
         return ConfigError(f"The DSN is not usable: {text}.")
     if isinstance(error, TimeoutError):
-        return ConnectionLostError("PostgreSQL did not answer in time. Check that it runs and can be reached.")
+        return ConnectionLostError(f"{server} did not answer in time. Check that it runs and can be reached.")
     if isinstance(error, asyncpg.InterfaceError | OSError | asyncpg.InternalClientError):
-        return ConnectionLostError(f"PostgreSQL cannot be reached: {text}. Check that it runs, and the DSN.")
+        return ConnectionLostError(f"{server} cannot be reached: {text}. Check that it runs, and the DSN.")
     return error
 
 

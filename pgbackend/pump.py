@@ -25,9 +25,9 @@ import heapq
 import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from time import monotonic
@@ -299,12 +299,12 @@ class Pump:
     def _make_ready(self, event: Event) -> None:
         """Queue an event, or park it behind its key, or hold it back until its noted time has come."""
         if self._ordered:
+            # First its key: a late event of the same one may have it, and what was noted waits until it is free.
+            if not self._occupy(event):
+                return
             if self._waiting and (before := self._waiting.pop(event.position, None)) is not None:
                 attempt, delay, failure = before
-                self._occupy(event)
                 self._later(delay, _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False))
-                return
-            if not self._occupy(event):
                 return
         self._ready.append(event)
         if len(self._ready) == 1:
@@ -564,7 +564,8 @@ class Pump:
             subscription=registration.name, position=event.position, attempt=event.attempt, error=text,
         )  # fmt: skip
         rejected = isinstance(error, Reject)
-        if event.failure is None and not rejected:
+        # In strict order every attempt counts: nothing can be probed past the event that fails.
+        if event.failure is None and not rejected and registration.order != "strict":
             down = registration.health.failed(event.position, now=monotonic(), probe=probe)
             if down and registration.order != "strict":
                 facts.emit("target is down", level=logging.WARNING, subscription=registration.name, error=text)
@@ -579,7 +580,10 @@ class Pump:
                 again, LetterFailed(letter=again.letter, attempt=event.attempt, delay=None, error=text, details=details)
             )
             return
-        failure = event.failure or Failure(error=text, attempts=event.attempt, details=details)
+        failure = Failure(error=text, attempts=event.attempt, details=details)
+        if event.failure is not None:
+            # Why it was given up counts; why the dead-letter dispatcher gave it up as well is a detail.
+            failure = replace(event.failure, details={**event.failure.details, "dead_letter_error": text})
         if event.failure is None and self._dispatch_dead is not None:
             facts.emit("event given up", subscription=registration.name, position=event.position, error=text)
             self._schedule(
@@ -700,13 +704,17 @@ def _is_cancelled() -> bool:
 
 def _describe(error: BaseException) -> str:
     """Type and message, fit for a text column: no NUL, no lone surrogate, not endless."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - a user's exception may fail at that, too
+        message = "(its message cannot be had)"
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return _storable(text)[:_ERROR_CHARACTERS]
 
 
 def _details(error: BaseException) -> dict[str, str]:
     details = getattr(error, "details", None)
-    if not isinstance(details, dict):
+    if not isinstance(details, Mapping):
         return {}
     return {_storable(str(name)): _storable(str(value)) for name, value in details.items()}
 
