@@ -567,7 +567,7 @@ class Pump:
         # In strict order every attempt counts: nothing can be probed past the event that fails.
         if event.failure is None and not rejected and registration.order != "strict":
             down = registration.health.failed(event.position, now=monotonic(), probe=probe)
-            if down and registration.order != "strict":
+            if down:
                 facts.emit("target is down", level=logging.WARNING, subscription=registration.name, error=text)
         if event.attempt < retry.attempts and not rejected:
             delay = retry.wait_before(event.attempt)
@@ -686,9 +686,16 @@ def _as_async(
         )
     threads = registration.threads
 
+    def call(event: Event) -> object:
+        try:
+            return dispatcher(event)
+        except StopIteration as error:
+            # No future carries it: on 3.11 it would wait for ever.
+            raise RuntimeError("the dispatcher raised StopIteration") from error
+
     async def in_thread(event: Event) -> None:
         context = contextvars.copy_context()
-        result = await asyncio.get_running_loop().run_in_executor(threads, context.run, dispatcher, event)
+        result = await asyncio.get_running_loop().run_in_executor(threads, context.run, call, event)
         if inspect.isawaitable(result):
             # A plain callable that returns an awaitable, such as a lambda around a coroutine function.
             await result
@@ -713,10 +720,13 @@ def _describe(error: BaseException) -> str:
 
 
 def _details(error: BaseException) -> dict[str, str]:
-    details = getattr(error, "details", None)
-    if not isinstance(details, Mapping):
+    try:
+        details = getattr(error, "details", None)
+        if not isinstance(details, Mapping):
+            return {}
+        return {_storable(str(name)): _storable(str(value)) for name, value in details.items()}
+    except Exception:  # noqa: BLE001 - as above
         return {}
-    return {_storable(str(name)): _storable(str(value)) for name, value in details.items()}
 
 
 def _storable(text: str) -> str:

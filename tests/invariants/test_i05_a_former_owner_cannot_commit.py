@@ -1,0 +1,166 @@
+"""I5. A shard has one owner. Who lost it may finish what it had begun, begins nothing more, and changes no row."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, facts
+from tests.support.catch import Catch, make_event
+from tests.support.ledger import Ledger
+from tests.support.polling import eventually
+from tests.support.worker import Worker
+
+ROW = "SELECT owner, epoch, position, pending::text FROM pgbackend.offsets"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterwards(
+    database: str, tmp_path: Path, order: str
+) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    options: dict[str, Any] = {"order": order, "concurrency": 4}
+    settings: dict[str, object] = {"lease_timeout": 1.0}
+    observer = await asyncpg.connect(database)
+    producer = Backend(database)
+    await producer.init()
+    ids = [str(number) for number in range(200)]
+
+    async def handled_by(pid: int, count: int) -> None:
+        async def reached() -> bool:
+            return sum(handling.worker == pid for handling in ledger.handled()) >= count
+
+        await eventually(f"{count} events are handled by {pid}", reached, 20)
+
+    async with Worker(database, ledger, settings=settings, delay=0.01, **options) as former:
+        await producer.produce_many([make_event(id_, key=id_) for id_ in ids])
+        await handled_by(former.pid, 20)
+        former.freeze()
+        at_freeze = len(ledger.handled())
+        former_owner = await observer.fetchval("SELECT owner FROM pgbackend.offsets")
+        async with Worker(database, ledger, settings=settings, delay=0.0, **options) as other:
+
+            async def is_settled() -> bool:
+                row = await observer.fetchrow(ROW)
+                return bool(row and row["position"] >= len(ids) and row["pending"] == "{}")
+
+            await eventually("the other worker has settled everything", is_settled, 20)
+            before = await observer.fetchrow(ROW)
+            assert before and before["owner"] != former_owner
+            former.thaw()
+            # It drains, commits what it may, and gives up what it has.
+            await former.stop()
+            after = await observer.fetchrow(ROW)
+            by_former = sum(handling.worker == former.pid for handling in ledger.handled()[at_freeze:])
+            await producer.produce(make_event("more"))
+            await eventually("the other worker goes on", lambda: _has(ledger, "more"), 10)
+            assert other.process.returncode is None
+    await producer.stop()
+    await observer.close()
+    ledger.produced += [*ids, "more"]
+
+    assert after == before
+    assert by_former <= (1 if order == "strict" else 4), "it began something after it had lost its lease"
+    assert ledger.lost() == []
+
+
+async def _has(ledger: Ledger, id_: str) -> bool:
+    return any(handling.id == id_ for handling in ledger.handled())
+
+
+async def test_a_commit_under_an_old_epoch_changes_nothing_and_ends_the_pump(database: str) -> None:
+    """A seek elsewhere gives the shard a new epoch while this worker runs it."""
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    gate = asyncio.Event()
+
+    async def wait(event: object) -> None:
+        await gate.wait()
+        await catch(event)  # type: ignore[arg-type] # an event
+
+    elsewhere = Backend(database)
+    await elsewhere.init()
+    with facts.Recorder() as recorder:
+        async with Backend(database, lease_timeout=60.0) as backend:
+            await backend.subscribe("billing", wait, concurrency=1)
+            await backend.produce_many([make_event(str(number)) for number in range(3)])
+            await recorder.wait("lease claimed")
+            await elsewhere.seek("billing", 2)
+            moved = await observer.fetchrow(ROW)
+            gate.set()
+            await catch.has("2")
+
+            async def is_settled() -> bool:
+                return bool(await observer.fetchval("SELECT position = 3 FROM pgbackend.offsets"))
+
+            await eventually("the new place is settled", is_settled)
+            last = await observer.fetchrow(ROW)
+    await elsewhere.stop()
+    await observer.close()
+
+    assert moved and last and moved["position"] == 2
+    assert last["epoch"] > moved["epoch"]
+    assert [fields["position"] for fields in recorder.all("lease claimed")][-1] == 2
+
+
+async def test_two_workers_share_the_shards_and_each_shard_has_one_owner(database: str) -> None:
+    catches = [Catch(), Catch()]
+    observer = await asyncpg.connect(database)
+    async with Backend(database) as one, Backend(database) as two:
+        for backend, catch in zip((one, two), catches, strict=True):
+            await backend.subscribe("billing", catch, shards=4, start="earliest")
+        ids = [str(number) for number in range(200)]
+        await one.produce_many([make_event(id_) for id_ in ids])
+
+        async def all_handled() -> bool:
+            return len(catches[0].ids) + len(catches[1].ids) >= len(ids)
+
+        await eventually("all events are handled", all_handled)
+        owners = await observer.fetchval("SELECT count(*) FROM pgbackend.offsets WHERE owner IS NULL")
+    await observer.close()
+
+    assert sorted(catches[0].ids + catches[1].ids) == sorted(ids)
+    assert owners == 0
+
+
+async def test_a_worker_that_ran_nothing_during_a_crash_takes_over_afterwards(database: str, tmp_path: Path) -> None:
+    """The server's life has another name then, and nobody runs anything here that would notice."""
+    ledger = Ledger(tmp_path / "ledger")
+    observer = await asyncpg.connect(database)
+    with facts.Recorder() as recorder:
+        async with Worker(database, ledger, subscription="billing") as owner, Backend(database) as standby:
+
+            async def is_owned() -> bool:
+                return bool(await observer.fetchval("SELECT count(owner) FROM pgbackend.offsets"))
+
+            await eventually("the first worker has the shard", is_owned)
+            catch = Catch()
+            await standby.subscribe("billing", catch)
+            # What a crash does to an unlogged table, without taking the other tests' server along.
+            await observer.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+            await recorder.wait("incarnation changed")
+            owner.kill()
+            await standby.produce(make_event("after"))
+            await catch.has("after")
+    await observer.close()
+
+
+async def test_a_worker_that_loses_its_connection_begins_nothing_until_it_has_renewed(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    with facts.Recorder() as recorder:
+        async with Backend(database, lease_timeout=60.0) as backend:
+            await backend.subscribe("billing", catch)
+            await recorder.wait("lease claimed")
+            worker = backend._worker
+            assert worker
+            await observer.execute("SELECT pg_terminate_backend(backend_pid) FROM pgbackend.workers")
+            await recorder.wait("presence lost")
+            # Far sooner than the next renewal, which is in 20 s.
+            await backend.produce(make_event("after"))
+            await catch.has("after")
+            assert worker._tenure.valid_until > 0
+    await observer.close()

@@ -1,0 +1,81 @@
+"""I6. After a crash, only what was in flight or handled since the last offset commit is dispatched again."""
+
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend
+from pgbackend.ranges import RangeSet
+from tests.support.catch import make_event
+from tests.support.ledger import Ledger
+from tests.support.polling import eventually
+from tests.support.worker import Worker
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_only_what_the_offset_row_does_not_settle_is_dispatched_again_after_kill_9(
+    database: str, tmp_path: Path, order: str
+) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    observer = await asyncpg.connect(database)
+    producer = Backend(database)
+    await producer.init()
+    ledger.produced += [str(number) for number in range(3000)]
+    await producer.produce_many([make_event(id_, key=f"key {int(id_) % 40}") for id_ in ledger.produced])
+    async with Worker(database, ledger, delay=0.002, order=order, concurrency=8) as worker:
+
+        async def is_on_its_way() -> bool:
+            position = await observer.fetchval("SELECT position FROM pgbackend.offsets")
+            return position > 0 and len(ledger.handled()) > 200
+
+        await eventually("200 events are handled, some of them durably", is_on_its_way, 20)
+        worker.kill()
+        await worker.process.wait()
+    row = await observer.fetchrow("SELECT position, pending::text FROM pgbackend.offsets")
+    assert row
+    by_first = len(ledger.handled())
+    async with Worker(database, ledger, order=order, concurrency=8) as worker:
+
+        async def is_settled() -> bool:
+            left = await observer.fetchval("SELECT position FROM pgbackend.offsets WHERE isempty(pending)")
+            return bool(left == len(ledger.produced))
+
+        await eventually("everything is settled", is_settled, 20)
+        await worker.stop()
+    await producer.stop()
+    await observer.close()
+    pending = RangeSet.parse(row["pending"])
+    again = [handling.position for handling in ledger.handled()[by_first:]]
+
+    assert ledger.lost() == []
+    assert all(position > row["position"] or position in pending for position in again)
+    assert len(again) == len(set(again))
+    # Everything that the row leaves open is dispatched, once.
+    assert len(again) == len(ledger.produced) - row["position"] + pending.count()
+
+
+async def test_an_orderly_stop_leaves_nothing_to_dispatch_again(database: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    producer = Backend(database)
+    await producer.init()
+    ledger.produced += [str(number) for number in range(400)]
+    await producer.produce_many([make_event(id_) for id_ in ledger.produced])
+    async with Worker(database, ledger, delay=0.005, concurrency=8) as worker:
+
+        async def is_on_its_way() -> bool:
+            return len(ledger.handled()) > 50
+
+        await eventually("50 events are handled", is_on_its_way)
+        await worker.stop()
+    async with Worker(database, ledger) as worker:
+
+        async def is_done() -> bool:
+            return not ledger.lost()
+
+        await eventually("everything is handled", is_done)
+        await worker.stop()
+    await producer.stop()
+
+    assert ledger.doubled() == {}
