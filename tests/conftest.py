@@ -32,7 +32,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="pgbackend-test-", ignore_cleanup_errors=True) as directory:
         version: int | None = request.config.getoption("--pg-version")
-        running = EmbeddedServer(directory, version=version, settings={"fsync": "off", "max_prepared_transactions": "10"})
+        settings = {"fsync": "off", "max_prepared_transactions": "10"}
+        running = EmbeddedServer(directory, version=version, settings=settings)
         yield asyncio.run(running.start())
         asyncio.run(running.stop())
 
