@@ -31,6 +31,8 @@ from pgbackend.window import Window
 
 _ROUND = 1.0
 """Seconds between two rounds of claiming, at most: a dead worker's shards do not wait for a long `poll_interval`."""
+_COMMIT_TIMEOUT = 5.0
+"""Seconds that the last commit may take at least, however short the time to drain."""
 _EXTEND = 5.0
 """Seconds between looks at the segments while the log is quiet."""
 _SEGMENT_PAUSE = 0.2
@@ -223,7 +225,11 @@ class Worker:
         ]
         if not wanted:
             return
-        for lease in await self._leases.claim(wanted):
+        leases = await self._leases.claim(wanted)
+        if not leases:
+            # Others have them all; or the server's life is another, and whoever has no shard finds it out here only.
+            await self._log.verify_incarnation()
+        for lease in leases:
             registration = self._registrations.get(lease.subscription)
             if registration is None:
                 # Unsubscribed in this moment.
@@ -276,10 +282,10 @@ class Worker:
         try:
             await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for _, pump, _ in leaving))
             try:
-                async with asyncio.timeout(self._settings.drain_timeout):
+                async with asyncio.timeout(max(self._settings.drain_timeout, _COMMIT_TIMEOUT)):
                     await self._committer.run_once()
                     await self._leases.release([epoch for epoch, pump, _ in leaving if not pump.shard.lost])
-            except (DatabaseError, TimeoutError) as error:
+            except (DatabaseError, TimeoutError, IncarnationChanged) as error:
                 # Others take over when this worker is gone; what was not committed is dispatched again.
                 facts.emit("release failed", level=logging.WARNING, error=str(error))
             for epoch, pump, task in leaving:

@@ -1,0 +1,672 @@
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, Event, Reject, Retry, RetryAfter
+from pgbackend.facts import Recorder
+from pgbackend.health import FAILURES_IN_A_ROW
+from tests.support.catch import Catch, make_event
+from tests.support.polling import eventually
+from tests.support.producers import INSERT
+
+AT_ONCE = Retry(attempts=3, delay=0.0)
+
+
+@asynccontextmanager
+async def running(dsn: str, **settings: Any) -> AsyncIterator[Backend]:
+    async with Backend(dsn, **{"commit_interval": 0.01, "poll_interval": 0.2, **settings}) as backend:
+        yield backend
+
+
+async def produce(backend: Backend, *ids: str, key: str | None = None) -> None:
+    await backend.produce_many([make_event(id_, key=key) for id_ in ids])
+
+
+async def letters(backend: Backend, count: int) -> list[Any]:
+    async def found() -> list[Any]:
+        letters = [letter async for letter in backend.dead_letters()]
+        return letters if len(letters) >= count else []
+
+    return await eventually(f"{count} dead letters", found)
+
+
+async def settled(backend: Backend, name: str = "s") -> None:
+    """Return once nothing is owed to the subscription, redeliveries included."""
+
+    async def is_settled() -> bool:
+        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
+        return not status.lag and not status.redeliveries
+
+    await eventually(f"{name} owes nothing", is_settled)
+
+
+class Gate:
+    """A dispatcher whose calls wait until they are let go."""
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+        self.handled: list[str] = []
+        self.most = 0
+        self._open = asyncio.Event()
+
+    async def __call__(self, event: Event) -> None:
+        self.waiting.append(event.id)
+        self.most = max(self.most, len(self.waiting))
+        try:
+            await self._open.wait()
+        finally:
+            self.waiting.remove(event.id)
+        self.handled.append(event.id)
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def holds(self, count: int) -> None:
+        async def are_waiting() -> bool:
+            return len(self.waiting) >= count
+
+        await eventually(f"{count} dispatches at once", are_waiting)
+
+
+# What a dispatcher may do.
+
+
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_a_failed_event_is_tried_again_with_its_attempts_counted(database: str, order: Any) -> None:
+    attempts: list[int] = []
+
+    async def third_time_lucky(event: Event) -> None:
+        attempts.append(event.attempt)
+        if event.attempt < 3:
+            raise RuntimeError("not yet")
+
+    async with running(database) as backend:
+        await backend.subscribe("s", third_time_lucky, order=order, retry=AT_ONCE)
+        await produce(backend, "a", key="k")
+        await settled(backend)
+
+        assert attempts == [1, 2, 3]
+        assert [letter async for letter in backend.dead_letters()] == []
+
+
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_an_event_that_used_up_its_attempts_is_kept_with_its_error_and_does_not_stop_the_rest(
+    database: str, order: Any
+) -> None:
+    catch = Catch(fails=lambda event: event.id == "bad")
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, order=order, retry=AT_ONCE)
+        await produce(backend, "bad", "good", key="k")
+        await catch.has("good")
+        (letter,) = await letters(backend, 1)
+        await settled(backend)
+
+    assert catch.attempts.count("bad") == 3
+    assert (letter.event.id, letter.subscription, letter.failure.attempts) == ("bad", "s", 3)
+    assert letter.failure.error == "RuntimeError: the target is down"
+
+
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_a_rejected_event_is_buried_after_its_first_attempt(database: str, order: Any) -> None:
+    async def reject(event: Event) -> None:
+        raise Reject("no such customer", details={"customer": "17"})
+
+    async with running(database) as backend:
+        await backend.subscribe("s", reject, order=order)
+        await produce(backend, "a")
+        (letter,) = await letters(backend, 1)
+
+    assert letter.failure.attempts == 1
+    assert letter.failure.details == {"customer": "17"}
+
+
+async def test_rejected_events_say_nothing_about_the_target(database: str) -> None:
+    async def reject(event: Event) -> None:
+        raise Reject("no")
+
+    with Recorder() as recorder:
+        async with running(database) as backend:
+            await backend.subscribe("s", reject)
+            await produce(backend, *map(str, range(3 * FAILURES_IN_A_ROW)))
+            await letters(backend, 3 * FAILURES_IN_A_ROW)
+
+    assert recorder.all("target is down") == []
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_retry_after_puts_the_next_attempt_off(database: str, order: Any) -> None:
+    at: list[float] = []
+
+    async def busy(event: Event) -> None:
+        at.append(time.monotonic())
+        if event.attempt == 1:
+            raise RetryAfter("busy", delay=0.5)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", busy, order=order, retry=Retry(delay=0.01))
+        await produce(backend, "a")
+        await settled(backend)
+
+    assert len(at) == 2
+    assert 0.5 <= at[1] - at[0] < 2
+
+
+async def test_a_plain_function_runs_in_a_thread_and_may_block(database: str) -> None:
+    threads: list[str] = []
+    together = threading.Barrier(3, timeout=10)
+
+    def handle(event: Event) -> None:
+        threads.append(threading.current_thread().name)
+        together.wait()
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, concurrency=3)
+        await produce(backend, "a", "b", "c")
+        await settled(backend)
+
+    assert len(threads) == 3
+    assert threading.main_thread().name not in threads
+
+
+async def test_a_callable_object_and_a_lambda_around_a_coroutine_are_awaited(database: str) -> None:
+    catch = Catch()
+    async with running(database) as backend:
+        await backend.subscribe("object", catch)
+        await backend.subscribe("lambda", lambda event: catch(event))  # noqa: PLW0108 - the point
+        await produce(backend, "a")
+        await settled(backend, "object")
+        await settled(backend, "lambda")
+
+    assert catch.ids == ["a", "a"]
+
+
+class Rude(Exception):  # noqa: N818 - as users name them
+    def __str__(self) -> str:
+        raise ValueError("no text for you")
+
+
+class Detailed(Exception):  # noqa: N818 - as users name them
+    details = MappingProxyType({"status": 503})
+
+
+def _cancel(event: Event) -> None:
+    raise asyncio.CancelledError
+
+
+def _stop_iterating(event: Event) -> None:
+    raise StopIteration
+
+
+def _raise(error: BaseException) -> Callable[[Event], Coroutine[Any, Any, None]]:
+    async def dispatcher(event: Event) -> None:
+        raise error
+
+    return dispatcher
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "expected"),
+    [
+        (_cancel, "CancelledError"),
+        (_raise(asyncio.CancelledError()), "CancelledError"),
+        (_stop_iterating, ""),
+        (_raise(TimeoutError()), "TimeoutError"),
+        (_raise(Rude()), "Rude"),
+        (_raise(RuntimeError("nul \0 and a lone \ud800")), "RuntimeError: nul \\0 and a lone \\ud800"),
+        (_raise(RuntimeError("x" * 100_000)), "RuntimeError: xxx"),
+    ],
+    ids=["cancel in a thread", "cancel", "stop iteration in a thread", "timeout", "rude", "unstorable", "endless"],
+)
+async def test_whatever_a_dispatcher_raises_is_a_failure_of_its_event_and_of_nothing_else(
+    database: str, dispatcher: Any, expected: str
+) -> None:
+    catch = Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", dispatcher, retry=Retry(attempts=1), concurrency=1)
+        await backend.subscribe("other", catch)
+        await produce(backend, "a", "b")
+        found = await letters(backend, 2)
+        await catch.has("a", "b")
+
+    assert all(letter.failure.error.startswith(expected) for letter in found)
+
+
+async def test_details_of_any_mapping_are_kept(database: str) -> None:
+    async with running(database) as backend:
+        await backend.subscribe("s", _raise(Detailed("no")), retry=Retry(attempts=1))
+        await produce(backend, "a")
+        (letter,) = await letters(backend, 1)
+
+    assert letter.failure.details == {"status": "503"}
+
+
+async def test_an_event_that_a_filter_fails_on_is_dispatched(database: str) -> None:
+    catch = Catch()
+
+    def fails(event: Event) -> bool:
+        raise LookupError
+
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, filter=fails)
+        await produce(backend, "a")
+        await catch.has("a")
+
+
+async def test_what_a_filter_refuses_counts_as_handled(database: str) -> None:
+    catch = Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, filter=lambda event: event.id == "b")
+        await produce(backend, "a", "b", "c")
+        await settled(backend)
+
+    assert catch.ids == ["b"]
+
+
+# The dead-letter dispatcher.
+
+
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_a_dead_letter_dispatcher_gets_what_was_given_up_and_why(database: str, order: Any) -> None:
+    got: list[tuple[str, int, Any]] = []
+
+    async def dead(event: Event) -> None:
+        got.append((event.id, event.attempt, event.failure))
+        if event.attempt == 1:
+            raise RuntimeError("not yet")
+
+    catch = Catch(fails=lambda event: event.id == "bad")
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, order=order, retry=AT_ONCE, dead_letter=dead)
+        await produce(backend, "bad", "good", key="k")
+        await settled(backend)
+        assert [letter async for letter in backend.dead_letters()] == []
+
+    assert catch.ids == ["good"]
+    assert [(id_, attempt) for id_, attempt, _ in got] == [("bad", 1), ("bad", 2)]
+    assert {failure.attempts for *_, failure in got} == {3}
+    assert {failure.error for *_, failure in got} == {"RuntimeError: the target is down"}
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_what_the_dead_letter_dispatcher_gives_up_too_is_kept_with_the_first_failure(
+    database: str, order: Any
+) -> None:
+    async def dead(event: Event) -> None:
+        raise OSError("no disk")
+
+    async with running(database) as backend:
+        await backend.subscribe("s", _raise(RuntimeError("first")), order=order, retry=AT_ONCE, dead_letter=dead)
+        await produce(backend, "a")
+        (letter,) = await letters(backend, 1)
+        await settled(backend)
+
+    assert letter.failure.error == "RuntimeError: first"
+    assert letter.failure.attempts == 3
+
+
+async def test_a_dead_letter_turn_survives_a_restart(database: str) -> None:
+    gate = Gate()
+    async with running(database, drain_timeout=0.1) as backend:
+        await backend.subscribe("s", _raise(RuntimeError("first")), retry=Retry(attempts=1), dead_letter=gate)
+        await produce(backend, "a")
+        await gate.holds(1)
+    failures: list[Any] = []
+    catch = Catch()
+
+    async def dead(event: Event) -> None:
+        failures.append(event.failure)
+        await catch(event)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", Catch(), dead_letter=dead)
+        await catch.has("a")
+        await settled(backend)
+
+    assert [failure.error for failure in failures] == ["RuntimeError: first"]
+
+
+# Bounds.
+
+
+async def test_no_more_events_are_in_flight_than_the_window_holds(database: str) -> None:
+    gate = Gate()
+    async with running(database, window_events=5) as backend:
+        await backend.subscribe("s", gate)
+        await produce(backend, *map(str, range(30)))
+        await gate.holds(5)
+        gate.open()
+        await settled(backend)
+
+    assert gate.most == 5
+    assert sorted(gate.handled, key=int) == [str(number) for number in range(30)]
+
+
+async def test_the_window_is_bounded_by_bytes_and_one_event_always_fits(database: str) -> None:
+    gate = Gate()
+    async with running(database, window_bytes=250_000) as backend:
+        await backend.subscribe("s", gate)
+        await backend.produce_many([make_event(str(number), b"x" * 100_000) for number in range(6)])
+        await backend.produce(make_event("6", b"x" * 900_000))
+        await gate.holds(2)
+        gate.open()
+        await settled(backend)
+
+    assert gate.most == 2
+    assert len(gate.handled) == 7
+
+
+async def test_no_more_events_are_dispatched_at_a_time_than_concurrency_says(database: str) -> None:
+    gate = Gate()
+    async with running(database) as backend:
+        await backend.subscribe("s", gate, concurrency=3)
+        await produce(backend, *map(str, range(30)))
+        await gate.holds(3)
+        gate.open()
+        await settled(backend)
+
+    assert gate.most == 3
+
+
+# Order.
+
+
+async def test_events_of_one_key_go_one_after_another_and_do_not_wait_for_other_keys(database: str) -> None:
+    running_keys: set[object] = set()
+    seen: dict[object, list[str]] = {}
+
+    async def handle(event: Event) -> None:
+        assert event.key not in running_keys, "two of one key at a time"
+        running_keys.add(event.key)
+        await asyncio.sleep(0.001)
+        if event.attempt == 1 and int(event.id) % 7 == 0:
+            running_keys.discard(event.key)
+            raise RuntimeError("once")
+        seen.setdefault(event.key, []).append(event.id)
+        running_keys.discard(event.key)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, order="key", retry=Retry(attempts=3, delay=0.05))
+        await backend.produce_many([make_event(str(number), key=f"k{number % 5}") for number in range(100)])
+        await settled(backend)
+        assert [letter async for letter in backend.dead_letters()] == []
+
+    assert seen == {("partitionkey", f"k{key}"): [str(number) for number in range(key, 100, 5)] for key in range(5)}
+
+
+async def test_events_without_a_key_wait_for_nobody(database: str) -> None:
+    gate = Gate()
+    async with running(database) as backend:
+        await backend.subscribe("s", gate, order="key")
+        await produce(backend, "a", "b", "c")
+        await gate.holds(3)
+        gate.open()
+
+
+async def test_a_failing_event_holds_its_key_and_no_other(database: str) -> None:
+    fails = True
+    catch = Catch(fails=lambda event: fails and event.id == "k1")
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, order="key", retry=Retry(attempts=100, delay=0.02, backoff="constant"))
+        await produce(backend, "k1", "k2", key="k")
+        await produce(backend, "j1", key="j")
+        await catch.has("j1")
+        assert "k2" not in catch.ids
+        fails = False
+        await catch.has("k1", "k2")
+
+    assert catch.ids == ["j1", "k1", "k2"]
+
+
+async def test_strict_is_one_at_a_time_in_log_order_whatever_fails(database: str) -> None:
+    at_work = 0
+    seen: list[str] = []
+
+    async def handle(event: Event) -> None:
+        nonlocal at_work
+        at_work += 1
+        assert at_work == 1
+        await asyncio.sleep(0)
+        at_work -= 1
+        if event.attempt == 1 and int(event.id) % 5 == 0:
+            raise RuntimeError("once")
+        seen.append(event.id)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, order="strict", retry=AT_ONCE)
+        await produce(backend, *map(str, range(40)))
+        await settled(backend)
+
+    assert seen == [str(number) for number in range(40)]
+
+
+async def test_a_strict_subscription_goes_on_after_any_number_of_events_it_gave_up(database: str) -> None:
+    catch = Catch(fails=lambda event: event.id != "good")
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, order="strict", retry=Retry(attempts=1))
+        await produce(backend, *map(str, range(3 * FAILURES_IN_A_ROW)), "good")
+        await catch.has("good")
+
+
+async def test_the_next_owner_of_an_ordered_shard_goes_on_at_the_attempt_that_is_due(database: str) -> None:
+    first = Catch(fails=lambda event: event.id == "a")
+    async with running(database) as backend:
+        await backend.subscribe("s", first, order="key", retry=Retry(attempts=9, delay=0.3, backoff="constant"))
+        await produce(backend, "a", "b", key="k")
+
+        async def has_failed_twice() -> bool:
+            return first.attempts == ["a", "a"]
+
+        await eventually("two failures", has_failed_twice, interval=0.005)
+    attempts: list[tuple[str, int]] = []
+
+    async def handle(event: Event) -> None:
+        attempts.append((event.id, event.attempt))
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, order="key")
+        await settled(backend)
+
+    assert attempts == [("a", 3), ("b", 1)]
+
+
+async def test_a_late_event_of_a_key_and_one_that_waits_for_its_retry_never_run_at_once(database: str) -> None:
+    """`late` fills a hole below `early`, of the same key, which has failed and waits, while the owner changes."""
+    producer = await asyncpg.connect(database)
+    await producer.execute("BEGIN")
+    keyed = "INSERT INTO pgbackend.events (id, source, type, partitionkey) VALUES ($1, 'test', 'test', 'k')"
+    await producer.execute(keyed, "late")
+    first = Catch(fails=lambda _: True)
+    async with running(database, hole_wait=0.05) as backend:
+        await backend.subscribe("s", first, start="earliest", order="key", retry=Retry(delay=0.5, backoff="constant"))
+        await produce(backend, "early", key="k")
+
+        async def has_failed() -> bool:
+            return first.attempts == ["early"]
+
+        await eventually("early fails", has_failed)
+    await producer.execute("COMMIT")
+    await producer.close()
+    at_work: list[str] = []
+    done: list[tuple[str, int]] = []
+
+    async def handle(event: Event) -> None:
+        assert not at_work, "two of one key at a time"
+        at_work.append(event.id)
+        await asyncio.sleep(0.7)  # longer than what early still has to wait
+        at_work.clear()
+        done.append((event.id, event.attempt))
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, order="key")
+        await settled(backend)
+
+    assert done == [("late", 1), ("early", 2)]
+
+
+# A target that is down.
+
+
+async def test_a_target_that_is_down_gets_single_probes_and_all_events_once_it_is_back(database: str) -> None:
+    is_down = True
+    catch = Catch(fails=lambda _: is_down)
+    retry = Retry(attempts=4, delay=0.05, max_delay=0.05)
+    ids = [str(number) for number in range(100)]
+    with Recorder() as recorder:
+        async with running(database) as backend:
+            await backend.subscribe("s", catch, retry=retry, concurrency=8)
+            await produce(backend, *ids)
+            await recorder.wait("target is down")
+
+            async def has_probed() -> bool:
+                return len(catch.attempts) > 2 * FAILURES_IN_A_ROW + 10
+
+            await eventually("ten probes", has_probed)
+            assert (await backend.status()).subscriptions[0].state == "target down"
+            is_down = False
+            await recorder.wait("target is up")
+            await catch.has(*ids)
+            await settled(backend)
+            assert [letter async for letter in backend.dead_letters()] == [], "an outage buries nothing"
+
+    assert sorted(catch.ids, key=int) == ids
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_a_target_that_is_down_does_not_hold_up_dead_letters(database: str, concurrency: int) -> None:
+    dead = Catch()
+    retry = Retry(attempts=1, delay=60.0, backoff="constant")
+    count = 2 * FAILURES_IN_A_ROW
+    with Recorder() as recorder:
+        async with running(database, drain_timeout=1.0) as backend:
+            await backend.subscribe(
+                "s", Catch(fails=lambda _: True), retry=retry, concurrency=concurrency, dead_letter=dead
+            )
+            await produce(backend, *map(str, range(count)))
+            await recorder.wait("target is down")
+            # Those whose failures took it down; the rest waits for its probe, in a minute.
+            await dead.has(*map(str, range(FAILURES_IN_A_ROW)), timeout=5)
+
+
+async def test_an_outage_in_key_order_buries_nothing_and_keeps_the_order(database: str) -> None:
+    is_down = True
+    catch = Catch(fails=lambda _: is_down)
+    ids = [f"{key}-{number}" for number in range(3) for key in range(15)]
+    with Recorder() as recorder:
+        async with running(database) as backend:
+            await backend.subscribe("s", catch, order="key", retry=Retry(attempts=5, delay=0.05, max_delay=0.05))
+            await backend.produce_many([make_event(id_, key=id_.split("-")[0]) for id_ in ids])
+            await recorder.wait("target is down")
+            is_down = False
+            await catch.has(*ids)
+            assert [letter async for letter in backend.dead_letters()] == []
+
+    for key in range(15):
+        assert [id_ for id_ in catch.ids if id_.startswith(f"{key}-")] == [f"{key}-{number}" for number in range(3)]
+
+
+# Coming to an end.
+
+
+async def test_stop_waits_for_what_is_in_flight_and_commits_it(database: str) -> None:
+    gate = Gate()
+    async with running(database) as backend:
+        await backend.subscribe("s", gate, concurrency=2)
+        await produce(backend, "a", "b", "c")
+        await gate.holds(2)
+        stopping = asyncio.create_task(backend.stop())
+        await asyncio.wait({stopping}, timeout=0.1)
+        assert not stopping.done()
+        gate.open()
+        await stopping
+    again = Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", again)
+        await settled(backend)
+
+    assert sorted(gate.handled) == ["a", "b"]
+    assert again.ids == ["c"], "neither again nor never"
+
+
+async def test_at_the_drain_timeout_dispatchers_are_cancelled_and_their_events_come_again(database: str) -> None:
+    gate = Gate()
+    with Recorder() as recorder:
+        async with running(database, drain_timeout=0.1) as backend:
+            await backend.subscribe("s", gate)
+            await produce(backend, "a")
+            await gate.holds(1)
+        assert [fields["events"] for fields in recorder.all("drain timed out")] == [["a"]]
+    assert gate.waiting == gate.handled == []
+    catch = Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", catch)
+        await catch.has("a")
+
+
+async def test_what_was_handled_is_committed_though_there_is_no_time_to_drain(database: str) -> None:
+    catch = Catch()
+    async with running(database, drain_timeout=0, commit_interval=60) as backend:
+        await backend.subscribe("s", catch)
+        for id_ in ("a", "b", "c"):
+            await produce(backend, id_)
+            await catch.has(id_)
+    async with running(database) as backend:
+        (status,) = (await backend.status()).subscriptions
+
+    assert status.lag == 0
+
+
+async def test_unsubscribe_returns_once_nothing_is_in_flight_and_the_rest_comes_after_subscribing_again(
+    database: str,
+) -> None:
+    gate = Gate()
+    async with running(database) as backend:
+        await backend.subscribe("s", gate, concurrency=2)
+        await produce(backend, "a", "b", "c")
+        await gate.holds(2)
+        leaving = asyncio.create_task(backend.unsubscribe("s"))
+        await asyncio.wait({leaving}, timeout=0.1)
+        assert not leaving.done()
+        gate.open()
+        await leaving
+        assert sorted(gate.handled) == ["a", "b"]
+        (status,) = (await backend.status()).subscriptions
+        assert status.shards[0].owner is None
+        await produce(backend, "d")
+        catch = Catch()
+        await backend.subscribe("s", catch)
+        await catch.has("c", "d")
+
+    assert catch.ids == ["c", "d"]
+
+
+async def test_nothing_is_dispatched_after_unsubscribe_though_a_claim_was_under_way(database: str) -> None:
+    async with running(database) as backend:
+        for turn in range(20):
+            catch = Catch()
+            await backend.subscribe("s", catch, start="earliest", order="key")
+            # Without waiting: the worker is about to claim the shard, or has just done so.
+            for _ in range(turn % 7):
+                await asyncio.sleep(0.001)
+            await backend.unsubscribe("s")
+            before = len(catch.attempts)
+            await produce(backend, "x")
+            await asyncio.sleep(0.01)
+            assert len(catch.attempts) == before
+            await backend.delete_subscription("s")
+
+
+async def test_a_plain_insert_is_dispatched_like_any_other_event(database: str) -> None:
+    catch = Catch()
+    producer = await asyncpg.connect(database)
+    async with running(database) as backend:
+        await backend.subscribe("s", catch)
+        await producer.execute(INSERT, "plain")
+        await catch.has("plain", timeout=3)
+    await producer.close()
