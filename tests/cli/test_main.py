@@ -31,7 +31,7 @@ async def test_a_server_that_is_not_there_is_one_clear_line(run: Run, command: l
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("Error: PostgreSQL cannot be reached: ")
+    assert result.stderr.startswith("Error: PostgreSQL at localhost:1/nowhere cannot be reached: ")
 
 
 @pytest.mark.parametrize("command", [["status"], ["migrate"], ["dead-letters", "list"]])
