@@ -225,11 +225,7 @@ class Worker:
         ]
         if not wanted:
             return
-        leases = await self._leases.claim(wanted)
-        if not leases:
-            # Others have them all; or the server's life is another, and whoever has no shard finds it out here only.
-            await self._log.verify_incarnation()
-        for lease in leases:
+        for lease in await self._leases.claim(wanted):
             registration = self._registrations.get(lease.subscription)
             if registration is None:
                 # Unsubscribed in this moment.
