@@ -52,6 +52,7 @@ class Leases:
                 pending=RangeSet.parse(row["pending"]),
                 place=row["ctid"],
                 complete=row["completed_at"] is not None,
+                start_at=row["start_at"],
             )
             for row in rows
         ]

@@ -10,6 +10,7 @@ and never in neither. Of several outcomes for one event only the last is kept.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from pgbackend.model import Epoch, Failure, Position
 from pgbackend.ranges import RangeSet
@@ -95,6 +96,8 @@ class Lease:
     place: tuple[int, int]
     """The offset row's ctid."""
     complete: bool
+    start_at: datetime | None
+    """Events recorded at or before it are not for this subscription. May have been moved by a seek from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -236,6 +236,7 @@ class Worker:
     async def _begin(self, lease: Lease, registration: Registration) -> None:
         assert self._tail is not None  # noqa: S101 - rounds run inside run()
         assert self._tasks is not None  # noqa: S101
+        registration.start_at = lease.start_at
         waiting = {}
         if registration.order != "none":
             found = await self._redelivery.find_attempts(lease)

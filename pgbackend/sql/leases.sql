@@ -21,8 +21,10 @@ WHERE owner = $1;
 -- Take every free shard of these subscriptions, each under a new epoch. Free: nobody's, or a dead worker's. Dead: no
 -- heartbeat for its own `lease_timeout`, or the backend it registered is gone; a start time that this role may not see
 -- proves nothing. One statement in autocommit: no client can stop between the lock and the commit.
-WITH free AS (
-    SELECT stored.subscription, stored.shards, stored.shard
+-- Found first and locked by epoch after: a row that another worker claims in between has a new epoch and drops out. The
+-- lock's recheck of the whole condition let it pass, because the new owner's row in `workers` is not joined anew.
+WITH free AS MATERIALIZED (
+    SELECT stored.subscription, stored.shards, stored.shard, stored.epoch
     FROM {schema}.offsets AS stored
     LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
     WHERE stored.subscription = ANY ($1::text[])
@@ -37,19 +39,29 @@ WITH free AS (
                     AND (activity.backend_start = worker.backend_start OR activity.backend_start IS NULL)
             )
         )
+),
+locked AS (
+    SELECT stored.subscription, stored.shards, stored.shard
+    FROM {schema}.offsets AS stored
+    JOIN free USING (subscription, shards, shard, epoch)
     ORDER BY stored.subscription, stored.shards, stored.shard
     FOR UPDATE OF stored SKIP LOCKED
 )
 UPDATE {schema}.offsets AS stored
 SET owner = $2,
     epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
-FROM free
-WHERE stored.subscription = free.subscription
-    AND stored.shards = free.shards
-    AND stored.shard = free.shard
+FROM locked
+WHERE stored.subscription = locked.subscription
+    AND stored.shards = locked.shards
+    AND stored.shard = locked.shard
     AND (SELECT id FROM {schema}.incarnation) = $3
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
-    stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at;
+    stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at,
+    (
+        SELECT subscription.start_at
+        FROM {schema}.subscriptions AS subscription
+        WHERE subscription.name = stored.subscription
+    ) AS start_at;
 
 -- name: held
 -- Which of this worker's leases are still its own.
