@@ -13,8 +13,10 @@ class Proxy:
     Passes bytes unchanged. `cut()`, `stall()` and `restore()` act at once; `lose_reply_to()` acts when its bytes pass.
     """
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, *, swallow_notifies: bool = False) -> None:
+        """`swallow_notifies`: everything passes but what NOTIFY sends to listeners."""
         self._target = dsn
+        self._swallow_notifies = swallow_notifies
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
         self._refusing = False
@@ -65,6 +67,11 @@ class Proxy:
     def stall(self) -> None:
         """Nothing passes in either direction, and nobody is told, until `restore()`."""
         self._flowing.clear()
+
+    def strand(self) -> None:
+        """What is connected now is lost without a word: nothing passes any more, and nobody is told. New ones work."""
+        for link in self._links:
+            link.stranded = True
 
     def restore(self) -> None:
         """New connections get through, and what was held up flows on."""
@@ -119,9 +126,12 @@ class Proxy:
     async def _forward(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: "_Link", *, requests: bool
     ) -> None:
+        notifies = _Notifies()
         with suppress(OSError):
             while data := await reader.read(1 << 16):
                 await self._flowing.wait()
+                if link.stranded:
+                    continue
                 if requests and self._fatal and self._fatal in data:
                     self._fatal = None
                     link.mute = True
@@ -129,6 +139,8 @@ class Proxy:
                     # The server has answered, so it has done its part; its answer is lost.
                     self._struck.set()
                     break
+                if self._swallow_notifies and not requests:
+                    data = notifies.take_out(data)
                 writer.write(data)
                 await writer.drain()
         if requests and not link.mute:
@@ -144,8 +156,30 @@ class _Link:
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self._writers = writers
         self.mute = False
+        self.stranded = False
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def abort(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
+
+
+class _Notifies:
+    """Takes NotificationResponse messages out of what a server sends: a type byte, a length, the rest."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def take_out(self, data: bytes) -> bytes:
+        """The data without them, up to the last message that is whole."""
+        self._rest += data
+        kept, start = [], 0
+        while len(self._rest) >= start + 5:
+            end = start + 1 + int.from_bytes(self._rest[start + 1 : start + 5])
+            if len(self._rest) < end:
+                break
+            if self._rest[start : start + 1] != b"A":
+                kept.append(self._rest[start:end])
+            start = end
+        self._rest = self._rest[start:]
+        return b"".join(kept)
