@@ -1,14 +1,23 @@
 """I1. Whatever is killed, every acknowledged event is handled; I6: only what was not settled is handled twice."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
+from pgbackend import Backend, PgBackendError, ProduceTimeoutError, ProduceUncertainError
 from pgbackend.embedded import EmbeddedServer
+from tests.support.catch import Catch, make_event
 from tests.support.crash import await_server, kill_server
 from tests.support.figures import report
+from tests.support.polling import eventually
+from tests.support.proxy import Proxy
 from tests.support.torture import Torture
+
+PRODUCE_TIMEOUT = 1.0
 
 SUBSCRIPTIONS: dict[str, dict[str, object]] = {
     "plain": {"order": "none", "concurrency": 16},
@@ -61,3 +70,147 @@ async def test_kill_9_of_workers_and_of_the_whole_server_loses_nothing(
         f"{len(torture.refused)} refused or rolled back; dispatched again: {verdict.doubled}"
     )
     verdict.check()
+
+
+@pytest.mark.slow
+async def test_a_network_that_is_cut_stalled_and_restored_under_load_loses_nothing_and_hangs_nothing(
+    database: str,
+) -> None:
+    stored, unknown, refused = [], [], []
+    plain, keyed, strict = Catch(), Catch(), Catch()
+    enough = asyncio.Event()
+
+    async def produce(backend: Backend, number: int) -> None:
+        turn = 0
+        while not enough.is_set():
+            turn += 1
+            id_ = f"{number}-{turn}"
+            began = time.monotonic()
+            try:
+                await backend.produce(make_event(id_, key=str(number)))
+            except ProduceUncertainError:
+                unknown.append(id_)
+            except PgBackendError:
+                refused.append(id_)
+            else:
+                stored.append(id_)
+            assert time.monotonic() - began < PRODUCE_TIMEOUT + 1.0, "produce() took longer than its timeout"
+            await asyncio.sleep(0.005)
+
+    async def some_progress(events: int = 50) -> None:
+        goal = len(stored) + events
+
+        async def reached() -> bool:
+            return len(stored) >= goal
+
+        await eventually("events are stored again", reached, 20)
+
+    async def for_seconds(seconds: float) -> None:
+        began = time.monotonic()
+
+        async def passed() -> bool:
+            return time.monotonic() - began >= seconds
+
+        await eventually("the failure has lasted", passed)
+
+    async with Proxy(database) as proxy:
+        settings = {"produce_timeout": PRODUCE_TIMEOUT, "lease_timeout": 3.0, "hole_wait": 0.3}
+        async with Backend(proxy.dsn, **settings) as backend:  # type: ignore[arg-type] # numbers
+            await backend.subscribe("plain", plain)
+            await backend.subscribe("keyed", keyed, order="key")
+            await backend.subscribe("strict", strict, order="strict")
+            producers = [asyncio.create_task(produce(backend, number)) for number in range(4)]
+            for _ in range(3):
+                await some_progress()
+                proxy.reset()
+                await some_progress()
+                proxy.cut()
+                await for_seconds(0.3)
+                proxy.restore()
+            await some_progress()
+            proxy.stall()
+            # Beyond `produce_timeout` and the lease.
+            await for_seconds(3.5)
+            proxy.restore()
+            await some_progress()
+            enough.set()
+            await asyncio.gather(*producers)
+            for catch in (plain, keyed, strict):
+                await catch.has(*stored, timeout=30)
+    observer = await asyncpg.connect(database)
+    in_log = [row["id"] for row in await observer.fetch("SELECT id FROM pgbackend.events ORDER BY position")]
+    await observer.close()
+
+    report(f"network: {len(stored)} events acknowledged, {len(unknown)} uncertain, {len(refused)} refused")
+    assert len(in_log) == len(set(in_log)), "an event was stored twice"
+    assert set(stored) <= set(in_log)
+    assert not set(refused) & set(in_log), "an event is stored though an error said that it is not"
+    # Connections break, no process does: what was settled and not yet committed is committed later.
+    for catch in (plain, keyed, strict):
+        assert set(catch.ids) <= set(in_log)
+    assert list(dict.fromkeys(strict.ids)) == [id_ for id_ in in_log if id_ in set(strict.ids)]
+
+
+async def test_produce_says_that_it_does_not_know_when_the_answer_to_its_commit_is_lost(database: str) -> None:
+    catch = Catch()
+    async with Proxy(database) as proxy, Backend(proxy.dsn) as backend:
+        await backend.subscribe("billing", catch)
+        proxy.lose_reply_to(b"a certain event")
+        with pytest.raises(ProduceUncertainError, match="may or may not be stored"):
+            await backend.produce(make_event("a certain event"))
+        await catch.has("a certain event")
+        await backend.produce(make_event("another"))
+        await catch.has("another")
+
+    assert catch.ids == ["a certain event", "another"]
+
+
+async def test_produce_fails_within_its_timeout_and_says_that_nothing_is_stored(database: str) -> None:
+    async with Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, produce_timeout=0.5)
+        await backend.init()
+        await backend.produce(make_event("before"))
+        proxy.cut()
+        began = time.monotonic()
+        with pytest.raises((ProduceTimeoutError, ProduceUncertainError)):
+            await backend.produce(make_event("first"))
+        with pytest.raises(ProduceTimeoutError, match="is not stored"):
+            await backend.produce(make_event("second"))
+        took = time.monotonic() - began
+        proxy.restore()
+        await backend.produce(make_event("after"))
+        await backend.stop()
+    observer = await asyncpg.connect(database)
+    ids = {row["id"] for row in await observer.fetch("SELECT id FROM pgbackend.events")}
+    await observer.close()
+
+    assert took < 2.5
+    assert ids - {"first"} == {"before", "after"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_connections_that_die_without_a_word_are_given_up(database: str, long: bool) -> None:
+    """As when a firewall forgets them: nothing comes back, not even an error. Bounded by the statement timeout."""
+    if not long:
+        pytest.skip("waits for statement timeouts: a matter of a minute, with --long")
+    catch = Catch()
+    async with Proxy(database) as proxy, Backend(proxy.dsn, produce_timeout=3.0, lease_timeout=3.0) as backend:
+        await backend.subscribe("billing", catch)
+        await backend.produce(make_event("before"))
+        await catch.has("before")
+        proxy.strand()
+        with pytest.raises(ProduceUncertainError):
+            await backend.produce(make_event("lost"))
+
+        async def works_again() -> bool:
+            try:
+                await backend.produce(make_event("after"))
+            except PgBackendError:
+                return False
+            return True
+
+        began = time.monotonic()
+        await eventually("produce() works again", works_again, 60)
+        await catch.has("after", timeout=60)
+        report(f"stranded connections: everything works again after {time.monotonic() - began:.1f} s")
