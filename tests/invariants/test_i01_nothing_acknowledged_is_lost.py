@@ -40,7 +40,7 @@ async def durable_server(request: pytest.FixtureRequest, tmp_path: Path) -> Asyn
 async def test_kill_9_of_workers_and_of_the_whole_server_loses_nothing(
     durable_server: EmbeddedServer, tmp_path: Path, long: bool
 ) -> None:
-    worker_kills, server_kills = (20, 10) if long else (3, 2)
+    worker_kills, server_kills = (20, 10) if long else (2, 1)
     torture = Torture(
         durable_server.dsn,
         tmp_path / "diary",
@@ -53,7 +53,7 @@ async def test_kill_9_of_workers_and_of_the_whole_server_loses_nothing(
     torture.chance.shuffle(kills)
     async with torture:
         for kill in kills:
-            await torture.some_progress(torture.chance.randrange(20, 400))
+            await torture.some_progress(torture.chance.randrange(20, 300))
             if kill == "worker":
                 await torture.kill_worker()
             else:
@@ -189,11 +189,10 @@ async def test_produce_fails_within_its_timeout_and_says_that_nothing_is_stored(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_connections_that_die_without_a_word_are_given_up(database: str, long: bool) -> None:
+async def test_connections_that_die_without_a_word_are_given_up(database: str) -> None:
     """As when a firewall forgets them: nothing comes back, not even an error. Bounded by the statement timeout."""
-    if not long:
-        pytest.skip("waits for statement timeouts: a matter of a minute, with --long")
     catch = Catch()
     async with Proxy(database) as proxy, Backend(proxy.dsn, produce_timeout=3.0, lease_timeout=3.0) as backend:
         await backend.subscribe("billing", catch)

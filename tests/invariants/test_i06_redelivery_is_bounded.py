@@ -14,7 +14,7 @@ from tests.support.worker import Worker
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["none", "key", "strict"])
+@pytest.mark.parametrize("order", ["none", "key", pytest.param("strict", marks=pytest.mark.long)])
 async def test_only_what_the_offset_row_does_not_settle_is_dispatched_again_after_kill_9(
     database: str, tmp_path: Path, order: str
 ) -> None:
