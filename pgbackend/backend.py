@@ -180,6 +180,7 @@ class Backend:
         self._channel = channel(schema)
         self._registrations: dict[str, Registration] = {}
         self._hints = Hints()
+        self._one_init = asyncio.Lock()
         self._parts: _Parts | None = None
         self._notifying: asyncio.Task[None] | None = None
         self._worker: Worker | None = None
@@ -216,17 +217,20 @@ class Backend:
         does not answer, SchemaError when the tables are behind (with `migrate=False`) or ahead of this version, or
         cannot be trusted: a standby, a sequence that is behind its events.
         """
-        if self._stopped:
-            raise NotRunningError("This backend was stopped. Make a new one.")
-        if self._parts is not None:
-            return
+        async with self._one_init:
+            if self._stopped:
+                raise NotRunningError("This backend was stopped. Make a new one.")
+            if self._parts is None:
+                await self._init(migrate=migrate)
+
+    async def _init(self, *, migrate: bool) -> None:
+        name, settings = self._settings.schema, self._settings
         if self._embedded is not None:
             self._dsn = await self._embedded.start()
         assert self._dsn is not None  # noqa: S101 - one way or the other
-        name, settings = self._settings.schema, self._settings
         database = Database(self._dsn, listen_dsn=self._listen_dsn, pool_size=self._pool_size)
-        await database.open()
         try:
+            await database.open()
             found = await schema.found(database.fetch, name)
             if migrate and found != schema.head():
                 if found is not None:
@@ -270,6 +274,9 @@ class Backend:
         self._use()
         if self._running is not None:
             raise PgBackendError("This backend is running already.")
+        if not self._stopped:
+            # Set by an earlier call that was cancelled.
+            self._stop.clear()
         self._running = asyncio.create_task(self._run(), name="pgbackend worker")
         try:
             # Cancelling this call must drain first: so it never reaches the worker itself, but for a second time.
@@ -321,7 +328,9 @@ class Backend:
             await asyncio.wait({self._running})
         if self._background is not None:
             await asyncio.wait({self._background})
-        parts, self._parts = self._parts, None
+        # Behind an `init()` that is under way.
+        async with self._one_init:
+            parts, self._parts = self._parts, None
         if parts is None:
             return
         await parts.appender.close()
@@ -347,8 +356,10 @@ class Backend:
         """`stop()`. Raises what ended dispatching before, if anything did and nothing else is being raised."""
         background = self._background
         await self.stop()
-        if background is not None and not background.cancelled() and error is None:
-            background.result()
+        if background is not None and not background.cancelled():
+            ended = background.exception()
+            if ended is not None and error is None:
+                raise ended
 
     # Producing.
 
@@ -491,8 +502,6 @@ class Backend:
                     await self._worker.release(name)
                 await parts.subscriptions.seek(name, place)
             finally:
-                found = await parts.subscriptions.find(name)
-                registration.start_at = found.start_at if found is not None else None
                 self._registrations[name] = registration
                 if self._worker is not None:
                     self._worker.claim_soon()
@@ -615,10 +624,18 @@ def _refuse_newer(found: str, name: str) -> None:
         schema.check(found, name)
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_subscription(
     name: str, dispatcher: object, *, end: object, order: str, concurrency: int, shards: int, start: object
 ) -> None:
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name or not _is_unicode(name):
         raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
     if not callable(dispatcher):
         raise ConfigError(f"The dispatcher of {name!r} is {dispatcher!r}: expected a function that takes an event.")

@@ -8,7 +8,7 @@ lost socket) is thrown away, never reused.
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
@@ -147,27 +147,27 @@ class Database:
     @asynccontextmanager
     async def acquire(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[Connection]:
         """A pooled connection. Errors inside come out as this package's; a connection cut off in work is dropped."""
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             raise ConnectionLostError("The connection pool is closed.")
         try:
-            connection = await self._pool.acquire(timeout=timeout)
+            connection = await pool.acquire(timeout=timeout)
         except Exception as error:
             raise translate(error, where=self._where) from error
         try:
             yield connection  # type: ignore[misc] # the proxy has the connection's whole interface
         except BaseException as error:
             if _is_cut_off(error):
-                connection.terminate()
+                # One that was lost while idle has left the pool by itself, and says so.
+                with suppress(asyncpg.InterfaceError):
+                    connection.terminate()
             translated = translate(error) if isinstance(error, Exception) else error
             if translated is error:
                 raise
             raise translated from error
         finally:
-            await self._pool_release(connection)
-
-    async def _pool_release(self, connection: Any) -> None:
-        if self._pool is not None:
-            await self._pool.release(connection)
+            # Also to a pool that is closing: it waits for this.
+            await pool.release(connection)
 
     async def fetch(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> list[Record]:
         """All rows of one statement in its own transaction."""

@@ -166,7 +166,14 @@ class Worker:
         # A round that claimed before the registration went has ended by then, and its pump is among them.
         async with self._one_round:
             mine = [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
-        await self._retire(mine)
+        if mine and self._tasks is not None:
+            retiring = self._retire(mine)
+            try:
+                # A task of its own: a caller that stops waiting must not leave pumps that neither run nor end.
+                await asyncio.wait({self._tasks.create_task(retiring, name=f"give up {name}")})
+            except RuntimeError:
+                # The worker is ending, and gives up all it has.
+                retiring.close()
         await self._notifier.notify_leases()
 
     def states(self) -> dict[str, str]:

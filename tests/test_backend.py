@@ -1,0 +1,560 @@
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pgbackend import (
+    Backend,
+    ConfigError,
+    ConnectionLostError,
+    Event,
+    EventError,
+    NotRunningError,
+    PgBackendError,
+    ProbeError,
+    Retry,
+    SchemaError,
+    SubscriptionExistsError,
+    SubscriptionNotFoundError,
+    schema,
+)
+from pgbackend.facts import Recorder
+from tests.support.catch import Catch, make_event
+from tests.support.polling import eventually
+from tests.support.proxy import Proxy
+
+NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
+
+
+async def execute(dsn: str, statement: str, *args: object) -> Any:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return await connection.fetchval(statement, *args)
+    finally:
+        await connection.close()
+
+
+# Before init(), and after stop().
+
+
+async def test_every_verb_needs_init_first_and_says_so(database: str) -> None:
+    backend = Backend(database)
+    calls = (
+        backend.produce(make_event("a")),
+        backend.produce_many([make_event("a")]),
+        backend.produce_many([]),
+        backend.subscribe("s", print),
+        backend.unsubscribe("s"),
+        backend.delete_subscription("s"),
+        backend.seek("s", "latest"),
+        backend.start(),
+        backend.status(),
+        backend.probe(),
+        backend.redeliver(1),
+    )
+    for call in calls:
+        with pytest.raises(NotRunningError, match="init"):
+            await call
+    with pytest.raises(NotRunningError):
+        backend.dead_letters()
+
+
+async def test_a_stopped_backend_says_that_it_was_stopped(backend: Backend) -> None:
+    await backend.stop()
+
+    with pytest.raises(NotRunningError, match="stopped"):
+        await backend.produce(make_event("a"))
+    with pytest.raises(NotRunningError, match="stopped"):
+        await backend.init()
+    with pytest.raises(NotRunningError, match="stopped"):
+        await backend.start()
+
+
+async def test_info_is_known_before_init_and_shows_no_password() -> None:
+    info = Backend("postgresql://me:secret@db.example:5433/app", schema="other").info()
+
+    assert (info.name, info.schema, info.server) == ("PostgreSQL", "other", "db.example:5433/app")
+
+
+async def test_init_again_does_nothing(backend: Backend) -> None:
+    await backend.init()
+    await asyncio.gather(backend.init(), backend.init())
+    await backend.produce(make_event("a"))
+
+
+async def test_init_at_the_same_time_makes_one_backend(database: str) -> None:
+    backend = Backend(database)
+    await asyncio.gather(*(backend.init() for _ in range(5)))
+    await backend.produce(make_event("a"))
+    await backend.stop()
+
+    async def all_gone() -> bool:
+        count = await execute(
+            database, "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgbackend%' "
+            "AND datname = current_database()"
+        )  # fmt: skip
+        return bool(count == 0)
+
+    await eventually("every connection is closed", all_gone)
+
+
+async def test_many_processes_may_init_an_empty_database_at_once(empty_database: str) -> None:
+    backends = [Backend(empty_database) for _ in range(4)]
+    await asyncio.gather(*(backend.init() for backend in backends))
+    await backends[0].produce(make_event("a"))
+    await asyncio.gather(*(backend.stop() for backend in backends))
+
+
+async def test_stop_is_safe_before_init_and_twice_and_at_once(database: str) -> None:
+    await Backend(database).stop()
+    backend = Backend(database)
+    await backend.init()
+    await asyncio.gather(backend.stop(), backend.stop())
+    await backend.stop()
+
+
+async def test_stop_while_init_is_under_way_leaves_nothing_open(database: str) -> None:
+    backend = Backend(database)
+    starting = asyncio.create_task(backend.init())
+    await asyncio.sleep(0)
+    await backend.stop()
+    await asyncio.wait({starting})
+    assert backend._parts is None
+
+
+# init() on a database that is not as it should be.
+
+
+async def test_a_server_that_does_not_answer_is_an_error_that_says_where() -> None:
+    backend = Backend(NOWHERE)
+
+    with pytest.raises(ConnectionLostError, match=r"127\.0\.0\.1"):
+        await backend.init()
+    await backend.stop()
+
+
+async def test_a_failed_init_may_be_tried_again(database: str) -> None:
+    async with Proxy(database) as proxy:
+        proxy.cut()
+        backend = Backend(proxy.dsn)
+        with pytest.raises(ConnectionLostError):
+            await backend.init()
+        proxy.restore()
+        await backend.init()
+        await backend.produce(make_event("a"))
+        await backend.stop()
+
+
+async def test_without_migrating_a_missing_log_is_an_error_and_stays_missing(empty_database: str) -> None:
+    backend = Backend(empty_database)
+
+    with pytest.raises(SchemaError, match="pgbackend migrate"):
+        await backend.init(migrate=False)
+    await backend.init()
+    await backend.stop()
+
+
+@pytest.mark.parametrize("migrate", [True, False])
+async def test_a_log_of_a_newer_version_is_refused_and_left_alone(database: str, migrate: bool) -> None:
+    await execute(database, "UPDATE pgbackend.alembic_version SET version_num = '9999'")
+
+    with pytest.raises(SchemaError) as caught:
+        await Backend(database).init(migrate=migrate)
+    assert (caught.value.found, caught.value.expected) == ("9999", schema.head())
+    assert await execute(database, "SELECT version_num FROM pgbackend.alembic_version") == "9999"
+
+
+async def test_a_sequence_behind_its_events_is_refused(backend: Backend, database: str) -> None:
+    await backend.produce_many([make_event(str(number)) for number in range(5)])
+    await execute(database, "SELECT setval('pgbackend.events_position_seq', 2)")
+
+    with pytest.raises(ProbeError, match="twice") as caught:
+        await backend.probe()
+    assert caught.value.checks["connection"] == caught.value.checks["schema"] == "ok"
+    with pytest.raises(SchemaError, match="twice"):
+        await Backend(database).init()
+
+
+async def test_logs_in_other_schemas_of_one_database_know_nothing_of_each_other(database: str) -> None:
+    here, there = Catch(), Catch()
+    async with Backend(database) as one, Backend(database, schema='Öther "log"') as other:
+        await one.subscribe("s", here)
+        await other.subscribe("s", there)
+        await one.produce(make_event("one"))
+        await other.produce(make_event("other"))
+        await here.has("one")
+        await there.has("other")
+
+    assert (here.ids, there.ids) == (["one"], ["other"])
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"hole_wait": -1}, {"poll_interval": 0}, {"commit_interval": float("nan")}, {"lease_timeout": float("inf")},
+        {"produce_timeout": "30"}, {"drain_timeout": True}, {"pool_size": 0}, {"max_event_bytes": 1.5},
+        {"window_events": -1}, {"window_bytes": True}, {"buffer_bytes": 0}, {"schema": ""}, {"schema": "a\0b"},
+        {"dsn": "mysql://db"}, {"dsn": "not a dsn"}, {"listen_dsn": "nonsense"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_before_any_connection(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Backend(**{"dsn": NOWHERE, **setting})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"name": ""}, {"name": "a\0b"}, {"name": 7}, {"dispatcher": None}, {"order": "fifo"}, {"concurrency": 0},
+        {"shards": 0}, {"shards": 2.0}, {"order": "strict", "shards": 2}, {"start": "now"}, {"start": True},
+        {"start": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
+        {"end": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
+        {"end": 0}, {"end": "latest"}, {"retry": 5}, {"dead_letter": "nobody"}, {"start": -1},
+        {"name": "lone \ud800"},
+    ],
+    ids=ascii,
+)  # fmt: skip
+async def test_an_option_that_cannot_be_is_refused_and_nothing_is_stored(
+    backend: Backend, option: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError):
+        await backend.subscribe(**{"name": "s", "dispatcher": print, **option})
+    assert (await backend.status()).subscriptions == ()
+
+
+# Names.
+
+
+async def test_the_same_name_twice_in_one_backend_is_an_error(backend: Backend) -> None:
+    await backend.subscribe("s", print)
+
+    with pytest.raises(SubscriptionExistsError, match="'s'"):
+        await backend.subscribe("s", print)
+    results = await asyncio.gather(backend.subscribe("t", print), backend.subscribe("t", print), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["NoneType", "SubscriptionExistsError"]
+
+
+async def test_unknown_names_are_errors(backend: Backend) -> None:
+    for call in (backend.unsubscribe("x"), backend.delete_subscription("x"), backend.seek("x", "earliest")):
+        with pytest.raises(SubscriptionNotFoundError, match="x"):
+            await call
+
+
+async def test_names_may_be_any_text(database: str) -> None:
+    catch = Catch()
+    name = 'order\'s "new" {0} %s \\ 🦆 ' + "x" * 200
+    async with Backend(database) as backend:
+        await backend.subscribe(name, catch)
+        await backend.produce(make_event("a"))
+        await catch.has("a")
+        assert [s.name for s in (await backend.status()).subscriptions] == [name]
+        await backend.delete_subscription(name)
+
+
+# Running.
+
+
+async def test_start_twice_is_an_error_and_the_first_goes_on(backend: Backend) -> None:
+    catch = Catch()
+    running = asyncio.create_task(backend.start())
+    await asyncio.sleep(0)
+    with pytest.raises(PgBackendError, match="already"):
+        await backend.start()
+    await backend.subscribe("s", catch)
+    await backend.produce(make_event("a"))
+    await catch.has("a")
+    await backend.stop()
+    await running
+
+
+async def test_cancelling_start_drains_and_commits_and_it_may_be_started_again(backend: Backend) -> None:
+    begun = asyncio.Event()
+    handled: list[str] = []
+
+    async def slow(event: Event) -> None:
+        begun.set()
+        await asyncio.sleep(0.1)
+        handled.append(event.id)
+
+    await backend.subscribe("s", slow)
+    running = asyncio.create_task(backend.start())
+    await backend.produce(make_event("a"))
+    await begun.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert handled == ["a"]
+    (status,) = (await backend.status()).subscriptions
+    assert (status.lag, status.shards[0].owner) == (0, None)
+
+    again = asyncio.create_task(backend.start())
+    await backend.produce(make_event("b"))
+
+    async def both() -> bool:
+        return handled == ["a", "b"]
+
+    await eventually("it runs again", both)
+    await backend.stop()
+    await again
+
+
+async def test_a_second_cancellation_does_not_wait_for_dispatchers(backend: Backend) -> None:
+    begun = asyncio.Event()
+
+    async def endless(event: Event) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    await backend.subscribe("s", endless)
+    running = asyncio.create_task(backend.start())
+    await backend.produce(make_event("a"))
+    await begun.wait()
+    running.cancel()
+    await asyncio.wait({running}, timeout=0.1)
+    assert not running.done()
+    running.cancel()
+    await asyncio.wait({running}, timeout=5)
+    assert running.cancelled()
+
+
+async def test_a_backend_may_be_stopped_from_within_a_dispatcher_task(database: str) -> None:
+    stopping: list[asyncio.Task[None]] = []
+    async with Backend(database) as backend:
+
+        async def last(event: Event) -> None:
+            stopping.append(asyncio.create_task(backend.stop()))
+
+        await backend.subscribe("s", last)
+        await backend.produce(make_event("a"))
+
+        async def is_stopped() -> bool:
+            return bool(stopping) and stopping[0].done()
+
+        await eventually("it stopped", is_stopped)
+
+
+async def test_a_dispatcher_may_produce_and_subscribe_and_unsubscribe(database: str) -> None:
+    second = Catch()
+    async with Backend(database) as backend:
+
+        async def first(event: Event) -> None:
+            if event.id == "a":
+                await backend.subscribe("second", second)
+                await backend.produce(make_event("b"))
+
+        await backend.subscribe("first", first)
+        await backend.produce(make_event("a"))
+        await second.has("b")
+
+
+async def test_the_context_manager_raises_what_its_body_raised(database: str) -> None:
+    with pytest.raises(KeyError, match="mine"):  # noqa: PT012 - the body is what raises
+        async with Backend(database) as backend:
+            await backend.subscribe("s", print)
+            raise KeyError("mine")
+
+
+async def test_unsubscribing_that_was_given_up_ends_in_the_background(database: str) -> None:
+    release = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def hold(event: Event) -> None:
+        begun.set()
+        await release.wait()
+
+    async with Backend(database) as backend:
+        await backend.subscribe("s", hold)
+        await backend.produce(make_event("a"))
+        await begun.wait()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await backend.unsubscribe("s")
+        release.set()
+        catch = Catch()
+        await backend.subscribe("s", catch)
+        await backend.produce(make_event("b"))
+        await catch.has("b")
+
+    assert catch.ids == ["b"]
+
+
+# Events.
+
+
+async def test_an_event_that_is_no_cloudevent_or_too_large_is_refused_by_name_and_nothing_of_its_call_is_stored(
+    database: str,
+) -> None:
+    backend = Backend(database, max_event_bytes=1000)
+    await backend.init()
+    for bad in (make_event("large", b"x" * 1001), make_event("n\0l"), make_event("lone \ud800"), object()):
+        with pytest.raises(EventError):
+            await backend.produce(bad)  # type: ignore[arg-type] # the point
+        with pytest.raises(EventError):
+            await backend.produce_many([make_event("good"), bad])  # type: ignore[list-item] # the point
+    await backend.produce(make_event("fits", b"x" * 100))
+    await backend.stop()
+
+    assert await execute(database, "SELECT array_agg(id) FROM pgbackend.events") == ["fits"]
+
+
+async def test_data_may_hold_any_octets(database: str) -> None:
+    data = bytes(range(256)) * 3
+    got: list[bytes | None] = []
+
+    async def keep(event: Event) -> None:
+        got.append(event.data_bytes)
+
+    async with Backend(database) as backend:
+        await backend.subscribe("s", keep)
+        await backend.produce(make_event("a", data))
+
+        async def has_it() -> bool:
+            return bool(got)
+
+        await eventually("it came", has_it)
+
+    assert got == [data]
+
+
+# Looking.
+
+
+async def test_status_says_where_everybody_stands(database: str) -> None:
+    gate = asyncio.Event()
+
+    async def wait(event: Event) -> None:
+        await gate.wait()
+
+    async with Backend(database, commit_interval=0.01) as backend, Backend(database) as other:
+        await backend.subscribe("busy", wait, order="key")
+        await backend.produce_many([make_event(str(number)) for number in range(5)])
+        await other.subscribe("nobody's", print)
+
+        async def is_running() -> bool:
+            return any(s.state == "running" for s in (await backend.status()).subscriptions)
+
+        await eventually("it runs", is_running)
+        here, there = await backend.status(), await other.status()
+        gate.set()
+
+    assert here.head == there.head == 5
+    assert here.segments_until > 5
+    busy, idle = here.subscriptions
+    assert (busy.name, busy.order, busy.lag, busy.state, busy.complete) == ("busy", "key", 5, "running", False)
+    assert there.subscriptions[0].state == "elsewhere"
+    assert idle.name == "nobody's"
+    assert here.appenders == ()
+
+
+async def test_status_names_open_appenders(backend: Backend, database: str) -> None:
+    connection = await asyncpg.connect(database, server_settings={"application_name": "nightly load"})
+    await connection.execute("BEGIN")
+    await connection.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('a', 'b', 'c')")
+    (appender,) = (await backend.status()).appenders
+    pid = connection.get_server_pid()
+    await connection.close()
+
+    assert (appender.pid, appender.application, appender.gid) == (pid, "nightly load", None)
+    assert appender.age is not None
+    assert appender.age >= 0
+
+
+async def test_probe_returns_when_all_is_well_and_says_what_is_not(database: str) -> None:
+    async with Proxy(database) as proxy:
+        backend = Backend(proxy.dsn)
+        await backend.init()
+        await backend.probe()
+        proxy.cut()
+        with pytest.raises(ProbeError) as caught:
+            await backend.probe()
+        assert caught.value.checks["connection"] != "ok"
+        proxy.restore()
+        await backend.probe()
+        await execute(database, "UPDATE pgbackend.alembic_version SET version_num = '9999'")
+        with pytest.raises(ProbeError, match="9999"):
+            await backend.probe()
+        await backend.stop()
+
+
+# Outages.
+
+
+async def test_start_waits_for_a_server_that_is_away_and_goes_on_when_it_is_back(database: str) -> None:
+    catch = Catch()
+    async with Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, poll_interval=0.2)
+        await backend.init()
+        await backend.subscribe("s", catch)
+        proxy.cut()
+        with Recorder() as recorder:
+            running = asyncio.create_task(backend.start())
+            await recorder.wait("worker cannot start")
+            proxy.restore()
+            async with Backend(database) as producer:
+                await producer.produce(make_event("a"))
+            await catch.has("a")
+        await backend.stop()
+        await running
+
+
+async def test_stop_ends_while_the_server_is_away(database: str) -> None:
+    async with Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, drain_timeout=0.2, produce_timeout=0.5)
+        await backend.init()
+        await backend.subscribe("s", print)
+        with Recorder() as recorder:
+            running = asyncio.create_task(backend.start())
+            await recorder.wait("lease claimed")
+            proxy.cut()
+            await recorder.wait("presence lost")
+            began = time.monotonic()
+            await backend.stop()
+        await running
+
+    assert time.monotonic() - began < 10
+
+
+async def test_a_silent_network_holds_up_neither_callers_nor_stop_for_long(database: str) -> None:
+    async with Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, drain_timeout=0.2, produce_timeout=0.5)
+        await backend.init()
+        await backend.produce(make_event("a"))
+        proxy.stall()
+        began = time.monotonic()
+        with pytest.raises(PgBackendError):
+            await backend.produce(make_event("b"))
+        assert time.monotonic() - began < 2
+        await backend.stop()
+        assert time.monotonic() - began < 6
+        proxy.cut()
+        proxy.restore()
+
+
+async def test_a_bare_retry_is_the_policy_of_the_documentation() -> None:
+    assert Retry() == Retry(attempts=5, delay=1.0, backoff="exponential", max_delay=600.0)
+
+
+async def test_dates_in_status_and_events_are_aware(database: str) -> None:
+    at: list[datetime | None] = []
+
+    async def keep(event: Event) -> None:
+        at.append(event.recorded_at)
+
+    async with Backend(database) as backend:
+        await backend.subscribe("s", keep)
+        await backend.produce(make_event("a"))
+
+        async def has_it() -> bool:
+            return bool(at)
+
+        await eventually("it came", has_it)
+
+    assert at[0] is not None
+    assert abs((datetime.now(UTC) - at[0]).total_seconds()) < 60
