@@ -20,11 +20,11 @@ Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from uuid import uuid4
 
 from pgbackend import facts, schema
@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     from pgbackend.embedded import EmbeddedServer
 
 VERSION = "0.1.0"
+
+_LIFE_POLL = 0.05
+_Result = TypeVar("_Result")
 
 
 class EventProducer(Protocol):
@@ -436,7 +439,7 @@ class Backend:
             end_position=end if isinstance(end, int) else None,
             end_at=end if isinstance(end, datetime) else None,
         )
-        stored = await parts.subscriptions.ensure(wanted, start)
+        stored = await self._in_this_life(lambda: parts.subscriptions.ensure(wanted, start))
         if name in self._registrations:
             raise exists(name)
         self._registrations[name] = Registration(
@@ -454,6 +457,18 @@ class Backend:
         )
         if self._worker is not None:
             self._worker.claim_soon()
+
+    async def _in_this_life(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """What the call returns, begun anew when the server turns out to live another life than this process knew."""
+        while True:
+            try:
+                return await call()
+            except IncarnationChanged:
+                if self._worker is None:
+                    await self._use().log.enter_incarnation()
+                else:
+                    # It notices by itself and drops what it knew; before that nobody may call the new life known.
+                    await asyncio.sleep(_LIFE_POLL)
 
     async def unsubscribe(self, name: str) -> None:
         """Return once nothing of the subscription is in flight here and its offset is committed.
@@ -493,14 +508,14 @@ class Backend:
         if await parts.subscriptions.find(name) is None:
             raise not_found(name)
         if registration is None:
-            await parts.subscriptions.seek(name, place)
+            await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
         else:
             # Here it runs: out of the way while it is moved, so that nothing from the old place comes after.
             del self._registrations[name]
             try:
                 if self._worker is not None:
                     await self._worker.release(name)
-                await parts.subscriptions.seek(name, place)
+                await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
             finally:
                 self._registrations[name] = registration
                 if self._worker is not None:

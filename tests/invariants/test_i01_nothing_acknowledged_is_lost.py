@@ -213,3 +213,26 @@ async def test_connections_that_die_without_a_word_are_given_up(database: str) -
         await eventually("produce() works again", works_again, 60)
         await catch.has("after", timeout=60)
         report(f"stranded connections: everything works again after {time.monotonic() - began:.1f} s")
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["producing only", "running"])
+async def test_subscribing_and_seeking_work_after_the_server_has_begun_another_life(
+    database: str, running: bool
+) -> None:
+    catch = Catch()
+    observer = await asyncpg.connect(database)
+    backend = Backend(database)
+    await backend.init()
+    task = asyncio.create_task(backend.start()) if running else None
+    # What a crash does to an unlogged table.
+    await observer.execute("DELETE FROM pgbackend.incarnation")
+    await backend.subscribe("billing", catch)
+    await observer.execute("DELETE FROM pgbackend.incarnation")
+    await backend.seek("billing", "latest")
+    await backend.produce(make_event("after"))
+    if task is None:
+        task = asyncio.create_task(backend.start())
+    await catch.has("after")
+    await backend.stop()
+    await task
+    await observer.close()
