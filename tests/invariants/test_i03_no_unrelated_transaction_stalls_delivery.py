@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, facts
+from pgbackend.model import Order
 from tests.support.catch import Catch, make_event
 from tests.support.figures import report
 from tests.support.polling import eventually
@@ -169,3 +170,40 @@ async def test_an_idle_transaction_elsewhere_delays_nobody(database: str) -> Non
         await eventually("the event is dispatched", arrived, 5)
         await producer.close()
     await other.close()
+
+
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_more_holes_than_an_offset_may_list_hold_the_reader_back_and_lose_nothing(
+    database: str, order: Order
+) -> None:
+    """An appender whose positions lie between those of 1,500 others: ranges in `pending` are capped at 1,000."""
+    catch = Catch()
+    slow, quick = await asyncpg.connect(database), await asyncpg.connect(database)
+    await slow.execute("BEGIN")
+    for number in range(1500):
+        await slow.execute(INSERT, f"slow {number}")
+        await quick.execute(INSERT, f"quick {number}")
+    async with Backend(database, hole_wait=0.1) as backend:
+        await backend.subscribe("billing", catch, start="earliest", order=order)
+        with facts.Recorder() as recorder:
+            await recorder.wait("reading waits for an open transaction")
+
+        async def ranges() -> int:
+            return int(await quick.fetchval("SELECT count(*) FROM pgbackend.offsets, unnest(pending)"))
+
+        async def is_full() -> bool:
+            return await ranges() >= 999
+
+        if order != "strict":
+            await eventually("as many holes are pending as may be", is_full)
+        assert await ranges() <= 1000
+        handled = len(catch.ids)
+        await slow.execute("COMMIT")
+        await catch.has(*(f"{name} {number}" for name in ("slow", "quick") for number in range(1500)), timeout=30)
+    await slow.close()
+    await quick.close()
+
+    assert handled == (0 if order == "strict" else 1000)
+    assert len(catch.ids) == 3000
+    if order == "strict":
+        assert catch.positions == sorted(catch.positions)

@@ -1,6 +1,7 @@
 """I5. A shard has one owner. Who lost it may finish what it had begun, begins nothing more, and changes no row."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,34 @@ async def test_a_worker_that_loses_its_connection_begins_nothing_until_it_has_re
             await catch.has("after")
             assert worker._tenure.valid_until > 0
     await observer.close()
+
+
+@pytest.mark.slow
+async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(database: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    observer = await asyncpg.connect(database)
+
+    async def block(_: object) -> None:
+        # Past the lease; nothing else runs in this process meanwhile.
+        time.sleep(2.5)  # noqa: ASYNC251 - what a user may do
+
+    async with Backend(database, lease_timeout=1.0) as backend:
+        await backend.subscribe("billing", block, concurrency=1)
+
+        async def is_claimed() -> bool:
+            return bool(await observer.fetchval("SELECT owner IS NOT NULL FROM pgbackend.offsets"))
+
+        await eventually("the shard is claimed", is_claimed)
+        before = await observer.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
+        async with Worker(database, ledger, subscription="billing", settings={"lease_timeout": 1.0}):
+            await backend.produce(make_event("slow"))
+
+            async def is_settled() -> bool:
+                return bool(await observer.fetchval("SELECT position = 1 AND isempty(pending) FROM pgbackend.offsets"))
+
+            await eventually("the event is settled", is_settled)
+            after = await observer.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
+    await observer.close()
+
+    assert after == before
+    assert ledger.handled() == []
