@@ -201,6 +201,9 @@ def _is_cut_off(error: BaseException) -> bool:
 
 def is_refused_for_data(error: BaseException) -> bool:
     """Whether PostgreSQL refused the values (classes 22 and 23), so that other values may pass."""
+    if isinstance(error, UnicodeEncodeError):
+        # Refused on the way, by COPY: it has been called off.
+        return True
     return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] in ("22", "23")
 
 

@@ -1,0 +1,378 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import asyncpg
+import pytest
+
+from pgbackend.appender import _COPY_EVENTS, Appender
+from pgbackend.codec import Row
+from pgbackend.database import Database
+from pgbackend.errors import (
+    ConnectionLostError,
+    DatabaseError,
+    EventError,
+    NotRunningError,
+    PgBackendError,
+    ProduceTimeoutError,
+    ProduceUncertainError,
+)
+from pgbackend.facts import Recorder
+from pgbackend.sql import load
+from pgbackend.sql.statements import LogSql
+from tests.support.polling import eventually
+from tests.support.proxy import Proxy
+
+
+def row(id_: str, *, time: str | None = None, data: bytes | None = None) -> Row:
+    return ("1.0", id_, "test", "test", None, time, None, None, None, "{}", data, None)
+
+
+BAD = "not a time"
+"""What the log's CHECK refuses: a value that no codec would let through."""
+
+
+async def nothing_to_extend() -> None:
+    raise AssertionError("the log has segments")
+
+
+@asynccontextmanager
+async def appending(dsn: str, *, timeout: float = 5.0) -> AsyncIterator[Appender]:
+    database = Database(dsn)
+    appender = Appender(
+        database,
+        load(LogSql, "log", schema="pgbackend"),
+        schema="pgbackend",
+        produce_timeout=timeout,
+        on_append=lambda _: None,
+        on_full=nothing_to_extend,
+    )
+    appender.start()
+    try:
+        yield appender
+    finally:
+        async with asyncio.timeout(timeout + 5):
+            await appender.close()
+
+
+async def is_sent(appender: Appender) -> None:
+    """Return once the calls that were made have been sent."""
+    await asyncio.sleep(0)  # they are tasks that have not begun
+    assert appender._calls
+
+    async def none_wait() -> bool:
+        return not appender._calls
+
+    await eventually("all calls are sent", none_wait)
+
+
+async def stored(dsn: str) -> list[str]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return [record["id"] for record in await connection.fetch("SELECT id FROM pgbackend.events ORDER BY position")]
+    finally:
+        await connection.close()
+
+
+async def terminate_appender(dsn: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    await connection.close()
+
+
+@asynccontextmanager
+async def log_locked(dsn: str) -> AsyncIterator[None]:
+    """Inserts wait while it is open."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("BEGIN; LOCK TABLE pgbackend.events IN SHARE MODE")
+        yield
+    finally:
+        await connection.close()
+
+
+async def test_positions_follow_call_order_and_the_order_of_each_list(database: str) -> None:
+    async with appending(database) as appender:
+        await asyncio.gather(
+            *(appender.append([row(f"{call}-{part}") for part in range(call % 4 + 1)]) for call in range(200))
+        )
+
+    assert await stored(database) == [f"{call}-{part}" for call in range(200) for part in range(call % 4 + 1)]
+
+
+async def test_calls_that_come_while_one_is_committed_travel_together(database: str) -> None:
+    async with appending(database) as appender:
+        await asyncio.gather(*(appender.append([row(str(call))]) for call in range(300)))
+    connection = await asyncpg.connect(database)
+    transactions = await connection.fetchval("SELECT count(DISTINCT xmin::text) FROM pgbackend.events")
+    await connection.close()
+
+    assert transactions <= 3
+
+
+@pytest.mark.parametrize("count", [1, 2, _COPY_EVENTS - 1, _COPY_EVENTS, 1000, 3000])
+async def test_a_list_of_any_length_is_one_transaction_in_its_order(database: str, count: int) -> None:
+    ids = [str(number) for number in range(count)]
+    async with appending(database) as appender:
+        await appender.append([row(id_) for id_ in ids])
+    connection = await asyncpg.connect(database)
+    transactions = await connection.fetchval("SELECT count(DISTINCT xmin::text) FROM pgbackend.events")
+    await connection.close()
+
+    assert await stored(database) == ids
+    assert transactions == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, _COPY_EVENTS])
+async def test_a_list_with_one_bad_event_is_refused_as_a_whole(database: str, size: int) -> None:
+    async with appending(database) as appender:
+        rows = [row(str(number)) for number in range(size - 1)]
+        with pytest.raises(EventError):
+            await appender.append([*rows, row("bad", time=BAD)])
+        await appender.append([row("after")])
+
+    assert await stored(database) == ["after"]
+
+
+@pytest.mark.parametrize("calls", [3, 2 * _COPY_EVENTS])
+async def test_one_bad_event_fails_only_its_own_caller_and_the_rest_keep_their_order(database: str, calls: int) -> None:
+    async with appending(database) as appender:
+        results = await asyncio.gather(
+            *(appender.append([row(str(call), time=BAD if call == 1 else None)]) for call in range(calls)),
+            return_exceptions=True,
+        )
+
+    assert [type(result).__name__ for result in results] == ["NoneType", "EventError"] + ["NoneType"] * (calls - 2)
+    assert await stored(database) == [str(call) for call in range(calls) if call != 1]
+
+
+async def test_a_value_that_cannot_even_be_sent_fails_only_its_own_caller(database: str) -> None:
+    async with appending(database) as appender:
+        for calls in (3, 2 * _COPY_EVENTS):
+            results = await asyncio.gather(
+                *(appender.append([row("\0" if call == 1 else "ok")]) for call in range(calls)), return_exceptions=True
+            )
+            assert [isinstance(result, EventError) for result in results].count(True) == 1
+            results = await asyncio.gather(
+                *(appender.append([row("\ud800" if call == 1 else "ok")]) for call in range(calls)),
+                return_exceptions=True,
+            )
+            assert [isinstance(result, EventError) for result in results].count(True) == 1, results
+    assert set(await stored(database)) == {"ok"}
+
+
+async def test_a_caller_that_is_cancelled_before_its_call_is_sent_takes_it_back(database: str) -> None:
+    async with appending(database) as appender:
+        async with log_locked(database):
+            first = asyncio.create_task(appender.append([row("first")]))
+            await is_sent(appender)
+            second, third = (asyncio.create_task(appender.append([row(id_)])) for id_ in ("second", "third"))
+            await asyncio.sleep(0)
+            second.cancel()
+            await asyncio.wait({second})
+        await first
+        await third
+
+    assert await stored(database) == ["first", "third"]
+
+
+async def test_a_caller_that_is_cancelled_later_only_stops_waiting(database: str) -> None:
+    async with appending(database) as appender:
+        async with log_locked(database):
+            calls = [asyncio.create_task(appender.append([row(id_)])) for id_ in ("first", "second")]
+            await is_sent(appender)
+            calls[0].cancel()
+            await asyncio.wait({calls[0]})
+        await calls[1]
+
+    assert await stored(database) == ["first", "second"]
+
+
+async def test_when_all_who_waited_for_a_connection_gave_up_nothing_is_sent(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        with Recorder() as recorder:
+            proxy.stall()
+            call = asyncio.create_task(appender.append([row("never")]))
+            await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.wait({call})
+            proxy.restore()
+            await appender.append([row("after")])
+            assert recorder.all("append is uncertain") == []
+
+    assert await stored(database) == ["after"]
+
+
+async def test_a_call_that_was_not_sent_in_time_is_not_stored_and_says_so(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn, timeout=0.3) as appender:
+        proxy.cut()
+        began = time.monotonic()
+        with pytest.raises(ProduceTimeoutError):
+            await appender.append([row("late")])
+        assert time.monotonic() - began < 2
+        proxy.restore()
+        await appender.append([row("after")])
+
+    assert await stored(database) == ["after"]
+
+
+async def test_a_call_that_was_sent_and_not_confirmed_in_time_is_uncertain(database: str) -> None:
+    async with appending(database, timeout=0.3) as appender:
+        async with log_locked(database):
+            with pytest.raises(ProduceUncertainError):
+                await appender.append([row("slow")])
+
+        async def is_stored() -> bool:
+            return await stored(database) == ["slow"]
+
+        await eventually("it was stored in the end", is_stored)
+
+
+async def test_calls_wait_for_a_server_that_is_away_and_are_stored_once_it_is_back(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        with Recorder() as recorder:
+            calls = [asyncio.create_task(appender.append([row(str(call))])) for call in range(3)]
+            await recorder.wait("append cannot connect")
+            proxy.restore()
+            await asyncio.gather(*calls)
+
+    assert await stored(database) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("count", [1, 3, _COPY_EVENTS])
+async def test_a_connection_that_dies_before_the_answer_leaves_each_call_of_the_batch_in_doubt(
+    database: str, count: int
+) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        await appender.append([row("before")])
+        proxy.lose_reply_to(b"unique-marker")
+        results = await asyncio.gather(
+            *(appender.append([row(f"unique-marker-{number}")]) for number in range(count)), return_exceptions=True
+        )
+        assert {type(result) for result in results} == {ProduceUncertainError}
+        assert len({id(result) for result in results}) == count, "each caller has an exception of its own"
+        await appender.append([row("after")])
+
+    ids = await stored(database)
+    assert ids[0] == "before"
+    assert ids[-1] == "after"
+    assert len(ids) == len(set(ids)), "nothing was sent twice"
+
+
+@pytest.mark.parametrize("while_sending", [True, False])
+async def test_a_backend_that_is_terminated_costs_at_most_the_batch_it_had(database: str, while_sending: bool) -> None:
+    async with appending(database) as appender:
+        await appender.append([row("before")])
+        if while_sending:
+            async with log_locked(database):
+                call = asyncio.create_task(appender.append([row("lost")]))
+                await is_sent(appender)
+                connection = await asyncpg.connect(database)
+                await connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                )
+                await connection.close()
+                with pytest.raises(ProduceUncertainError):
+                    await call
+        else:
+            await terminate_appender(database)
+            # The connection may be found dead before or while something is sent on it; twice it is not.
+            with suppress(ProduceUncertainError):
+                await appender.append([row("lost")])
+        await appender.append([row("after")])
+
+    assert [id_ for id_ in await stored(database) if id_ != "lost"] == ["before", "after"]
+
+
+async def test_what_the_server_refuses_for_another_reason_is_told_to_all_and_nothing_is_stored(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE EXCEPTION 'disk full' USING ERRCODE = '53100'; END$$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON pgbackend.events FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    async with appending(database) as appender:
+        results = await asyncio.gather(*(appender.append([row(str(n))]) for n in range(3)), return_exceptions=True)
+        await connection.execute("DROP TRIGGER refuse ON pgbackend.events")
+        await appender.append([row("after")])
+    await connection.close()
+
+    assert all(isinstance(result, DatabaseError) and result.sqlstate == "53100" for result in results)
+    assert await stored(database) == ["after"]
+
+
+async def test_a_commit_that_was_not_confirmed_by_its_standby_is_uncertain(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE WARNING 'canceling the wait for replication' USING ERRCODE = '57014'; RETURN NULL; END$$;"
+        "CREATE TRIGGER warn AFTER INSERT ON pgbackend.events FOR EACH STATEMENT EXECUTE FUNCTION warn()"
+    )
+    async with appending(database) as appender:
+        with pytest.raises(ProduceUncertainError, match="standby"):
+            await appender.append([row("a")])
+        await connection.execute("DROP TRIGGER warn ON pgbackend.events")
+        await appender.append([row("b")])
+    await connection.close()
+
+
+async def test_close_answers_every_call_that_was_made_and_takes_no_more(database: str) -> None:
+    async with appending(database) as appender:
+        calls = [asyncio.create_task(appender.append([row(str(call))])) for call in range(50)]
+        await asyncio.sleep(0)
+        await appender.close()
+        assert all(call.done() for call in calls) or await asyncio.gather(*calls)
+        with pytest.raises(NotRunningError):
+            await appender.append([row("late")])
+        await asyncio.gather(*calls)
+
+    assert len(await stored(database)) == 50
+
+
+async def test_close_gives_up_on_a_server_that_is_away(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        call = asyncio.create_task(appender.append([row("a")]))
+        await asyncio.sleep(0)
+        await appender.close()
+        with pytest.raises(ConnectionLostError):
+            await call
+
+
+async def test_close_does_not_wait_longer_than_callers_do(database: str) -> None:
+    async with appending(database, timeout=0.3) as appender, log_locked(database):
+        call = asyncio.create_task(appender.append([row("a")]))
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        await appender.close()
+        assert time.monotonic() - began < 3
+        with pytest.raises(PgBackendError):
+            await call
+
+
+async def test_a_log_without_a_segment_for_the_next_position_gets_one_and_no_call_fails(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    name = await connection.fetchval(
+        "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'pgbackend.events'::regclass "
+        "ORDER BY length(inhrelid::regclass::text), 1 LIMIT 1"
+    )
+    bounds = await connection.fetchval(
+        f"SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = '{name}'::regclass"
+    )
+    await connection.execute(f"ALTER TABLE pgbackend.events DETACH PARTITION {name}")
+
+    async def attach() -> None:
+        await connection.execute(f"ALTER TABLE pgbackend.events ATTACH PARTITION {name} {bounds}")
+
+    async with appending(database) as appender:
+        appender._on_full = attach
+        await appender.append([row("a")])
+    await connection.close()
+
+    assert await stored(database) == ["a"]
