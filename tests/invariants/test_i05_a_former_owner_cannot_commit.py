@@ -51,7 +51,20 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
             await eventually("the other worker has settled everything", is_settled, 20)
             before = await observer.fetchrow(ROW)
             assert before and before["owner"] != former_owner
+            thawed_at = await observer.fetchval("SELECT clock_timestamp()")
             former.thaw()
+
+            async def has_renewed() -> bool:
+                # Not the first renewal, which lets it go on, but one that comes a third of a lease later.
+                return bool(
+                    await observer.fetchval(
+                        "SELECT heartbeat_at > $2::timestamptz + interval '0.5 s' FROM pgbackend.workers WHERE id = $1",
+                        former_owner,
+                        thawed_at,
+                    )
+                )
+
+            await eventually("the former owner is back", has_renewed, 20)
             # It drains, commits what it may, and gives up what it has.
             await former.stop()
             after = await observer.fetchrow(ROW)
