@@ -15,7 +15,7 @@ from tests.support.polling import eventually
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("order", ["none", "key"])
+@pytest.mark.parametrize("order", ["none", pytest.param("key", marks=pytest.mark.long)])
 async def test_an_hours_outage_of_a_target_buries_nothing_and_harms_no_other(
     database: str, long: bool, order: Order
 ) -> None:

@@ -74,7 +74,7 @@ async def test_offsets_are_committed_by_ctid_past_thousands_of_versions_that_a_s
     await holder.execute("SELECT count(*) FROM pgbackend.offsets")
     await observer.execute("""
         DO $$ BEGIN
-            FOR turn IN 1..20000 LOOP
+            FOR turn IN 1..5000 LOOP
                 UPDATE pgbackend.offsets SET completed_at = NULL;
                 COMMIT;
             END LOOP;
