@@ -24,7 +24,7 @@ demo: $(VENV)/.ready
 	@exec $(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.ready
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready
 	@$(BIN)/ruff check --quiet
