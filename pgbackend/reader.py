@@ -286,5 +286,6 @@ class Reader:
         if self._gaps.waiting:
             # Most appenders are over in a millisecond or two; one that is not costs a look every 25 ms.
             self._blocked_reads = 0 if progress else self._blocked_reads + 1
-            return min(0.001 * 1.5**self._blocked_reads, 0.025)
+            # Not beyond 8, where it is 25 ms: after 1,750 looks, 44 s, the power is no float any more.
+            return min(0.001 * 1.5 ** min(self._blocked_reads, 8), 0.025)
         return _OPEN_HOLE_POLL if self._gaps else None

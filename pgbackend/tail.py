@@ -43,7 +43,11 @@ class Tail:
         """The stream that covers the cursor's place and is farthest ahead; a new one when there is none."""
         # A strict cursor with holes below its place must see them filled first: no other's reader waits for those.
         alone = cursor.patient and bool(holes)
-        fitting = [s for s in self._streams if s.patient == cursor.patient and s.covers(cursor.position)]
+        fitting = [
+            s
+            for s in self._streams
+            if s.patient == cursor.patient and s.covers(cursor.position, with_holes=bool(holes))
+        ]
         if fitting and not alone:
             stream = max(fitting, key=lambda s: s.reader.position)
             stream.reader.adopt(holes)
@@ -54,18 +58,20 @@ class Tail:
             stream.task = self._tasks.create_task(stream.run(), name=f"stream from {cursor.position}")
         return stream
 
-    def better_than(self, stream: "Stream", position: int) -> bool:
+    def better_than(self, stream: "Stream", position: int, *, with_holes: bool) -> bool:
         """Whether another stream covers this place and is farther ahead, or as far and older."""
         for other in self._streams:
             if other is stream:
                 # The list is in order of age: those behind it are younger.
                 return any(
-                    s.patient == stream.patient and s.covers(position) and s.reader.position > stream.reader.position
+                    s.patient == stream.patient
+                    and s.covers(position, with_holes=with_holes)
+                    and s.reader.position > stream.reader.position
                     for s in self._streams
                 )
             if (
                 other.patient == stream.patient
-                and other.covers(position)
+                and other.covers(position, with_holes=with_holes)
                 and other.reader.position >= stream.reader.position
             ):
                 return True
@@ -86,6 +92,7 @@ class Stream:
         self.patient = patient
         self.cursors: set[Cursor] = set()
         self.task: asyncio.Task[None] | None = None
+        self.reading = False
         self._batches: deque[Batch] = deque()
         self._starts: deque[int] = deque()
         self._bytes = 0
@@ -101,8 +108,12 @@ class Stream:
         """The number that the next batch will have."""
         return self._first + len(self._batches)
 
-    def covers(self, position: int) -> bool:
-        """Whether a cursor at this place finds here all that follows it, without waiting for old history."""
+    def covers(self, position: int, *, with_holes: bool) -> bool:
+        """Whether a cursor at this place finds here all that follows it, in its order, without waiting for history."""
+        if with_holes:
+            # What has appeared in its holes is read in the next round. What was read before, and the round under way,
+            # may hold more of the same transactions, which must not come first.
+            return position == self.reader.position and not self.reading
         floor = self._starts[0] if self._starts else self.reader.position
         return floor <= position <= self.reader.position
 
@@ -149,6 +160,7 @@ class Stream:
             strokes = tail.hints.strokes
             start = self.reader.position
             prove = loop.time() >= next_proof
+            self.reading = True
             try:
                 batch = await self.reader.read(prove=prove)
             except SchemaError:
@@ -157,6 +169,8 @@ class Stream:
                 facts.emit("read failed", level=logging.WARNING, error=str(error))
                 await backoff.wait()
                 continue
+            finally:
+                self.reading = False
             backoff.reset()
             if prove:
                 next_proof = loop.time() + tail.poll_interval
@@ -234,7 +248,7 @@ class Cursor:
                 self.number += 1
                 stream.forget()
                 return batch
-            if not (self.patient and holes) and self._tail.better_than(stream, self.position):
+            if not (self.patient and holes) and self._tail.better_than(stream, self.position, with_holes=bool(holes)):
                 self._enter(holes)
                 continue
             await stream.published()

@@ -105,7 +105,7 @@ def test_once_every_open_appender_is_overdue_nothing_visible_is_held_back(
         # Each appender has been seen open by now; it is waited for once, not once for each of its holes.
         log.now += HOLE_WAIT
         for _ in range(waits):
-            for appender in log.appenders:
+            for appender in log.transactions:
                 if appender.locked and not appender.over and not appender.name.startswith("-1/"):
                     log.draw(appender)
             brief = log.begin()
@@ -241,6 +241,22 @@ def test_no_more_holes_are_passed_than_an_offset_can_carry() -> None:
     assert gaps.limit() == 2 * MAX_PENDING_RANGES + 1
     assert gaps.fill([1]) == [1]
     assert len(gaps.pass_overdue(clock, now=1.0)) == 1, "reading goes on as holes are resolved"
+
+
+def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
+    log = SimulatedLog()
+    for ends in (False, True):
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        if ends:
+            log.commit(appender)
+            log.unlock(appender)
+    reader = log.reader(patient=True)
+    waits = [finished(reader).again or 0.0 for _ in range(5000)]
+
+    assert max(waits) <= 0.025
+    assert waits[1:] == sorted(waits[1:])
 
 
 def test_a_patient_reader_passes_nothing() -> None:

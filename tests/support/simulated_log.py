@@ -44,7 +44,7 @@ class SimulatedLog:
         self.now = 0.0
         self.head = 0
         self.visible: dict[int, Appender] = {}
-        self.appenders: list[Appender] = []
+        self.transactions: list[Appender] = []
         self.clock = _SimulatedClock(self)
         self._names = 0
         self._page = page
@@ -54,7 +54,7 @@ class SimulatedLog:
 
     def begin(self) -> Appender:
         appender = Appender(self._name("3/"))
-        self.appenders.append(appender)
+        self.transactions.append(appender)
         return appender
 
     def _name(self, prefix: str) -> str:
@@ -63,10 +63,10 @@ class SimulatedLog:
 
     def act(self, number: int, action: int) -> None:
         """Some appender takes the step that it can take next."""
-        if not self.appenders or action == 0:
+        if not self.transactions or action == 0:
             self.begin()
             return
-        appender = self.appenders[number % len(self.appenders)]
+        appender = self.transactions[number % len(self.transactions)]
         if appender.over:
             self.unlock(appender)
         elif not appender.locked:
@@ -105,11 +105,11 @@ class SimulatedLog:
     def unlock(self, appender: Appender) -> None:
         assert appender.over
         appender.locked = False
-        self.appenders.remove(appender)
+        self.transactions.remove(appender)
 
     def settle_down(self) -> None:
         """Every appender comes to its end: every other one commits."""
-        for number, appender in enumerate(list(self.appenders)):
+        for number, appender in enumerate(list(self.transactions)):
             if not appender.over:
                 (self.commit if number % 2 else self.roll_back)(appender)
             self.unlock(appender)
@@ -117,7 +117,7 @@ class SimulatedLog:
     # What readers ask.
 
     def open_now(self) -> frozenset[str]:
-        return frozenset(appender.name for appender in self.appenders if appender.locked)
+        return frozenset(appender.name for appender in self.transactions if appender.locked)
 
     async def check(self) -> Evidence:
         upto = self.head
@@ -135,6 +135,9 @@ class SimulatedLog:
             page = []
         await self._step()
         return _events(late), _events(page), len(late) >= self._page or 0 < limit <= len(page)
+
+    async def appenders(self) -> tuple[str, ...]:
+        return tuple(sorted(self.open_now()))
 
     def reader(self, *, after: int = 0, holes: Iterable[tuple[int, int]] = (), patient: bool = False) -> Reader:
         return Reader(cast("Log", self), after=after, holes=holes, patient=patient)
