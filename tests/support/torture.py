@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 import asyncpg
 from cloudevents.core.v1.event import CloudEvent
 
-from pgbackend import Backend, Event, PgBackendError, ProduceUncertainError
+from pgbackend import Backend, Event, PgBackendError, ProduceUncertainError, Retry
 from pgbackend.ranges import RangeSet
 from tests.support.polling import eventually
 
@@ -65,6 +65,8 @@ class Torture:
     """The longest time between two events of a caller, in seconds."""
     delay: float = 0.002
     """The longest time a dispatch takes."""
+    failures: float = 0.05
+    """The share of dispatches that fail, and are tried again until they do not."""
     settings: Mapping[str, object] = field(default_factory=dict)
     seed: int = 1
     acknowledged: set[str] = field(default_factory=set)
@@ -152,6 +154,7 @@ class Torture:
                 self.unsettled = await connection.fetch(
                     "SELECT subscription, shard, position, pending::text, owner FROM pgbackend.offsets"
                     " WHERE position < (SELECT max(position) FROM pgbackend.events) OR NOT isempty(pending)"
+                    " OR EXISTS (SELECT FROM pgbackend.redeliveries)"
                 )
                 return not self.unsettled
 
@@ -183,14 +186,16 @@ class Torture:
             mine = [line for line in lines if line.subscription == name]
             ended = {line.id for line in mine if line.mark == "e"}
             lost[name] = sorted(stored - ended)
-            counts = Counter(line.id for line in mine if line.mark == "b")
+            counts = Counter(line.id for line in mine if line.mark == "b" and line.attempt == 1)
             doubled[name] = sum(count - 1 for count in counts.values())
             reordered[name] = _reordered(mine, str(options.get("order", "none")))
         again = [
             (line, seen)
             for seen in self.seen
             for line in lines[seen.notes :]
+            # What failed is settled for the offset as soon as it is in redelivery, and comes again as another attempt.
             if line.mark == "b"
+            and line.attempt == 1
             and line.subscription == seen.subscription
             and line.position <= seen.position
             and line.position not in seen.pending
@@ -269,6 +274,7 @@ class Torture:
             "dsn": self.dsn,
             "diary": str(self.diary),
             "delay": self.delay,
+            "failures": self.failures,
             "settings": dict(self.settings),
             "subscriptions": {name: {"start": "earliest", **options} for name, options in self.subscriptions.items()},
         }
@@ -291,7 +297,7 @@ class Verdict:
     lost: dict[str, list[str]]
     """By subscription: in the log, and never handled to the end."""
     doubled: dict[str, int]
-    """By subscription: how many dispatches were not the first of their event."""
+    """By subscription: how many first attempts were not the first of their event."""
     settled_and_dispatched_again: list[tuple[Line, Seen]]
     reordered: dict[str, list[tuple[Line, Line]]]
 
@@ -356,15 +362,18 @@ async def _work(job: dict[str, Any]) -> None:
         async def dispatch(event: Event) -> None:
             note("b", name, event)
             await asyncio.sleep(chance.random() * delay)
+            if chance.random() < job["failures"]:
+                raise RuntimeError("as it happens")
             note("e", name, event)
 
         return dispatch
 
+    retry = Retry(attempts=50, delay=0.02, max_delay=0.1)
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with Backend(job["dsn"], **job["settings"]) as backend:
         for name, options in job["subscriptions"].items():
-            await backend.subscribe(name, dispatcher(name), **options)
+            await backend.subscribe(name, dispatcher(name), retry=retry, **options)
         os.write(1, b"ready\n")
         await stopping.wait()
 
