@@ -55,6 +55,7 @@ class Load:
 async def test_an_appender_that_stays_open_delays_others_once_and_its_event_comes_when_it_commits(
     database: str, long: bool, prepared: bool
 ) -> None:
+    seconds = 60.0 if long else 2.5
     catch = Catch()
     producer = await asyncpg.connect(database)
     async with Backend(database, hole_wait=HOLE_WAIT) as backend:
@@ -65,7 +66,7 @@ async def test_an_appender_that_stays_open_delays_others_once_and_its_event_come
             await producer.execute(INSERT, "late")
             if prepared:
                 await producer.execute("PREPARE TRANSACTION 'late'")
-            await load.runs_for(60.0 if long else 4.0)
+            await load.runs_for(seconds)
             await producer.execute("COMMIT PREPARED 'late'" if prepared else "COMMIT")
             committed = time.monotonic()
             await catch.has("late", timeout=5)
@@ -77,7 +78,7 @@ async def test_an_appender_that_stays_open_delays_others_once_and_its_event_come
     late = catch.at["late"] - committed
     waited = sum(delay > 0.1 for delay in delays)
     report(
-        f"{len(delays)} events beside an appender open for {60 if long else 4} s, hole_wait {HOLE_WAIT} s: "
+        f"{len(delays)} events beside an appender open for {seconds:g} s, hole_wait {HOLE_WAIT} s: "
         f"median {delays[len(delays) // 2] * 1000:.1f} ms, {waited} took over 100 ms, the longest "
         f"{delays[-1] * 1000:.0f} ms; its own event came {late * 1000:.0f} ms after its commit"
     )
@@ -172,7 +173,7 @@ async def test_an_idle_transaction_elsewhere_delays_nobody(database: str) -> Non
     await other.close()
 
 
-@pytest.mark.parametrize("order", ["none", "key", "strict"])
+@pytest.mark.parametrize("order", ["none", pytest.param("key", marks=pytest.mark.long), "strict"])
 async def test_more_holes_than_an_offset_may_list_hold_the_reader_back_and_lose_nothing(
     database: str, order: Order
 ) -> None:

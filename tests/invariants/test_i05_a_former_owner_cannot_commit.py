@@ -18,7 +18,9 @@ ROW = "SELECT owner, epoch, position, pending::text FROM pgbackend.offsets"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["none", pytest.param("key", marks=pytest.mark.long), "strict"])
+@pytest.mark.parametrize(
+    "order", ["none", *(pytest.param(order, marks=pytest.mark.long) for order in ("key", "strict"))]
+)
 async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterwards(
     database: str, tmp_path: Path, order: str
 ) -> None:

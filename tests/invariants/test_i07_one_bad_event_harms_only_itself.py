@@ -62,7 +62,7 @@ async def test_an_hours_outage_of_a_target_buries_nothing_and_harms_no_other(
     assert sorted(dead.ids) == sorted(ids)
 
 
-@pytest.mark.parametrize("order", ["none", "key"])
+@pytest.mark.parametrize("order", ["none", pytest.param("key", marks=pytest.mark.long)])
 async def test_a_run_of_bad_events_does_not_stop_the_good_ones(database: str, order: Order) -> None:
     catch = Catch(fails=lambda event: event.id.startswith("bad"))
     good = [f"good {number}" for number in range(50)]

@@ -34,7 +34,7 @@ async def is_taken_in(connection: "asyncpg.Connection[asyncpg.Record]", pid: int
 
     async def rests() -> bool:
         seen.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
-        return len(seen) > 20 and len(set(seen[-20:])) == 1 and await connection.fetchval(
+        return len(seen) > 12 and len(set(seen[-12:])) == 1 and await connection.fetchval(
             "SELECT bool_and(owner IS NOT NULL) FROM pgbackend.offsets"
         )  # fmt: skip
 
