@@ -100,6 +100,7 @@ class Stream:
         self._published = asyncio.Event()
         self._demand = asyncio.Event()
         self._blocked_since: float | None = None
+        self._blocked_at = -1
         self.blocked = False
         """Whether an appender holds the reader back for longer than `hole_wait`."""
 
@@ -185,8 +186,10 @@ class Stream:
             self._blocked_since = None
             self.blocked = False
             return
-        if self._blocked_since is None:
-            self._blocked_since = now
+        if self._blocked_since is None or self._blocked_at != self.reader.position:
+            # Under load it always waits for somebody, each for a moment: held back is who does not move.
+            self._blocked_since, self._blocked_at = now, self.reader.position
+            self.blocked = False
         if self.blocked or now - self._blocked_since <= self._tail.log.clock.hole_wait:
             return
         self.blocked = True

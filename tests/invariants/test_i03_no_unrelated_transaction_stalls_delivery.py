@@ -13,7 +13,7 @@ from pgbackend.model import Order
 from tests.support.catch import Catch, make_event
 from tests.support.figures import report
 from tests.support.polling import eventually
-from tests.support.producers import INSERT
+from tests.support.producers import INSERT, Crowd
 
 HOLE_WAIT = 0.5
 
@@ -208,3 +208,15 @@ async def test_more_holes_than_an_offset_may_list_hold_the_reader_back_and_lose_
     assert len(catch.ids) == 3000
     if order == "strict":
         assert catch.positions == sorted(catch.positions)
+
+
+async def test_many_short_appenders_are_not_taken_for_one_that_stays_open(database: str) -> None:
+    """There is always somebody whom the reader waits for, but nobody for long: no reason for a warning."""
+    crowd, catch = Crowd(database, producers=12, transactions=60, pause=0.03), Catch()
+    with facts.Recorder() as recorder:
+        async with Backend(database, hole_wait=0.3) as backend:
+            await backend.subscribe("billing", catch)
+            await crowd.run()
+            await catch.has(*crowd.committed)
+
+    assert not recorder.all("reading waits for an open transaction")
