@@ -138,6 +138,7 @@ async def test_a_worker_without_shards_notices_another_life_of_the_server(databa
             await recorder.wait("lease claimed")
             async with Backend(database, **SETTINGS) as idle:
                 await idle.subscribe("s", catch)
+                await recorder.wait("worker started", count=2)
                 # As a crash does: the table is empty.
                 connection = await asyncpg.connect(database)
                 await connection.execute("TRUNCATE pgbackend.incarnation")
@@ -168,7 +169,7 @@ async def test_another_worker_takes_over_at_once_when_one_stops(database: str) -
 
 async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
-    async with Worker(database, ledger, subscription="s", settings=SETTINGS) as worker:
+    async with Worker(database, ledger, subscription="s", settings=SETTINGS) as worker:  # noqa: SIM117 - its exit
         async with Backend(database, **SETTINGS) as backend:
 
             async def is_claimed() -> bool:

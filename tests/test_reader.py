@@ -220,7 +220,7 @@ async def test_a_page_of_large_data_is_bounded_and_nothing_is_left_out(log: Log,
     count = 40
     await sql.execute(LARGE, [str(n) for n in range(count)], data)
     reader = Reader(log, after=0)
-    batches = []
+    batches: list[Batch] = []
     while sum(len(batch.events) for batch in batches) < count:
         batches.append(await reader.read())
         assert batches[-1].size <= PAGE_BYTES + 10_000_000
