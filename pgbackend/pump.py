@@ -136,7 +136,8 @@ class Pump:
         """The same for the dead-letter dispatcher: a target that is down does not hold them."""
         self._parked: dict[object, deque[Event]] = {}
         self._handed_over: dict[int, int] = {}
-        """Positions at work that came from `redeliveries`, with their sizes, until their outcome is committed."""
+        """Positions that are at work from `redeliveries`, or on their way there, with their sizes, until what became
+        of them is committed. Not to be taken again meanwhile: a row can be seen before its commit is answered."""
         self._letters_out: dict[int, int] = {}
         """The same of dead letters that were sent again, by their ids."""
         self._idle: list[asyncio.Future[None]] = []
@@ -145,6 +146,8 @@ class Pump:
         self._timers: set[asyncio.TimerHandle] = set()
         self._due_times: list[float] = []
         self._active: dict[int, Event] = {}
+        """What is being dispatched: by position, and letters by their negative ids, because after a seek an event may
+        be at work as both."""
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
         self._ended = False
@@ -232,6 +235,8 @@ class Pump:
                 self._note(self.shard)
             cursor.advance(batch.upto)
             self._ended = end is not None and batch.upto >= end - 1 and not window.holes
+        # Or its stream would keep for it, up to the whole buffer, what it never takes.
+        cursor.close()
 
     def _before_end(self, hole: tuple[int, int]) -> tuple[int, int]:
         end = self.registration.end_position
@@ -371,7 +376,7 @@ class Pump:
 
     def take_due(self, event: Event, letter: int | None) -> None:
         """Take an event that is due again."""
-        if self._stopping:
+        if self._stopping or (letter is None and event.position in self._handed_over):
             return
         if letter is not None:
             self._letters_out[letter] = size_of(event)
@@ -462,7 +467,7 @@ class Pump:
                 if self._room is not None:
                     self._make_room()
             finally:
-                active.pop(position, None)
+                del active[position]
                 if self._stopping and not active:
                     self._quiet.set()
 
@@ -527,7 +532,8 @@ class Pump:
             assert event.failure is not None  # noqa: S101 - only those have none
             self._done(again, Buried(position=event.position, failure=event.failure))
             return
-        self._active[event.position] = event
+        slot = event.position if again.letter is None else -again.letter
+        self._active[slot] = event
         try:
             await dispatch(event)
         except asyncio.CancelledError:
@@ -544,7 +550,7 @@ class Pump:
             else:
                 self._done(again, Forgotten(position=event.position))
         finally:
-            self._active.pop(event.position, None)
+            del self._active[slot]
             if self._stopping and not self._active:
                 self._quiet.set()
 
@@ -640,6 +646,8 @@ class Pump:
             # In ordered modes a failed event has a row to be forgotten; otherwise a first failure leaves one behind.
             if self._ordered or not isinstance(outcome, Forgotten):
                 self.shard.note(outcome)
+            if not self._ordered and isinstance(outcome, Scheduled):
+                self._handed_over[event.position] = size_of(event)
             self.shard.window.settle(event.position)
             if self._ordered:
                 self._vacate(event)

@@ -185,6 +185,18 @@ async def test_an_end_position_is_exclusive_and_completes_the_subscription(log: 
     assert status.shards[0].position == 5
 
 
+async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_memory(log: Backend) -> None:
+    await log.subscribe("s", Catch(), start="earliest", end=6)
+    await is_complete(log)
+
+    async def reads_no_more() -> bool:
+        assert log._worker
+        assert log._worker._tail
+        return not log._worker._tail._streams
+
+    await eventually("nothing is read for it", reads_no_more)
+
+
 async def test_an_end_position_ahead_of_the_log_is_waited_for(log: Backend) -> None:
     catch = Catch()
     await log.subscribe("s", catch, end=13, order="strict")
