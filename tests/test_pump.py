@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, Reject, Retry, RetryAfter
+from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from pgbackend.health import FAILURES_IN_A_ROW
 from tests.support.catch import Catch, make_event
@@ -670,3 +671,78 @@ async def test_a_plain_insert_is_dispatched_like_any_other_event(database: str) 
         await producer.execute(INSERT, "plain")
         await catch.has("plain", timeout=3)
     await producer.close()
+
+
+@pytest.mark.parametrize("dead_letter", [False, True])
+async def test_an_event_found_due_before_its_commit_is_answered_is_dispatched_once(
+    database: str, monkeypatch: pytest.MonkeyPatch, dead_letter: bool
+) -> None:
+    """The row can be seen from its commit on; the worker that scheduled it hears of that later."""
+    fetch = Database.fetch
+
+    async def answered_late(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        rows = await fetch(self, statement, *args, **options)
+        if "commit_by_key" in statement:
+            assert backend._worker is not None
+            backend._worker.redeliver_soon()
+            await asyncio.sleep(0.1)
+        return rows
+
+    monkeypatch.setattr(Database, "fetch", answered_late)
+    tries: list[int] = []
+
+    async def second(event: Event) -> None:
+        tries.append(event.attempt)
+        await asyncio.sleep(0.3)
+
+    async def first(event: Event) -> None:
+        if dead_letter:
+            raise Reject("no")
+        if event.attempt == 1:
+            raise RuntimeError("not yet")
+        await second(event)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", first, retry=AT_ONCE, dead_letter=second if dead_letter else None)
+        await produce(backend, "a")
+        await settled(backend)
+
+    assert tries == [1 if dead_letter else 2]
+
+
+async def test_unsubscribe_waits_for_a_letter_whose_event_is_at_work_as_well(database: str) -> None:
+    """After a seek, an event may be at work from the log and from its dead letter at once."""
+    gates = [asyncio.Event(), asyncio.Event()]
+    started, ended = 0, 0
+
+    async def dispatch(event: Event) -> None:
+        nonlocal started, ended
+        started += 1
+        if started == 1:
+            raise Reject("no")
+        await gates[started - 2].wait()
+        ended += 1
+
+    async def reached(count: int) -> None:
+        async def has_started() -> bool:
+            return started >= count
+
+        await eventually(f"{count} dispatches", has_started)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", dispatch)
+        await produce(backend, "a")
+        await letters(backend, 1)
+        await backend.seek("s", "earliest")
+        await reached(2)
+        await backend.redeliver(subscription="s")
+        await reached(3)
+        gates[0].set()
+        await settled(backend)
+        unsubscribing = asyncio.create_task(backend.unsubscribe("s"))
+        await asyncio.wait({unsubscribing}, timeout=0.3)
+        assert not unsubscribing.done()
+        gates[1].set()
+        await unsubscribing
+
+    assert ended == 2
