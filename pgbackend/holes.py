@@ -182,7 +182,8 @@ class Gaps:
         for gap in self._gaps:
             if gap.passed:
                 continue
-            if gap.blockers is None or room <= 0:
+            # Nobody is left to fill it: what it has comes with the next reads, before what is behind it.
+            if not gap.blockers or room <= 0:
                 break
             if not all(clock.is_overdue(name, now=now) for name in gap.blockers):
                 break

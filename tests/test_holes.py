@@ -268,3 +268,25 @@ def test_a_patient_reader_passes_nothing() -> None:
 
     assert gaps.pass_overdue(clock, now=99.0) == []
     assert gaps.limit() == 1
+
+
+def test_a_long_transaction_that_has_ended_is_read_to_its_end_before_what_comes_behind_it() -> None:
+    """It fills more than a page: after the first, nobody holds the rest open, but it is all to be read."""
+    log = SimulatedLog(page=PAGE)
+    bulk, brief = log.begin(), log.begin()
+    bulk.locked = brief.locked = True
+    for _ in range(3 * PAGE):
+        log.draw(bulk)
+    log.draw(brief)
+    log.commit(brief)
+    log.unlock(brief)
+    reader = log.reader()
+    seen: list[int] = []
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        assert finished(reader).positions == []
+        log.commit(bulk)
+        log.unlock(bulk)
+        for _ in range(4):
+            seen += finished(reader).positions
+
+    assert seen == sorted(log.visible)
