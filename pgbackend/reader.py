@@ -25,6 +25,7 @@ from pgbackend.sql import load
 from pgbackend.sql.statements import HolesSql, LogSql
 
 PAGE_EVENTS = 1000
+"""As the statements in log.sql have it."""
 PAGE_BYTES = 16 << 20
 """Large data in one page; what is beyond it is read with the next."""
 _HELD_EVENTS = 5000
@@ -131,24 +132,22 @@ class Log:
         begun = [row["xact_start"] for row in await self.database.fetch(self._holes_sql.describe_appenders)]
         return None if None in begun else min(begun, default=None)
 
-    async def read(self, *, after: int, limit: int, holes: RangeSet) -> tuple[list[Event], list[Event], bool]:
-        """What appeared in `holes`, what is above `after` (at most `limit`), and whether there is more to read.
+    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> tuple[list[Event], list[Event], bool]:
+        """What appeared in `holes`, what is above `after` (unless not `page`), and whether there is more to read.
 
         When the holes have more than a page, nothing of what is above them is returned.
         """
         if holes:
-            rows = await self.database.fetch(
-                self.sql.read_page_and_holes, after, limit, self._incarnation, str(holes), PAGE_EVENTS
-            )
+            rows = await self.database.fetch(self.sql.read_page_and_holes, after, self._incarnation, str(holes), page)
         else:
-            rows = await self.database.fetch(self.sql.read_page, after, limit, self._incarnation)
+            rows = await self.database.fetch(self.sql.read_page, after, self._incarnation)
         if not rows:
             await self.verify_incarnation()
             return [], [], False
         split = next((i for i, row in enumerate(rows) if row[_POSITION] > after), len(rows)) if holes else 0
         if split >= PAGE_EVENTS:
             rows = rows[:split]
-        full = split >= PAGE_EVENTS or 0 < limit <= len(rows) - split
+        full = split >= PAGE_EVENTS or len(rows) - split >= PAGE_EVENTS
         events = [Event(row, row[_POSITION], row[_RECORDED_AT]) for row in rows]
         stubs = [(i, row[_BYTES]) for i, row in enumerate(rows) if row[_DATA] is None and row[_BYTES] is not None]
         if stubs:
@@ -210,9 +209,7 @@ class Reader:
             evidence = await self._log.check()
             self._gaps.narrow(evidence)
         room = len(self._held) < _HELD_EVENTS and self._held_bytes < _HELD_BYTES
-        late, page, more = await self._log.read(
-            after=self._top, limit=PAGE_EVENTS if room else 0, holes=self._gaps.ranges()
-        )
+        late, page, more = await self._log.read(after=self._top, holes=self._gaps.ranges(), page=room)
         # After the read: what is still missing now, and has nobody left to fill it, is dead.
         passed = set(self._gaps.fill([event.position for event in late])) if late else set()
         closed = self._gaps.bury() if self._gaps and not (late and more) else []

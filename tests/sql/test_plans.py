@@ -88,7 +88,7 @@ async def connection(request: pytest.FixtureRequest, backlog: str) -> AsyncItera
 @pytest.mark.parametrize("after", [0, 5_000, 9_995_000, 19_999_000, 20_056_000], ids=lambda after: f"after {after}")
 async def test_a_page_is_read_in_the_order_of_the_primary_key(connection: Any, after: int) -> None:
     incarnation = await connection.fetchval(LOG.find_incarnation)
-    plan = await explain(connection, LOG.read_page, after, 1000, incarnation)
+    plan = await explain(connection, LOG.read_page, after, incarnation)
 
     # Near the log's end, where less than a page is left, sorting that little is as good.
     assert all(node["Actual Rows"] < 1000 for node in nodes(plan, "Sort", "Incremental Sort"))
@@ -102,7 +102,7 @@ async def test_a_page_is_read_in_the_order_of_the_primary_key(connection: Any, a
 async def test_a_page_with_open_holes_reads_only_the_holes_and_the_page(connection: Any, after: int) -> None:
     incarnation = await connection.fetchval(LOG.find_incarnation)
     holes = "{" + ",".join(f"[{start},{start + 2})" for start in range(1_000_000, 1_002_000, 20)) + "}"
-    plan = await explain(connection, LOG.read_page_and_holes, after, 1000, incarnation, holes, 1000)
+    plan = await explain(connection, LOG.read_page_and_holes, after, incarnation, holes, True)
 
     assert scans_of_events(plan) == {"Index Scan"}
     # What appeared in holes is put in order; the page comes in order by itself.

@@ -127,14 +127,14 @@ class SimulatedLog:
         await self._step()
         return Evidence(upto, appenders, None)
 
-    async def read(self, *, after: int, limit: int, holes: RangeSet) -> tuple[list[Event], list[Event], bool]:
+    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> tuple[list[Event], list[Event], bool]:
         await self._step()
         late = [position for position in sorted(self.visible) if position in holes][: self._page]
-        page = [position for position in sorted(self.visible) if position > after][:limit]
+        above = [position for position in sorted(self.visible) if position > after][: self._page] if page else []
         if len(late) >= self._page:
-            page = []
+            above = []
         await self._step()
-        return _events(late), _events(page), len(late) >= self._page or 0 < limit <= len(page)
+        return _events(late), _events(above), len(late) >= self._page or len(above) >= self._page
 
     async def appenders(self) -> tuple[str, ...]:
         return tuple(sorted(self.open_now()))
