@@ -133,8 +133,9 @@ class Stream:
         await self._published.wait()
 
     def forget(self) -> None:
-        """Drop the batches that every cursor has taken."""
-        oldest = min((cursor.number for cursor in self.cursors), default=self.next)
+        """Drop the batches that every cursor has taken. One that has fallen behind takes none of these any more."""
+        numbers = (cursor.number for cursor in self.cursors)
+        oldest = min((number for number in numbers if number >= self._first), default=self.next)
         while self._batches and self._first < oldest:
             self._shift()
 

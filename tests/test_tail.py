@@ -192,3 +192,26 @@ async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_
                     assert stream._bytes <= 6 * EVENT_BYTES
             quick.cursor.close()
             idle.cursor.close()
+
+
+async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
+    """What it would need next is forgotten; the rest is of no use to it any more."""
+    log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
+    for _ in range(60):
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        log.commit(appender)
+        log.unlock(appender)
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        async with asyncio.TaskGroup() as tasks:
+            tail = make_tail(log, tasks, buffer_events=6)
+            quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
+            async with asyncio.timeout(5):
+                await asyncio.gather(idle.take(), quick.take())
+                while not await quick.has_all():
+                    await quick.take()
+            (stream,) = tail._streams
+            assert len(stream._batches) <= 1, "but for one that may just have been read"
+            quick.cursor.close()
+            idle.cursor.close()
