@@ -168,6 +168,11 @@ class Pump:
             self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
             if self.registration.end_position is not None or self.registration.end_at is not None:
                 tasks.create_task(self._finish(), name=f"finish {name}")
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                # Before its workers are cancelled: one whose dispatcher swallows that finds it here, and ends.
+                self._stopping = True
 
     async def drain(self, timeout: float) -> None:
         """Begin nothing more; return once nothing is being dispatched, after `timeout` seconds at the latest.
@@ -412,7 +417,9 @@ class Pump:
         """A standing worker: takes one event after the other. A task an event would cost 6 µs each."""
         shard, ready = self.shard, self._ready
         while True:
-            if self._stopping or not (ready or self._again or self._letters):
+            if self._stopping:
+                return
+            if not (ready or self._again or self._letters):
                 await self._wait()
             elif not shard.may_dispatch():
                 # Paused, not lost: the heartbeat says which within moments.
@@ -432,19 +439,24 @@ class Pump:
 
     async def _deliver(self) -> None:
         """The straight way: dispatch what is ready, until something else wants to be done."""
-        shard, window, ready = self.shard, self.shard.window, self._ready
-        health, dispatch, ordered, active = self.registration.health, self._dispatch, self._ordered, self._active
-        tenure = shard.tenure
+        shard, window, tenure = self.shard, self.shard.window, self.shard.tenure
+        ready, again, letters, active = self._ready, self._again, self._letters, self._active
+        health, dispatch, ordered = self.registration.health, self._dispatch, self._ordered
+        if len(ready) > 1:
+            # One wakes the next, so that all are at work when dispatching takes time, and one when it does not.
+            self._wake()
         breath = monotonic() + _BREATH
-        while ready and not self._detour and (now := monotonic()) < tenure.valid_until:
+        while (
+            ready
+            and not (again or letters or health.down or self._stopping)
+            and (now := monotonic()) < tenure.valid_until
+        ):
             if now > breath:
                 # A dispatcher that never waits for anything must not keep commits and other subscriptions waiting.
                 await asyncio.sleep(0)
                 breath = monotonic() + _BREATH
                 continue
             event = ready.popleft()
-            if ready and (self._idle or self._spare):
-                self._wake()
             position = event.position
             active[position] = event
             try:
@@ -470,11 +482,6 @@ class Pump:
                 del active[position]
                 if self._stopping and not active:
                     self._quiet.set()
-
-    @property
-    def _detour(self) -> bool:
-        """Whether a worker has anything else to do than the next ready event."""
-        return bool(self._stopping or self._again or self._letters or self.registration.health.down)
 
     def _make_room(self) -> None:
         if self._room is not None and not self._room.done():
