@@ -31,6 +31,8 @@ from pgbackend.window import Window
 
 _ROUND = 1.0
 """Seconds between two rounds of claiming, at most: a dead worker's shards do not wait for a long `poll_interval`."""
+_CANCEL_TIMEOUT = 1.0
+"""Seconds that dispatchers which are cancelled have to end, before their events go to the next owner."""
 _COMMIT_TIMEOUT = 5.0
 """Seconds that the last commit may take at least, however short the time to drain."""
 _EXTEND = 5.0
@@ -280,11 +282,17 @@ class Worker:
 
     async def _retire(self, epochs: Iterable[int]) -> None:
         """Drain these pumps together, commit, and give their shards up."""
-        leaving = [(epoch, *self._pumps[epoch]) for epoch in epochs]
+        # One may just have gone: two reasons to give a shard up, an end of the lease and of the subscription, may meet.
+        leaving = [(epoch, *self._pumps[epoch]) for epoch in epochs if epoch in self._pumps]
         for _, pump, _ in leaving:
             self._retiring[pump.registration.name] = self._retiring.get(pump.registration.name, 0) + 1
         try:
             await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for _, pump, _ in leaving))
+            for _, _, task in leaving:
+                task.cancel()
+            if leaving:
+                # Before the shards are given up: the next owner should not dispatch beside those that are cut short.
+                await asyncio.wait({task for _, _, task in leaving}, timeout=_CANCEL_TIMEOUT)
             try:
                 async with asyncio.timeout(max(self._settings.drain_timeout, _COMMIT_TIMEOUT)):
                     await self._committer.run_once()
@@ -292,9 +300,8 @@ class Worker:
             except (DatabaseError, TimeoutError, IncarnationChanged) as error:
                 # Others take over when this worker is gone; what was not committed is dispatched again.
                 facts.emit("release failed", level=logging.WARNING, error=str(error))
-            for epoch, pump, task in leaving:
+            for epoch, pump, _ in leaving:
                 pump.lose()
-                task.cancel()
                 self._pumps.pop(epoch, None)
                 facts.emit("lease released", subscription=pump.registration.name, shard=pump.shard.lease.shard)
             await asyncio.gather(*(task for _, _, task in leaving), return_exceptions=True)

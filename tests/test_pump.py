@@ -746,3 +746,39 @@ async def test_unsubscribe_waits_for_a_letter_whose_event_is_at_work_as_well(dat
         await unsubscribing
 
     assert ended == 2
+
+
+@pytest.mark.parametrize("how", ["returns", "raises"])
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_dispatcher_that_swallows_its_cancellation_holds_nothing_up_and_gets_nothing_more(
+    database: str, how: str, at_once: bool
+) -> None:
+    begun: list[str] = []
+
+    async def stubborn(event: Event) -> None:
+        begun.append(event.id)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if how == "raises":
+                raise OSError("interrupted") from None
+
+    backend = Backend(database, drain_timeout=60.0 if at_once else 0.05)
+    await backend.init()
+    await backend.subscribe("s", stubborn, concurrency=1)
+    await produce(backend, "a", "b")
+    starting = asyncio.create_task(backend.start())
+
+    async def has_begun() -> bool:
+        return bool(begun)
+
+    await eventually("a dispatch", has_begun)
+    async with asyncio.timeout(10):
+        starting.cancel()
+        if at_once:
+            await asyncio.sleep(0)
+            starting.cancel()
+        await asyncio.wait({starting})
+        await backend.stop()
+
+    assert begun == ["a"]

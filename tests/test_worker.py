@@ -1,0 +1,74 @@
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from pgbackend import Backend, Event
+from pgbackend.facts import Recorder
+from pgbackend.leases import Leases
+from tests.support.catch import Catch, make_event
+
+SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.2}
+
+
+async def test_unsubscribing_a_subscription_whose_lease_has_just_been_given_up_harms_nothing(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost shard is just being ended, and its pump goes between the look at what there is to end and its end."""
+    release = Leases.release
+    unsubscribing: list[asyncio.Task[None]] = []
+
+    async def unsubscribed_meanwhile(self: Leases, epochs: Sequence[int]) -> None:
+        await release(self, epochs)
+        if epochs == [] and lost and not unsubscribing:
+            unsubscribing.append(asyncio.create_task(backend.unsubscribe("s")))
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Leases, "release", unsubscribed_meanwhile)
+    lost = False
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", Catch())
+            await recorder.wait("lease claimed")
+            worker = backend._worker
+            assert worker is not None
+            ((pump, _),) = worker._pumps.values()
+            lost = True
+            worker._on_lost(pump.shard)
+            await recorder.wait("lease released")
+            await unsubscribing[0]
+            catch = Catch()
+            await backend.subscribe("t", catch)
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+    assert backend._worker is None
+
+
+async def test_a_dispatcher_that_is_cancelled_has_ended_before_its_shard_is_given_up(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next owner would dispatch the event beside it."""
+    release = Leases.release
+    order: list[str] = []
+    begun = asyncio.Event()
+
+    async def recorded(self: Leases, epochs: Sequence[int]) -> None:
+        if epochs:
+            order.append("given up")
+        await release(self, epochs)
+
+    async def endless(_: Event) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            order.append("cancelled")
+
+    monkeypatch.setattr(Leases, "release", recorded)
+    async with Backend(database, drain_timeout=0.1, **SETTINGS) as backend:
+        await backend.subscribe("s", endless)
+        await backend.produce(make_event("a"))
+        await begun.wait()
+
+    assert order == ["cancelled", "given up"]
