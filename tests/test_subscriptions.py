@@ -318,6 +318,32 @@ async def test_deleting_forgets_everything_and_the_name_begins_anew(log: Backend
     assert catch.ids == ["10"]
 
 
+async def test_deleting_waits_for_a_commit_elsewhere_and_does_not_lock_itself_with_it(
+    backend: Backend, database: str
+) -> None:
+    """A commit holds the offset's row when it comes to refer to the subscription's, in its redeliveries."""
+    await backend.subscribe("s", Catch())
+    await backend.produce(make_event("a"))
+    commit, other = await asyncpg.connect(database), await asyncpg.connect(database)
+
+    async def somebody_waits() -> bool:
+        return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    async with commit.transaction():
+        await commit.execute("UPDATE pgbackend.offsets SET position = 1")
+        deleting = asyncio.create_task(backend.delete_subscription("s"))
+        await eventually("the deletion waits for the commit", somebody_waits)
+        await commit.execute(
+            "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error) "
+            "VALUES ('s', 1, 0, 1, now(), 'failed')"
+        )
+    await deleting
+    await commit.close()
+    await other.close()
+
+    assert (await backend.status()).subscriptions == ()
+
+
 async def test_deleting_what_runs_elsewhere_ends_it_there(log: Backend, database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:

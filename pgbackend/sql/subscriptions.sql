@@ -52,8 +52,18 @@ WHERE stored.subscription = locked.subscription
 RETURNING stored.shard;
 
 -- name: delete_subscription
+-- With all that refers to it. Its offsets are locked first, as a commit does that schedules redeliveries: the other way
+-- round each would wait for the other.
+WITH locked AS (
+    SELECT subscription
+    FROM {schema}.offsets
+    WHERE subscription = $1
+    ORDER BY subscription, shards, shard
+    FOR UPDATE
+)
 DELETE FROM {schema}.subscriptions
 WHERE name = $1
+    AND (SELECT count(*) FROM locked) >= 0
 RETURNING name;
 
 -- name: list_status
