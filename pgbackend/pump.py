@@ -480,7 +480,7 @@ class Pump:
                     self._make_room()
             finally:
                 del active[position]
-                if self._stopping and not active:
+                if not active and self.retiring:
                     self._quiet.set()
 
     def _make_room(self) -> None:

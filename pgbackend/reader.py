@@ -166,7 +166,9 @@ class Log:
                 break
             total += size
             wanted.append(rows[index][_POSITION])
-        found = {row[0]: row[1] for row in await self.database.fetch(self.sql.read_data, wanted)}
+        found = {row[0]: row[1] for row in await self.database.fetch(self.sql.read_data, wanted, self._incarnation)}
+        if not found:
+            await self.verify_incarnation()
         for index, _ in stubs:
             row = rows[index]
             if index < kept and (data := found.get(row[_POSITION])) is not None:

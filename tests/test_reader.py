@@ -247,6 +247,24 @@ async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_
     assert seen == [str(n) for n in range(31)]
 
 
+async def test_an_event_never_gets_its_large_data_from_another_life_of_the_server(
+    log: Log, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large data is read in a second step. After a crash between the two, the position may be another event's."""
+    fetch = Database.fetch
+
+    async def crash_between(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        if "read_data" in statement:
+            await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+        return await fetch(self, statement, *args, **options)
+
+    await sql.execute(LARGE, ["a"], b"x" * 20_000)
+    monkeypatch.setattr(Database, "fetch", crash_between)
+
+    with pytest.raises(IncarnationChanged):
+        await Reader(log, after=0).read()
+
+
 async def test_in_another_life_of_the_server_a_reader_stops(log: Log, sql: Any) -> None:
     await sql.execute(INSERT, "a")
     reader = Reader(log, after=0)

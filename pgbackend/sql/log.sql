@@ -78,10 +78,12 @@ UNION ALL
 ORDER BY position;
 
 -- name: read_data
--- The data of single events, for those whose data a page left behind.
+-- The data of single events, for those whose data a page left behind. Nothing when the incarnation is another one by now:
+-- their positions may have been given out again.
 SELECT position, data
 FROM {schema}.events
-WHERE position = ANY ($1::bigint[]);
+WHERE position = ANY ($1::bigint[])
+    AND (SELECT id FROM {schema}.incarnation) = $2;
 
 -- name: find_position
 -- The first event at or above a position, and when it was recorded: one step of a search by time.
