@@ -78,8 +78,8 @@ UNION ALL
 ORDER BY position;
 
 -- name: read_data
--- The data of single events, for those whose data a page left behind. Nothing when the incarnation is another one by now:
--- their positions may have been given out again.
+-- The data of single events, for those whose data a page left behind. Nothing when the incarnation is another one by
+-- now: their positions may have been given out again.
 SELECT position, data
 FROM {schema}.events
 WHERE position = ANY ($1::bigint[])
