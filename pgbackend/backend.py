@@ -18,6 +18,7 @@ Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up 
 """
 
 import asyncio
+import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -427,6 +428,8 @@ class Backend:
         _check_subscription(name, dispatcher, end=end, order=order, concurrency=concurrency, shards=shards, start=start)
         if not isinstance(retry, Retry):
             raise ConfigError(f"retry is {retry!r}: expected a Retry.")
+        if filter is not None and (not callable(filter) or inspect.iscoroutinefunction(filter)):
+            raise ConfigError(f"filter is {filter!r}: expected a plain function of the event, or one of filters.")
         if dead_letter is not None and not callable(dead_letter):
             raise ConfigError(f"dead_letter is {dead_letter!r}: expected a function that takes an event.")
         parts = self._use()

@@ -217,7 +217,7 @@ def test_a_setting_that_cannot_be_is_refused_before_any_connection(setting: dict
         {"start": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
         {"end": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
         {"end": 0}, {"end": "latest"}, {"retry": 5}, {"dead_letter": "nobody"}, {"start": -1},
-        {"name": "lone \ud800"},
+        {"name": "lone \ud800"}, {"filter": "type = 'a'"}, {"filter": asyncio.sleep},
     ],
     ids=ascii,
 )  # fmt: skip
