@@ -80,6 +80,8 @@ class Registration:
     end_position: int | None
     end_at: datetime | None
     health: TargetHealth = field(init=False)
+    probing: bool = field(init=False, default=False)
+    """Whether a probe is under way: one at a time for the target, however many shards are here."""
     threads: ThreadPoolExecutor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -513,22 +515,28 @@ class Pump:
 
     async def _probe(self) -> None:
         """While the target is down: one event at a time, at the times that its health allows."""
-        health = self.registration.health
+        registration, health = self.registration, self.registration.health
         async with self._probe_turn:
-            while (  # noqa: ASYNC110 - a clock
-                health.down and not self._stopping and not self._letters and monotonic() < health.next_probe
-            ):
-                await asyncio.sleep(min(max(health.next_probe - monotonic(), 0.0), _LEASE_POLL))
+            while health.down and not self._stopping and not self._letters:
+                left = health.next_probe - monotonic()
+                if left <= 0 and not registration.probing:
+                    break
+                # Another shard's probe may take long; what is for the dead-letter dispatcher does not wait for it.
+                await asyncio.sleep(min(left, _LEASE_POLL) if left > 0 else _LEASE_POLL)
             if not health.down or self._stopping or self._letters or not self.shard.may_dispatch():
                 return
-            # In turn: what is due again, whoever has most attempts left; then what is new, the last one, because the
-            # first ones may be a run of bad events, with the good ones behind it.
-            if self._again and (health.probes % 2 or not self._ready):
-                again = min(self._again, key=_attempt)
-                self._again.remove(again)
-                await self._retry(again, probe=True)
-            elif self._ready:
-                await self._retry(_Again(self._ready.pop(), handed_over=False), probe=True)
+            registration.probing = True
+            try:
+                # In turn: what is due again, whoever has most attempts left; then what is new, the last one, because
+                # the first ones may be a run of bad events, with the good ones behind it.
+                if self._again and (health.probes % 2 or not self._ready):
+                    again = min(self._again, key=_attempt)
+                    self._again.remove(again)
+                    await self._retry(again, probe=True)
+                elif self._ready:
+                    await self._retry(_Again(self._ready.pop(), handed_over=False), probe=True)
+            finally:
+                registration.probing = False
 
     async def _retry(self, again: _Again, *, probe: bool) -> None:
         """Dispatch an event that is not in the straight way from the log: again, as a probe, or as a dead letter."""

@@ -782,3 +782,33 @@ async def test_a_dispatcher_that_swallows_its_cancellation_holds_nothing_up_and_
         await backend.stop()
 
     assert begun == ["a"]
+
+
+async def test_a_target_that_is_down_gets_single_probes_from_all_shards_together(database: str) -> None:
+    at_work, most, probes = 0, 0, 0
+    is_probed = False
+
+    async def failing(event: Event) -> None:
+        nonlocal at_work, most, probes, is_probed
+        if is_probed:
+            probes += 1
+            most = max(most, at_work + 1)
+        at_work += 1
+        try:
+            await asyncio.sleep(0.05)
+            raise RuntimeError("the target is down")
+        finally:
+            at_work -= 1
+            is_probed = is_probed or (not at_work and bool(recorder.all("target is down")))
+
+    async def enough() -> bool:
+        return probes >= 6
+
+    with Recorder() as recorder:
+        async with running(database, drain_timeout=1.0) as backend:
+            retry = Retry(attempts=100, delay=0.05, max_delay=0.05)
+            await backend.subscribe("s", failing, retry=retry, shards=4)
+            await produce(backend, *map(str, range(100)))
+            await eventually("some probes", enough)
+
+    assert most == 1
