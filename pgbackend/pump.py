@@ -118,7 +118,7 @@ class Pump:
         cursor: Cursor,
         note: Callable[[Shard], None],
         waiting: dict[int, tuple[int, float, Failure | None]],
-        clock_passed: Callable[[datetime], Awaitable[bool]],
+        seconds_until: Callable[[datetime], Awaitable[float]],
         prove_end: Callable[[], Awaitable[int]],
     ) -> None:
         """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position."""
@@ -127,7 +127,7 @@ class Pump:
         self._cursor = cursor
         self._note = note
         self._waiting = waiting
-        self._clock_passed = clock_passed
+        self._seconds_until = seconds_until
         self._prove_end = prove_end
         self._dispatch = _as_async(registration, registration.dispatcher)
         self._dispatch_dead = _as_async(registration, registration.dead_letter) if registration.dead_letter else None
@@ -676,8 +676,9 @@ class Pump:
         registration, window = self.registration, self.shard.window
         goal = (registration.end_position or 0) - 1
         if registration.end_at is not None:
-            while not await self._clock_passed(registration.end_at):  # noqa: ASYNC110 - the server's clock
-                await asyncio.sleep(_FINISH_POLL)
+            while (left := await self._seconds_until(registration.end_at)) > 0:  # noqa: ASYNC110 - the server's clock
+                # The two clocks may drift apart, and either may be set.
+                await asyncio.sleep(min(left, _END_POLL))
             # A check that began after the end: no event from before it can appear above what it proved.
             proven = await self._prove_end()
             goal = proven if registration.end_position is None else min(goal, proven)
@@ -690,6 +691,8 @@ class Pump:
 
 
 _FINISH_POLL = 0.05
+_END_POLL = 30.0
+"""Seconds between looks at the server's clock while a subscription's end is far."""
 
 
 def _attempt(again: _Again) -> int:

@@ -269,7 +269,7 @@ class Worker:
             cursor=self._tail.cursor(after=lease.position, holes=lease.pending, patient=registration.order == "strict"),
             note=self._committer.note,
             waiting=waiting,
-            clock_passed=self._clock_passed,
+            seconds_until=self._seconds_until,
             prove_end=self._prove_end,
         )
         task = self._tasks.create_task(pump.run(), name=f"pump {shard.name}")
@@ -369,12 +369,19 @@ class Worker:
 
     # What the pumps ask of the server.
 
-    async def _clock_passed(self, date: datetime) -> bool:
-        """Whether the server's clock is past a date."""
-        try:
-            return bool(await self._log.database.fetchval("SELECT clock_timestamp() >= $1", date))
-        except DatabaseError:
-            return False
+    async def _seconds_until(self, date: datetime) -> float:
+        """How long it is to a date by the server's clock; not above 0 when it is past."""
+        backoff = Backoff()
+        while True:
+            try:
+                left = await self._log.database.fetchval(
+                    "SELECT extract(epoch FROM $1::timestamptz - clock_timestamp())::float8", date
+                )
+            except DatabaseError as error:
+                facts.emit("asking for the time failed", level=logging.WARNING, error=str(error))
+                await backoff.wait()
+            else:
+                return float(left)
 
     async def _prove_end(self) -> int:
         """The log's head, from before everything that is open now."""
@@ -382,7 +389,8 @@ class Worker:
         while True:
             try:
                 return (await self._log.check()).upto
-            except DatabaseError:
+            except DatabaseError as error:
+                facts.emit("proving the end failed", level=logging.WARNING, error=str(error))
                 await backoff.wait()
 
     async def _run_segments(self) -> None:

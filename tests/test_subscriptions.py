@@ -6,6 +6,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, ConfigError, SubscriptionMismatchError, SubscriptionNotFoundError
+from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
@@ -223,6 +224,30 @@ async def test_an_end_date_is_reached_by_the_clock_on_a_quiet_log(log: Backend, 
     await other.has("10")
 
     assert sorted(catch.ids, key=int) == [str(number) for number in range(10)]
+
+
+async def test_the_clock_is_not_asked_all_the_time_for_an_end_that_is_far(
+    log: Backend, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetchval, asked = Database.fetchval, 0
+
+    async def counted(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += end in args
+        return await fetchval(self, statement, *args, **options)
+
+    monkeypatch.setattr(Database, "fetchval", counted)
+    catch = Catch()
+    end = datetime.now(UTC) + timedelta(days=30)
+    await log.subscribe("s", catch, start="earliest", end=end)
+    asked = 0
+    await catch.has("9")
+    for number in range(10, 20):
+        await produce(log, str(number))
+        await catch.has(str(number))
+        await asyncio.sleep(0.05)
+
+    assert asked == 1
 
 
 async def test_completion_waits_for_an_open_appender_below_the_end(log: Backend, database: str) -> None:
