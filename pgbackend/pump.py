@@ -266,6 +266,9 @@ class Pump:
                 continue
             if (shards > 1 and event.key_hash % shards != shard) or not (plain or self._wants(event, wanted)):
                 window.skip(position)
+                if self._waiting and self._waiting.pop(position, None) is not None:
+                    # It failed before, and the filter has changed: nobody is to try it again.
+                    self.shard.note(Forgotten(position=position))
                 continue
             while not window.fits(batch.sizes[index]):
                 await self._until_room()
@@ -676,7 +679,7 @@ class Pump:
         registration, window = self.registration, self.shard.window
         goal = (registration.end_position or 0) - 1
         if registration.end_at is not None:
-            while (left := await self._seconds_until(registration.end_at)) > 0:  # noqa: ASYNC110 - the server's clock
+            while (left := await self._seconds_until(registration.end_at)) > 0:  # noqa: ASYNC110 - the server's clock  # noqa: ASYNC110 - the server's clock
                 # The two clocks may drift apart, and either may be set.
                 await asyncio.sleep(min(left, _END_POLL))
             # A check that began after the end: no event from before it can appear above what it proved.

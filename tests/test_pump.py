@@ -812,3 +812,21 @@ async def test_a_target_that_is_down_gets_single_probes_from_all_shards_together
             await eventually("some probes", enough)
 
     assert most == 1
+
+
+async def test_what_a_later_filter_refuses_is_not_waited_for_any_more(database: str) -> None:
+    async with running(database) as backend:
+        await backend.subscribe("s", _raise(RuntimeError("no")), order="key", retry=Retry(delay=60.0))
+        await produce(backend, "a", key="k")
+
+        async def has_failed() -> bool:
+            return bool((await backend.status()).subscriptions[0].redeliveries)
+
+        await eventually("it waits to be tried again", has_failed)
+    catch = Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, order="key", filter=lambda event: event.id != "a")
+        await produce(backend, "b", key="k")
+        await settled(backend)
+
+    assert catch.ids == ["b"]
