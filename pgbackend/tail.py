@@ -2,7 +2,7 @@
 
 A `Stream` is a reader with a short memory of what it has read. Every pump has a `Cursor`, and every cursor is in one
 stream: pumps at about the same place share it, and with it each page, each decoded event and each check of the fence. A
-cursor that falls behind the memory (64 MiB for all) begins a stream of its own at its place; one that has caught up
+cursor that falls behind the memory (64 MiB for each) begins a stream of its own at its place; one that has caught up
 with another stream moves over. `strict` cursors share among themselves, since their reader waits where others go on.
 
 Moving is safe at any place, by one rule. A cursor knows what is settled by position: it admits an event that is above
@@ -35,9 +35,9 @@ class Tail:
         self._tasks = tasks
         self._streams: list[Stream] = []
 
-    def cursor(self, *, after: int, holes: RangeSet, patient: bool = False) -> "Cursor":
-        """A place in the log that reads on behind `after`. `holes`: what is open or unsettled below it."""
-        return Cursor(self, after=after, holes=holes, patient=patient)
+    def cursor(self, *, after: int, patient: bool = False) -> "Cursor":
+        """A place in the log that reads on behind `after`; what is open or unsettled below it, `next()` is told."""
+        return Cursor(self, after=after, patient=patient)
 
     def place(self, cursor: "Cursor", holes: RangeSet) -> "Stream":
         """The stream that covers the cursor's place and is farthest ahead; a new one when there is none."""
@@ -225,24 +225,23 @@ class Stream:
 class Cursor:
     """One pump's place in the log."""
 
-    def __init__(self, tail: Tail, *, after: int, holes: RangeSet, patient: bool) -> None:
+    def __init__(self, tail: Tail, *, after: int, patient: bool) -> None:
         self.position = after
         """Everything at or below has been handed out, or is one of the caller's holes."""
         self.patient = patient
         self.number = 0
         self._tail = tail
         self._stream: Stream | None = None
-        self._first_holes = holes
 
     async def next(self, holes: RangeSet) -> Batch:
-        """The next batch. `holes`: the caller's open holes now, should the cursor have to change its stream.
+        """The next batch. `holes`: the caller's open holes now, for the stream that the cursor enters, should it do so.
 
         Events at or below `position` that are not in the caller's holes have been handed out before: skip them.
         """
         while True:
             stream = self._stream
             if stream is None:
-                stream = self._enter(self._first_holes)
+                stream = self._enter(holes)
             try:
                 batch = stream.take(self.number)
             except LookupError:

@@ -266,7 +266,7 @@ class Worker:
         pump = Pump(
             registration=registration,
             shard=shard,
-            cursor=self._tail.cursor(after=lease.position, holes=lease.pending, patient=registration.order == "strict"),
+            cursor=self._tail.cursor(after=lease.position, patient=registration.order == "strict"),
             note=self._committer.note,
             waiting=waiting,
             seconds_until=self._seconds_until,

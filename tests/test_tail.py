@@ -26,7 +26,7 @@ class Taker:
     def __init__(self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, patient: bool) -> None:
         self.account = Account(log, position=after, patient=patient)
         self.account.holes = holes
-        self.cursor: Cursor = tail.cursor(after=after, holes=holes.copy(), patient=patient)
+        self.cursor: Cursor = tail.cursor(after=after, patient=patient)
 
     async def take(self) -> None:
         batch = await self.cursor.next(self.account.holes)
