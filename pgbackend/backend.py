@@ -476,8 +476,9 @@ class Backend:
     async def unsubscribe(self, name: str) -> None:
         """Return once nothing of the subscription is in flight here and its offset is committed.
 
-        The offset stays: to subscribe again goes on from there. Raises SubscriptionNotFoundError when this backend does
-        not run it.
+        The offset stays: to subscribe again goes on from there. When PostgreSQL cannot be reached to commit it, that is
+        logged, and what was handled since the last commit is dispatched again then. Raises SubscriptionNotFoundError
+        when this backend does not run it.
         """
         self._use()
         registration = self._registrations.pop(name, None)

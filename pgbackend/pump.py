@@ -54,6 +54,8 @@ from pgbackend.shard import (
 from pgbackend.tail import Cursor
 
 _ERROR_CHARACTERS = 2000
+_LONGEST = 1e9
+"""Seconds that an event may have to wait to be tried again: 30 years."""
 _LEASE_POLL = 0.05
 _BREATH = 0.02
 """Seconds after which a worker lets the event loop's other tasks run."""
@@ -597,7 +599,8 @@ class Pump:
             delay = retry.wait_before(event.attempt)
             if isinstance(error, RetryAfter):
                 delay = max(delay, min(error.delay, retry.max_delay))
-            self._schedule(again, attempt=event.attempt, delay=delay, error=text, details=details)
+            # Beyond all dates that PostgreSQL has, it would be refused, with every other shard's commit.
+            self._schedule(again, attempt=event.attempt, delay=min(delay, _LONGEST), error=text, details=details)
             return
         if again.letter is not None:
             self._done(

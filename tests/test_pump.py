@@ -830,3 +830,17 @@ async def test_what_a_later_filter_refuses_is_not_waited_for_any_more(database: 
         await settled(backend)
 
     assert catch.ids == ["b"]
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_a_delay_beyond_all_dates_does_not_stop_the_commits(database: str, order: Any) -> None:
+    catch = Catch(fails=lambda event: event.id == "bad")
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, order=order, retry=Retry(delay=1e15, max_delay=1e300))
+        await produce(backend, "bad", "good")
+        await catch.has("good")
+
+        async def is_scheduled() -> bool:
+            return bool((await backend.status()).subscriptions[0].redeliveries)
+
+        await eventually("the failure is kept", is_scheduled)
