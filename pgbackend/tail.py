@@ -21,6 +21,9 @@ from pgbackend.ranges import RangeSet
 from pgbackend.reader import Batch, Log, Reader
 from pgbackend.wakeup import Hints
 
+_PASSING = 1.0
+"""Seconds beyond `hole_wait` in which a reader has passed an overdue appender, however busy the machine."""
+
 
 class Tail:
     """All streams of a process."""
@@ -191,7 +194,11 @@ class Stream:
             # Under load it always waits for somebody, each for a moment: held back is who does not move.
             self._blocked_since, self._blocked_at = now, self.reader.position
             self.blocked = False
-        if self.blocked or now - self._blocked_since <= self._tail.log.clock.hole_wait:
+        patience = self._tail.log.clock.hole_wait
+        if not self.patient:
+            # It passes what is overdue; what still holds it is more holes than can be passed.
+            patience += _PASSING
+        if self.blocked or now - self._blocked_since <= patience:
             return
         self.blocked = True
         try:

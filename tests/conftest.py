@@ -3,10 +3,13 @@
 import asyncio
 import inspect
 import logging
+import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -30,12 +33,19 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="pgbackend-test-", ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(prefix="pgbackend-test-", dir=_memory(), ignore_cleanup_errors=True) as directory:
         version: int | None = request.config.getoption("--pg-version")
         settings = {"fsync": "off", "max_prepared_transactions": "10"}
         running = EmbeddedServer(directory, version=version, settings=settings)
         yield asyncio.run(running.start())
         asyncio.run(running.stop())
+
+
+def _memory() -> Path | None:
+    """A file system in memory, where databases are made and dropped in half the time; None without enough room."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30
+    return memory if roomy else None
 
 
 @pytest.fixture(scope="session")

@@ -570,7 +570,7 @@ async def test_a_directory_of_somebody_else_is_refused() -> None:
 async def test_users_that_come_go_and_die_at_any_moment_always_get_a_server(tmp_path: Path) -> None:
     async def come_and_go(seed: int) -> None:
         chance = random.Random(seed)
-        for _ in range(6):
+        for _ in range(3):
             async with EmbeddedUser(tmp_path) as user:
                 await _query(user.dsn, f"insert into kept values ({seed})")
                 await asyncio.sleep(chance.uniform(0, 0.3))
@@ -591,7 +591,7 @@ async def test_users_that_come_go_and_die_at_any_moment_always_get_a_server(tmp_
             group.create_task(come_and_go(seed))
     await _no_server_is_left(tmp_path)
     async with _server(tmp_path) as server:
-        assert await _query(server.dsn, "select count(*) from kept") == 24
+        assert await _query(server.dsn, "select count(*) from kept") == 12
 
 
 def _uid(name: str) -> int:
