@@ -261,6 +261,7 @@ class Appender:
             ))  # fmt: skip
         else:
             for call in batch:
+                call.rows = ()  # it may wait for its turn among the deadlines a while longer
                 if not call.done.done():
                     call.done.set_result(None)
         self._on_append(len(rows))
@@ -313,6 +314,7 @@ class Appender:
 
     def _fail(self, batch: Sequence[_Call], error: Exception) -> None:
         for call in batch:
+            call.rows = ()
             if not call.done.done():
                 # An exception of its own for each: tracebacks are put together on it.
                 call.done.set_exception(_copy(error))

@@ -9,13 +9,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.database import Backoff, Record
-from pgbackend.errors import DatabaseError, SchemaError
+from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.reader import Log
 from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
 from pgbackend.sql import load
@@ -90,13 +90,41 @@ class Committer:
         by_key = {shard: mark for shard, mark in marks.items() if shard not in plain}
         if plain:
             by_key.update(await self._commit_plain(plain))
-        if by_key:
+        if not by_key:
+            return
+        try:
             lost = await self._commit_by_key(by_key)
-            if lost:
-                await self._log.verify_incarnation()
-            for shard in lost:
-                shard.lost = True
-                self.on_lost(shard)
+        except (ConnectionLostError, SchemaError):
+            raise
+        except DatabaseError:
+            if len(by_key) == 1:
+                raise
+            # What one shard wants committed was refused: the others do not wait for it (I7).
+            await self._commit_apart(by_key)
+            return
+        await self._lose(lost)
+
+    async def _commit_apart(self, marks: dict[Shard, Mark]) -> None:
+        """Commit each shard by itself. Raises the first refusal, after all have had their turn."""
+        refused: DatabaseError | None = None
+        for shard, mark in marks.items():
+            try:
+                await self._lose(await self._commit_by_key({shard: mark}))
+            except (ConnectionLostError, SchemaError):
+                raise
+            except DatabaseError as error:
+                facts.emit("commit refused", level=logging.ERROR, shard=shard.name, error=str(error))
+                refused = refused or error
+        if refused is not None:
+            raise refused
+
+    async def _lose(self, lost: Collection[Shard]) -> None:
+        """These shards are somebody else's now, unless it is the server that lives another life."""
+        if lost:
+            await self._log.verify_incarnation()
+        for shard in lost:
+            shard.lost = True
+            self.on_lost(shard)
 
     async def _commit_plain(self, marks: dict[Shard, Mark]) -> dict[Shard, Mark]:
         """Commit marks without outcomes; those whose row was not where it was."""

@@ -9,7 +9,7 @@ import pytest
 
 from pgbackend import Backend
 from pgbackend.database import Database
-from pgbackend.errors import ConnectionLostError
+from pgbackend.errors import ConnectionLostError, DatabaseError
 from pgbackend.facts import Recorder
 from pgbackend.leases import Leases
 from pgbackend.model import Failure
@@ -246,6 +246,26 @@ async def test_all_shards_of_a_process_are_committed_together_and_one_that_is_lo
         assert await ask(
             "SELECT shard, position FROM pgbackend.offsets WHERE subscription = 'many' ORDER BY shard"
         ) == [(0, 1), (1, 1), (2, 0), (3, 1), (4, 1)]
+
+
+async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
+    ask: Ask, backend: Backend, database: str
+) -> None:
+    await backend.subscribe("other", print)
+    async with owning(database) as owner:
+        shards = {shard.lease.subscription: shard for shard in await owner.claim("s", "other")}
+        beyond_int4 = 1 << 40
+        shards["s"].note(Scheduled(position=3, attempt=beyond_int4, delay=1.0, error="failed", failure=None))
+        shards["other"].note(Forgotten(position=3))
+        for shard in shards.values():
+            shard.window.open_run([11, 12], [1] * 2)
+            owner.settle(shard, 11, 12)
+        with Recorder() as recorder, pytest.raises(DatabaseError):
+            await owner.committer.run_once()
+
+        assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 'other'") == [(12,)]
+        assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 's'") == [(0,)]
+        assert [fact["shard"] for fact in recorder.all("commit refused")] == ["s/0"]
 
 
 async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: str) -> None:
