@@ -211,7 +211,7 @@ class Loose:
 
 
 anything = st.one_of(
-    st.sampled_from(["", " ", "/s", "a b", "x\x00", "\ud800", "application/json", "text/plain", "2026-01-01T00:00:00Z"]),
+    st.sampled_from(["", " ", "/s", "a b", "x\x00", "\ud800", "application/json", "2026-01-01T00:00:00Z"]),
     st.text(max_size=5), st.none(), st.integers(), st.booleans(), st.datetimes(timezones=st.sampled_from([UTC])),
     st.datetimes(), st.lists(st.text(max_size=2), max_size=2), st.binary(max_size=3),
 )  # fmt: skip
@@ -219,7 +219,7 @@ anything = st.one_of(
 
 @given(
     st.dictionaries(
-        st.sampled_from([*"id source type subject time datacontenttype dataschema partitionkey a".split()]),
+        st.sampled_from([*BARE, "subject", "time", "datacontenttype", "dataschema", "partitionkey", "a"]),
         anything,
     )
 )  # fmt: skip
