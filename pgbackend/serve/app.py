@@ -21,10 +21,11 @@ from typing import Any
 from pgbackend import embedded
 from pgbackend.backend import Backend
 from pgbackend.errors import PgBackendError
-from pgbackend.serve import delivery, triggers
+from pgbackend.serve import delivery
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.listener import Listener, allow_many_connections, bind
+from pgbackend.serve.triggers import Triggers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,7 @@ async def serve(settings: Settings, *, say: Callable[[str], None] = print) -> No
 
                     async def prepare() -> None:
                         await backend.init()
-                        for name, trigger in configuration.triggers.items():
-                            await triggers.subscribe(backend, session, name, trigger)
+                        await Triggers(backend, session).apply(configuration)
 
                     if await _finished(prepare(), unless=stop):
                         listener = Listener(Ingest(backend, auth=configuration.ingest), bound)

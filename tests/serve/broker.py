@@ -14,11 +14,11 @@ import asyncpg
 from pgbackend import codec
 from pgbackend.backend import Backend
 from pgbackend.codec import Event
-from pgbackend.serve import triggers
 from pgbackend.serve.config import load
 from pgbackend.serve.delivery import open_session
 from pgbackend.serve.ingest import Ingest, Limits
 from pgbackend.serve.listener import Listener, bind
+from pgbackend.serve.triggers import Triggers
 
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
 """Of a valid event in binary mode."""
@@ -58,6 +58,7 @@ class Broker:
     backend: Backend
     listener: Listener
     client: aiohttp.ClientSession
+    triggers: Triggers
 
     @property
     def url(self) -> str:
@@ -117,8 +118,8 @@ async def serving(
         stack.push_async_callback(backend.stop)
         await backend.init()
         session = await stack.enter_async_context(open_session())
-        for name, trigger in configuration.triggers.items():
-            await triggers.subscribe(backend, session, name, trigger)
+        triggers = Triggers(backend, session)
+        await triggers.apply(configuration)
         bound = stack.enter_context(bind("127.0.0.1", 0))
         host, port = bound.getsockname()
         listener = Listener(Ingest(backend, auth=configuration.ingest, limits=limits), bound)
@@ -128,7 +129,15 @@ async def serving(
             await listener.wait_started()
             try:
                 async with aiohttp.ClientSession(auto_decompress=False) as client:
-                    yield Broker(host=host, port=port, dsn=dsn, backend=backend, listener=listener, client=client)
+                    yield Broker(
+                        host=host,
+                        port=port,
+                        dsn=dsn,
+                        backend=backend,
+                        listener=listener,
+                        client=client,
+                        triggers=triggers,
+                    )
             finally:
                 listener.stop()
                 await backend.stop()
