@@ -1,4 +1,4 @@
-"""Every error that pgbackend raises, and the two signals that a dispatcher may raise.
+"""Every error that pgbackend raises, and the three signals that a dispatcher may raise.
 
 Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; messages end with the next step.
 
@@ -27,7 +27,14 @@ class PgBackendError(Exception):
 
 
 class ConfigError(PgBackendError, ValueError):
-    """A setting, name or option is not usable. Raised before any I/O."""
+    """A setting, name or option is not usable. Raised before any I/O.
+
+    `problems` is each mistake on its own: a file may have several, and the message has a line for each.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class NotRunningError(PgBackendError):
@@ -120,4 +127,17 @@ class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
     def __init__(self, reason: str, *, delay: float, details: Mapping[str, str] | None = None) -> None:
         super().__init__(reason)
         self.delay = delay
+        self.details = dict(details or {})
+
+
+class Pause(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a dispatcher: dispatch nothing more to this subscription here.
+
+    The event was no attempt: it waits with all others, nothing is lost and nothing buried, until the backend's
+    `reconfigure()` or until it subscribes anew. `status()` says so, with the reason. Other processes that run the
+    subscription find out by themselves. Raised by a `dead_letter` dispatcher it counts as `Reject`.
+    """
+
+    def __init__(self, reason: str, *, details: Mapping[str, str] | None = None) -> None:
+        super().__init__(reason)
         self.details = dict(details or {})
