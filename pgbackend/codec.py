@@ -625,6 +625,9 @@ def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Event:
     >>> parse_binary(headers, b"").attributes_text
     {'specversion': '1.0', 'id': '1', 'source': '/shop', 'type': 'café'}
     """
+    row = _plain_row(headers, body)
+    if row is not None:
+        return Event(row)
     attributes: dict[str, object] = {}
     content_type: str | None = None
     for header, octets in headers:
@@ -644,6 +647,74 @@ def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Event:
         raise EventError(f"{_whose_of(attributes)}: header ce-datacontenttype is not allowed. Use Content-Type.")
     attributes["datacontenttype"] = content_type or None
     return Event(_row_of(attributes, bytes(body) or None, None))
+
+
+_PLAIN_HEADERS = {
+    b"ce-specversion": 0,
+    b"ce-id": 1,
+    b"ce-source": 2,
+    b"ce-type": 3,
+    b"ce-subject": 4,
+    b"ce-time": 5,
+    b"content-type": 6,
+}
+_NO_EXTENSIONS = ("datacontenttype", "dataschema")
+_plain_octets = re.compile(rb"[!#-$&-~]++").fullmatch
+
+
+def _plain_row(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Row | None:
+    """The row of an event that stands in lower-case headers of plain ASCII; None of any other.
+
+    As `_plain_texts`: says no to much that is valid, and yes to nothing that is not. In 1.9 µs instead of 5.
+    """
+    values: list[bytes] = [b""] * 7
+    extensions: dict[str, bytes] = {}
+    for name, octets in headers:
+        place = _PLAIN_HEADERS.get(name)
+        if place is not None:
+            if values[place] or not octets:
+                return None
+            values[place] = octets
+        elif name.startswith(b"ce-"):
+            attribute = name[3:].decode("latin-1")
+            if attribute in extensions or attribute in _NO_EXTENSIONS or not octets:
+                return None
+            extensions[attribute] = octets
+        elif not name.islower():
+            return None
+    version, id_, source, type_, subject, time, content_type = values
+    if version != b"1.0" or not (id_ and source and type_):
+        return None
+    octets = id_ + source + type_ + subject + time
+    if extensions:
+        octets += b"".join(extensions.values())
+    if not _plain_octets(octets) or not content_type.isascii() or content_type.endswith((b" ", b"\t")):
+        return None
+    origin, moment, media_type = source.decode(), time.decode(), content_type.decode()
+    if not _is_uri_reference(origin) or (moment and not _time(moment)) or (media_type and not _kind(media_type)):
+        return None
+    key, written = None, "{}"
+    if extensions:
+        texts = {name: octets.decode() for name, octets in extensions.items()}
+        key = texts.pop("partitionkey", None)
+        try:
+            written = _write_extensions(texts)
+        except EventError:
+            return None
+    return (
+        "1.0",
+        id_.decode(),
+        origin,
+        type_.decode(),
+        subject.decode() or None,
+        moment or None,
+        media_type or None,
+        None,
+        key,
+        written,
+        bytes(body) or None,
+        None,
+    )
 
 
 def _latin_header(octets: bytes) -> str:
@@ -753,9 +824,14 @@ def _checked_row(attributes: dict[str, object], data: bytes | None, encoding: st
     return (specversion, id_, source, type_, subject, time, content_type, schema, key, extensions, data, encoding)
 
 
-@lru_cache(maxsize=4096)
 def _is_uri_reference(text: str) -> bool:
-    # A producer has few sources: remembering them costs a fifth of looking again.
+    # A producer has few sources: remembering them costs a fifth of looking again. Long ones are not kept: somebody may
+    # send thousands of different ones, of a megabyte each.
+    return _is_known_uri_reference(text) if len(text) <= 200 else _uri_reference(text) is not None
+
+
+@lru_cache(maxsize=4096)
+def _is_known_uri_reference(text: str) -> bool:
     return _uri_reference(text) is not None
 
 

@@ -522,6 +522,82 @@ def test_batches_that_are_none_are_refused(body: bytes) -> None:
         parse_batch(body)
 
 
+plain_value = st.from_regex(rb"[!-~]{1,8}", fullmatch=True)
+odd_value = st.sampled_from(
+    [
+        b"",
+        b" a",
+        b"a ",
+        b"a b",
+        b'"q"',
+        b"%41",
+        b"%",
+        b"\xc3\xa9",
+        b"\x7f",
+        b"a\\b",
+        b"2026-01-02T03:04:05Z",
+        b"text/plain ",
+        b"text/plain; a=b ",
+        b"text/plain;a=b\t",
+        b"application/json",
+    ]
+)
+message_headers = st.builds(
+    lambda usual, more: [*usual.items(), *more],
+    st.fixed_dictionaries(
+        {b"ce-specversion": st.just(b"1.0"), b"ce-id": plain_value, b"ce-source": plain_value, b"ce-type": plain_value},
+        optional={b"content-type": plain_value | odd_value, b"ce-time": odd_value, b"ce-subject": plain_value},
+    ),
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    b"ce-x",
+                    b"ce-partitionkey",
+                    b"ce-data",
+                    b"ce-id",
+                    b"ce-dataschema",
+                    b"ce-X",
+                    b"ce-",
+                    b"ce-_",
+                    b"ce-datacontenttype",
+                    b"ce-subject",
+                    b"ce-schemaurl",
+                    b"host",
+                    b"content-type",
+                ]
+            ),
+            plain_value | odd_value,
+        ),
+        max_size=3,
+    ),
+)
+
+
+@given(message_headers, st.binary(max_size=3))
+def test_the_short_way_of_plain_headers_leads_to_the_same_event_or_error(
+    headers: list[tuple[bytes, bytes]], body: bytes
+) -> None:
+    # A name in capitals is not plain.
+    the_long_way = outcome([(b"X-NAME", b""), *headers], body)
+    assert outcome(headers, body) == the_long_way
+
+
+def outcome(headers: list[tuple[bytes, bytes]], body: bytes) -> object:
+    try:
+        return parse_binary(headers, body).row
+    except EventError as error:
+        return str(error)
+
+
+def test_most_headers_go_the_short_way() -> None:
+    usual = [(b"host", b"x"), (b"ce-specversion", b"1.0"), (b"ce-id", b"1"), (b"ce-source", b"/"), (b"ce-type", b"t")]
+    assert codec._plain_row(usual, b"") is not None
+    usual += [(b"ce-time", b"2026-01-02T03:04:05.678Z"), (b"content-type", b"text/plain; charset=utf-8")]
+    usual += [(b"ce-partitionkey", b"eu"), (b"ce-traceparent", b"00-4bf9-00f0-01")]
+    assert codec._plain_row(usual, b"x") is not None
+
+
 @given(st.binary() | st.text().map(str.encode) | json_text.map(str.encode))
 def test_arbitrary_bytes_raise_nothing_but_event_errors(body: bytes) -> None:
     for parse in (parse_structured, parse_batch, lambda body: parse_batch(b"[" + body + b"]")):
