@@ -1,0 +1,151 @@
+"""Where log lines go and what they look like: one JSON object a line, or a line for a person's terminal, on stderr.
+
+Everything that is logged comes out alike, whoever logs it: facts with their fields, and the libraries' records. The
+promise: whatever an event, a client or a target says, a record is one record (it cannot break out of its line, nor
+paint a terminal), credentials in URLs are not shown, and a log that cannot be written stops nobody.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from pgbackend import facts
+
+_LIBRARIES = logging.WARNING
+"""What libraries have to say below this level is of use to their own developers."""
+
+
+def configure(format: Literal["console", "json"], level: str) -> None:  # noqa: A002 - as the option is called
+    """What is logged from now on, at `level` or above, goes to stderr in this format. Again, it starts anew.
+
+    `level` is one of debug, info, warning, error; of libraries only warnings and worse. Raises ValueError for another.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"The log level is {level!r}: expected debug, info, warning or error.")
+    handler = _Handler(sys.stderr)
+    written: Processor = _as_json if format == "json" else _Console(colors=_colourful())
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[_describe],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, written],
+        )
+    )
+    logging.captureWarnings(True)
+    logging.basicConfig(handlers=[handler], level=max(number, _LIBRARIES), force=True)
+    logging.getLogger("pgbackend").setLevel(number)
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # of whatever sys.stderr is
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Nowhere to say it: stderr is what failed. The broker goes on."""
+
+
+def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:
+    """What a record says, as a flat dict: a fact by its constant text and its fields, others by their message."""
+    record: logging.LogRecord = entry["_record"]
+    said: EventDict = {
+        "timestamp": datetime.fromtimestamp(record.created, UTC)
+        .isoformat(timespec="microseconds")
+        .replace("+00:00", "Z"),
+        "level": record.levelname.lower(),
+        "event": getattr(record, "fact", None) or entry["event"],
+        "logger": record.name,
+    }
+    fields: Mapping[str, object] = getattr(record, "fields", {})
+    for name, value in fields.items():
+        said[f"{name}_" if name in said or name in _RESERVED else name] = value
+    if record.exc_info and record.exc_info[1] is not None:
+        said["exception"] = record.exc_info[1]
+    if record.stack_info:
+        said["stack"] = record.stack_info
+    return {**said, "_record": record, "_from_structlog": False}
+
+
+_RESERVED = frozenset({"exception", "stack", "_record", "_from_structlog"})
+
+
+def _as_json(_logger: WrappedLogger, _method: str, entry: EventDict) -> str:
+    """One line of ASCII: JSON's escapes leave no way to end it, or to reach a terminal."""
+    error = entry.pop("exception", None)
+    shown = {name: _json(value) for name, value in entry.items()}
+    if error is not None:
+        shown["exception"] = {
+            "type": type(error).__qualname__,
+            "message": _text(str(error)),
+            "stacktrace": _traceback(error),
+        }
+    return json.dumps(shown)
+
+
+def _json(value: object) -> object:
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_json(one) for one in value]
+    if isinstance(value, Mapping):
+        return {_text(name): _json(one) for name, one in value.items()}
+    return _text(value)
+
+
+class _Console:
+    """A line for a person; what would be ambiguous or unprintable in it is quoted as Python does."""
+
+    def __init__(self, *, colors: bool) -> None:
+        self._render = structlog.dev.ConsoleRenderer(
+            colors=colors, pad_event_to=28, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+        )
+
+    def __call__(self, logger: WrappedLogger, method: str, entry: EventDict) -> str:
+        exception = entry.pop("exception", None)
+        stack = entry.pop("stack", None)
+        if entry["logger"] == facts.logger.name:
+            del entry["logger"]  # a fact says enough
+        # What is left for the renderer to do is quoting where spaces would hide a value's end.
+        shown: EventDict = {name: _printable(_shown(value)) for name, value in entry.items()}
+        line = str(self._render(logger, method, shown))
+        for block in (stack, None if exception is None else _traceback(exception)):
+            if block is not None:
+                line += "".join(f"\n    {_printable(one)}" for one in _text(block).splitlines())
+        return line
+
+
+def _colourful() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _traceback(error: BaseException) -> str:
+    return _text("".join(traceback.format_exception(error)).rstrip())
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else _text(value)
+
+
+def _text(value: object) -> str:
+    """The text of anything, without the credentials of the URLs in it."""
+    try:
+        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
+    except Exception:  # noqa: BLE001 - a record is written, whatever its fields are
+        text = f"({type(value).__name__} that cannot be shown)"
+    return _CREDENTIALS.sub("://…@", text) if "@" in text else text
+
+
+# Up to the last @ before the path: passwords hold that sign, too.
+_CREDENTIALS = re.compile(r"://[^\s/?#]*@")

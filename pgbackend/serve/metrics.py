@@ -1,0 +1,449 @@
+"""What the broker counts and measures, and how Prometheus reads it.
+
+A process counts what it does itself; what is true of the log (lag, dead letters) is asked of PostgreSQL when somebody
+reads, at most once a second; what facts say (an event buried, a target down) is taken from them. The promise: counting
+costs the hot path well below a microsecond, and `exposition()` answers within seconds even without PostgreSQL.
+
+Names. To the log in PostgreSQL the broker is what OpenTelemetry's messaging conventions call a client: it sends what
+comes in over HTTP, and passes on what it reads (a push-based consumer, so that an attempt is a `process` operation). So
+four metrics have the conventions' names as Prometheus spells them, with their attributes as labels:
+
+    messaging.client.sent.messages        events committed
+    messaging.client.operation.duration   of `send`: from the event in hand to the commit
+    messaging.client.consumed.messages    attempts to deliver, by trigger and how they ended
+    messaging.process.duration            of an attempt
+
+(`sent` was `published` until version 1.28 of the conventions.) `messaging_consumer_group_name` is the trigger, here and
+everywhere: the subscription that its consumers share. `error_type` is absent, which Prometheus writes as empty, where
+nothing failed. Everything that the conventions have no word for begins with `pgbackend_`.
+
+No label holds what a stranger has written: triggers are the operator's, and a status is one that IANA has registered,
+or its class.
+
+Several processes (PROMETHEUS_MULTIPROC_DIR, set before this module is imported) share a directory of mapped files: any
+of them answers for all. Counters and histograms are summed, dead processes' too; gauges are of the living.
+"""
+
+import asyncio
+import os
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from pgbackend import facts
+from pgbackend.errors import PgBackendError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from pgbackend.backend import Backend
+    from pgbackend.model import Status
+
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+"""Seconds: from a commit on a fast disk to an attempt's longest timeouts."""
+_STATUS_AGE = 1.0
+"""Seconds for which what PostgreSQL said is not asked again."""
+_STATUS_TIMEOUT = 3.0
+"""Prometheus gives up after ten."""
+_WRITE_DELAY = 0.2
+"""Seconds after which other processes see what this one has counted."""
+
+_TRIGGER = "messaging_consumer_group_name"
+_SYSTEM = ("messaging_system", "messaging_operation_name")
+_SEND = ("pgbackend", "send")
+_PROCESS = ("pgbackend", "process")
+
+
+class Metrics:
+    """Everything that this process measures. Open, it also hears what facts say.
+
+    >>> with Metrics() as metrics:
+    ...     metrics.ingested(1, 0.004)
+    ...     metrics.trigger("billing").delivered(0.020)
+    """
+
+    def __init__(self, backend: "Backend | None" = None) -> None:
+        """`backend` is asked for the lag of its subscriptions; without one there is none to tell."""
+        self._backend = backend
+        directory = os.environ.get(_DIRECTORY)
+        self._shared = directory is not None
+        self._registry = CollectorRegistry()
+        # Values that are shared are read from their files, those of this process included.
+        own = None if self._shared else self._registry
+        self._instruments = instruments = _Instruments(own)
+        instruments.reload_good.set(1)
+        instruments.reload_time.set(time.time())
+        if directory is not None:
+            self._registry.register(_Processes(Path(directory), self._is_known))
+        else:
+            ProcessCollector(registry=self._registry)
+        self._log = _Log(self._build())
+        self._registry.register(self._log)
+        self._triggers: dict[str, TriggerMetrics] = {}
+        self._dirty: list[_Tally] = []
+        self._ingest = _Tally(
+            instruments.sent.labels(*_SEND), instruments.send_seconds.labels(*_SEND), self._write_soon
+        )
+        self._status_task: asyncio.Task[Status | None] | None = None
+        self._status_at = float("-inf")
+        self._observing: AbstractContextManager[None] = facts.observe(self._observe)
+
+    def __enter__(self) -> Self:
+        self._observing.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._observing.__exit__(kind, error, traceback)
+        self._write()
+
+    def ingested(self, events: int, seconds: float) -> None:
+        """The events of one request were committed, that long after they were in hand."""
+        self._ingest.add(events, seconds)
+
+    def refused(self, status: int) -> None:
+        """A request was answered with this status, and its events were not taken."""
+        self._instruments.refused.labels(_code(status)).inc()
+
+    def trigger(self, name: str) -> "TriggerMetrics":
+        """What is measured of one trigger; always the same object, until `forget()`."""
+        found = self._triggers.get(name)
+        if found is None:
+            found = self._triggers[name] = TriggerMetrics(self._instruments, name, self._write_soon)
+        return found
+
+    def forget(self, name: str) -> None:
+        """The trigger is gone, and nothing more is shown of it."""
+        self._triggers.pop(name, None)
+        if self._shared:
+            return  # files keep what they have; `_is_known` hides it
+        for metric in self._instruments.by_trigger:
+            metric.remove_by_labels({_TRIGGER: name})
+
+    async def exposition(self, accept: str | None) -> tuple[bytes, str]:
+        """Everything in the format that was asked for, and its content type. Within seconds, PostgreSQL or not."""
+        self._write()
+        self._log.status = await self._status()
+        encode, content_type = choose_encoder(accept or "")
+        # In a thread: with many triggers and processes it takes milliseconds.
+        return await asyncio.to_thread(encode, self._registry), content_type
+
+    async def _status(self) -> "Status | None":
+        """What the log says of itself; None when it cannot be asked. Shared by all who ask within a second."""
+        if self._backend is None:
+            return None
+        task = self._status_task
+        if task is None or (task.done() and time.monotonic() - self._status_at >= _STATUS_AGE):
+            self._status_at = time.monotonic()
+            task = self._status_task = asyncio.create_task(self._ask(self._backend), name="status for metrics")
+        # Shielded: a scraper that hangs up does not take the answer from the others.
+        return await asyncio.shield(task)
+
+    async def _ask(self, backend: "Backend") -> "Status | None":
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT):
+                return await backend.status()
+        except (PgBackendError, TimeoutError):
+            return None  # told as pgbackend_postgresql_up
+
+    def _build(self) -> dict[str, str]:
+        build = {"python": platform.python_version()}
+        if self._backend is not None:
+            build |= {"version": self._backend.info().version}
+        return build
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._triggers
+
+    def _write_soon(self, tally: "_Tally") -> None:
+        self._dirty.append(tally)
+        if self._shared and len(self._dirty) == 1:
+            try:
+                asyncio.get_running_loop().call_later(_WRITE_DELAY, self._write)
+            except RuntimeError:
+                self._write()  # nobody's loop: a thread, or a test
+
+    def _write(self) -> None:
+        while self._dirty:
+            self._dirty.pop().write()
+
+    def _observe(self, name: str, fields: Mapping[str, object]) -> None:
+        """Take what a fact says; in any thread."""
+        if (told := _TOLD.get(name)) is not None:
+            told(self._instruments, str(fields.get("subscription", "")))
+
+
+class TriggerMetrics:
+    """What is measured of one trigger."""
+
+    __slots__ = ("_delivered", "_instruments", "_name", "_replied")
+
+    def __init__(self, instruments: "_Instruments", name: str, tell: "Callable[[_Tally], None]") -> None:
+        self._instruments = instruments
+        self._name = name
+        delivered = (*_PROCESS, name, "")
+        self._delivered = _Tally(
+            instruments.consumed.labels(*delivered), instruments.process_seconds.labels(*delivered), tell
+        )
+        self._replied = instruments.replied.labels(name)
+        # What is zero is told too: a rate over a series that begins with its first event misses that one.
+        instruments.retries.labels(name)
+        instruments.dead_lettered.labels(name, "url")
+        instruments.dead_lettered.labels(name, "table")
+        instruments.down.labels(name)
+        instruments.paused.labels(name)
+
+    def delivered(self, seconds: float) -> None:
+        """The target took an event, after that long."""
+        self._delivered.add(1, seconds)
+
+    def failed(self, seconds: float, status: int | None) -> None:
+        """An attempt ended with this status, or without an answer."""
+        labels = (*_PROCESS, self._name)
+        code, kind = ("no_response", "no_response") if status is None else (_code(status), _class(status))
+        self._instruments.consumed.labels(*labels, code).inc()
+        self._instruments.process_seconds.labels(*labels, kind).observe(seconds)
+
+    def replied(self, events: int) -> None:
+        """The target answered with that many events, and they are in the log."""
+        self._replied.inc(events)
+
+
+def worker_gone(pid: int) -> None:
+    """A process has ended: its gauges are gone, its counts stay. For a supervisor of several."""
+    mark_process_dead(pid)  # type: ignore[no-untyped-call]  # theirs
+
+
+class _Instruments:
+    """The metrics that are counted here. `registry` shows them; None where files are what is shown."""
+
+    def __init__(self, registry: CollectorRegistry | None) -> None:
+        of_trigger = (_TRIGGER,)
+        self.sent = Counter(
+            "messaging_client_sent_messages", "Events that are committed to the log.", _SYSTEM, registry=registry
+        )
+        self.send_seconds = _Histogram(
+            "messaging_client_operation_duration_seconds",
+            "From a request's events in hand to their commit.",
+            _SYSTEM,
+            registry=registry,
+            buckets=_BUCKETS,
+        )
+        self.refused = Counter(
+            "pgbackend_ingest_refused_requests",
+            "Requests that were not taken, by the status that they were answered.",
+            ("http_response_status_code",),
+            registry=registry,
+        )
+        self.consumed = Counter(
+            "messaging_client_consumed_messages",
+            "Attempts to deliver an event; error_type is empty for those that the target took.",
+            (*_SYSTEM, _TRIGGER, "error_type"),
+            registry=registry,
+        )
+        self.process_seconds = _Histogram(
+            "messaging_process_duration_seconds",
+            "Duration of an attempt to deliver an event; error_type is the class of the status.",
+            (*_SYSTEM, _TRIGGER, "error_type"),
+            registry=registry,
+            buckets=_BUCKETS,
+        )
+        self.replied = Counter(
+            "pgbackend_reply_events", "Events that came as replies and are in the log.", of_trigger, registry=registry
+        )
+        self.retries = Counter(
+            "pgbackend_retries_scheduled",
+            "Failed events that were put off to be tried again.",
+            of_trigger,
+            registry=registry,
+        )
+        self.dead_lettered = Counter(
+            "pgbackend_dead_lettered_events",
+            "Events that were given up, by where they go: `url`, the dead letter target; `table`, kept in PostgreSQL.",
+            (_TRIGGER, "destination"),
+            registry=registry,
+        )
+        self.down = Gauge(
+            "pgbackend_target_down",
+            "1 while the target counts as down and gets single events only.",
+            of_trigger,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self.paused = Gauge(
+            "pgbackend_subscription_paused",
+            "1 while nothing is dispatched because the target asked for it (410 Gone).",
+            of_trigger,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self.reloads = Counter(
+            "pgbackend_config_reloads",
+            "Changed configurations, by outcome: `applied`, or `refused` for one that is not valid.",
+            ("outcome",),
+            registry=registry,
+        )
+        self.reload_good = Gauge(
+            "pgbackend_config_last_reload_successful",
+            "0 while the configuration that is in force is not the one in the file.",
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.reload_time = Gauge(
+            "pgbackend_config_last_reload_success_timestamp_seconds",
+            "When a configuration was put in force last.",
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.by_trigger = (
+            self.consumed, self.process_seconds, self.replied, self.retries, self.dead_lettered, self.down, self.paused,
+        )  # fmt: skip
+
+
+def _reloaded(instruments: _Instruments, _: str) -> None:
+    instruments.reloads.labels("applied").inc()
+    instruments.reload_good.set(1)
+    instruments.reload_time.set(time.time())
+
+
+def _reload_failed(instruments: _Instruments, _: str) -> None:
+    instruments.reloads.labels("refused").inc()
+    instruments.reload_good.set(0)
+
+
+_TOLD: Mapping[str, Callable[[_Instruments, str], None]] = {
+    "event buried": lambda instruments, name: instruments.dead_lettered.labels(name, "table").inc(),
+    "event given up": lambda instruments, name: instruments.dead_lettered.labels(name, "url").inc(),
+    "retry scheduled": lambda instruments, name: instruments.retries.labels(name).inc(),
+    "target is down": lambda instruments, name: instruments.down.labels(name).set(1),
+    "target is up": lambda instruments, name: instruments.down.labels(name).set(0),
+    "subscription paused": lambda instruments, name: instruments.paused.labels(name).set(1),
+    "subscription resumed": lambda instruments, name: instruments.paused.labels(name).set(0),
+    "configuration reloaded": _reloaded,
+    "configuration refused": _reload_failed,
+}
+"""What each fact changes, of the subscription that it is about."""
+
+
+class _Histogram(Histogram):
+    """A histogram that can be told of many observations at once."""
+
+    def add(self, counts: list[int], seconds: float) -> None:
+        for bucket, count in zip(self._buckets, counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._sum.inc(seconds)
+
+
+class _Tally:
+    """Counts successes in plain numbers, and tells `counter` and `histogram` later.
+
+    Told each time, they take 0.8 µs together for locks, and 2.3 µs where values are in mapped files; this takes 0.2 µs.
+    """
+
+    __slots__ = ("_counter", "_counts", "_dirty", "_events", "_histogram", "_seconds", "_tell")
+
+    def __init__(self, counter: Counter, histogram: _Histogram, tell: "Callable[[_Tally], None]") -> None:
+        self._counter = counter
+        self._histogram = histogram
+        self._tell = tell
+        self._dirty = False
+        self._clear()
+
+    def add(self, events: int, seconds: float) -> None:
+        self._events += events
+        self._seconds += seconds
+        self._counts[bisect_left(_BUCKETS, seconds)] += 1
+        if not self._dirty:
+            self._dirty = True
+            self._tell(self)
+
+    def write(self) -> None:
+        self._dirty = False
+        self._counter.inc(self._events)
+        self._histogram.add(self._counts, self._seconds)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._events = 0
+        self._seconds = 0.0
+        self._counts = [0] * (len(_BUCKETS) + 1)
+
+
+class _Log:
+    """The log's own numbers, as they were told last."""
+
+    def __init__(self, build: dict[str, str]) -> None:
+        self._build = build
+        self.status: Status | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        status = self.status
+        yield InfoMetricFamily("pgbackend_build", "The version of pgbackend, and what it runs on.", value=self._build)
+        up = GaugeMetricFamily("pgbackend_postgresql_up", "1 when PostgreSQL answered this scrape.")
+        up.add_metric((), float(status is not None))
+        yield up
+        if status is None:
+            return
+        head = GaugeMetricFamily("pgbackend_log_head_position", "The highest position given out in the log.")
+        head.add_metric((), status.head)
+        yield head
+        lag = _by_trigger("pgbackend_subscription_lag_events", "Positions between the offset and the head of the log.")
+        age = _by_trigger("pgbackend_subscription_lag_seconds", "Age of the oldest event that is not settled.")
+        waiting = _by_trigger("pgbackend_subscription_waiting_events", "Failed events that wait to be tried again.")
+        letters = _by_trigger("pgbackend_subscription_dead_letter_events", "Dead letters that are kept in PostgreSQL.")
+        for one in status.subscriptions:
+            name = (one.name,)
+            lag.add_metric(name, one.lag)
+            waiting.add_metric(name, one.redeliveries)
+            letters.add_metric(name, one.dead_letters)
+            if (seconds := getattr(one, "lag_seconds", None)) is not None:
+                age.add_metric(name, seconds)
+        yield from (lag, age, waiting, letters)
+
+
+def _by_trigger(name: str, text: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, labels=(_TRIGGER,))
+
+
+class _Processes:
+    """What all processes of the broker have counted, from their files."""
+
+    def __init__(self, directory: Path, is_known: Callable[[str], bool]) -> None:
+        self._directory = directory
+        self._is_known = is_known
+
+    def collect(self) -> Iterable[Metric]:
+        files = MultiProcessCollector(None, str(self._directory))  # type: ignore[no-untyped-call]  # theirs
+        for metric in files.collect():  # type: ignore[no-untyped-call]
+            metric.samples = [
+                sample
+                for sample in metric.samples
+                if _TRIGGER not in sample.labels or self._is_known(sample.labels[_TRIGGER])
+            ]
+            if metric.samples:
+                yield metric
+
+
+def _code(status: int) -> str:
+    """The status when it is a registered one, otherwise its class: what a target makes up does not become a label."""
+    return str(status) if status in _REGISTERED else _class(status)
+
+
+def _class(status: int) -> str:
+    return f"{status // 100}xx" if 100 <= status < 600 else "_OTHER"
+
+
+_REGISTERED = frozenset(int(status) for status in HTTPStatus)
