@@ -1,23 +1,26 @@
 """Sends events to HTTP targets and says what came of each attempt.
 
-A `Delivery` is a dispatcher: it returns when the target answered 2xx, and otherwise raises what the subscription's
-retry policy needs to know (`Reject`: final; `RetryAfter`: the target named a time; `DeliveryError`: try again). The
-promise: an attempt ends within its timeout, whatever the target does, and reads a bounded part of a response.
+A `Delivery` is a dispatcher: it returns when the target answered 2xx and what it replied is in the log, and otherwise
+raises what the subscription needs to know (`Reject`: final; `RetryAfter`: the target named a time; `Pause`: the target
+is gone for good; `DeliveryError`: try again). The promise: a request ends within its timeout, whatever the target does,
+and what is read of its response is bounded.
 
 What went wrong is kept with the failure as the three attributes under which Knative hands on dead letters:
 `knativeerrordest`, `knativeerrorcode`, `knativeerrordata`.
 """
 
+import asyncio
 import logging
 import time
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from io import BytesIO
-from types import SimpleNamespace
-from typing import Literal
+from time import monotonic
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import aiohttp
 from multidict import CIMultiDict
@@ -25,15 +28,28 @@ from yarl import URL
 
 from pgbackend import codec, facts
 from pgbackend.codec import Event
-from pgbackend.errors import EventError, Reject, RetryAfter
+from pgbackend.errors import EventError, Pause, PgBackendError, Reject, RetryAfter
+from pgbackend.serve import replies
+from pgbackend.serve.egress import Connector, StaleConnectionError
 
+if TYPE_CHECKING:
+    from pgbackend.serve.metrics import TriggerMetrics
+    from pgbackend.serve.tracing import Tracing
+
+ATTEMPT = "Pgbackend-Attempt"
+"""The header that says which try of the event a request is; the first is 1."""
+
+_STRUCTURED = ("Content-Type", "application/cloudevents+json; charset=utf-8")
 _RETRIED = frozenset({404, 408, 409, 413, 425, 429})
 _ERROR_BYTES = 768  # 1,024 characters of base64, as much as Knative keeps
 _DRAINED_BYTES = 1 << 16  # read to keep the connection; beyond that a new one is cheaper
 _COPIED_BYTES = 1 << 20  # aiohttp warns of larger ones in one piece
-_NO_AUTO_HEADERS = ("Accept", "Accept-Encoding", "Content-Type")
+_BAD_REPLY, _REPLY_NOT_STORED, _NO_ANSWER = 502, 503, 500  # as Knative says it, where no status says what failed
+_NO_CONTENT_TYPE = ("Content-Type",)
+_UNTRACED: AbstractContextManager[None] = nullcontext()
 
 Details = Mapping[str, str]
+Reply = Callable[[Sequence[Event]], Awaitable[None]]
 
 
 class DeliveryError(Exception):
@@ -44,20 +60,28 @@ class DeliveryError(Exception):
         self.details = dict(details)
 
 
-def open_session() -> aiohttp.ClientSession:
-    """A client for all targets of a broker. The caller closes it.
+def open_session(*, deny_private: bool = False) -> aiohttp.ClientSession:
+    """A client for all targets of a broker, which uses no proxy and keeps no cookies. The caller closes it.
 
-    It has no limit of connections: how many are open is what the subscriptions' `concurrency` allows, and a pool that
-    deliveries wait for would let one slow target use up the timeouts of the others on its host.
+    With `deny_private` it connects to public addresses only.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=Connector(deny_private=deny_private),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
-        trace_configs=[_tracing()],
-        headers={"User-Agent": "pgbackend"},
-        skip_auto_headers=_NO_AUTO_HEADERS,
+        # Written out, because leaving aiohttp's own away costs more: bodies are kept as they are, so never compressed.
+        headers={"User-Agent": "pgbackend", "Accept": "*/*", "Accept-Encoding": "identity"},
+        trust_env=False,
     )
+
+
+class _Answer(NamedTuple):
+    status: int
+    said: bytes = b""
+    """Of a failure the beginning of its body, of a reply all of it."""
+    retry_after: str | None = None
+    reply: replies.Mode | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Delivery:
@@ -72,89 +96,178 @@ class Delivery:
         timeout: float = 30.0,
         mode: Literal["binary", "structured"] = "binary",
         headers: Mapping[str, str] | None = None,
+        reply: Reply | None = None,
+        hops: int = 255,
+        connections: int = 256,
+        metrics: "TriggerMetrics | None" = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
+        """`reply` stores the events of a response; without it, or beyond `hops` of them in a chain, they are dropped.
+
+        `connections`: how many requests may be open at a time, over all shards. One that waits for its turn does not
+        use up its timeout.
+        """
         self._session = session
         self._url = url
         self._shown = shown(url)
         self._trigger = trigger
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=None, sock_connect=None, sock_read=None)
         self._is_binary = mode == "binary"
-        self._headers = dict(headers or {})
+        self._headers = tuple((headers or {}).items())
+        self._reply = reply
+        self._hops = hops
+        self._slots = asyncio.Semaphore(connections)
+        self._metrics = metrics
+        self._tracing = tracing
         self._gone = False
 
     async def __call__(self, event: Event) -> None:
-        """The target has the event. Raises Reject, RetryAfter or DeliveryError when it does not."""
+        """The target has the event, and the log what it replied. Raises as the module says when it is not so."""
         headers, body = self._write(event)
-        try:
-            status, asked, said = await self._send(headers, body)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            reason = f"no response within {self._timeout.total:g} s" if isinstance(error, TimeoutError) else str(error)
-            reason = reason or type(error).__name__
-            # 500 is what Knative says where no status arrived.
-            details = self._details(500, f"dispatch error: {reason}".encode())
-            raise DeliveryError(f"{self._shown}: {reason}", details=details) from None
-        except ValueError as error:
-            # aiohttp writes no header that would break out of its line.
-            raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, b"")) from None
-        if 200 <= status < 300:
-            self._gone = False
-            return
-        self._fail(status, asked, said)
+        status: int | None = None
+        with self._traced(event, headers):
+            await self._slots.acquire()
+            began = monotonic()
+            try:
+                try:
+                    answer = await self._send(headers, body)
+                finally:
+                    self._slots.release()
+                status = answer.status
+                if not 200 <= status < 300:
+                    self._fail(answer)
+                if answer.reply is not None:
+                    await self._take_reply(event, answer)
+            except Exception:
+                if self._metrics is not None:
+                    self._metrics.failed(monotonic() - began, status)
+                raise
+        self._gone = False
+        if self._metrics is not None:
+            self._metrics.delivered(monotonic() - began)
+
+    # What is sent.
 
     def _write(self, event: Event) -> tuple[CIMultiDict[str], bytes]:
+        attempt = (ATTEMPT, str(event.attempt))
         if self._is_binary:
             try:
                 headers, body = codec.write_binary(event)
             except EventError:
                 pass  # names from plain SQL, content types: what only the structured mode can carry
             else:
-                return CIMultiDict([*headers, *self._headers.items()]), body
-        headers = [("Content-Type", "application/cloudevents+json; charset=utf-8"), *self._headers.items()]
-        return CIMultiDict(headers), codec.write_structured(event)
+                return CIMultiDict((*headers, attempt, *self._headers)), body
+        return CIMultiDict((_STRUCTURED, attempt, *self._headers)), codec.write_structured(event)
 
-    async def _send(self, headers: CIMultiDict[str], body: bytes) -> tuple[int, str | None, bytes]:
-        """Status, Retry-After and, unless it was delivered, the beginning of the response's body."""
-        connection = SimpleNamespace(reused=False)
+    def _traced(self, event: Event, headers: CIMultiDict[str]) -> AbstractContextManager[None]:
+        if self._tracing is None:
+            return _UNTRACED
+        return self._tracing.send(event, headers, trigger=self._trigger, url=self._shown)
+
+    async def _send(self, headers: CIMultiDict[str], body: bytes) -> _Answer:
+        """The target's answer. Raises DeliveryError without one, and Reject for what cannot be sent."""
         try:
-            return await self._post(headers, body, connection)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            if not connection.reused:
-                raise
-        # The target had closed an idle connection just when it was used again: that is no failed attempt.
-        return await self._post(headers, body, SimpleNamespace(reused=False))
+            try:
+                return await self._post(headers, body)
+            except StaleConnectionError:
+                # No failed attempt: the target closed an idle connection just when it was used again.
+                return await self._post(headers, body)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._broken(error, _NO_ANSWER, "") from None
+        except ValueError as error:
+            # aiohttp writes no header that would break out of its line.
+            raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, b"")) from None
 
-    async def _post(
-        self, headers: CIMultiDict[str], body: bytes, connection: SimpleNamespace
-    ) -> tuple[int, str | None, bytes]:
+    async def _post(self, headers: CIMultiDict[str], body: bytes) -> _Answer:
         async with self._session.post(
             self._url,
             data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
             headers=headers,
+            # No content type is invented where the event has none.
+            skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
             timeout=self._timeout,
             allow_redirects=False,
-            trace_request_ctx=connection,
         ) as response:
-            delivered = 200 <= response.status < 300
-            said = bytearray()
-            try:
-                limit = _DRAINED_BYTES if delivered else _ERROR_BYTES
-                while len(said) < limit and (some := await response.content.read(limit - len(said))):
-                    said += some
-            except (aiohttp.ClientError, TimeoutError, OSError):
-                pass  # the status is the verdict, however the body ends
-            return response.status, response.headers.get("Retry-After"), bytes(said)
+            status = response.status
+            if not 200 <= status < 300:
+                said = await _beginning(response, _ERROR_BYTES)
+                return _Answer(status, said, retry_after=response.headers.get("Retry-After"))
+            if self._reply is None or (mode := self._reply_mode(response.headers)) is None:
+                await _beginning(response, _DRAINED_BYTES)
+                return _Answer(status)
+            return _Answer(status, await self._read_reply(response, mode), reply=mode, headers=response.raw_headers)
 
-    def _fail(self, status: int, asked: str | None, said: bytes) -> None:
-        details = self._details(status, said)
+    # What comes back.
+
+    def _fail(self, answer: _Answer) -> NoReturn:
+        status = answer.status
+        details = self._details(status, answer.said)
         reason = f"{self._shown} answered {status}{_phrase(status)}"
-        if status in _RETRIED or status >= 500:
-            if (delay := _retry_after(asked)) is not None:
+        if status in _RETRIED or 500 <= status < 600:
+            if (delay := _retry_after(answer.retry_after)) is not None:
                 raise RetryAfter(reason, delay=delay, details=details)
             raise DeliveryError(reason, details=details)
-        if status == 410 and not self._gone:
-            self._gone = True
-            facts.emit("target is gone", level=logging.WARNING, trigger=self._trigger, url=self._shown, status=410)
+        if status == 410:
+            if not self._gone:
+                self._gone = True
+                facts.emit("target is gone", level=logging.WARNING, trigger=self._trigger, url=self._shown, status=410)
+            raise Pause(f"{reason}; change the URL of trigger {self._trigger} to go on", details=details)
         raise Reject(reason, details=details)
+
+    def _reply_mode(self, headers: Mapping[str, str]) -> replies.Mode | None:
+        try:
+            return replies.mode_of(headers)
+        except EventError as error:
+            self._ignore_reply(error)
+            return None
+
+    async def _read_reply(self, response: aiohttp.ClientResponse, mode: replies.Mode) -> bytes:
+        """The whole body. Raises DeliveryError when it breaks off or is too large."""
+        limit = replies.limit_of(mode)
+        try:
+            body = await _beginning(response, limit + 1, whole=True)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._broken(error, _BAD_REPLY, f" answered {response.status}, but of its reply: ") from None
+        if len(body) > limit:
+            reason = f"{self._shown} answered {response.status} with a reply of more than {limit} bytes"
+            raise DeliveryError(reason, details=self._details(_BAD_REPLY, reason.encode()))
+        return body
+
+    async def _take_reply(self, event: Event, answer: _Answer) -> None:
+        """What the target replied is in the log, or is not worth it. Raises DeliveryError when it cannot be stored."""
+        assert self._reply is not None and answer.reply is not None  # noqa: S101, PT018 - or nobody calls
+        try:
+            found = replies.parse(answer.reply, answer.headers, answer.said)
+        except EventError as error:
+            self._ignore_reply(error)
+            return
+        events = list(replies.counted(found, to=event, most=self._hops))
+        if len(events) < len(found):
+            facts.emit(
+                "reply dropped after too many hops", level=logging.WARNING,
+                trigger=self._trigger, url=self._shown, events=len(found) - len(events), answered=event.id,
+            )  # fmt: skip
+        if not events:
+            return
+        try:
+            await self._reply(events)
+        except PgBackendError as error:
+            code = _BAD_REPLY if isinstance(error, EventError) else _REPLY_NOT_STORED
+            reason = f"{self._shown} answered {answer.status}, but its reply was not stored: {error}"
+            raise DeliveryError(reason, details=self._details(code, reason.encode())) from error
+        if self._metrics is not None:
+            self._metrics.replied(len(events))
+
+    def _ignore_reply(self, error: EventError) -> None:
+        facts.emit(
+            "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._shown, error=str(error)
+        )  # fmt: skip
+
+    def _broken(self, error: Exception, code: int, where: str) -> DeliveryError:
+        reason = f"no response within {self._timeout.total:g} s" if isinstance(error, TimeoutError) else str(error)
+        reason = reason or type(error).__name__
+        details = self._details(code, f"dispatch error: {reason}".encode())
+        return DeliveryError(f"{self._shown}{where or ': '}{reason}", details=details)
 
     def _details(self, status: int, said: bytes) -> Details:
         details = {"knativeerrordest": self._shown, "knativeerrorcode": str(status)}
@@ -170,11 +283,15 @@ class DeadLetterDelivery:
         self._delivery = delivery
 
     async def __call__(self, event: Event) -> None:
-        """As `Delivery`, of the event with the attributes `knativeerror…` that its failure carries."""
+        """As `Delivery`, of the event with the attributes `knativeerror…` that its failure carries. Never pauses."""
         failure = event.failure
         details = {} if failure is None else failure.details
         extra = {name: value for name, value in details.items() if name.startswith("knativeerror")}
-        await self._delivery(codec.attributes_with(event, extra))
+        try:
+            await self._delivery(codec.attributes_with(event, extra))
+        except (Pause, EventError) as final:
+            # Gone, or an event from plain SQL with names that no attribute has: `dead_letters` takes it.
+            raise Reject(str(final), details=getattr(final, "details", None)) from None
 
 
 async def refuse_without_target(_event: Event) -> None:
@@ -186,6 +303,19 @@ async def refuse_without_target(_event: Event) -> None:
 def shown(url: URL) -> str:
     """The URL for logs and third parties: without user, password and query, where tokens stand."""
     return str(url.with_user(None).with_query(None).with_fragment(None))
+
+
+async def _beginning(response: aiohttp.ClientResponse, limit: int, *, whole: bool = False) -> bytes:
+    """The first bytes of the body, `limit` at most. Unless the `whole` is wanted, however it ends."""
+    body = bytearray()
+    try:
+        while len(body) < limit and (some := await response.content.read(limit - len(body))):
+            body += some
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        if whole:
+            raise
+        # The status is the verdict, whatever becomes of the body.
+    return bytes(body)
 
 
 def _phrase(status: int) -> str:
@@ -209,16 +339,3 @@ def _retry_after(text: str | None) -> float | None:
     # A date without a zone, as obsolete forms have it, is GMT.
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return max(0.0, moment.timestamp() - time.time())
-
-
-def _tracing() -> aiohttp.TraceConfig:
-    """Tells `_send` whether a request went out on a connection that had been idle."""
-
-    async def reused(
-        _session: aiohttp.ClientSession, context: SimpleNamespace, _: aiohttp.TraceConnectionReuseconnParams
-    ) -> None:
-        context.trace_request_ctx.reused = True
-
-    config = aiohttp.TraceConfig()
-    config.on_connection_reuseconn.append(reused)
-    return config

@@ -16,11 +16,11 @@ from yarl import URL
 
 from pgbackend import codec
 from pgbackend.codec import Event
-from pgbackend.errors import Reject, RetryAfter
+from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.facts import Recorder
 from pgbackend.model import Failure
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session, refuse_without_target
-from tests.serve.target import Target, raw_server, read_request
+from tests.serve.target import Request, Target, raw_server, read_request
 
 ORDER = codec.parse_structured(
     b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","subject":"100% \xc3\xa9","time":'
@@ -103,6 +103,23 @@ class TestOnTheWire:
         assert request.header("authorization") == "Bearer b"
         assert request.header("x-tenant") == "é"
 
+    @pytest.mark.parametrize("mode", ["binary", "structured"])
+    async def test_a_header_says_which_attempt_it_is(self, mode: str, target: Target, delivery: DeliveryMaker) -> None:
+        billing = delivery(target.url, mode=mode)
+        await billing(ORDER)
+        await billing(ORDER.with_delivery(attempt=3))
+        assert [request.header("pgbackend-attempt") for request in target.requests] == ["1", "3"]
+
+    async def test_no_proxy_of_the_environment_is_used(
+        self, target: Target, other_target: Target, delivery: DeliveryMaker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, other_target.url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        await delivery(target.url)(ORDER)
+        assert (len(target.requests), len(other_target.requests)) == (1, 0)
+
     async def test_what_binary_mode_cannot_carry_goes_in_structured_mode(
         self, target: Target, delivery: DeliveryMaker
     ) -> None:
@@ -148,9 +165,7 @@ async def test_what_may_pass_is_retried(status: int, target: Target, delivery: D
     assert caught.value.details["knativeerrorcode"] == str(status)
 
 
-@pytest.mark.parametrize(
-    "status", [300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 405, 406, 410, 412, 415, 422, 451]
-)
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 405, 406, 412, 415, 422, 451])
 async def test_any_other_status_is_final_at_once(status: int, target: Target, delivery: DeliveryMaker) -> None:
     answering(target, status, Location="/elsewhere")
     with pytest.raises(Reject, match=f"answered {status}"):
@@ -158,17 +173,33 @@ async def test_any_other_status_is_final_at_once(status: int, target: Target, de
     assert len(target.requests) == 1, "a redirect was followed"
 
 
-async def test_410_is_a_warning_said_once_until_the_target_is_back(target: Target, delivery: DeliveryMaker) -> None:
+async def test_410_pauses_the_trigger_and_names_it_and_its_target(target: Target, delivery: DeliveryMaker) -> None:
+    answering(target, 410, b"moved out")
     billing = delivery(target.url)
     with Recorder() as recorder:
-        for status in (410, 410, 204, 410):
-            answering(target, status)
-            if status == 204:
+        for _ in range(2):
+            with pytest.raises(Pause, match=rf"^{target.url} answered 410 Gone; .* trigger billing") as caught:
                 await billing(ORDER)
-            else:
-                with pytest.raises(Reject):
-                    await billing(ORDER)
-    assert len(recorder.all("target is gone", trigger="billing", status=410)) == 2
+    assert caught.value.details["knativeerrorcode"] == "410"
+    assert len(recorder.all("target is gone", trigger="billing", url=target.url, status=410)) == 1, "once is enough"
+
+
+async def test_each_status_is_delivered_or_retried_or_final(target: Target, delivery: DeliveryMaker) -> None:
+    """All that an HTTP response can have but for the informational ones, which are no answers."""
+    retried = {404, 408, 409, 413, 425, 429, *range(500, 600)}
+    billing = delivery(target.url)
+    for status in range(200, 1000):
+        for retry_after in ({}, {"Retry-After": "7"}):
+            expected: type[Exception] | None = Reject
+            if status < 300:
+                expected = None
+            elif status == 410:
+                expected = Pause
+            elif status in retried:
+                expected = RetryAfter if retry_after else DeliveryError
+            target.answer = lambda request: web.Response(status=status, headers=retry_after)  # noqa: B023 - used at once
+            [outcome] = await asyncio.gather(billing(ORDER), return_exceptions=True)
+            assert type(outcome) is (expected or type(None)), status
 
 
 class TestRetryAfter:
@@ -368,6 +399,94 @@ class TestDeadLetters:
         expected = ORDER.attributes_text | {name: details[name] for name in details if name != "other"}
         assert request.event().attributes_text == expected
 
+    async def test_a_dead_letter_counts_its_own_attempts_and_goes_in_the_mode_of_its_trigger(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        failure = Failure(error="Reject: no", attempts=6, details={"knativeerrorcode": "403"})
+        failed = ORDER.with_delivery(attempt=2, failure=failure)
+
+        await DeadLetterDelivery(delivery(target.url, mode="structured"))(failed)
+
+        [request] = target.requests
+        assert request.header("pgbackend-attempt") == "2"
+        assert (request.header("content-type") or "").startswith("application/cloudevents+json")
+        assert request.event().attributes_text == ORDER.attributes_text | {"knativeerrorcode": "403"}
+
+    async def test_a_dead_letter_target_that_is_gone_pauses_nothing(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        answering(target, 410)
+        with pytest.raises(Reject, match="answered 410") as caught:
+            await DeadLetterDelivery(delivery(target.url))(ORDER)
+        assert caught.value.details["knativeerrorcode"] == "410"
+
+    async def test_an_event_whose_names_no_attribute_may_have_is_no_dead_letter_to_send(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        """From plain SQL: `dead_letters` takes it as it is."""
+        event = Event((*ORDER.row[:9], '{"no name": "x"}', b"1", None))
+        failure = Failure(error="Reject: no", attempts=1, details={"knativeerrorcode": "403"})
+        with pytest.raises(Reject, match="no name"):
+            await DeadLetterDelivery(delivery(target.url))(event.with_delivery(failure=failure))
+
     async def test_without_a_url_an_event_is_given_up_at_once(self) -> None:
         with pytest.raises(Reject, match="no target URL"):
             await refuse_without_target(ORDER)
+
+
+class TestSlots:
+    async def test_no_more_requests_are_open_than_connections_and_waiting_uses_up_no_timeout(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        most = opened = 0
+
+        async def slow(request: object) -> web.Response:
+            nonlocal most, opened
+            opened += 1
+            most = max(most, opened)
+            await asyncio.sleep(0.1)
+            opened -= 1
+            return web.Response(status=204)
+
+        target.answer = slow
+        billing = delivery(target.url, connections=2, timeout=0.35)
+        # In all it takes 0.6 s: more than a request may.
+        await asyncio.gather(*(billing(ORDER) for _ in range(12)))
+        assert most == 2
+
+    async def test_one_trigger_never_takes_the_slots_of_another(self, target: Target, delivery: DeliveryMaker) -> None:
+        hang = asyncio.Event()
+
+        async def answer(request: Request) -> web.Response:
+            if request.path == "/hang":
+                await hang.wait()
+            return web.Response(status=204)
+
+        target.answer = answer
+        hanging = delivery(target.url + "hang", connections=1)
+        waiting = [asyncio.create_task(hanging(ORDER)) for _ in range(3)]
+        await target.wait(1)
+        await asyncio.wait_for(delivery(target.url, connections=1)(ORDER), 5)
+        assert [request.path for request in target.requests] == ["/hang", "/"]
+        hang.set()
+        await asyncio.gather(*waiting)
+
+    async def test_a_request_that_is_cancelled_gives_its_slot_back(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        release = asyncio.Event()
+
+        async def hang(request: object) -> web.Response:
+            await release.wait()
+            return web.Response(status=204)
+
+        target.answer = hang
+        billing = delivery(target.url, connections=1)
+        first, second = asyncio.create_task(billing(ORDER)), asyncio.create_task(billing(ORDER))
+        await target.wait(1)
+        for task in (second, first):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        release.set()
+        await asyncio.wait_for(billing(ORDER), 5)

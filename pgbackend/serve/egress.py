@@ -1,0 +1,130 @@
+"""Connections to targets: whom they may reach, when they are used again, and how much of an answer they take at once.
+
+The promise: with `deny_private` no socket connects to an address that is not a public one, whatever name or literal led
+to it; and a connection gives each request its own answer, or an error.
+"""
+
+import errno
+import socket
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+
+_INTERIM_ANSWERS = 8
+"""Informational (1xx) answers to one request; beyond that they are a flood. Go's client takes 5."""
+
+
+class Connector(aiohttp.TCPConnector):
+    """A pool of connections to all targets.
+
+    It has no limit of its own: each `Delivery` has one, and a pool that deliveries wait for would let one slow target
+    use up the timeouts of the others on its host. Connections that nobody used for a quarter of a minute are closed,
+    so that nothing is kept of targets that a reload has removed.
+    """
+
+    def __init__(self, *, deny_private: bool = False, keepalive_timeout: float = 15.0) -> None:
+        super().__init__(
+            limit=0, keepalive_timeout=keepalive_timeout, socket_factory=public_socket if deny_private else None
+        )
+        # aiohttp's own has no bounds for interim answers and takes what comes unasked for the next request's answer.
+        self._factory = partial(_TargetConnection, loop=self._loop)  # type: ignore[assignment]  # is one of its kind
+
+
+class StaleConnectionError(aiohttp.ServerDisconnectedError):
+    """The target closed an idle connection just when it was used again: nothing says that it saw the request."""
+
+
+class _TargetConnection(ResponseHandler):
+    """One connection: an answer to each request, one after the other."""
+
+    def __init__(self, loop: Any) -> None:
+        super().__init__(loop)
+        self._requests = 0
+        self._answers = 0
+        self._interim = 0
+
+    def set_response_params(self, **options: Any) -> None:
+        # aiohttp calls it before it sends a request.
+        self._requests += 1
+        self._interim = 0
+        super().set_response_params(**options)
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        status = data[0].code
+        if self._answers == self._requests:
+            # Kept, it would be read as the answer to the next request, which the target has not seen.
+            self._give_up("answers without having been asked")
+        elif 100 <= status < 200 and status != 101:
+            self._interim += 1
+            if self._interim > _INTERIM_ANSWERS:
+                self._give_up("sends interim answers and no final one")
+        else:
+            self._answers += 1
+        super().feed_data(data, size)
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        was_idle = 0 < self._answers == self._requests - 1
+        if was_idle and isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
+            exc = StaleConnectionError(str(exc))
+        super().set_exception(exc, *cause)
+
+    def _give_up(self, reason: str) -> None:
+        self.set_exception(aiohttp.ClientConnectionError(reason))
+        if self.transport is not None:
+            self.transport.abort()
+
+
+# Whom they may reach
+
+
+def public_socket(found: tuple[Any, ...]) -> socket.socket:
+    """A socket for this result of `getaddrinfo`. Raises PermissionError when its address is not a public one.
+
+    This is the last stop before `connect()`, which is given the same address: what a name resolved to before, or
+    resolves to next, does not matter.
+    """
+    family, kind, protocol, _, (host, *_) = found
+    if not is_public(host):
+        raise PermissionError(errno.EACCES, f"{host} is not a public address, and --deny-private-targets is on")
+    return socket.socket(family=family, type=kind, proto=protocol)
+
+
+# An IPv6 address can stand for one of IPv4: a network that all of these are in, and how far right the IPv4 bits end.
+_STANDS_FOR_IPV4 = (
+    (IPv6Network("::ffff:0:0/96"), 0),  # mapped
+    (IPv6Network("::ffff:0:0:0/96"), 0),  # translated
+    (IPv6Network("64:ff9b::/96"), 0),  # NAT64
+    (IPv6Network("::/96"), 0),  # compatible, of old
+    (IPv6Network("2002::/16"), 80),  # 6to4
+)
+_GLOBAL_UNICAST = IPv6Network("2000::/3")
+# Public by their numbers, yet answered by the machine's own cloud: Azure's platform, Oracle's metadata.
+_OF_THE_CLOUD = (ip_network("168.63.129.16/32"), ip_network("192.0.0.0/24"))
+
+
+def is_public(host: str) -> bool:
+    """Whether it is an address of the public internet. Anything but the plain text of an address is not.
+
+    >>> is_public("93.184.215.14"), is_public("10.0.0.1"), is_public("::ffff:127.0.0.1"), is_public("2130706433")
+    (True, False, False, False)
+    """
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address):
+        embedded = _ipv4_in(address)
+        if embedded is None:
+            return address in _GLOBAL_UNICAST and address.is_global
+        address = embedded
+    return address.is_global and not address.is_multicast and not any(address in network for network in _OF_THE_CLOUD)
+
+
+def _ipv4_in(address: IPv6Address) -> IPv4Address | None:
+    for network, shift in _STANDS_FOR_IPV4:
+        if address in network:
+            return IPv4Address(int(address) >> shift & 0xFFFF_FFFF)
+    return None
