@@ -2,14 +2,18 @@
 
 `load()` turns a text into a `Configuration` in which everything is checked and resolved: durations are seconds, secrets
 are read, filters are predicates. Nothing of a file is used unless all of it is valid; what is wrong is a `ConfigError`
-that names the file, the line, the path and what was expected. No message shows a secret.
+that names, for each mistake, the file, the line, the path and what was expected. No message shows a secret.
+
+The models below are also what `json_schema()` is made of: each kind of value stands beside its JSON Schema.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -23,6 +27,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -34,42 +39,90 @@ from pgbackend.filters import All, Exact, Not, Prefix, Suffix
 from pgbackend.filters import Any as AnyOf
 from pgbackend.model import EventFilter, Position
 from pgbackend.retry import Retry
-from pgbackend.serve.document import Document, Path, Value
+from pgbackend.serve.document import Document, Path
 
 _MAX_POSITION = 2**63 - 1
 _MAX_RETRIES = 2**31 - 2
 _MAX_CONCURRENCY = 10_000
 _MAX_SHARDS = 1024
+_MAX_NAME = 200
 _LONGEST = 36_525 * 86_400.0  # a century, in seconds: what PostgreSQL and the event loop can surely wait
 _SHOWN = 60
 
 
-def load(text: str, *, origin: str, directory: FilePath | None = None) -> "Configuration":
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What a text needs besides itself: where its `{file: …}` secrets are. `files` collects their paths."""
+
+    directory: FilePath = FilePath()
+    files: set[FilePath] = field(default_factory=set)
+
+
+def load(
+    text: str, *, origin: str, directory: FilePath | None = None, files: set[FilePath] | None = None
+) -> "Configuration":
     """The configuration that `text`, YAML or JSON, describes.
 
-    `origin` names the text in messages; `{file: …}` secrets are relative to `directory`. Raises ConfigError.
+    `origin` names the text in messages; `{file: …}` secrets are relative to `directory`, and their paths are added to
+    `files`, whether they can be read or not. Raises ConfigError, whose `problems` are all mistakes in the text.
     """
+    surroundings = _Surroundings(directory or FilePath(), set() if files is None else files)
     document = Document(text, origin=origin)
-    if document.value is None:
+    if document.value is None and not document.mistakes:
         raise ConfigError(f"{origin}: is empty: expected a mapping with `triggers`.")
+    mistakes = document.mistakes
     try:
-        return Configuration.model_validate(document.value, context=directory or FilePath())
+        configuration = Configuration.model_validate(document.value, context=surroundings)
     except ValidationError as error:
-        found = sorted(_explained(error), key=lambda one: document.line(one[0]))
-        path, expected = found[0]
-        more = f" ({len(found) - 1} more after it)" if len(found) > 1 else ""
-        raise ConfigError(f"{document.where(path)}: {expected}{more}.") from None
+        for path, expected in _explained(error):
+            sentence = expected if expected.endswith("?") else f"{expected}."
+            mistakes.append((document.line(path), f"{document.where(path)}: {sentence}"))
+    else:
+        if not mistakes:
+            return configuration
+    # Once each: what an alias repeats is one mistake.
+    raise ConfigError(*dict.fromkeys(text for _, text in sorted(mistakes, key=lambda one: one[0])))
 
 
-def load_file(path: FilePath) -> "Configuration":
-    """The configuration in the file at `path`. Raises ConfigError, also when it cannot be read."""
+def load_file(path: FilePath, *, files: set[FilePath] | None = None) -> "Configuration":
+    """The configuration in the file at `path`, as `load()`. Raises ConfigError, also when it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: expected YAML or JSON text.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    return load(text, origin=str(path), directory=path.parent)
+    return load(text, origin=str(path), directory=path.parent, files=files)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of the file, for editors.
+
+    What it refuses, `load()` refuses; the other way round not quite: secrets that are not there, a start behind the
+    end and CESQL are beyond it. It is stricter in three things: it wants keys in the case that is documented, no
+    dialect besides the one, and no key without a value.
+    """
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "pgbackend serve"}
+    return {**head, **_tidied(Configuration.model_json_schema(by_alias=True))}
+
+
+def _tidied(node: Any) -> Any:
+    """Without what pydantic says for its own models: titles, None as a value, defaults that are whole sections."""
+    if isinstance(node, list):
+        return [_tidied(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    options = [one for one in node.get("anyOf", ()) if one != {"type": "null"}]
+    if "anyOf" in node and len(options) == 1:
+        node = options[0] | {key: below for key, below in node.items() if key != "anyOf"}
+    if "patternProperties" in node:
+        node = node | {"additionalProperties": False}
+    return {
+        key: _tidied(below)
+        for key, below in node.items()
+        if not (key == "title" and isinstance(below, str))
+        and not (key == "default" and (below is None or isinstance(below, list | dict)))
+    }
 
 
 def _explained(error: ValidationError) -> Iterator[tuple[Path, str]]:
@@ -85,14 +138,14 @@ def _explained(error: ValidationError) -> Iterator[tuple[Path, str]]:
 def _expected(error: ErrorDetails) -> str:
     found = error["input"]
     match error["type"]:
-        case "expected":
-            return error["msg"]
-        case "missing":
-            return "is missing"
+        case "extra_forbidden" if isinstance(found, _Unknown):
+            return found.message
         case "list_type":
             return f"expected a list, found {_found(found)}"
-        case "dict_type" | "model_type" | "model_attributes_type":
+        case "dict_type":
             return f"expected a mapping, found {_found(found)}"
+        case "too_short":
+            return f"expected at least one {'filter' if isinstance(found, list) else 'attribute'}"
         case "literal_error":
             return f"expected {error['ctx']['expected']}, found {_found(found)}".replace("'", "")
         case _:
@@ -113,7 +166,8 @@ def _found(value: object) -> str:
 
 def _refuse(message: str, *, key: str | None = None) -> PydanticCustomError:
     """What a validator raises: the message stands as it is, `key` names the entry it is about."""
-    return PydanticCustomError("expected", message, None if key is None else {"key": key})
+    # Doubled: pydantic would put values in the place of what stands in braces.
+    return PydanticCustomError("expected", "{message}", {"message": message} | ({} if key is None else {"key": key}))
 
 
 # The kinds of values
@@ -131,18 +185,14 @@ def _some_text(value: object) -> str:
     return text
 
 
-def _whole_number(value: object) -> int:
-    text = _text(value)
-    if not re.fullmatch(r"[0-9]{1,19}", text):
-        raise _refuse(f"expected a whole number, found {_found(text)}")
-    return int(text)
-
-
-def _between(low: int, high: int) -> Callable[[int], int]:
-    def check(number: int) -> int:
-        if not low <= number <= high:
-            raise _refuse(f"expected a whole number from {low} to {high}, found {number}")
-        return number
+def _whole(low: int, high: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        text = _text(value)
+        if not re.fullmatch(r"[0-9]{1,19}", text):
+            raise _refuse(f"expected a whole number, found {_found(text)}")
+        if not low <= int(text) <= high:
+            raise _refuse(f"expected a whole number from {low} to {high}, found {int(text)}")
+        return int(text)
 
     return check
 
@@ -231,7 +281,7 @@ def _url(value: object) -> URL:
 
 
 def _optional_url(value: object) -> URL | None:
-    return None if value in (None, "") else _url(value)
+    return None if value == "" else _url(value)
 
 
 def _secret(value: object, info: ValidationInfo) -> str:
@@ -248,9 +298,11 @@ def _secret(value: object, info: ValidationInfo) -> str:
         if not secret:
             raise _refuse(f"the environment variable {name} is not set or empty", key=source)
         return secret
-    directory: FilePath = info.context or FilePath()
+    surroundings: _Surroundings = info.context or _Surroundings()
+    path = surroundings.directory / name
+    surroundings.files.add(path)
     try:
-        secret = (directory / name).read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+        secret = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise _refuse(f"the file {name} cannot be read: {reason}", key=source) from None
@@ -271,25 +323,128 @@ def _printable(secret: str) -> str:
     return secret
 
 
-Text = Annotated[str, BeforeValidator(_text)]
-SomeText = Annotated[str, BeforeValidator(_some_text)]
-Seconds = Annotated[float, BeforeValidator(_duration)]
-OptionalUrl = Annotated[URL | None, BeforeValidator(_optional_url)]
-HeaderValue = Annotated[str, BeforeValidator(_secret), AfterValidator(_header_value)]
-StartPosition = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(0, _MAX_POSITION))]
-EndPosition = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(1, _MAX_POSITION))]
-BoundStart = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=False))]
-BoundEnd = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=True))]
+def _attribute(name: str) -> str:
+    if not name:
+        raise _refuse("expected text that is not empty")
+    if not re.fullmatch(r"[a-z0-9]+", name) or name == "data":
+        raise _refuse("expected the name of an attribute, in lower-case letters and digits")
+    return name
+
+
+def _header_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+        raise _refuse(f"expected the name of an HTTP header, found {_found(name)}")
+    if name.lower() in _RESERVED_HEADERS or name.lower().startswith("ce-"):
+        raise _refuse(f"the header {name} belongs to the event and the connection: expected another one")
+    return name
+
+
+# What frames a request or says what the event is: ours to write, not the file's.
+_RESERVED_HEADERS = frozenset(
+    {
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "keep-alive",
+        "pgbackend-attempt",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+# The same for editors. Scalars are text here and what YAML makes of them there.
+
+_SCALAR: dict[str, Any] = {"type": ["string", "number", "boolean"]}
+_SOME_SCALAR = _SCALAR | {"minLength": 1}
+_NAMES = {"type": "object", "additionalProperties": False}
+_SECRET: dict[str, Any] = {
+    "anyOf": [
+        _SCALAR | {"description": "The secret itself.", "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"},
+        _NAMES | {"properties": {"env": {"type": "string", "minLength": 1}}, "required": ["env"]}
+        | {"description": "The environment variable that has it."},
+        _NAMES | {"properties": {"file": {"type": "string", "minLength": 1}}, "required": ["file"]}
+        | {"description": "The file that has it, relative to this one. A change of the file is a change of this one."},
+    ]
+}  # fmt: skip
+_DURATION = {
+    "type": "string",
+    "description": "An ISO 8601 duration above zero.",
+    "pattern": r"^\+?P(?=.*[1-9])([0-9]+([.,][0-9]+)?[YMWD])*(T([0-9]+([.,][0-9]+)?[HMS])+)?$",
+    "examples": ["PT0.5S", "PT2S", "PT10M"],
+}
+_HTTP_URL = {
+    "type": "string",
+    "format": "uri",
+    "pattern": r"^([Hh][Tt][Tt][Pp][Ss]?://[^\s/?#]+\S*)?$",
+    "examples": ["http://localhost:8888/orders"],
+}
+_TIME = {
+    "type": "string",
+    "format": "date-time",
+    "pattern": r"^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)$",
+    "examples": ["2026-01-01T00:00:00Z"],
+}
+
+
+def _whole_schema(low: int, high: int) -> dict[str, Any]:
+    return {"type": ["integer", "string"], "minimum": low, "maximum": high, "pattern": "^[0-9]{1,19}$"}
+
+
+def _pattern(characters: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": f"^{characters}+$"})
+
+
+SomeText = Annotated[str, BeforeValidator(_some_text), WithJsonSchema(_SOME_SCALAR)]
+AttributeName = Annotated[str, AfterValidator(_attribute), _pattern("[a-z0-9]")]
+Attributes = Annotated[dict[AttributeName, SomeText], Field(min_length=1)]
+Seconds = Annotated[float, BeforeValidator(_duration), WithJsonSchema(_DURATION)]
+OptionalUrl = Annotated[URL | None, BeforeValidator(_optional_url), WithJsonSchema(_HTTP_URL)]
+Secret = Annotated[SecretStr, BeforeValidator(_secret), WithJsonSchema(_SECRET)]
+HeaderName = Annotated[str, AfterValidator(_header_name), _pattern("[A-Za-z0-9!#$%&'*+.^_`|~-]")]
+HeaderValue = Annotated[str, BeforeValidator(_secret), AfterValidator(_header_value), WithJsonSchema(_SECRET)]
+Retries = Annotated[int, BeforeValidator(_whole(0, _MAX_RETRIES)), WithJsonSchema(_whole_schema(0, _MAX_RETRIES))]
+Concurrency = Annotated[
+    int, BeforeValidator(_whole(1, _MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, _MAX_CONCURRENCY))
+]
+Shards = Annotated[int, BeforeValidator(_whole(1, _MAX_SHARDS)), WithJsonSchema(_whole_schema(1, _MAX_SHARDS))]
+StartPosition = Annotated[
+    int, BeforeValidator(_whole(0, _MAX_POSITION)), WithJsonSchema(_whole_schema(0, _MAX_POSITION))
+]
+EndPosition = Annotated[int, BeforeValidator(_whole(1, _MAX_POSITION)), WithJsonSchema(_whole_schema(1, _MAX_POSITION))]
+BoundStart = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=False)), WithJsonSchema(_TIME)]
+BoundEnd = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=True)), WithJsonSchema(_TIME)]
 
 
 # The sections
 
 
+@dataclass(frozen=True, slots=True)
+class _Unknown:
+    """Stands in the place of a value whose key is not known, and says so when pydantic refuses it."""
+
+    message: str
+
+
 class _Section(BaseModel):
     """A mapping with known keys. They match without case, as they do where these files come from; null is absent."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
     what: ClassVar[str] = "key"
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What to write instead of a key that other versions of these files had, by its lower-case name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -297,52 +452,65 @@ class _Section(BaseModel):
         if not isinstance(value, dict):
             raise _refuse(f"expected a mapping, found {_found(value)}")
         known = {(field.alias or name).lower(): field.alias or name for name, field in cls.model_fields.items()}
-        section: dict[str, Value] = {}
+        section: dict[str, object] = {}
         for key, below in value.items():
-            if (name := known.get(key.lower())) is None:
-                raise _refuse(f"unknown {cls.what}: expected {_choice(known.values())}", key=key)
+            name = known.get(key.lower())
             if name in section:
                 raise _refuse(f"{name} stands twice in one mapping: expected each key once", key=key)
-            if below is not None:
+            if name is None:
+                section[key] = _Unknown(cls._unknown(key.lower(), known))
+            elif below is not None:
                 section[name] = below
         return section
 
+    @classmethod
+    def _unknown(cls, key: str, known: Mapping[str, str]) -> str:
+        likely = [known[near] for near in get_close_matches(key, known, n=1)]
+        instead = cls.elsewhere.get(key, *likely) if likely else cls.elsewhere.get(key)
+        said = f"unknown {cls.what}: expected {_choice(known.values())}"
+        return said if instead is None else f"{said}; did you mean {instead}?"
 
-def _choice(names: Any) -> str:
+
+def _choice(names: Iterable[str]) -> str:
     *others, last = names
-    return f"{', '.join(others)} or {last}" if others else str(last)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 class Filter(_Section):
-    """One filter: exactly one dialect."""
+    """One filter: exactly one dialect. An attribute that an event lacks does not match; case counts."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
     what: ClassVar[str] = "dialect"
 
-    exact: dict[SomeText, SomeText] | None = None
-    prefix: dict[SomeText, SomeText] | None = None
-    suffix: dict[SomeText, SomeText] | None = None
-    all: list["Filter"] | None = None
-    any: list["Filter"] | None = None
+    exact: Attributes | None = Field(default=None, examples=[{"type": "com.example.order.created"}])
+    """Each of these attributes is exactly this text."""
+    prefix: Attributes | None = Field(default=None, examples=[{"source": "/shop/"}])
+    """Each of these attributes begins with this text."""
+    suffix: Attributes | None = Field(default=None, examples=[{"subject": ".draft"}])
+    """Each of these attributes ends with this text."""
+    all: Annotated[list["Filter"], Field(min_length=1)] | None = None
+    """Every one of these filters matches."""
+    any: Annotated[list["Filter"], Field(min_length=1)] | None = None
+    """At least one of these filters matches."""
     not_: "Filter | None" = Field(default=None, alias="not")
-    cesql: Text | None = None
+    """This filter does not match."""
+    cesql: SomeText | None = Field(default=None, examples=["partitionkey LIKE 'eu-%' AND EXISTS priority"])
+    """An expression in CloudEvents SQL. One that fails on an event does not match it."""
 
-    @model_validator(mode="after")
-    def _one_dialect(self) -> Self:
-        given = [info.alias or name for name, info in type(self).model_fields.items() if name in self.model_fields_set]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise _refuse(f"expected exactly one of {_choice(_DIALECTS)}, found {found}")
-        dialect = given[0]
-        if dialect == "cesql":
-            raise _refuse(f"is not supported yet: expected {_choice(_DIALECTS[:-1])}", key="cesql")
-        if not getattr(self, dialect if dialect != "not" else "not_"):
-            wanted = "filter" if dialect in ("all", "any") else "attribute"
-            raise _refuse(f"expected at least one {wanted}", key=dialect)
-        try:
-            self.predicate()
-        except ConfigError as error:
-            raise _refuse(str(error).rstrip("."), key=dialect) from None
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_dialect(cls, value: object) -> object:
+        if isinstance(value, dict):
+            given = [key for key, below in value.items() if below is not None]
+            if len(given) != 1:
+                dialects = _choice(field.alias or name for name, field in cls.model_fields.items())
+                raise _refuse(f"expected exactly one of {dialects}, found {' and '.join(given) or 'none'}")
+        return value
+
+    @field_validator("cesql", mode="after")
+    @classmethod
+    def _parsed(cls, _text: str) -> str:
+        raise _refuse("is not supported yet: expected another dialect")
 
     def predicate(self) -> EventFilter:
         """The same as a predicate on events."""
@@ -360,20 +528,21 @@ class Filter(_Section):
         return Not(self.not_.predicate())
 
 
-_DIALECTS = ("exact", "prefix", "suffix", "all", "any", "not", "cesql")
-
-
 class DeliveryOptions(_Section):
     """How a trigger's events are sent, and sent again."""
 
-    retry: Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(0, _MAX_RETRIES))] = 0
-    """Tries after the first. 0 where options are given without it, as in the files of TriggerMesh."""
+    retry: Retries = 0
+    """How often an event is tried again after the first time. 0 where options are given without it."""
     backoff_policy: Literal["constant", "linear", "exponential"] = Field(default="constant", alias="backoffPolicy")
-    backoff_delay: Seconds = Field(default=1.0, alias="backoffDelay")
-    backoff_max: Seconds = Field(default=600.0, alias="backoffMax")
-    timeout: Seconds = 30.0
-    """For one request, from its connection to the end of its response."""
+    """The wait before retry n: backoffDelay (constant), that times n (linear), or times 2 to the n (exponential)."""
+    backoff_delay: Seconds = Field(default=1.0, alias="backoffDelay", json_schema_extra={"default": "PT1S"})
+    """The wait that backoffPolicy multiplies: an ISO 8601 duration."""
+    backoff_max: Seconds = Field(default=600.0, alias="backoffMax", json_schema_extra={"default": "PT10M"})
+    """The longest wait, also of what a target asks for by Retry-After: an ISO 8601 duration."""
+    timeout: Seconds = Field(default=30.0, json_schema_extra={"default": "PT30S"})
+    """For one request, from its connection to the end of its response: an ISO 8601 duration."""
     dead_letter_url: OptionalUrl = Field(default=None, alias="deadLetterURL")
+    """Where events go that the target did not take in all tries, with the same retries."""
 
     def policy(self) -> Retry:
         """The same as a `Retry`: the wait before retry n is P, P·n or P·2ⁿ, and up to a tenth more."""
@@ -386,98 +555,101 @@ class DeliveryOptions(_Section):
 
 _NO_OPTIONS = DeliveryOptions(retry="5", backoffPolicy="exponential")  # type: ignore[arg-type]
 
-# What frames a request or says what the event is: ours to write, not the file's.
-_RESERVED_HEADERS = frozenset(
-    {
-        "connection",
-        "content-encoding",
-        "content-length",
-        "content-type",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-
-
-def _header_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-        raise _refuse(f"expected the name of an HTTP header, found {_found(name)}")
-    if name.lower() in _RESERVED_HEADERS or name.lower().startswith("ce-"):
-        raise _refuse(f"the header {name} belongs to the event and the connection: expected another one")
-    return name
-
 
 class Target(_Section):
     """Where a trigger sends its events."""
 
     url: OptionalUrl = None
-    headers: dict[Annotated[str, AfterValidator(_header_name)], HeaderValue] = Field(default={}, repr=False)
+    """Absolute, http or https. Without one, events go to deadLetterURL at once."""
+    headers: dict[HeaderName, HeaderValue] = Field(default={}, repr=False)
+    """Added to each request to the target, not to deadLetterURL."""
     mode: Literal["binary", "structured"] = "binary"
-    delivery_options: DeliveryOptions | None = Field(default=None, alias="deliveryOptions")
+    """The content mode of the CloudEvents HTTP binding."""
+    delivery_options: DeliveryOptions | None = Field(
+        default=None, alias="deliveryOptions", json_schema_extra={"deprecated": True}
+    )
     """The deprecated place: counts only when the trigger has none itself."""
 
-    @model_validator(mode="after")
-    def _headers_once(self) -> Self:
-        names = [name.lower() for name in self.headers]
-        if twice := next((name for name in self.headers if names.count(name.lower()) > 1), None):
-            raise _refuse(f"{twice} stands twice: expected each header once", key="headers")
-        if self.url is not None and self.url.user is not None and "authorization" in names:
-            raise _refuse("an Authorization header and a user in the URL: expected one of them", key="headers")
-        return self
+    @field_validator("headers", mode="after")
+    @classmethod
+    def _headers_once(cls, headers: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        names = [name.lower() for name in headers]
+        if twice := next((name for name in headers if names.count(name.lower()) > 1), None):
+            raise _refuse(f"{twice} stands twice: expected each header once")
+        url = info.data.get("url")
+        if url is not None and url.user is not None and "authorization" in names:
+            raise _refuse("an Authorization header and a user in the URL: expected one of them")
+        return headers
 
 
 class ById(_Section):
-    """Positions, exclusive at both ends."""
+    """Positions in the log, exclusive at both ends. They beat dates."""
 
     start: StartPosition | None = None
+    """The position behind which the trigger begins. Another one than before is a seek."""
     end: EndPosition | None = None
+    """The position before which the trigger is complete."""
+
+    @field_validator("end", mode="after")
+    @classmethod
+    def _behind_start(cls, end: int, info: ValidationInfo) -> int:
+        _check_order(info.data.get("start"), end)
+        return end
 
 
 class ByDate(_Section):
-    """Times of recording, exclusive at both ends."""
+    """Times at which events were recorded, exclusive at both ends."""
 
     start: BoundStart | None = None
+    """The time after which the trigger begins. Another one than before is a seek."""
     end: BoundEnd | None = None
+    """The time before which the trigger is complete."""
+
+    @field_validator("end", mode="after")
+    @classmethod
+    def _behind_start(cls, end: datetime, info: ValidationInfo) -> datetime:
+        _check_order(info.data.get("start"), end)
+        return end
+
+
+def _check_order(start: Any, end: Any) -> None:
+    if start is not None and not start < end:
+        raise _refuse("expected an end behind the start")
 
 
 class Bounds(_Section):
     """Which part of the log a trigger gets."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {"startid": "byId: {start: …}", "endid": "byId: {end: …}"}
+
     by_id: ById = Field(default=ById(), alias="byId")
     by_date: ByDate = Field(default=ByDate(), alias="byDate")
-
-    @model_validator(mode="after")
-    def _start_before_end(self) -> Self:
-        for key, bound in (("byId", self.by_id), ("byDate", self.by_date)):
-            start, end = bound.start, bound.end
-            if start is not None and end is not None and not start < end:  # type: ignore[operator]
-                raise _refuse("expected a start before the end", key=key)
-        return self
 
 
 class Trigger(_Section):
     """One subscription and where its events go."""
 
     filters: list[Filter] = []
+    """All of them must match. Without any, everything passes."""
     target: Target = Target()
     own_delivery_options: DeliveryOptions | None = Field(default=None, alias="deliveryOptions")
+    """How events are sent, and sent again. Without any: 5 retries, exponential, PT1S."""
     order: Literal["none", "key", "strict"] = "none"
-    concurrency: Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(1, _MAX_CONCURRENCY))] = 64
-    shards: Annotated[int, BeforeValidator(_whole_number), AfterValidator(_between(1, _MAX_SHARDS))] = 1
+    """key: events with one partitionkey arrive one after another. strict: one at a time, in log order."""
+    concurrency: Concurrency = 64
+    """How many requests are open at a time, in each shard."""
+    shards: Shards = 1
+    """Into how many parts the work is divided among processes. Fixed when the trigger is new."""
     first: Literal["earliest", "latest"] = Field(default="latest", alias="start")
+    """Where it begins when it is new."""
     bounds: Bounds = Bounds()
 
-    @model_validator(mode="after")
-    def _one_shard_in_log_order(self) -> Self:
-        if self.order == "strict" and self.shards != 1:
-            raise _refuse("strict order is that of the whole log: expected a single shard", key="shards")
-        return self
+    @field_validator("shards", mode="after")
+    @classmethod
+    def _one_shard_in_log_order(cls, shards: int, info: ValidationInfo) -> int:
+        if info.data.get("order") == "strict" and shards != 1:
+            raise _refuse("strict order is that of the whole log: expected a single shard")
+        return shards
 
     @property
     def delivery_options(self) -> DeliveryOptions:
@@ -508,38 +680,51 @@ class Trigger(_Section):
 class IngestAuth(_Section):
     """Who may send events. Nobody is asked when all of it is empty."""
 
-    user: SecretStr | None = None
-    password: SecretStr | None = None
-    token: SecretStr | None = None
+    user: Secret | None = None
+    """For Basic, with password."""
+    password: Secret | None = None
+    """For Basic, with user."""
+    token: Secret | None = None
+    """For Bearer."""
 
-    @field_validator("user", "password", "token", mode="before")
+    @field_validator("user", "password", "token", mode="after")
     @classmethod
-    def _resolved(cls, value: object, info: ValidationInfo) -> str | None:
+    def _usable(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr | None:
+        text = _printable(secret.get_secret_value())
+        if info.field_name == "user" and ":" in text:
+            raise _refuse("expected a name without a colon, which HTTP cannot carry")
         # "" as a literal is how the files of TriggerMesh say that there is none.
-        return _printable(_secret(value, info)) or None
+        return secret if text else None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.user is None) != (self.password is None):
             missing = "user" if self.user is None else "password"
             raise _refuse(f"expected {missing} as well: user and password belong together")
-        if self.user is not None and ":" in self.user.get_secret_value():
-            raise _refuse("expected a name without a colon, which HTTP cannot carry", key="user")
         return self
 
 
+def _trigger_name(name: str) -> str:
+    if not name or not name.isprintable() or len(name) > _MAX_NAME:
+        raise _refuse(f"expected a printable name of 1 to {_MAX_NAME} characters for the trigger")
+    return name
+
+
+TriggerName = Annotated[
+    str, AfterValidator(_trigger_name), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": _MAX_NAME})
+]
+
+
 class Configuration(_Section):
-    """A whole file."""
+    """What `pgbackend serve` does: who may send events to the log, and where they go."""
 
     ingest: IngestAuth = IngestAuth()
-    triggers: Mapping[str, Trigger] = {}
+    triggers: dict[TriggerName, Trigger] = {}
+    """By name: that of the subscription whose place in the log the trigger has."""
 
     @field_validator("triggers", mode="before")
     @classmethod
-    def _named(cls, value: object) -> object:
+    def _empty_trigger(cls, value: object) -> object:
         if not isinstance(value, dict):
             raise _refuse(f"expected a mapping from names to triggers, found {_found(value)}")
-        for name in value:
-            if not name or not name.isprintable() or len(name) > 200:
-                raise _refuse("expected a printable name of 1 to 200 characters for the trigger", key=name)
         return {name: {} if below is None else below for name, below in value.items()}

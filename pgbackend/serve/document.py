@@ -26,7 +26,9 @@ _VALUES = 100_000
 
 
 class Document:
-    r"""A parsed text. `value` holds mappings, lists, text and None.
+    r"""A parsed text. `value` holds mappings, lists, text and None; `mistakes` what is wrong with it as a document.
+
+    Raises ConfigError when there is no reading it at all.
 
     >>> document = Document("triggers:\n  billing: {concurrency: 8}\n", origin="broker.yaml")
     >>> document.value
@@ -37,6 +39,8 @@ class Document:
 
     def __init__(self, text: str, *, origin: str) -> None:
         self.origin = origin
+        self.mistakes: list[tuple[int, str]] = []
+        """Line and message of each."""
         self._values = 0
         try:
             self._root = yaml.compose(_without_tabs(text), Loader=yaml.BaseLoader)
@@ -61,9 +65,11 @@ class Document:
         for step in path:
             below: yaml.Node | None = None
             if isinstance(node, yaml.MappingNode):
-                for key, value in node.value:
-                    if key.value == step or str(key.value).lower() == str(step).lower():
-                        below, line = value, key.start_mark.line + 1
+                # As it is written there, else in another case: that is how the models find it.
+                keys = {str(key.value): (key, value) for key, value in reversed(node.value)}
+                keys = {name.lower(): found for name, found in reversed(keys.items())} | keys
+                if found := keys.get(str(step)) or keys.get(str(step).lower()):
+                    below, line = found[1], found[0].start_mark.line + 1
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
                 below = node.value[step]
                 line = below.start_mark.line + 1
@@ -76,9 +82,9 @@ class Document:
         self._values += 1
         if depth > _DEPTH or self._values > _VALUES:
             limit = f"at most {_DEPTH} levels" if depth > _DEPTH else f"at most {_VALUES} values"
-            raise self._error(node, f"expected {limit}, aliases written out")
+            raise ConfigError(self._at(node, f"expected {limit}, aliases written out"))
         if node.tag not in _TAGS:
-            raise self._error(node, f"expected plain YAML, found the tag {node.tag}")
+            self._note(node, f"expected plain YAML, found the tag {node.tag}")
         if isinstance(node, yaml.ScalarNode):
             return None if node.style is None and node.value in _NULLS else _whole(node.value)
         if isinstance(node, yaml.SequenceNode):
@@ -90,25 +96,30 @@ class Document:
         merged: dict[str, Value] = {}
         for key, below in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise self._error(key, "expected text as the key")
+                self._note(key, "expected text as the key")
+                continue
             name = _whole(key.value)
             if name == "<<" and key.style is None:
                 for other in self._merged(below, depth):
                     merged = other | merged
             elif name in mapping:
-                raise self._error(key, f"{name!r} stands twice in one mapping: expected each key once")
+                self._note(key, f"{name!r} stands twice in one mapping: expected each key once")
             else:
                 mapping[name] = self._read(below, depth + 1)
         return merged | mapping
 
     def _merged(self, node: yaml.Node, depth: int) -> Iterator[dict[str, Value]]:
         for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
-            if not isinstance(source, yaml.MappingNode):
-                raise self._error(source, "expected a mapping, or a list of mappings, to merge")
-            yield self._read_mapping(source, depth + 1)
+            if isinstance(source, yaml.MappingNode):
+                yield self._read_mapping(source, depth + 1)
+            else:
+                self._note(source, "expected a mapping, or a list of mappings, to merge")
 
-    def _error(self, node: yaml.Node, said: str) -> ConfigError:
-        return ConfigError(f"{self.origin}:{node.start_mark.line + 1}: {said}.")
+    def _note(self, node: yaml.Node, said: str) -> None:
+        self.mistakes.append((node.start_mark.line + 1, self._at(node, said)))
+
+    def _at(self, node: yaml.Node, said: str) -> str:
+        return f"{self.origin}:{node.start_mark.line + 1}: {said}."
 
 
 def render(path: Path) -> str:

@@ -129,6 +129,59 @@ def test_keys_match_without_case_as_in_the_files_of_triggermesh() -> None:
     assert str(only.triggers["Only"].delivery_options.dead_letter_url) == "http://d/"
 
 
+class TestFilesOfTriggerMesh:
+    """The shapes that the documentation of its brokers shows."""
+
+    def test_delivery_options_beside_the_target(self) -> None:
+        only = loaded("""
+            triggers:
+              first:
+                filters:
+                - exact:
+                    type: com.example.order
+                target:
+                  url: http://localhost:9000
+                deliveryOptions:
+                  retry: 2
+                  backoffDelay: PT5S
+                  backoffPolicy: linear
+            """).triggers["first"]
+        assert str(only.target.url) == "http://localhost:9000"
+        assert only.delivery_options.policy().waits() == (5.0, 10.0)
+        assert only.filters[0].exact == {"type": "com.example.order"}
+
+    def test_json_on_the_command_line_with_the_options_of_the_target(self) -> None:
+        only = loaded("""
+            {"triggers": {
+              "first": {
+                "filters": [{"exact": {"type": "com.example.order"}}],
+                "target": {
+                  "url": "http://localhost:9000",
+                  "deliveryOptions": {"retry": 2, "backoffDelay": "PT5S", "backoffPolicy": "linear"}
+                }
+              }
+            }}
+            """).triggers["first"]
+        assert only.delivery_options.policy().waits() == (5.0, 10.0)
+
+    def test_bounds_that_it_would_have_ignored_are_refused_with_what_to_write(self) -> None:
+        said = complaint("""\
+            triggers:
+              replay:
+                bounds:
+                  startId: 1686851639344-0
+                  endId: 1686851697104-0
+                target:
+                  url: http://localhost:9000
+            """)
+        assert said.splitlines() == [
+            "broker.yaml:4: triggers.replay.bounds.startId: unknown key: expected byId or byDate; "
+            "did you mean byId: {start: …}?",
+            "broker.yaml:5: triggers.replay.bounds.endId: unknown key: expected byId or byDate; "
+            "did you mean byId: {end: …}?",
+        ]
+
+
 def test_anchors_aliases_and_merges_are_resolved() -> None:
     configuration = loaded("""
         triggers:
@@ -287,7 +340,7 @@ MISTAKES = [
     ("triggers: {a: {filters: [{}]}}", "triggers.a.filters[0]: expected exactly one of"),
     (
         "triggers: {a: {filters: [{cesql: 'TRUE'}]}}",
-        "triggers.a.filters[0].cesql: is not supported yet: expected exact,",
+        "triggers.a.filters[0].cesql: is not supported yet: expected another",
     ),
     ('triggers: {a: {filters: [{exact: {type: ""}}]}}', "triggers.a.filters[0].exact.type: expected text that is not"),
     ('triggers: {a: {filters: [{exact: {"": x}}]}}', 'triggers.a.filters[0].exact."": expected text that is not empty'),
@@ -295,7 +348,8 @@ MISTAKES = [
     ("triggers: {a: {filters: [{exact: {type: [x]}}]}}", "exact.type: expected text, found a list"),
     ("triggers: {a: {filters: [{exact: {}}]}}", "filters[0].exact: expected at least one attribute"),
     ("triggers: {a: {filters: [{any: []}]}}", "filters[0].any: expected at least one filter"),
-    ("triggers: {a: {filters: [{exact: {Type: x}}]}}", "filters[0].exact: "),
+    ("triggers: {a: {filters: [{exact: {Type: x}}]}}", "filters[0].exact.Type: expected the name of an attribute"),
+    ("triggers: {a: {filters: [{prefix: {data: x}}]}}", "filters[0].prefix.data: expected the name of an attribute"),
     (
         "triggers: {a: {filters: [{not: {all: [{exact: {a: ''}}]}}]}}",
         "filters[0].not.all[0].exact.a: expected text that",
@@ -345,7 +399,7 @@ MISTAKES = [
     ("triggers: {a: {target: {headers: {ce-id: 5}}}}", "headers.ce-id: the header ce-id belongs"),
     ("triggers: {a: {target: {headers: {x: 1, X: 2}}}}", "target.headers: "),
     ("triggers: {a: {bounds: {byId: {start: 5-0}}}}", 'byId.start: expected a whole number, found "5-0"'),
-    ("triggers: {a: {bounds: {byId: {start: 5, end: 5}}}}", "bounds.byId: expected a start before the end"),
+    ("triggers: {a: {bounds: {byId: {start: 5, end: 5}}}}", "bounds.byId.end: expected an end behind the start"),
     ("triggers: {a: {bounds: {byDate: {end: 2026-02-30T00:00:00Z}}}}", "byDate.end: expected a time such as"),
     ("triggers: {a: {bounds: {byDate: {end: 2026-02-03}}}}", "byDate.end: expected a time such as"),
     ("triggers: {a: {order: sorted}}", "triggers.a.order: expected none, key or strict"),
@@ -368,7 +422,9 @@ MISTAKES = [
     ("a: b: c", "not valid YAML"),
     ("a: 1\n--- \nb: 2", "not valid YAML"),
     ("a: \x00", "not valid YAML"),
-    ("a: !!python/object/apply:os.system [x]", "expected plain YAML, found the tag"),
+    ("triggers: !!python/object/apply:os.system {}", "expected plain YAML, found the tag"),
+    ("triggers: {a: {<<: b}}", "expected a mapping, or a list of mappings, to merge"),
+    ("triggers: {[a]: {}}", "expected text as the key"),
     ("&a [*a]", "expected at most 64 levels"),
     ("[" * 5000, "nested too deeply"),
 ]
@@ -401,10 +457,64 @@ def test_a_missing_line_is_named_by_the_one_above() -> None:
     assert complaint("\ntriggers:\n  a:\n    filters:\n    - {}\n").startswith("broker.yaml:5: triggers.a.filters[0]:")
 
 
-def test_of_several_mistakes_the_first_in_the_file_is_named_and_the_others_counted() -> None:
-    said = complaint("triggers:\n  b: {order: x}\n  a: {order: y}\n")
-    assert said.startswith("broker.yaml:2: triggers.b.order")
-    assert said.endswith("(1 more after it).")
+def test_all_mistakes_are_named_in_the_order_of_the_file() -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded("""\
+            triggers:
+              b: {order: strict, shards: 2, target: {url: nowhere}}
+              b: {}
+              a:
+                filters:
+                - exact: {type: ""}
+                  prefix: {type: x}
+                - not: {all: [{exact: {Type: x, id: ""}}]}
+                retry: 5
+                deliveryOption: {timeout: soon}
+                bounds: {byId: {start: 5, end: 4}, byDate: {end: later}}
+              "": {start: now}
+            ingest: {user: me, pasword: x}
+            """)
+    assert [problem.removeprefix("broker.yaml:").split(": expected")[0] for problem in caught.value.problems] == [
+        "2: triggers.b.target.url",
+        "2: triggers.b.shards: strict order is that of the whole log",
+        "3: 'b' stands twice in one mapping",
+        "6: triggers.a.filters[0]",
+        "8: triggers.a.filters[1].not.all[0].exact.Type",
+        "8: triggers.a.filters[1].not.all[0].exact.id",
+        "9: triggers.a.retry: unknown key",
+        "10: triggers.a.deliveryOption: unknown key",
+        "11: triggers.a.bounds.byId.end",
+        "11: triggers.a.bounds.byDate.end",
+        '12: triggers.""',
+        '12: triggers."".start',
+        "13: ingest.pasword: unknown key",
+    ]
+    assert str(caught.value).splitlines() == list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "suggested"),
+    [
+        ("trigger: {}", "triggers"),
+        ("triggers: {a: {filter: []}}", "filters"),
+        ("triggers: {a: {deliveryoption: {}}}", "deliveryOptions"),
+        ("triggers: {a: {filters: [{excat: {type: x}}]}}", "exact"),
+        ("triggers: {a: {deliveryOptions: {retries: 5}}}", "retry"),
+        ("triggers: {a: {deliveryOptions: {deadLetterSink: x}}}", "deadLetterURL"),
+        ("triggers: {a: {target: {uri: x}}}", "url"),
+        ("triggers: {a: {bounds: {startId: 1686851639344-0}}}", "byId: {start: …}"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(text: str, suggested: str) -> None:
+    assert complaint(text).endswith(f"; did you mean {suggested}?")
+
+
+def test_a_key_like_no_other_suggests_nothing() -> None:
+    assert complaint("triggers: {a: {sidecar: x}}").endswith("start or bounds.")
+
+
+def test_what_an_alias_repeats_is_one_mistake() -> None:
+    assert complaint("triggers: {a: &a {order: x, order: y}, b: *a}").count("stands twice") == 1
 
 
 def test_aliases_cannot_blow_up_a_file() -> None:
