@@ -22,6 +22,7 @@ import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from datetime import datetime
 from os import PathLike
 from types import TracebackType
@@ -42,9 +43,9 @@ from pgbackend.errors import (
     SubscriptionNotFoundError,
 )
 from pgbackend.model import ConsumerDispatcher, DeadLetter, EventFilter, Info, Order, Position, Status
-from pgbackend.pump import Registration
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
+from pgbackend.registration import Registration
 from pgbackend.retry import Retry
 from pgbackend.segments import Segments
 from pgbackend.sql import quote_ident
@@ -342,8 +343,7 @@ class Backend:
             self._notifying.cancel()
             await asyncio.wait({self._notifying})
         for registration in self._registrations.values():
-            if registration.threads is not None:
-                registration.threads.shutdown(wait=False, cancel_futures=True)
+            registration.close(cancel=True)
         await parts.database.close()
         if self._embedded is not None:
             await self._embedded.stop()
@@ -425,13 +425,8 @@ class Backend:
         Raises SubscriptionExistsError when this backend runs one of that name, SubscriptionMismatchError when the
         stored one has another order, shard count or end, ConfigError for options that cannot be.
         """
-        _check_subscription(name, dispatcher, end=end, order=order, concurrency=concurrency, shards=shards, start=start)
-        if not isinstance(retry, Retry):
-            raise ConfigError(f"retry is {retry!r}: expected a Retry.")
-        if filter is not None and (not callable(filter) or inspect.iscoroutinefunction(filter)):
-            raise ConfigError(f"filter is {filter!r}: expected a plain function of the event, or one of filters.")
-        if dead_letter is not None and not callable(dead_letter):
-            raise ConfigError(f"dead_letter is {dead_letter!r}: expected a function that takes an event.")
+        _check_terms(name, start=start, end=end, order=order, shards=shards)
+        _check_dispatching(name, dispatcher, dead_letter, filter, concurrency, retry)
         parts = self._use()
         if name in self._registrations:
             raise exists(name)
@@ -442,24 +437,50 @@ class Backend:
             end_position=end if isinstance(end, int) else None,
             end_at=end if isinstance(end, datetime) else None,
         )
-        stored = await self._in_this_life(lambda: parts.subscriptions.ensure(wanted, start))
+        await self._in_this_life(lambda: parts.subscriptions.ensure(wanted, start))
         if name in self._registrations:
             raise exists(name)
         self._registrations[name] = Registration(
-            name=name,
+            name,
+            shards=shards,
             dispatcher=dispatcher,
             dead_letter=dead_letter,
             filter=filter,
-            order=order,
             concurrency=concurrency,
-            shards=shards,
             retry=retry,
-            start_at=stored.start_at,
-            end_position=stored.end_position,
-            end_at=stored.end_at,
         )
         if self._worker is not None:
             self._worker.claim_soon()
+
+    async def reconfigure(
+        self,
+        name: str,
+        dispatcher: ConsumerDispatcher,
+        *,
+        filter: EventFilter | None = None,  # noqa: A002 - as in subscribe()
+        concurrency: int = 64,
+        retry: Retry = Retry(),  # noqa: B008 - frozen
+        dead_letter: ConsumerDispatcher | None = None,
+    ) -> None:
+        """From now on the subscription, which this backend runs, is dispatched so. Takes what `subscribe()` takes.
+
+        Nothing is lost or repeated: what is being dispatched ends as it began. What waits here and does not pass the
+        new filter is let go, also of the failed events that are due again. A pause ends, and the target counts as up.
+        What is stored of the subscription stays as it is: that is `alter_subscription()`.
+
+        Raises SubscriptionNotFoundError when this backend does not run it, ConfigError for options that cannot be.
+        """
+        _check_dispatching(name, dispatcher, dead_letter, filter, concurrency, retry)
+        self._use()
+        registration = self._registrations.get(name)
+        if registration is None:
+            raise _not_run(name)
+        # In one step of the event loop: nothing is dispatched half by the one and half by the other.
+        registration.reconfigure(
+            dispatcher=dispatcher, dead_letter=dead_letter, filter=filter, concurrency=concurrency, retry=retry
+        )
+        let_go = self._worker.reconfigured(registration) if self._worker is not None else 0
+        facts.emit("subscription reconfigured", subscription=name, let_go=let_go)
 
     async def _in_this_life(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
         """What the call returns, begun anew when the server turns out to live another life than this process knew."""
@@ -483,11 +504,10 @@ class Backend:
         self._use()
         registration = self._registrations.pop(name, None)
         if registration is None:
-            raise SubscriptionNotFoundError(f"This backend runs no subscription {name!r}.")
+            raise _not_run(name)
         if self._worker is not None:
             await self._worker.release(name)
-        if registration.threads is not None:
-            registration.threads.shutdown(wait=False)
+        registration.close()
 
     async def delete_subscription(self, name: str) -> None:
         """Return once the subscription is forgotten for good: its offset, what was to be tried again, its dead letters.
@@ -514,17 +534,23 @@ class Backend:
         if registration is None:
             await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
         else:
-            # Here it runs: out of the way while it is moved, so that nothing from the old place comes after.
-            del self._registrations[name]
-            try:
-                if self._worker is not None:
-                    await self._worker.release(name)
+            # Here it runs: at rest while it is moved, so that nothing from the old place comes after.
+            async with self._at_rest(registration):
                 await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
-            finally:
-                self._registrations[name] = registration
-                if self._worker is not None:
-                    self._worker.claim_soon()
         await parts.notifier.notify_leases()
+
+    @asynccontextmanager
+    async def _at_rest(self, registration: Registration) -> AsyncIterator[None]:
+        """Entered once nothing of the subscription is in flight here; its shards stay free until it is left."""
+        registration.resting += 1
+        try:
+            if self._worker is not None:
+                await self._worker.release(registration.name)
+            yield
+        finally:
+            registration.resting -= 1
+            if self._worker is not None:
+                self._worker.claim_soon()
 
     # Looking and mending.
 
@@ -651,18 +677,37 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _check_subscription(
-    name: str, dispatcher: object, *, end: object, order: str, concurrency: int, shards: int, start: object
+def _not_run(name: str) -> SubscriptionNotFoundError:
+    return SubscriptionNotFoundError(f"This backend runs no subscription {name!r}. Subscribe to it first.")
+
+
+def _check_dispatching(
+    name: str, dispatcher: object, dead_letter: object, filter_: object, concurrency: object, retry: object
 ) -> None:
-    if not isinstance(name, str) or not name or "\0" in name or not _is_unicode(name):
-        raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
+    """Raises ConfigError for what a process cannot run a subscription with."""
     if not callable(dispatcher):
         raise ConfigError(f"The dispatcher of {name!r} is {dispatcher!r}: expected a function that takes an event.")
+    _check_count(name, "concurrency", concurrency)
+    if not isinstance(retry, Retry):
+        raise ConfigError(f"retry is {retry!r}: expected a Retry.")
+    if filter_ is not None and (not callable(filter_) or inspect.iscoroutinefunction(filter_)):
+        raise ConfigError(f"filter is {filter_!r}: expected a plain function of the event, or one of filters.")
+    if dead_letter is not None and not callable(dead_letter):
+        raise ConfigError(f"dead_letter is {dead_letter!r}: expected a function that takes an event.")
+
+
+def _check_count(name: str, label: str, count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{label} of {name!r} is {count!r}: expected a whole number of at least 1.")
+
+
+def _check_terms(name: str, *, start: object, end: object, order: str, shards: int) -> None:
+    """Raises ConfigError for what cannot be stored of a subscription."""
+    if not isinstance(name, str) or not name or "\0" in name or not _is_unicode(name):
+        raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
     if order not in ("none", "key", "strict"):
         raise ConfigError(f"order of {name!r} is {order!r}: expected none, key or strict.")
-    for label, count in (("concurrency", concurrency), ("shards", shards)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ConfigError(f"{label} of {name!r} is {count!r}: expected a whole number of at least 1.")
+    _check_count(name, "shards", shards)
     if order == "strict" and shards != 1:
         raise ConfigError(f"Subscription {name!r} is strict with {shards} shards: log order needs a single one.")
     for label, bound in (("start", start), ("end", end)):

@@ -52,7 +52,10 @@ class Leases:
                 pending=RangeSet.parse(row["pending"]),
                 place=row["ctid"],
                 complete=row["completed_at"] is not None,
+                order=row["ordering"],
                 start_at=row["start_at"],
+                end_position=row["end_position"],
+                end_at=row["end_at"],
             )
             for row in rows
         ]

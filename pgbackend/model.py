@@ -110,8 +110,8 @@ class SubscriptionStatus:
     last_error: str | None
     complete: bool
     state: str
-    """In this process `running`, `complete`, `target down` or `waiting for …`; `elsewhere` when another worker runs it,
-    `stopped` when nobody does."""
+    """In this process `running`, `complete`, `target down`, `waiting for …`, or `paused: ` and why; `elsewhere` when
+    another worker runs it, `stopped` when nobody does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

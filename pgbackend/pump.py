@@ -11,8 +11,10 @@ States of an event in a pump, with what moves it on:
      │                                          │     `redeliveries` and is rid of it; in ordered modes it stays
      └───── due again ◀─────────────────────────┘     in the window, its key or shard waits, and only count and time
                                                       are durable
-                                                └── none left, or Reject ──▶ the dead-letter dispatcher's turn, if
-                                                      there is one, else buried
+                                                ├── none left, or Reject ──▶ the dead-letter dispatcher's turn, if
+                                                │     there is one, else buried
+                                                └── Pause ──▶ back to where it was taken from, and nothing is taken
+                                                      from there until the subscription is reconfigured
 
 The pump's promises: no more is in flight than the window's bounds; nothing begins while the lease is in doubt; no
 transaction is open while a dispatcher runs (I4); a position is settled only after what became of it is on its way into
@@ -20,26 +22,21 @@ the same commit (I7).
 """
 
 import asyncio
-import contextvars
 import heapq
-import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from time import monotonic
-from typing import Any
 
 from pgbackend import facts
 from pgbackend.codec import Event
-from pgbackend.errors import Reject, RetryAfter
+from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.health import TargetHealth
-from pgbackend.model import ConsumerDispatcher, EventFilter, Failure, Order
+from pgbackend.model import Failure
 from pgbackend.reader import Batch, size_of
-from pgbackend.retry import Retry
+from pgbackend.registration import Registration
 from pgbackend.shard import (
     Buried,
     DueRequest,
@@ -63,40 +60,6 @@ _DUE_ROOM = 200
 """How many events that are due again a pump takes at a time."""
 _PROBE_ROOM = 20
 """The same while the target is down."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Registration:
-    """A subscription as this process runs it."""
-
-    name: str
-    dispatcher: ConsumerDispatcher
-    dead_letter: ConsumerDispatcher | None
-    filter: EventFilter | None
-    order: Order
-    concurrency: int
-    shards: int
-    retry: Retry
-    start_at: datetime | None
-    """Events recorded at or before it are not for this subscription."""
-    end_position: int | None
-    end_at: datetime | None
-    health: TargetHealth = field(init=False)
-    probing: bool = field(init=False, default=False)
-    """Whether a probe is under way: one at a time for the target, however many shards are here."""
-    threads: ThreadPoolExecutor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.health = TargetHealth(self.retry)
-
-    def accepts(self, event: Event) -> bool:
-        """Whether an event is within the date bounds and passes the filter."""
-        at = event.recorded_at
-        if at is not None and (
-            (self.start_at is not None and at <= self.start_at) or (self.end_at is not None and at >= self.end_at)
-        ):
-            return False
-        return self.filter is None or bool(self.filter(event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +94,11 @@ class Pump:
         self._waiting = waiting
         self._seconds_until = seconds_until
         self._prove_end = prove_end
-        self._dispatch = _as_async(registration, registration.dispatcher)
-        self._dispatch_dead = _as_async(registration, registration.dead_letter) if registration.dead_letter else None
-        self._ordered = registration.order != "none"
+        lease = shard.lease
+        self._strict = lease.order == "strict"
+        self._ordered = lease.order != "none"
+        self._end = lease.end_position
+        self._bounded = lease.start_at is not None or lease.end_at is not None
         self._ready: deque[Event] = deque()
         self._again: deque[_Again] = deque()
         self._letters: deque[_Again] = deque()
@@ -147,7 +112,7 @@ class Pump:
         self._idle: list[asyncio.Future[None]] = []
         self._room: asyncio.Future[None] | None = None
         self._probe_turn = asyncio.Lock()
-        self._timers: set[asyncio.TimerHandle] = set()
+        self._timers: dict[asyncio.TimerHandle, _Again] = {}
         self._due_times: list[float] = []
         self._active: dict[int, Event] = {}
         """What is being dispatched: by position, and letters by their negative ids, because after a seek an event may
@@ -157,8 +122,8 @@ class Pump:
         self._ended = False
         self._feeder: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._spare = 1 if registration.order == "strict" else registration.concurrency
-        """How many workers may still be made."""
+        self._workers = self._spare = self._wanted_workers()
+        """How many workers there may be, and how many of them may still be made; below 0, so many are to leave."""
 
     # The pump's life.
 
@@ -170,7 +135,7 @@ class Pump:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
-            if self.registration.end_position is not None or self.registration.end_at is not None:
+            if self._end is not None or self.shard.lease.end_at is not None:
                 tasks.create_task(self._finish(), name=f"finish {name}")
             try:
                 await asyncio.get_running_loop().create_future()
@@ -206,6 +171,22 @@ class Pump:
                 )
         self._cursor.close()
 
+    def reconfigured(self) -> int:
+        """Go on as the registration says now; how many of the events that wait here are let go, as it refuses them."""
+        if self._stopping:
+            return 0
+        before, self._workers = self._workers, self._wanted_workers()
+        self._spare += self._workers - before
+        refused = self._let_go()
+        # All of them: some may have to leave, and each of the others finds more to do or sleeps again.
+        for _ in range(len(self._idle)):
+            self._wake()
+        self._wake_if_more()
+        return refused
+
+    def _wanted_workers(self) -> int:
+        return 1 if self._strict else self.registration.concurrency
+
     @property
     def retiring(self) -> bool:
         """Whether it has been told to end."""
@@ -215,7 +196,10 @@ class Pump:
         """What it is doing, in a word or two, for `status()`."""
         if self.shard.complete:
             return "complete"
-        if self.registration.health.down and self.registration.order != "strict":
+        health = self.registration.health
+        if health.paused is not None:
+            return f"paused: {health.paused}"
+        if health.down:
             return "target down"
         if self._cursor.blocked:
             return "waiting for an open transaction"
@@ -237,7 +221,7 @@ class Pump:
             await self._admit(batch)
             for hole in batch.closed:
                 window.close_hole(hole)
-            end = self.registration.end_position
+            end = self._end
             upto = batch.upto if end is None else min(batch.upto, end - 1)
             if upto > window.position or batch.closed or batch.opened:
                 window.advance(upto)
@@ -248,17 +232,15 @@ class Pump:
         cursor.close()
 
     def _before_end(self, hole: tuple[int, int]) -> tuple[int, int]:
-        end = self.registration.end_position
+        end = self._end
         return hole if end is None else (hole[0], min(hole[1], end))
 
     async def _admit(self, batch: Batch) -> None:
         """Take on each event of the batch that is for this shard, waiting for room as need be."""
-        window, registration = self.shard.window, self.registration
-        end, wanted = registration.end_position, registration.accepts
-        plain = registration.filter is None and registration.start_at is None and registration.end_at is None
-        shards, shard = self.shard.lease.shards, self.shard.lease.shard
+        window, registration, end = self.shard.window, self.registration, self._end
+        shards, shard, bounded = self.shard.lease.shards, self.shard.lease.shard, self._bounded
         start = 0
-        if plain and shards == 1 and end is None and not self._ordered and not batch.opened:
+        if not bounded and shards == 1 and end is None and not self._ordered and not batch.opened:
             start = await self._admit_runs(batch)
         for index in range(start, len(batch.events)):
             event, position = batch.events[index], batch.positions[index]
@@ -266,25 +248,27 @@ class Pump:
                 continue
             if position <= window.position and position not in window.holes:
                 continue
-            if (shards > 1 and event.key_hash % shards != shard) or not (plain or self._wants(event, wanted)):
+            if (
+                (shards > 1 and event.key_hash % shards != shard)
+                or (bounded and not self._within_dates(event))
+                or not (registration.filter is None or self._passes(event))
+                or not (window.fits(batch.sizes[index]) or await self._has_room(event, batch.sizes[index]))
+            ):
                 window.skip(position)
-                if self._waiting and self._waiting.pop(position, None) is not None:
-                    # It failed before, and the filter has changed: nobody is to try it again.
-                    self.shard.note(Forgotten(position=position))
+                self._forget_waiting(position)
                 continue
-            while not window.fits(batch.sizes[index]):
-                await self._until_room()
             window.open(position, batch.sizes[index])
             self._make_ready(event)
         self._note(self.shard)
 
     async def _admit_runs(self, batch: Batch) -> int:
         """Take on as much of a batch as goes without a look at each event; how many. Wins a third of the whole way."""
-        window, total = self.shard.window, len(batch.events)
+        window, total, registration = self.shard.window, len(batch.events), self.registration
         start = 0
-        while start < total and batch.positions[start] > window.position:
-            while window.full:
+        while start < total and registration.filter is None and batch.positions[start] > window.position:
+            if window.full:
                 await self._until_room()
+                continue
             stop = min(total, start + window.max_events - len(window))
             positions, sizes = batch.positions[start:stop], batch.sizes[start:stop]
             if window.bytes + sum(sizes) > window.max_bytes:
@@ -295,9 +279,24 @@ class Pump:
             start = stop
         return start
 
-    def _wants(self, event: Event, wanted: EventFilter) -> bool:
+    async def _has_room(self, event: Event, size: int) -> bool:
+        """Return once the window has room for an event, or the filter, changed meanwhile, refuses it; which."""
+        health = self.registration.health
+        while not self.shard.window.fits(size):
+            await self._until_room()
+        return health is self.registration.health or self._passes(event)
+
+    def _within_dates(self, event: Event) -> bool:
+        at, lease = event.recorded_at, self.shard.lease
+        return at is None or not (
+            (lease.start_at is not None and at <= lease.start_at) or (lease.end_at is not None and at >= lease.end_at)
+        )
+
+    def _passes(self, event: Event) -> bool:
+        """Whether the filter lets the event through."""
+        wanted = self.registration.filter
         try:
-            return wanted(event)
+            return wanted is None or bool(wanted(event))
         except Exception as error:  # noqa: BLE001 - a user's predicate may raise anything
             # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
             facts.emit(
@@ -329,7 +328,7 @@ class Pump:
             self._wake()
 
     def _key(self, event: Event) -> object:
-        return "strict" if self.registration.order == "strict" else event.key
+        return "strict" if self._strict else event.key
 
     def _occupy(self, event: Event) -> bool:
         """Take the event's key, or park the event behind it."""
@@ -361,15 +360,57 @@ class Pump:
         else:
             self._parked.pop(key, None)
 
+    def _let_go(self) -> int:
+        """Settle what waits here and does not pass the filter any more; how many events that were."""
+        if self.registration.filter is None or self.shard.lost:
+            return 0
+        # Those behind a key first: what is let go in front of them makes the next one ready.
+        parked = [event for queue in self._parked.values() for event in self._sift(queue)]
+        for event in parked:
+            self._forget_waiting(event.position)
+            self.shard.window.settle(event.position)
+        gone = [_Again(event, handed_over=False) for event in self._sift(self._ready)]
+        for queue in (self._again, self._letters):
+            refused = [again for again in queue if again.letter is None and not self._passes(again.event)]
+            for again in refused:
+                queue.remove(again)
+            gone += refused
+        for timer, again in list(self._timers.items()):
+            if not self._passes(again.event):
+                timer.cancel()
+                del self._timers[timer]
+                gone.append(again)
+        for again in gone:
+            self._done(again, Forgotten(position=again.event.position))
+        if parked:
+            self._make_room()
+            self._note(self.shard)
+        return len(parked) + len(gone)
+
+    def _sift(self, queue: deque[Event]) -> list[Event]:
+        """Take out of a queue what does not pass the filter."""
+        kept: list[Event] = []
+        refused: list[Event] = []
+        for event in queue:
+            (kept if self._passes(event) else refused).append(event)
+        if refused:
+            queue.clear()
+            queue.extend(kept)
+        return refused
+
+    def _forget_waiting(self, position: int) -> None:
+        """An event is let go: should it have failed under a former owner, nobody is to try it again."""
+        if self._waiting and self._waiting.pop(position, None) is not None:
+            self.shard.note(Forgotten(position=position))
+
     # What is due again.
 
     def ask_due(self) -> DueRequest | None:
-        """What this pump would take now of the events that are due again; None when it has no room."""
-        room = (
-            (_PROBE_ROOM if self.registration.health.down else _DUE_ROOM)
-            - len(self._handed_over)
-            - len(self._letters_out)
-        )
+        """What this pump would take now of the events that are due again; None when it has no room, or is paused."""
+        health = self.registration.health
+        if health.paused is not None:
+            return None
+        room = (_PROBE_ROOM if health.down else _DUE_ROOM) - len(self._handed_over) - len(self._letters_out)
         room_bytes = self.shard.window.max_bytes - sum(self._handed_over.values()) - sum(self._letters_out.values())
         if self._stopping or self.shard.lost or room <= 0 or room_bytes <= 0:
             return None
@@ -387,7 +428,7 @@ class Pump:
         return self._due_times[0] if self._due_times else None
 
     def take_due(self, event: Event, letter: int | None) -> None:
-        """Take an event that is due again."""
+        """Take an event that is due again; one that does not pass the filter any more is let go."""
         if self._stopping or (letter is None and event.position in self._handed_over):
             return
         if letter is not None:
@@ -395,8 +436,11 @@ class Pump:
             self._again.append(_Again(event, handed_over=True, letter=letter))
         else:
             self._handed_over[event.position] = size_of(event)
-            queue = self._again if event.failure is None else self._letters
-            queue.append(_Again(event, handed_over=True))
+            again = _Again(event, handed_over=True)
+            if not self._passes(event):
+                self._done(again, Forgotten(position=event.position))
+                return
+            (self._again if event.failure is None else self._letters).append(again)
         self._wake()
 
     def committed(self, mark: Mark) -> None:
@@ -426,16 +470,22 @@ class Pump:
         while True:
             if self._stopping:
                 return
-            if not (ready or self._again or self._letters):
+            health = self.registration.health
+            if self._spare < 0:
+                # Fewer are wanted now. Should it have been woken for something, another one does that.
+                self._spare += 1
+                self._wake_if_more()
+                return
+            if health.paused is not None or not (ready or self._again or self._letters):
                 await self._wait()
             elif not shard.may_dispatch():
-                # Paused, not lost: the heartbeat says which within moments.
+                # In doubt, not lost: the heartbeat says which within moments.
                 await asyncio.sleep(_LEASE_POLL)
             elif self._letters:
                 again = self._letters.popleft()
                 self._wake_if_more()
                 await self._retry(again, probe=False)
-            elif self.registration.health.down and self.registration.order != "strict":
+            elif health.down:
                 await self._probe()
             elif self._again:
                 again = self._again.popleft()
@@ -448,14 +498,14 @@ class Pump:
         """The straight way: dispatch what is ready, until something else wants to be done."""
         shard, window, tenure = self.shard, self.shard.window, self.shard.tenure
         ready, again, letters, active = self._ready, self._again, self._letters, self._active
-        health, dispatch, ordered = self.registration.health, self._dispatch, self._ordered
+        health, dispatch, ordered = self.registration.health, self.registration.dispatch, self._ordered
         if len(ready) > 1:
             # One wakes the next, so that all are at work when dispatching takes time, and one when it does not.
             self._wake()
         breath = monotonic() + _BREATH
         while (
             ready
-            and not (again or letters or health.down or self._stopping)
+            and not (again or letters or health.held or self._stopping)
             and (now := monotonic()) < tenure.valid_until
         ):
             if now > breath:
@@ -471,16 +521,16 @@ class Pump:
             except asyncio.CancelledError:
                 if _is_cancelled():
                     raise
-                self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), probe=False)
+                self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), health)
             except Exception as error:  # noqa: BLE001 - whatever a dispatcher raises is a failure of its event
-                self._fail(event, error, probe=False)
+                self._fail(event, error, health)
             else:
                 if not shard.lost:
                     window.settle(position)
                     if not shard.noted:
                         self._note(shard)
                 if health.failing:
-                    self._succeed()
+                    self._succeed(health)
                 if ordered:
                     self._vacate(event)
                 if self._room is not None:
@@ -510,7 +560,7 @@ class Pump:
             if not future.done():
                 future.set_result(None)
                 return
-        if self._spare and self._tasks is not None:
+        if self._spare > 0 and self._tasks is not None:
             self._spare -= 1
             self._tasks.create_task(self._work(), name=f"deliver {self.shard.name}")
 
@@ -520,17 +570,19 @@ class Pump:
 
     async def _probe(self) -> None:
         """While the target is down: one event at a time, at the times that its health allows."""
-        registration, health = self.registration, self.registration.health
+        health = self.registration.health
         async with self._probe_turn:
-            while health.down and not self._stopping and not self._letters:
+            while health.down and health.paused is None and not self._stopping and not self._letters:
                 left = health.next_probe - monotonic()
-                if left <= 0 and not registration.probing:
+                if left <= 0 and not health.probing:
                     break
                 # Another shard's probe may take long; what is for the dead-letter dispatcher does not wait for it.
                 await asyncio.sleep(min(left, _LEASE_POLL) if left > 0 else _LEASE_POLL)
-            if not health.down or self._stopping or self._letters or not self.shard.may_dispatch():
+            if not health.down or health.paused is not None or self._stopping or self._letters:
                 return
-            registration.probing = True
+            if not self.shard.may_dispatch():
+                return
+            health.probing = True
             try:
                 # In turn: what is due again, whoever has most attempts left; then what is new, the last one, because
                 # the first ones may be a run of bad events, with the good ones behind it.
@@ -541,12 +593,12 @@ class Pump:
                 elif self._ready:
                     await self._retry(_Again(self._ready.pop(), handed_over=False), probe=True)
             finally:
-                registration.probing = False
+                health.probing = False
 
     async def _retry(self, again: _Again, *, probe: bool) -> None:
         """Dispatch an event that is not in the straight way from the log: again, as a probe, or as a dead letter."""
-        event = again.event
-        dispatch = self._dispatch if event.failure is None else self._dispatch_dead
+        event, health = again.event, self.registration.health
+        dispatch = self.registration.dispatch if event.failure is None else self.registration.dispatch_dead
         if dispatch is None:
             # It was on its way to a dead-letter dispatcher that this process does not have.
             assert event.failure is not None  # noqa: S101 - only those have none
@@ -559,12 +611,12 @@ class Pump:
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
-            self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), probe=probe, again=again)
+            self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), health, probe=probe, again=again)
         except Exception as error:  # noqa: BLE001 - whatever a dispatcher raises is a failure of its event
-            self._fail(event, error, probe=probe, again=again)
+            self._fail(event, error, health, probe=probe, again=again)
         else:
             if event.failure is None:
-                self._succeed()
+                self._succeed(health)
             if again.letter is not None:
                 self._done(again, LetterDelivered(letter=again.letter))
             else:
@@ -574,25 +626,40 @@ class Pump:
             if self._stopping and not self._active:
                 self._quiet.set()
 
-    def _succeed(self) -> None:
-        if self.registration.health.succeeded():
+    def _succeed(self, health: TargetHealth) -> None:
+        if health.succeeded():
             facts.emit("target is up", level=logging.WARNING, subscription=self.registration.name)
             for _ in range(len(self._idle)):
                 self._wake()
 
-    def _fail(self, event: Event, error: BaseException, *, probe: bool, again: _Again | None = None) -> None:
-        """Decide what becomes of an event that failed, and have it committed."""
+    def _fail(
+        self,
+        event: Event,
+        error: BaseException,
+        health: TargetHealth,
+        *,
+        probe: bool = False,
+        again: _Again | None = None,
+    ) -> None:
+        """Decide what becomes of an event that failed, and have it committed. `health`: of the target that it had."""
         registration, retry = self.registration, self.registration.retry
+        if health.retired and (again is None or again.letter is None) and not self._passes(event):
+            # Reconfigured while it was at work: it is not wanted any more.
+            self._done(again or _Again(event, handed_over=False), Forgotten(position=event.position))
+            return
+        if isinstance(error, Pause) and event.failure is None:
+            self._pause(event, error, health, again)
+            return
         again = again or _Again(event, handed_over=False)
         text, details = _describe(error), _details(error)
         facts.emit(
             "dispatch failed",
             subscription=registration.name, position=event.position, attempt=event.attempt, error=text,
         )  # fmt: skip
-        rejected = isinstance(error, Reject)
+        rejected = isinstance(error, Reject | Pause)
         # In strict order every attempt counts: nothing can be probed past the event that fails.
-        if event.failure is None and not rejected and registration.order != "strict":
-            down = registration.health.failed(event.position, now=monotonic(), probe=probe)
+        if event.failure is None and not rejected and not self._strict:
+            down = health.failed(event.position, now=monotonic(), probe=probe)
             if down:
                 facts.emit("target is down", level=logging.WARNING, subscription=registration.name, error=text)
         if event.attempt < retry.attempts and not rejected:
@@ -611,7 +678,7 @@ class Pump:
         if event.failure is not None:
             # Why it was given up counts; why the dead-letter dispatcher gave it up as well is a detail.
             failure = replace(event.failure, details={**event.failure.details, "dead_letter_error": text})
-        if event.failure is None and self._dispatch_dead is not None:
+        if event.failure is None and registration.dispatch_dead is not None:
             facts.emit("event given up", subscription=registration.name, position=event.position, error=text)
             self._schedule(
                 _Again(event.with_delivery(attempt=0, failure=failure), handed_over=again.handed_over),
@@ -623,6 +690,20 @@ class Pump:
             subscription=registration.name, position=event.position, event_id=event.id, error=failure.error,
         )  # fmt: skip
         self._done(again, Buried(position=event.position, failure=failure))
+
+    def _pause(self, event: Event, signal: Pause, health: TargetHealth, again: _Again | None) -> None:
+        """Put the event back where it was taken from, and take nothing more for a target that wants nothing more."""
+        if not self._stopping:
+            if again is None:
+                self._ready.appendleft(event)
+            else:
+                self._again.appendleft(again)
+        reason = _message(signal) or "no reason was given"
+        if health.pause(reason):
+            facts.emit(
+                "subscription paused", level=logging.WARNING,
+                subscription=self.registration.name, reason=reason, position=event.position, details=_details(signal),
+            )  # fmt: skip
 
     def _schedule(self, again: _Again, *, attempt: int, delay: float, error: str, details: dict[str, str]) -> None:
         """Note that the event is to be dispatched again, as attempt number `attempt + 1`."""
@@ -649,12 +730,12 @@ class Pump:
             return
 
         def due() -> None:
-            self._timers.discard(timer)
+            self._timers.pop(timer, None)
             (self._again if again.event.failure is None else self._letters).append(again)
             self._wake()
 
         timer = asyncio.get_running_loop().call_later(delay, due)
-        self._timers.add(timer)
+        self._timers[timer] = again
 
     def _done(self, again: _Again, outcome: Outcome) -> None:
         """The event leaves the pump; what became of it is committed with the offset."""
@@ -679,21 +760,21 @@ class Pump:
 
     async def _finish(self) -> None:
         """Wait until the subscription's end is reached, then say so durably."""
-        registration, window = self.registration, self.shard.window
-        goal = (registration.end_position or 0) - 1
-        if registration.end_at is not None:
-            while (left := await self._seconds_until(registration.end_at)) > 0:  # noqa: ASYNC110 - the server's clock  # noqa: ASYNC110 - the server's clock
+        window, end_at = self.shard.window, self.shard.lease.end_at
+        goal = (self._end or 0) - 1
+        if end_at is not None:
+            while (left := await self._seconds_until(end_at)) > 0:  # noqa: ASYNC110 - the server's clock
                 # The two clocks may drift apart, and either may be set.
                 await asyncio.sleep(min(left, _END_POLL))
             # A check that began after the end: no event from before it can appear above what it proved.
             proven = await self._prove_end()
-            goal = proven if registration.end_position is None else min(goal, proven)
+            goal = proven if self._end is None else min(goal, proven)
         while window.position < goal or len(window) or window.holes.below(goal):  # noqa: ASYNC110 - rare, and plain
             await asyncio.sleep(_FINISH_POLL)
         if not self.shard.complete:
             self.shard.complete = True
             self._note(self.shard)
-            facts.emit("subscription complete", subscription=registration.name, shard=self.shard.lease.shard)
+            facts.emit("subscription complete", subscription=self.registration.name, shard=self.shard.lease.shard)
 
 
 _FINISH_POLL = 0.05
@@ -705,36 +786,6 @@ def _attempt(again: _Again) -> int:
     return again.event.attempt
 
 
-def _as_async(
-    registration: Registration, dispatcher: ConsumerDispatcher
-) -> Callable[[Event], Coroutine[Any, Any, object]]:
-    """The dispatcher as a coroutine function; plain functions run in the subscription's own threads."""
-    plain = dispatcher.func if isinstance(dispatcher, partial) else dispatcher
-    if inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None)):  # noqa: B004
-        return dispatcher  # type: ignore[return-value] # just seen
-    if registration.threads is None:
-        registration.threads = ThreadPoolExecutor(
-            max_workers=registration.concurrency, thread_name_prefix=f"pgbackend {registration.name}"
-        )
-    threads = registration.threads
-
-    def call(event: Event) -> object:
-        try:
-            return dispatcher(event)
-        except StopIteration as error:
-            # No future carries it: on 3.11 it would wait for ever.
-            raise RuntimeError("the dispatcher raised StopIteration") from error
-
-    async def in_thread(event: Event) -> None:
-        context = contextvars.copy_context()
-        result = await asyncio.get_running_loop().run_in_executor(threads, context.run, call, event)
-        if inspect.isawaitable(result):
-            # A plain callable that returns an awaitable, such as a lambda around a coroutine function.
-            await result
-
-    return in_thread
-
-
 def _is_cancelled() -> bool:
     """Whether it is this task that is being cancelled, not just something that the dispatcher awaited."""
     task = asyncio.current_task()
@@ -743,12 +794,15 @@ def _is_cancelled() -> bool:
 
 def _describe(error: BaseException) -> str:
     """Type and message, fit for a text column: no NUL, no lone surrogate, not endless."""
+    message = _message(error)
+    return _storable(f"{type(error).__name__}: {message}" if message else type(error).__name__)[:_ERROR_CHARACTERS]
+
+
+def _message(error: BaseException) -> str:
     try:
-        message = str(error)
+        return _storable(str(error))[:_ERROR_CHARACTERS]
     except Exception:  # noqa: BLE001 - a user's exception may fail at that, too
-        message = "(its message cannot be had)"
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return _storable(text)[:_ERROR_CHARACTERS]
+        return "(its message cannot be had)"
 
 
 def _details(error: BaseException) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from pgbackend.model import Epoch, Failure, Position
+from pgbackend.model import Epoch, Failure, Order, Position
 from pgbackend.ranges import RangeSet
 from pgbackend.window import Window
 
@@ -85,7 +85,11 @@ class Tenure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """What `claim` returned: the right to run a shard, and where it stands."""
+    """What `claim` returned: the right to run a shard, where it stands, and what the subscription is.
+
+    What is stored of a subscription may be changed by any process, and always under a new epoch: so its terms come with
+    the lease, and nobody runs a shard by others than those its epoch was given out with.
+    """
 
     subscription: str
     shard: int
@@ -96,8 +100,13 @@ class Lease:
     place: tuple[int, int]
     """The offset row's ctid."""
     complete: bool
+    order: Order
     start_at: datetime | None
-    """Events recorded at or before it are not for this subscription. May have been moved by a seek from elsewhere."""
+    """Events recorded at or before it are not for this subscription."""
+    end_position: int | None
+    """Events at or behind it are not for this subscription."""
+    end_at: datetime | None
+    """Events recorded at or after it are not for this subscription."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,10 @@ from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.leases import Leases, Presence
 from pgbackend.offsets import Committer
-from pgbackend.pump import Pump, Registration
+from pgbackend.pump import Pump
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
+from pgbackend.registration import Registration
 from pgbackend.segments import Segments
 from pgbackend.shard import Lease, Mark, Shard, Tenure
 from pgbackend.tail import Tail
@@ -159,6 +160,11 @@ class Worker:
         """There are new registrations."""
         self._rounds.ring()
 
+    def reconfigured(self, registration: Registration) -> int:
+        """What this process runs of a subscription goes on as it was reconfigured; how many events are let go."""
+        self._due.set()
+        return sum(pump.reconfigured() for pump, _ in self._pumps.values() if pump.registration is registration)
+
     def redeliver_soon(self) -> None:
         """Dead letters were sent on their way again."""
         self._due.set()
@@ -230,14 +236,14 @@ class Worker:
         wanted = [
             name
             for name, registration in self._registrations.items()
-            if not self._retiring.get(name) and owned.get(name, 0) < registration.shards
+            if not registration.resting and not self._retiring.get(name) and owned.get(name, 0) < registration.shards
         ]
         if not wanted:
             return
         for lease in await self._leases.claim(wanted):
             registration = self._registrations.get(lease.subscription)
-            if registration is None:
-                # Unsubscribed in this moment.
+            if registration is None or registration.resting:
+                # Unsubscribed in this moment, or it is being moved.
                 await self._leases.release([lease.epoch])
                 continue
             await self._begin(lease, registration)
@@ -245,9 +251,8 @@ class Worker:
     async def _begin(self, lease: Lease, registration: Registration) -> None:
         assert self._tail is not None  # noqa: S101 - rounds run inside run()
         assert self._tasks is not None  # noqa: S101
-        registration.start_at = lease.start_at
         waiting = {}
-        if registration.order != "none":
+        if lease.order != "none":
             found = await self._redelivery.find_attempts(lease)
             waiting = {position: (before.attempt, before.delay, before.failure) for position, before in found.items()}
         shard = Shard(
@@ -266,7 +271,7 @@ class Worker:
         pump = Pump(
             registration=registration,
             shard=shard,
-            cursor=self._tail.cursor(after=lease.position, patient=registration.order == "strict"),
+            cursor=self._tail.cursor(after=lease.position, patient=lease.order == "strict"),
             note=self._committer.note,
             waiting=waiting,
             seconds_until=self._seconds_until,

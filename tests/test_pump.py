@@ -13,7 +13,7 @@ from pgbackend import Backend, Event, Reject, Retry, RetryAfter
 from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from pgbackend.health import FAILURES_IN_A_ROW
-from tests.support.catch import Catch, make_event
+from tests.support.catch import Catch, Gate, make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 
@@ -46,34 +46,6 @@ async def settled(backend: Backend, name: str = "s") -> None:
         return not status.lag and not status.redeliveries
 
     await eventually(f"{name} owes nothing", is_settled)
-
-
-class Gate:
-    """A dispatcher whose calls wait until they are let go."""
-
-    def __init__(self) -> None:
-        self.waiting: list[str] = []
-        self.handled: list[str] = []
-        self.most = 0
-        self._open = asyncio.Event()
-
-    async def __call__(self, event: Event) -> None:
-        self.waiting.append(event.id)
-        self.most = max(self.most, len(self.waiting))
-        try:
-            await self._open.wait()
-        finally:
-            self.waiting.remove(event.id)
-        self.handled.append(event.id)
-
-    def open(self) -> None:
-        self._open.set()
-
-    async def holds(self, count: int) -> None:
-        async def are_waiting() -> bool:
-            return len(self.waiting) >= count
-
-        await eventually(f"{count} dispatches at once", are_waiting)
 
 
 # What a dispatcher may do.

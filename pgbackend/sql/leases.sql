@@ -23,9 +23,12 @@ WHERE owner = $1;
 -- proves nothing. One statement in autocommit: no client can stop between the lock and the commit.
 -- Found first and locked by epoch after: a row that another worker claims in between has a new epoch and drops out. The
 -- lock's recheck of the whole condition let it pass, because the new owner's row in `workers` is not joined anew.
+-- For the same reason the subscription's terms are those of the epoch that was found: who changes them gives a new one.
 WITH free AS MATERIALIZED (
-    SELECT stored.subscription, stored.shards, stored.shard, stored.epoch
+    SELECT stored.subscription, stored.shards, stored.shard, stored.epoch,
+        subscription.ordering, subscription.start_at, subscription.end_position, subscription.end_at
     FROM {schema}.offsets AS stored
+    JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
     LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
     WHERE stored.subscription = ANY ($1::text[])
         AND (
@@ -41,7 +44,8 @@ WITH free AS MATERIALIZED (
         )
 ),
 locked AS (
-    SELECT stored.subscription, stored.shards, stored.shard
+    SELECT stored.subscription, stored.shards, stored.shard,
+        free.ordering, free.start_at, free.end_position, free.end_at
     FROM {schema}.offsets AS stored
     JOIN free USING (subscription, shards, shard, epoch)
     ORDER BY stored.subscription, stored.shards, stored.shard
@@ -57,11 +61,7 @@ WHERE stored.subscription = locked.subscription
     AND (SELECT id FROM {schema}.incarnation) = $3
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
     stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at,
-    (
-        SELECT subscription.start_at
-        FROM {schema}.subscriptions AS subscription
-        WHERE subscription.name = stored.subscription
-    ) AS start_at;
+    locked.ordering, locked.start_at, locked.end_position, locked.end_at;
 
 -- name: held
 -- Which of this worker's leases are still its own.

@@ -1,5 +1,6 @@
-"""A dispatcher that keeps what it gets, and events to give it."""
+"""Dispatchers that keep what they get, and events to give them."""
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -40,6 +41,34 @@ class Catch:
         except TimeoutError as error:
             missing = [id_ for id_ in ids if id_ not in self.at]
             raise TimeoutError(f"{error}; {len(missing)} are missing, {missing[:5]} first") from None
+
+
+class Gate:
+    """A dispatcher whose calls wait until they are let go."""
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+        self.handled: list[str] = []
+        self.most = 0
+        self._open = asyncio.Event()
+
+    async def __call__(self, event: Event) -> None:
+        self.waiting.append(event.id)
+        self.most = max(self.most, len(self.waiting))
+        try:
+            await self._open.wait()
+        finally:
+            self.waiting.remove(event.id)
+        self.handled.append(event.id)
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def holds(self, count: int) -> None:
+        async def are_waiting() -> bool:
+            return len(self.waiting) >= count
+
+        await eventually(f"{count} dispatches at once", are_waiting)
 
 
 def make_event(id_: str, data: bytes | str = b"", *, key: str | None = None) -> CloudEvent:
