@@ -124,7 +124,7 @@ class Tracing:
     def send(self, event: Event, headers: "CIMultiDict[str]", *, trigger: str, url: str) -> Iterator[Answered]:
         """A span around one attempt to deliver the event; its context goes into the request's headers.
 
-        What it gives is told the status, once there is one. An exception that leaves the body makes it a failed attempt.
+        What it gives is told the status, once there is one. An exception that leaves the body is why it failed.
         """
         created = self._context_of(event)
         where = urlsplit(url)
