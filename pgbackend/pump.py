@@ -301,7 +301,7 @@ class Pump:
             # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
             facts.emit(
                 "filter failed", level=logging.ERROR, subscription=self.registration.name, position=event.position,
-                error=_describe(error),
+                event_id=event.id, event_source=event.source, error=_describe(error),
             )  # fmt: skip
             return True
 
@@ -654,7 +654,8 @@ class Pump:
         text, details = _describe(error), _details(error)
         facts.emit(
             "dispatch failed",
-            subscription=registration.name, position=event.position, attempt=event.attempt, error=text,
+            subscription=registration.name, position=event.position, event_id=event.id, event_source=event.source,
+            attempt=event.attempt, error=text,
         )  # fmt: skip
         rejected = isinstance(error, Reject | Pause)
         # In strict order every attempt counts: nothing can be probed past the event that fails.
@@ -667,7 +668,12 @@ class Pump:
             if isinstance(error, RetryAfter):
                 delay = max(delay, min(error.delay, retry.max_delay))
             # Beyond all dates that PostgreSQL has, it would be refused, with every other shard's commit.
-            self._schedule(again, attempt=event.attempt, delay=min(delay, _LONGEST), error=text, details=details)
+            delay = min(delay, _LONGEST)
+            facts.emit(
+                "retry scheduled", level=logging.DEBUG,
+                subscription=registration.name, position=event.position, attempt=event.attempt, delay=delay,
+            )  # fmt: skip
+            self._schedule(again, attempt=event.attempt, delay=delay, error=text, details=details)
             return
         if again.letter is not None:
             self._done(
@@ -679,7 +685,10 @@ class Pump:
             # Why it was given up counts; why the dead-letter dispatcher gave it up as well is a detail.
             failure = replace(event.failure, details={**event.failure.details, "dead_letter_error": text})
         if event.failure is None and registration.dispatch_dead is not None:
-            facts.emit("event given up", subscription=registration.name, position=event.position, error=text)
+            facts.emit(
+                "event given up", level=logging.WARNING, subscription=registration.name, position=event.position,
+                event_id=event.id, event_source=event.source, error=text,
+            )  # fmt: skip
             self._schedule(
                 _Again(event.with_delivery(attempt=0, failure=failure), handed_over=again.handed_over),
                 attempt=0, delay=0.0, error=text, details=details,
@@ -687,7 +696,8 @@ class Pump:
             return
         facts.emit(
             "event buried", level=logging.WARNING,
-            subscription=registration.name, position=event.position, event_id=event.id, error=failure.error,
+            subscription=registration.name, position=event.position, event_id=event.id, event_source=event.source,
+            error=failure.error,
         )  # fmt: skip
         self._done(again, Buried(position=event.position, failure=failure))
 
@@ -702,7 +712,8 @@ class Pump:
         if health.pause(reason):
             facts.emit(
                 "subscription paused", level=logging.WARNING,
-                subscription=self.registration.name, reason=reason, position=event.position, details=_details(signal),
+                subscription=self.registration.name, reason=reason, position=event.position,
+                event_id=event.id, event_source=event.source, details=_details(signal),
             )  # fmt: skip
 
     def _schedule(self, again: _Again, *, attempt: int, delay: float, error: str, details: dict[str, str]) -> None:
