@@ -17,6 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pgbackend import facts
 from pgbackend.codec import COLUMNS, Row
@@ -55,14 +56,25 @@ _NOT_WAITED_FOR = frozenset({"57014", "57P01"})
 """SQLSTATEs of the warnings that a COMMIT was not confirmed by its synchronous standby."""
 
 
+Done = Callable[[Exception | None], None]
+"""Told once how a call ended: None is committed."""
+
+
 @dataclass(slots=True, eq=False)
 class _Call:
     rows: Sequence[Row]
     size: int
     """Bytes of data."""
-    done: "asyncio.Future[None]"
+    done: Done | None
+    """None once it was told, or nobody wants to know any more."""
     deadline: float
     sent: bool = False
+
+    def answer(self, error: Exception | None) -> None:
+        self.rows = ()  # it may wait for its turn among the deadlines a while longer
+        done, self.done = self.done, None
+        if done is not None:
+            done(error)
 
 
 class Appender:
@@ -106,25 +118,41 @@ class Appender:
         Raises EventError when PostgreSQL refuses their values, ProduceTimeoutError when they were not even sent in
         time, ProduceUncertainError when nobody knows, DatabaseError for any other refusal: nothing is stored then.
         """
+        committed = asyncio.get_running_loop().create_future()
+        call = self._submit(rows, partial(_settle, committed))
+        try:
+            await committed
+        except asyncio.CancelledError:
+            call.done = None
+            if not call.sent and call in self._calls:
+                self._calls.remove(call)
+            raise
+
+    def append_soon(self, row: Row, done: Done) -> None:
+        """As `append()` of one row for whoever has no task to wait in: `done` gets None, or what that would raise.
+
+        `done` must not raise. A task and a future less: 4 µs an event.
+        """
+        self._submit((row,), done)
+
+    def _submit(self, rows: Sequence[Row], done: Done) -> _Call:
         if self._task is None or self._closing:
             raise NotRunningError("This backend does not take events: call `init()` first, and not after `stop()`.")
         loop = asyncio.get_running_loop()
-        size = sum(len(row[_DATA] or b"") for row in rows)
-        call = _Call(rows, size, loop.create_future(), loop.time() + self._timeout)
+        size = 0
+        for row in rows:
+            size += len(row[_DATA] or b"")
+        call = _Call(rows, size, done, loop.time() + self._timeout)
         self._calls.append(call)
         waiting = self._waiting
-        while waiting and waiting[0].done.done():
+        while waiting and waiting[0].done is None:
             waiting.popleft()
         waiting.append(call)
         if self._alarm is None:
             self._alarm = loop.call_at(call.deadline, self._look_at_clock)
-        self._wake()
-        try:
-            await call.done
-        except asyncio.CancelledError:
-            if not call.sent and call in self._calls:
-                self._calls.remove(call)
-            raise
+        if self._idle is not None:
+            self._wake()
+        return call
 
     def _wake(self) -> None:
         idle, self._idle = self._idle, None
@@ -136,9 +164,9 @@ class Appender:
         loop = asyncio.get_running_loop()
         self._alarm = None
         now, waiting = loop.time(), self._waiting
-        while waiting and (waiting[0].done.done() or waiting[0].deadline <= now):
+        while waiting and (waiting[0].done is None or waiting[0].deadline <= now):
             call = waiting.popleft()
-            if not call.done.done():
+            if call.done is not None:
                 self._expire(call)
         following = waiting[0].deadline if waiting else None
         if self._sent_at is not None:
@@ -162,7 +190,7 @@ class Appender:
                 f"The event was not sent within {self._timeout:g} s, and is not stored. "
                 "Check that PostgreSQL can be reached."
             )
-        call.done.set_exception(error)
+        call.answer(error)
 
     async def close(self) -> None:
         """Return once every call that was made is answered, and the connection is closed."""
@@ -261,9 +289,7 @@ class Appender:
             ))  # fmt: skip
         else:
             for call in batch:
-                call.rows = ()  # it may wait for its turn among the deadlines a while longer
-                if not call.done.done():
-                    call.done.set_result(None)
+                call.answer(None)
         self._on_append(len(rows))
 
     async def _insert(self, connection: Connection, rows: Sequence[Row]) -> None:
@@ -295,7 +321,7 @@ class Appender:
                         # Nothing of the rest is stored, and none of it is in doubt: with the next connection.
                         for call in batch:
                             call.sent = False
-                        self._calls.extendleft(reversed([call for call in batch if not call.done.done()]))
+                        self._calls.extendleft(reversed([call for call in batch if call.done is not None]))
                         return
                     await self._send(connection, [batch.pop(0)])
             else:
@@ -314,10 +340,17 @@ class Appender:
 
     def _fail(self, batch: Sequence[_Call], error: Exception) -> None:
         for call in batch:
-            call.rows = ()
-            if not call.done.done():
-                # An exception of its own for each: tracebacks are put together on it.
-                call.done.set_exception(_copy(error))
+            # An exception of its own for each: tracebacks are put together on it.
+            call.answer(_copy(error))
+
+
+def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
+    if future.done():
+        return  # cancelled a moment ago
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 def _copy(error: Exception) -> Exception:

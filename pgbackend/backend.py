@@ -377,6 +377,14 @@ class Backend:
         row = encode(event, max_event_bytes=self._settings.max_event_bytes)
         await self._use().appender.append((row,))
 
+    def produce_soon(self, event: "BaseCloudEvent", done: Callable[[Exception | None], None]) -> None:
+        """As `produce()` for whoever has no task to wait in: `done` gets None once the event is committed, or the error.
+
+        Raises EventError and NotRunningError at once, and `done` is not called then. `done` must not raise.
+        """
+        row = encode(event, max_event_bytes=self._settings.max_event_bytes)
+        self._use().appender.append_soon(row, done)
+
     async def produce_many(self, events: Iterable["BaseCloudEvent"]) -> None:
         """Return once all of the events are committed, in one transaction and in their order.
 

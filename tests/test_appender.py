@@ -2,6 +2,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import asyncpg
 import pytest
@@ -376,3 +377,46 @@ async def test_a_log_without_a_segment_for_the_next_position_gets_one_and_no_cal
     await connection.close()
 
     assert await stored(database) == ["a"]
+
+
+async def test_who_has_no_task_is_told_of_the_commit_and_of_each_refusal(database: str) -> None:
+    told: dict[str, Exception | None] = {}
+    async with appending(database) as appender:
+        for id_, time in (("good", None), ("bad", BAD), ("fine", None)):
+            appender.append_soon(row(id_, time=time), partial(told.__setitem__, id_))
+        assert told == {}
+        await appender.append([row("last")])
+        assert list(told) == ["good", "bad", "fine"]
+        assert (told["good"], told["fine"]) == (None, None)
+        assert isinstance(told["bad"], EventError)
+    assert await stored(database) == ["good", "fine", "last"]
+
+
+async def test_who_has_no_task_is_told_when_time_is_up(database: str) -> None:
+    async with appending(database, timeout=0.3) as appender, log_locked(database):
+        told: list[Exception | None] = []
+        appender.append_soon(row("sent"), told.append)
+        await is_sent(appender)
+        appender.append_soon(row("waiting"), told.append)
+
+        async def both() -> bool:
+            return len(told) == 2
+
+        await eventually("both are told", both)
+        assert [type(error) for error in told] == [ProduceUncertainError, ProduceTimeoutError]
+
+
+async def test_a_call_that_is_cancelled_as_its_commit_comes_back_is_only_cancelled(database: str) -> None:
+    """The future is cancelled at once, the coroutine learns of it a turn later: the appender may answer in between."""
+    async with appending(database) as appender:
+        calls = [asyncio.create_task(appender.append([row(str(number))])) for number in range(200)]
+
+        def cancel_all(_: Exception | None) -> None:
+            for call in calls[:-1]:
+                call.cancel()
+
+        appender.append_soon(row("before"), cancel_all)
+        calls += [asyncio.create_task(appender.append([row("after")]))]
+        await asyncio.wait(calls)
+        assert all(call.cancelled() for call in calls[:-1])
+        assert calls[-1].exception() is None
