@@ -34,7 +34,7 @@ from pgbackend.serve.egress import Connector, StaleConnectionError
 
 if TYPE_CHECKING:
     from pgbackend.serve.metrics import TriggerMetrics
-    from pgbackend.serve.tracing import Tracing
+    from pgbackend.serve.tracing import Answered, Tracing
 
 ATTEMPT = "Pgbackend-Attempt"
 """The header that says which try of the event a request is; the first is 1."""
@@ -125,7 +125,7 @@ class Delivery:
         """The target has the event, and the log what it replied. Raises as the module says when it is not so."""
         headers, body = self._write(event)
         status: int | None = None
-        with self._traced(event, headers):
+        with self._traced(event, headers) as answered:
             await self._slots.acquire()
             began = monotonic()
             try:
@@ -134,6 +134,8 @@ class Delivery:
                 finally:
                     self._slots.release()
                 status = answer.status
+                if answered is not None:
+                    answered(status)
                 if not 200 <= status < 300:
                     self._fail(answer)
                 if answer.reply is not None:
@@ -159,7 +161,7 @@ class Delivery:
                 return CIMultiDict((*headers, attempt, *self._headers)), body
         return CIMultiDict((_STRUCTURED, attempt, *self._headers)), codec.write_structured(event)
 
-    def _traced(self, event: Event, headers: CIMultiDict[str]) -> AbstractContextManager[None]:
+    def _traced(self, event: Event, headers: CIMultiDict[str]) -> "AbstractContextManager[Answered | None]":
         if self._tracing is None:
             return _UNTRACED
         return self._tracing.send(event, headers, trigger=self._trigger, url=self._shown)
@@ -245,7 +247,8 @@ class Delivery:
         if len(events) < len(found):
             facts.emit(
                 "reply dropped after too many hops", level=logging.WARNING,
-                trigger=self._trigger, url=self._shown, events=len(found) - len(events), answered=event.id,
+                trigger=self._trigger, url=self._shown, events=len(found) - len(events),
+                event_id=event.id, event_source=event.source,
             )  # fmt: skip
         if not events:
             return

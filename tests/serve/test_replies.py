@@ -250,7 +250,7 @@ class TestHops:
         with Recorder() as recorder:
             await delivery(target.url)(counted(delivered))
         assert log.events == []
-        assert recorder.all("reply dropped after too many hops", trigger="billing", answered="order", events=1)
+        assert recorder.all("reply dropped after too many hops", trigger="billing", event_id="order", events=1)
 
     async def test_each_event_of_a_batch_counts_for_itself(
         self, target: Target, delivery: DeliveryMaker, log: Log
