@@ -378,7 +378,7 @@ class Backend:
         await self._use().appender.append((row,))
 
     def produce_soon(self, event: "BaseCloudEvent", done: Callable[[Exception | None], None]) -> None:
-        """As `produce()` for whoever has no task to wait in: `done` gets None once the event is committed, or the error.
+        """As `produce()` for whoever has no task to wait in: `done` gets None once it is committed, else the error.
 
         Raises EventError and NotRunningError at once, and `done` is not called then. `done` must not raise.
         """
