@@ -25,20 +25,24 @@ of them answers for all. Counters and histograms are summed, dead processes' too
 """
 
 import asyncio
+import fcntl
 import os
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from pgbackend import facts
 from pgbackend.errors import PgBackendError
@@ -49,7 +53,6 @@ if TYPE_CHECKING:
     from pgbackend.backend import Backend
     from pgbackend.model import Status
 
-_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Seconds: from a commit on a fast disk to an attempt's longest timeouts."""
 _STATUS_AGE = 1.0
@@ -76,16 +79,20 @@ class Metrics:
     def __init__(self, backend: "Backend | None" = None) -> None:
         """`backend` is asked for the lag of its subscriptions; without one there is none to tell."""
         self._backend = backend
-        directory = os.environ.get(_DIRECTORY)
+        directory = _directory()
         self._shared = directory is not None
+        # Each series would have a second one, of the time at which it began.
+        disable_created_metrics()
         self._registry = CollectorRegistry()
         # Values that are shared are read from their files, those of this process included.
         own = None if self._shared else self._registry
         self._instruments = instruments = _Instruments(own)
+        instruments.reloads.labels("applied")
+        instruments.reloads.labels("refused")
         instruments.reload_good.set(1)
         instruments.reload_time.set(time.time())
         if directory is not None:
-            self._registry.register(_Processes(Path(directory), self._is_known))
+            self._registry.register(_Processes(directory, self._is_known))
         else:
             ProcessCollector(registry=self._registry)
         self._log = _Log(self._build())
@@ -107,6 +114,8 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._observing.__exit__(kind, error, traceback)
+        if self._status_task is not None:
+            self._status_task.cancel()
         self._write()
 
     def ingested(self, events: int, seconds: float) -> None:
@@ -135,7 +144,12 @@ class Metrics:
     async def exposition(self, accept: str | None) -> tuple[bytes, str]:
         """Everything in the format that was asked for, and its content type. Within seconds, PostgreSQL or not."""
         self._write()
-        self._log.status = await self._status()
+        self._log.status = status = await self._status()
+        for one in status.subscriptions if status is not None else ():
+            if one.name in self._triggers:
+                # Facts are quicker; but of a shard that went elsewhere meanwhile they say nothing more.
+                self._instruments.down.labels(one.name).set(one.state == "target down")
+                self._instruments.paused.labels(one.name).set(one.state.startswith("paused"))
         encode, content_type = choose_encoder(accept or "")
         # In a thread: with many triggers and processes it takes milliseconds.
         return await asyncio.to_thread(encode, self._registry), content_type
@@ -155,7 +169,7 @@ class Metrics:
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT):
                 return await backend.status()
-        except (PgBackendError, TimeoutError):
+        except (PgBackendError, TimeoutError, OSError):
             return None  # told as pgbackend_postgresql_up
 
     def _build(self) -> dict[str, str]:
@@ -164,8 +178,8 @@ class Metrics:
             build |= {"version": self._backend.info().version}
         return build
 
-    def _is_known(self, name: str) -> bool:
-        return name in self._triggers
+    def _is_known(self, trigger: str | None) -> bool:
+        return trigger is None or trigger in self._triggers
 
     def _write_soon(self, tally: "_Tally") -> None:
         self._dirty.append(tally)
@@ -222,8 +236,35 @@ class TriggerMetrics:
 
 
 def worker_gone(pid: int) -> None:
-    """A process has ended: its gauges are gone, its counts stay. For a supervisor of several."""
-    mark_process_dead(pid)  # type: ignore[no-untyped-call]  # theirs
+    """A process has ended: its gauges are gone, its counts stay. For the supervisor that made the directory.
+
+    The counts of all that ended are kept together: a broker that runs for years would have thousands of files.
+    """
+    directory = _directory()
+    assert directory is not None  # noqa: S101 - who has several processes has one
+    with _locked(directory, fcntl.LOCK_EX):
+        for file in directory.glob(f"*_{pid}.db"):
+            kind = file.name.partition("_")[0]
+            if kind != "gauge":
+                sums = MmapedDict(str(directory / f"{kind}_ended.db"))
+                for key, value, _, _ in MmapedDict.read_all_values_from_file(file):
+                    sums.write_value(key, sums.read_value(key)[0] + value, 0.0)
+                sums.close()
+            file.unlink()
+
+
+def _directory() -> Path | None:
+    """What the processes share; None for a process alone."""
+    named = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(named) if named else None
+
+
+@contextmanager
+def _locked(directory: Path, how: int) -> Iterator[None]:
+    """A reader does not see counts twice, or not at all, while they move from one file to another."""
+    with (directory / "lock").open("a") as file:
+        fcntl.flock(file, how)
+        yield
 
 
 class _Instruments:
@@ -323,6 +364,11 @@ def _reload_failed(instruments: _Instruments, _: str) -> None:
     instruments.reload_good.set(0)
 
 
+def _at_ease(instruments: _Instruments, name: str) -> None:
+    instruments.down.labels(name).set(0)
+    instruments.paused.labels(name).set(0)
+
+
 _TOLD: Mapping[str, Callable[[_Instruments, str], None]] = {
     "event buried": lambda instruments, name: instruments.dead_lettered.labels(name, "table").inc(),
     "event given up": lambda instruments, name: instruments.dead_lettered.labels(name, "url").inc(),
@@ -331,6 +377,9 @@ _TOLD: Mapping[str, Callable[[_Instruments, str], None]] = {
     "target is up": lambda instruments, name: instruments.down.labels(name).set(0),
     "subscription paused": lambda instruments, name: instruments.paused.labels(name).set(1),
     "subscription resumed": lambda instruments, name: instruments.paused.labels(name).set(0),
+    "subscription reconfigured": _at_ease,
+    "lease released": _at_ease,
+    "lease lost": _at_ease,
     "configuration reloaded": _reloaded,
     "configuration refused": _reload_failed,
 }
@@ -421,20 +470,26 @@ def _by_trigger(name: str, text: str) -> GaugeMetricFamily:
 class _Processes:
     """What all processes of the broker have counted, from their files."""
 
-    def __init__(self, directory: Path, is_known: Callable[[str], bool]) -> None:
+    def __init__(self, directory: Path, is_known: Callable[[str | None], bool]) -> None:
         self._directory = directory
         self._is_known = is_known
 
     def collect(self) -> Iterable[Metric]:
-        files = MultiProcessCollector(None, str(self._directory))  # type: ignore[no-untyped-call]  # theirs
-        for metric in files.collect():  # type: ignore[no-untyped-call]
-            metric.samples = [
-                sample
-                for sample in metric.samples
-                if _TRIGGER not in sample.labels or self._is_known(sample.labels[_TRIGGER])
-            ]
+        with _locked(self._directory, fcntl.LOCK_SH):
+            counted = list(MultiProcessCollector(None, str(self._directory)).collect())
+            pids = sorted({file.stem.rpartition("_")[2] for file in self._directory.glob("gauge_*.db")})
+        for metric in counted:
+            # Of a trigger that is gone the files still know.
+            metric.samples = [one for one in metric.samples if self._is_known(one.labels.get(_TRIGGER))]
             if metric.samples:
                 yield metric
+        processes: dict[str, Metric] = {}
+        for pid in pids:
+            for metric in ProcessCollector(pid=partial(str, pid), registry=None).collect():
+                merged = processes.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    merged.add_sample(sample.name, {**sample.labels, "pid": pid}, sample.value)
+        yield from processes.values()
 
 
 def _code(status: int) -> str:
