@@ -1,95 +1,222 @@
-"""`pgbackend serve`: the broker, in this process."""
+"""`pgbackend serve`: the broker, in this process or in several under it; and what checks its configuration."""
 
 import asyncio
-import logging
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from pgbackend.cli.options import backend_options
+from pgbackend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pgbackend.serve.app import Settings
+
+_SECTIONS = {
+    "Database": ["dsn", "listen_dsn", "schema", "startup_timeout", "data_dir"],
+    "Configuration": ["config", "config_inline", "check_config", "print_schema"],
+    "Taking events in": ["host", "port", "tls_cert", "tls_key", "tls_client_ca"],
+    "Delivering them": ["deny_private_targets", "max_hops"],
+    "Process": ["workers", "log_format", "log_level"],
+}
 
 
-@click.command()
+class _Sectioned(click.Command):
+    """A command whose many options are listed by what they are about."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {one.name: record for one in self.get_params(ctx) if (record := one.get_help_record(ctx))}
+        for section, names in _SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([records.pop(name) for name in names])
+        with formatter.section("Other"):
+            formatter.write_dl(list(records.values()))
+
+
+_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _file(option: str, envvar: str, text: str) -> _Decorator:
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option(option, type=kind, envvar=envvar, show_envvar=True, metavar="FILE", help=text)
+
+
+@click.command(cls=_Sectioned)
 @backend_options(dsn_required=False)
+@click.option(
+    "--startup-timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    envvar="PGBACKEND_STARTUP_TIMEOUT",
+    default=60.0,
+    show_default=True,
+    show_envvar=True,
+    help="How long to wait for PostgreSQL to be there. 0: not at all.",
+)
 @click.option(
     "--data-dir",
     type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIRECTORY",
     envvar="PGBACKEND_DATA_DIR",
     show_envvar=True,
     help="Where the embedded PostgreSQL keeps its data, without --dsn. Default: the user's data directory.",
 )
-@click.option(
+@_file(
     "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    envvar="PGBACKEND_CONFIG_FILE",
-    show_envvar=True,
-    help="The triggers, and who may send: a YAML or JSON file. Without one events are only taken in.",
+    "PGBACKEND_CONFIG_FILE",
+    "The triggers, and who may send: YAML or JSON, read again when it changes. Without one events are only taken in.",
 )
 @click.option(
     "--config-inline", metavar="TEXT", envvar="PGBACKEND_CONFIG", show_envvar=True, help="The same, as the text itself."
 )
-@click.option("--host", envvar="PGBACKEND_HOST", default="127.0.0.1", show_default=True, show_envvar=True)
+@click.option(
+    "--check-config",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=False),
+    metavar="FILE",
+    allow_from_autoenv=False,
+    help="Start nothing: say whether FILE is valid, secrets that it takes from elsewhere included. Exit code 1 if not.",
+)
+@click.option(
+    "--print-schema", is_flag=True, allow_from_autoenv=False, help="Start nothing: print the JSON Schema of such files."
+)
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    envvar="PGBACKEND_HOST",
+    default="127.0.0.1",
+    show_default=True,
+    show_envvar=True,
+    help="Where to listen. 0.0.0.0 is every IPv4 address of the machine, :: every address.",
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
+    metavar="NUMBER",
     envvar="PGBACKEND_PORT",
     default=8080,
     show_default=True,
     show_envvar=True,
     help="0 is any free one.",
 )
+@_file("--tls-cert", "PGBACKEND_TLS_CERT", "Serve HTTPS with this certificate chain; read again when it changes.")
+@_file("--tls-key", "PGBACKEND_TLS_KEY", "Its private key, where that is not in the same file.")
+@_file("--tls-client-ca", "PGBACKEND_TLS_CLIENT_CA", "Let in only clients with a certificate of these authorities.")
+@click.option(
+    "--deny-private-targets",
+    is_flag=True,
+    envvar="PGBACKEND_DENY_PRIVATE_TARGETS",
+    show_envvar=True,
+    help="Deliver to public addresses only: no private, loopback or link-local ones.",
+)
+@click.option(
+    "--max-hops",
+    type=click.IntRange(1, 65535),
+    metavar="NUMBER",
+    envvar="PGBACKEND_MAX_HOPS",
+    default=255,
+    show_default=True,
+    show_envvar=True,
+    help="How often what a target replies may cause another reply, before that is taken for a loop.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    metavar="NUMBER",
+    envvar="PGBACKEND_WORKERS",
+    default=1,
+    show_default=True,
+    show_envvar=True,
+    help="Processes that share the port. More than one run under a supervisor.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    envvar="PGBACKEND_LOG_FORMAT",
+    default="console",
+    show_default=True,
+    show_envvar=True,
+    help="Lines on standard error for people, or for machines.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    envvar="PGBACKEND_LOG_LEVEL",
+    default="warning",
+    show_default=True,
+    show_envvar=True,
+    help="From which level on.",
+)
 @click.pass_context
-def serve(
-    context: click.Context,
-    *,
-    dsn: str | None,
-    listen_dsn: str | None,
-    schema: str,
-    data_dir: Path | None,
-    config: Path | None,
-    config_inline: str | None,
-    host: str,
-    port: int,
-) -> None:
+def serve(context: click.Context, /, *, check_config: Path | None, print_schema: bool, **options: Any) -> None:
     """Take CloudEvents in over HTTP and deliver them to the targets of a configuration file.
 
-    Without --dsn a PostgreSQL of its own is started. SIGTERM and SIGINT finish what is in progress.
+    Without --dsn a PostgreSQL of its own is started. SIGTERM and SIGINT finish what is in progress. SIGHUP reads
+    configuration and certificates again; with several workers it restarts them one by one.
     """
-    if dsn is not None and data_dir is not None:
-        raise click.UsageError("--data-dir is the embedded PostgreSQL's: give it or --dsn.")
-    if config is not None and config_inline is not None:
-        config, config_inline = _nearer(context, config, config_inline)
     try:
-        import uvloop  # noqa: PLC0415 - the extra `serve`, which `--help` can do without
-
-        from pgbackend.serve.app import Settings  # noqa: PLC0415 - as above
-        from pgbackend.serve.app import serve as run  # noqa: PLC0415 - as above
+        if print_schema:
+            _print_schema()
+        elif check_config is not None:
+            _check(context, check_config)
+        else:
+            _serve(_settings(context, options))
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"`pgbackend serve` needs the package {error.name}. Run `pip install 'pgbackend[all]'`."
         ) from error
-    settings = Settings(
-        dsn=dsn,
-        listen_dsn=listen_dsn,
-        schema=schema,
-        data_dir=data_dir,
-        config=config,
-        config_inline=config_inline,
-        host=host,
-        port=port,
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+
+
+def _print_schema() -> None:
+    from pgbackend.serve.config import json_schema  # noqa: PLC0415 - the extra `serve`, which `--help` can do without
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _check(context: click.Context, file: Path) -> None:
+    from pgbackend.serve.config import load_file  # noqa: PLC0415 - as above
+
+    try:
+        triggers = load_file(file).triggers
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        context.exit(1)
+    counted = "1 trigger" if len(triggers) == 1 else f"{len(triggers) or 'no'} triggers"
+    click.echo(f"{file}: valid, {counted}" + (f": {', '.join(triggers)}" if triggers else ""))
+
+
+def _serve(settings: "Settings") -> None:
+    import uvloop  # noqa: PLC0415 - as above
+
+    from pgbackend.serve import app, logs, supervisor  # noqa: PLC0415 - as above
+
+    logs.configure(settings.log_format, settings.log_level)
+    run = app.serve if settings.workers == 1 else supervisor.supervise
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(settings, say=click.echo))
 
 
-def _nearer(context: click.Context, config: Path, inline: str) -> tuple[Path | None, str | None]:
-    """Of two configurations the one on the command line; two of one kind are a mistake."""
+def _settings(context: click.Context, options: dict[str, Any]) -> "Settings":
+    from pgbackend.serve.app import Settings  # noqa: PLC0415 - as above
+
+    if options["dsn"] is not None and options["data_dir"] is not None:
+        raise click.UsageError("--data-dir is the embedded PostgreSQL's: give it or --dsn.")
+    if options["tls_cert"] is None and (options["tls_key"] is not None or options["tls_client_ca"] is not None):
+        raise click.UsageError("--tls-key and --tls-client-ca need --tls-cert.")
+    if options["config"] is not None and options["config_inline"] is not None:
+        del options[_farther(context)]
+    return Settings(**options)
+
+
+def _farther(context: click.Context) -> str:
+    """Of two configurations the one that is not on the command line; two of one kind are a mistake."""
     is_given = context.get_parameter_source("config") is ParameterSource.COMMANDLINE
     inline_is_given = context.get_parameter_source("config_inline") is ParameterSource.COMMANDLINE
     if is_given == inline_is_given:
         raise click.UsageError(
             "Give --config or --config-inline, not both (PGBACKEND_CONFIG_FILE or PGBACKEND_CONFIG)."
         )
-    return (config, None) if is_given else (None, inline)
+    return "config_inline" if is_given else "config"

@@ -4,28 +4,38 @@
                     └──────── a signal before `serving` goes straight to `stopped` ───┘
 
 `serve` returns when a signal asked for it and everything in progress is finished; it raises what made it fail. Ingest
-drains before the backend does, so that what was accepted is committed; the backend then finishes its dispatches.
+drains before the backend does, so that what was accepted is committed; the backend then finishes its dispatches. While
+it serves, the configuration and the certificates follow their files, and are read again at once with SIGHUP.
+
+PostgreSQL may come up after the broker, as containers do in any order: it is waited for, up to `startup_timeout`. A
+broker that waited for ever would hide a mistake in its DSN; one that did not wait would need another to restart it.
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from socket import socket
+from typing import Any, Literal
 
-from pgbackend import embedded
+from pgbackend import embedded, facts
 from pgbackend.backend import Backend
-from pgbackend.errors import PgBackendError
+from pgbackend.database import Backoff
+from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.serve import delivery
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.listener import Listener, allow_many_connections, bind
 from pgbackend.serve.triggers import Triggers
+
+PRODUCE_TIMEOUT = 10.0
+"""Seconds until a sender is told 503 when PostgreSQL hangs: fewer than most clients have patience for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +48,33 @@ class Settings:
     schema: str = "pgbackend"
     data_dir: Path | None = None
     """Of the embedded PostgreSQL; None is the user's data directory."""
+    startup_timeout: float = 60.0
+    """Seconds that PostgreSQL may take to be there. 0: it must be."""
     config: Path | None = None
     config_inline: str | None = None
     host: str = "127.0.0.1"
     port: int = 8080
     """0 is any free one."""
+    tls_cert: Path | None = None
+    """Without one it is plain HTTP."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    deny_private_targets: bool = False
+    max_hops: int = 255
+    workers: int = 1
+    """Processes."""
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the world asks of a broker that runs."""
+
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Finish what is in progress and end."""
+    reload: asyncio.Event = field(default_factory=asyncio.Event)
+    """Read configuration and certificates again."""
 
 
 async def serve(settings: Settings, *, say: Callable[[str], None] = print) -> None:
@@ -50,31 +82,15 @@ async def serve(settings: Settings, *, say: Callable[[str], None] = print) -> No
 
     `say` is told, in lines for people, where the broker listens and what it does, once it does. Raises PgBackendError.
     """
-    configuration = _configuration(settings)
-    bound = bind(settings.host, settings.port)
-    try:
-        allow_many_connections()
-        backend = _backend(settings, say)
-        stop = asyncio.Event()
-        with _signals(stop):
-            try:
-                async with delivery.open_session() as session:
-
-                    async def prepare() -> None:
-                        await backend.init()
-                        await Triggers(backend, session).apply(configuration)
-
-                    if await _finished(prepare(), unless=stop):
-                        listener = Listener(Ingest(backend, auth=configuration.ingest), bound)
-                        welcome = _welcome(settings, configuration, backend, *bound.getsockname()[:2])
-                        await _run(backend, listener, stop, lambda: say(welcome))
-            finally:
-                await backend.stop()
-    finally:
-        bound.close()
+    configuration = configuration_of(settings)
+    with bind(settings.host, settings.port) as bound, obeying_signals() as orders:
+        if settings.dsn is None:
+            say(embedded_notice(settings))
+        await run(settings, configuration, bound, orders, lambda: say(welcome(settings, configuration, bound)))
 
 
-def _configuration(settings: Settings) -> Configuration:
+def configuration_of(settings: Settings) -> Configuration:
+    """What the file, or the text, says now. Raises ConfigError."""
     if settings.config is not None:
         return load_file(settings.config)
     if settings.config_inline is not None:
@@ -82,12 +98,55 @@ def _configuration(settings: Settings) -> Configuration:
     return Configuration()
 
 
-def _backend(settings: Settings, say: Callable[[str], None]) -> Backend:
+async def run(
+    settings: Settings, configuration: Configuration, bound: socket, orders: Orders, on_serving: Callable[[], None]
+) -> None:
+    """Serve on `bound`, which is the listener's from then on, until `orders` say stop; return once it is drained.
+
+    `on_serving` is called once events are taken in. Raises PgBackendError.
+    """
+    allow_many_connections()
+    backend = _backend(settings)
+    try:
+        async with delivery.open_session() as session:
+            triggers = Triggers(backend, session)
+
+            async def prepare() -> None:
+                await _init(backend, settings.startup_timeout)
+                await triggers.apply(configuration)
+
+            if await _finished(prepare(), unless=orders.stop):
+                listener = Listener(Ingest(backend, auth=configuration.ingest), bound)
+                await _run(backend, listener, orders.stop, on_serving)
+    finally:
+        await backend.stop()
+
+
+def _backend(settings: Settings) -> Backend:
+    options: dict[str, Any] = {"schema": settings.schema, "produce_timeout": PRODUCE_TIMEOUT}
     if settings.dsn is not None:
-        return Backend(settings.dsn, listen_dsn=settings.listen_dsn, schema=settings.schema)
-    directory = settings.data_dir or embedded.default_directory()
-    say(f"No --dsn is given: starting an embedded PostgreSQL in {directory}")
-    return Backend.embedded(directory, schema=settings.schema)
+        return Backend(settings.dsn, listen_dsn=settings.listen_dsn, **options)
+    return Backend.embedded(_directory(settings), **options)
+
+
+def _directory(settings: Settings) -> Path:
+    return settings.data_dir or embedded.default_directory()
+
+
+async def _init(backend: Backend, patience: float) -> None:
+    """The log can be used. Raises what is wrong, if that is PostgreSQL's absence, after `patience` seconds."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    backoff = Backoff()
+    while True:
+        try:
+            await backend.init()
+            return
+        except ConnectionLostError as error:
+            if loop.time() >= deadline:
+                raise
+            facts.emit("waiting for postgresql", level=logging.WARNING, error=str(error), patience=patience)
+        await backoff.wait()
 
 
 async def _finished(work: Coroutine[Any, Any, None], *, unless: asyncio.Event) -> bool:
@@ -106,7 +165,7 @@ async def _finished(work: Coroutine[Any, Any, None], *, unless: asyncio.Event) -
         await asyncio.wait({working, stopped})
 
 
-async def _run(backend: Backend, listener: Listener, stop: asyncio.Event, announce: Callable[[], None]) -> None:
+async def _run(backend: Backend, listener: Listener, stop: asyncio.Event, on_serving: Callable[[], None]) -> None:
     """Serve until `stop`; then drain the listener, then the backend. When either ends by itself, so does the other."""
     # No TaskGroup: it would cancel all of them together, and the order of the drain is what keeps promises.
     running = asyncio.create_task(backend.start(), name="backend")
@@ -116,7 +175,7 @@ async def _run(backend: Backend, listener: Listener, stop: asyncio.Event, announ
     try:
         await asyncio.wait({running, listening, started}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
-            announce()
+            on_serving()
             await asyncio.wait({running, listening, stopped}, return_when=asyncio.FIRST_COMPLETED)
         died = running.done()
         listener.stop()
@@ -144,33 +203,61 @@ def _raise_reason(task: asyncio.Task[None]) -> None:
 
 
 @contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stop`; a SIGINT after that ends the process, whatever it is doing."""
+def obeying_signals(*, at_once: Callable[[], None] = lambda: None) -> Iterator[Orders]:
+    """SIGTERM and SIGINT say stop, SIGHUP says reload. A SIGINT after that ends the process, whatever it is doing.
+
+    `at_once` is called before that. The SIGHUP of a terminal that was closed says stop: nobody would find the broker.
+    """
+    orders = Orders()
     loop = asyncio.get_running_loop()
+    at_a_terminal = _has_terminal()
 
     def interrupt() -> None:
-        if stop.is_set():
+        if orders.stop.is_set():
             # No clean-up on purpose: this is what a person does when the clean-up hangs.
+            at_once()
             sys.stderr.write("Stopped at once; what was in progress is dispatched again.\n")
             sys.stderr.flush()
             os._exit(130)
-        stop.set()
+        orders.stop.set()
 
-    loop.add_signal_handler(signal.SIGINT, interrupt)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    def hang_up() -> None:
+        (orders.stop if at_a_terminal and not _has_terminal() else orders.reload).set()
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: orders.stop.set, signal.SIGHUP: hang_up}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
-        yield
+        yield orders
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        loop.remove_signal_handler(signal.SIGTERM)
+        for number in handlers:
+            loop.remove_signal_handler(number)
 
 
-def _welcome(settings: Settings, configuration: Configuration, backend: Backend, host: str, port: int) -> str:
-    """What a person needs to know, and the line to try it with."""
+def _has_terminal() -> bool:
+    """Whether this process belongs to a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+# What is said to people
+
+
+def embedded_notice(settings: Settings) -> str:
+    """Before the embedded PostgreSQL is started."""
+    return f"No --dsn is given: starting an embedded PostgreSQL in {_directory(settings)}"
+
+
+def welcome(settings: Settings, configuration: Configuration, bound: socket) -> str:
+    """What a person needs to know of a broker that serves, and the line to try it with."""
+    host, port = bound.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only to name another
     reachable = f"[{reachable}]" if ":" in reachable else reachable
     url = f"http://{reachable}:{port}/"
-    info = backend.info()
+    info = _backend(settings).info()
     lines = [f"Broker takes CloudEvents at {url}", f"  log: schema {info.schema}, {info.server}"]
     for name, trigger in configuration.triggers.items():
         target = "no target URL" if trigger.target.url is None else delivery.shown(trigger.target.url)

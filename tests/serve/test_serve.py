@@ -1,14 +1,10 @@
 """`pgbackend serve` as a person or a supervisor runs it: a process, its output, its signals, its exit code."""
 
 import asyncio
-import os
-import re
 import shlex
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,76 +15,9 @@ from aiohttp import web
 from pgbackend.backend import Backend
 from pgbackend.errors import PgBackendError
 from pgbackend.serve import app
-from tests.serve.broker import HEADERS
+from tests.serve.process import config, post, refused, running
 from tests.serve.target import Request, Target, raw_server
-
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PGBACKEND_")}
-
-
-class Process:
-    """`pgbackend serve` with these arguments."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.said = ""
-
-    async def listening(self, timeout: float = 60.0) -> str:
-        """The URL, once it listens and has said all that it says then."""
-        assert self.process.stdout
-        async with asyncio.timeout(timeout):
-            while "Try: " not in self.said:
-                line = await self.process.stdout.readline()
-                assert line, f"ended: {self.said}{await self.complaint()}"
-                self.said += line.decode()
-        found = re.search(r"Broker takes CloudEvents at (http://\S+)", self.said)
-        assert found
-        return found[1]
-
-    async def complaint(self) -> str:
-        """All of standard error, once the process has ended."""
-        assert self.process.stderr
-        return (await self.process.stderr.read()).decode()
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    async def ended(self, timeout: float = 60.0) -> int:
-        async with asyncio.timeout(timeout):
-            return await self.process.wait()
-
-
-@asynccontextmanager
-async def running(*args: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "pgbackend",
-        "serve",
-        *args,
-        env=_ENVIRONMENT | dict(env or {}),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield Process(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        # What is left of its output, too: a pipe that is not read to its end leaves a transport behind.
-        await process.communicate()
-
-
-async def post(url: str, id_: str = "1", body: bytes = b"x") -> int:
-    async with (
-        aiohttp.ClientSession() as client,
-        client.post(url, headers=HEADERS | {"ce-id": id_}, data=body) as answer,
-    ):
-        return answer.status
-
-
-def config(target: Target, name: str = "billing", options: str = "") -> str:
-    return f"triggers: {{{name}: {{target: {{url: '{target.url}'}}{options}}}}}"
+from tests.support.proxy import Proxy
 
 
 async def test_it_says_where_it_is_and_what_it_does_once_it_listens(
@@ -182,7 +111,7 @@ class TestSignals:
             assert await post(url) == 202
             await target.wait(1)
             serve.send(number)
-            await _refused(url)
+            await refused(url)
             released.set()
             assert await serve.ended() == 0
             assert await serve.complaint() == ""
@@ -206,7 +135,7 @@ class TestSignals:
             assert await post(url) == 202
             await target.wait(1)
             serve.send(signal.SIGINT)
-            await _refused(url)
+            await refused(url)
             serve.send(signal.SIGINT)
             assert await serve.ended(timeout=5.0) == 130
         released.set()
@@ -224,6 +153,25 @@ class TestSignals:
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
             assert await serve.complaint() == ""
+
+
+class TestStart:
+    async def test_a_postgresql_that_comes_later_is_waited_for(self, database: str) -> None:
+        async with Proxy(database) as proxy:
+            proxy.cut()
+            async with running("--dsn", proxy.dsn, "--port", "0") as serve:
+                assert await serve.complains("waiting for postgresql")
+                proxy.restore()
+                assert await post(await serve.listening()) == 202
+
+    async def test_one_that_does_not_come_is_said_after_a_while(self, database: str) -> None:
+        async with Proxy(database) as proxy:
+            proxy.cut()
+            async with running("--dsn", proxy.dsn, "--port", "0", "--startup-timeout", "0.5") as serve:
+                assert await serve.ended() == 1
+                *waiting, last = (await serve.complaint()).splitlines()
+                assert all("waiting for postgresql" in line for line in waiting)
+                assert last.startswith("Error: PostgreSQL at ")
 
 
 class TestFailures:
@@ -256,7 +204,8 @@ class TestFailures:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-            said = await self.one_line("--port", "0", "--dsn", f"postgresql://me:hunter2@127.0.0.1:{port}/x")
+            dsn = f"postgresql://me:hunter2@127.0.0.1:{port}/x"
+            said = await self.one_line("--port", "0", "--dsn", dsn, "--startup-timeout", "0")
         assert "cannot be reached" in said
         assert "hunter2" not in said
 
@@ -300,16 +249,3 @@ class TestFailures:
         monkeypatch.setattr(Backend, "start", end)
         with pytest.raises(PgBackendError, match="stopped without being asked"):
             await app.serve(app.Settings(dsn=database, port=0), say=lambda _: None)
-
-
-async def _refused(url: str, timeout: float = 20.0) -> None:
-    """Return once nobody listens there any more."""
-    parts = urlsplit(url)
-    async with asyncio.timeout(timeout):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection(parts.hostname, parts.port)
-            except ConnectionRefusedError:
-                return
-            writer.close()
-            await asyncio.sleep(0.02)

@@ -1,0 +1,111 @@
+"""`pgbackend serve` as a process of its own, and what is done to one in tests."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from tests.serve.broker import HEADERS
+from tests.serve.target import Target
+
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PGBACKEND_")}
+
+
+class Process:
+    """`pgbackend serve` with these arguments."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.said = ""
+        self._complaints: list[str] = []
+
+    async def listening(self, timeout: float = 60.0) -> str:
+        """The URL, once it listens and has said all that it says then."""
+        assert self.process.stdout
+        async with asyncio.timeout(timeout):
+            while "Try: " not in self.said:
+                line = await self.process.stdout.readline()
+                assert line, f"ended: {self.said}{await self.complaint()}"
+                self.said += line.decode()
+        found = re.search(r"Broker takes CloudEvents at (https?://\S+)", self.said)
+        assert found
+        return found[1]
+
+    async def complaint(self) -> str:
+        """All of standard error, once the process has ended."""
+        assert self.process.stderr
+        self._complaints += (await self.process.stderr.read()).decode().splitlines(keepends=True)
+        return "".join(self._complaints)
+
+    async def complains(self, text: str, *, count: int = 1, timeout: float = 60.0) -> list[str]:
+        """The first `count` lines of standard error that have `text` in them, once they are there."""
+        assert self.process.stderr
+        try:
+            async with asyncio.timeout(timeout):
+                while len(found := [line for line in self._complaints if text in line]) < count:
+                    line = await self.process.stderr.readline()
+                    assert line, f"ended: {''.join(self._complaints)}"
+                    self._complaints.append(line.decode())
+        except TimeoutError:
+            raise TimeoutError(f"{text!r} was not said {count} times: {''.join(self._complaints)}") from None
+        return found[:count]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self, timeout: float = 60.0) -> int:
+        async with asyncio.timeout(timeout):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def running(*args: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "pgbackend",
+        "serve",
+        *args,
+        env=_ENVIRONMENT | dict(env or {}),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield Process(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        # What is left of its output, too: a pipe that is not read to its end leaves a transport behind.
+        await process.communicate()
+
+
+async def post(url: str, id_: str = "1", body: bytes = b"x") -> int:
+    async with (
+        aiohttp.ClientSession() as client,
+        client.post(url, headers=HEADERS | {"ce-id": id_}, data=body) as answer,
+    ):
+        return answer.status
+
+
+def config(target: Target, name: str = "billing", options: str = "") -> str:
+    return f"triggers: {{{name}: {{target: {{url: '{target.url}'}}{options}}}}}"
+
+
+async def refused(url: str, timeout: float = 20.0) -> None:
+    """Return once nobody listens there any more."""
+    parts = urlsplit(url)
+    async with asyncio.timeout(timeout):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            except ConnectionRefusedError:
+                return
+            writer.close()
+            await asyncio.sleep(0.02)
