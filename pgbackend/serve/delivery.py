@@ -46,7 +46,7 @@ _DRAINED_BYTES = 1 << 16  # read to keep the connection; beyond that a new one i
 _COPIED_BYTES = 1 << 20  # aiohttp warns of larger ones in one piece
 _BAD_REPLY, _REPLY_NOT_STORED, _NO_ANSWER = 502, 503, 500  # as Knative says it, where no status says what failed
 _NO_CONTENT_TYPE = ("Content-Type",)
-_UNTRACED: AbstractContextManager[None] = nullcontext()
+_UNTRACED: "AbstractContextManager[Answered]" = nullcontext(lambda _status: None)
 
 Details = Mapping[str, str]
 Reply = Callable[[Sequence[Event]], Awaitable[None]]
@@ -55,9 +55,11 @@ Reply = Callable[[Sequence[Event]], Awaitable[None]]
 class DeliveryError(Exception):
     """An attempt failed and may succeed later."""
 
-    def __init__(self, reason: str, *, details: Details) -> None:
+    def __init__(self, reason: str, *, details: Details, status: int | None) -> None:
+        """`status` is what the target answered, or what a bad reply amounts to; None when no answer came."""
         super().__init__(reason)
         self.details = dict(details)
+        self.status = status
 
 
 def open_session(*, deny_private: bool = False) -> aiohttp.ClientSession:
@@ -134,14 +136,14 @@ class Delivery:
                 finally:
                     self._slots.release()
                 status = answer.status
-                if answered is not None:
-                    answered(status)
+                answered(status)
                 if not 200 <= status < 300:
                     self._fail(answer)
                 if answer.reply is not None:
                     await self._take_reply(event, answer)
-            except Exception:
+            except Exception as error:
                 if self._metrics is not None:
+                    status = error.status if isinstance(error, DeliveryError) else status
                     self._metrics.failed(monotonic() - began, status)
                 raise
         self._gone = False
@@ -161,7 +163,7 @@ class Delivery:
                 return CIMultiDict((*headers, attempt, *self._headers)), body
         return CIMultiDict((_STRUCTURED, attempt, *self._headers)), codec.write_structured(event)
 
-    def _traced(self, event: Event, headers: CIMultiDict[str]) -> "AbstractContextManager[Answered | None]":
+    def _traced(self, event: Event, headers: CIMultiDict[str]) -> "AbstractContextManager[Answered]":
         if self._tracing is None:
             return _UNTRACED
         return self._tracing.send(event, headers, trigger=self._trigger, url=self._shown)
@@ -175,7 +177,9 @@ class Delivery:
                 # No failed attempt: the target closed an idle connection just when it was used again.
                 return await self._post(headers, body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._broken(error, _NO_ANSWER, "") from None
+            reason = self._why(error)
+            details = self._details(_NO_ANSWER, f"dispatch error: {reason}".encode())
+            raise DeliveryError(f"{self._shown}: {reason}", details=details, status=None) from None
         except ValueError as error:
             # aiohttp writes no header that would break out of its line.
             raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, b"")) from None
@@ -208,7 +212,7 @@ class Delivery:
         if status in _RETRIED or 500 <= status < 600:
             if (delay := _retry_after(answer.retry_after)) is not None:
                 raise RetryAfter(reason, delay=delay, details=details)
-            raise DeliveryError(reason, details=details)
+            raise DeliveryError(reason, details=details, status=status)
         if status == 410:
             if not self._gone:
                 self._gone = True
@@ -229,10 +233,9 @@ class Delivery:
         try:
             body = await _beginning(response, limit + 1, whole=True)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._broken(error, _BAD_REPLY, f" answered {response.status}, but of its reply: ") from None
+            raise self._bad_reply(response.status, f"its reply broke off: {self._why(error)}") from None
         if len(body) > limit:
-            reason = f"{self._shown} answered {response.status} with a reply of more than {limit} bytes"
-            raise DeliveryError(reason, details=self._details(_BAD_REPLY, reason.encode()))
+            raise self._bad_reply(response.status, f"its reply has more than {limit} bytes")
         return body
 
     async def _take_reply(self, event: Event, answer: _Answer) -> None:
@@ -256,8 +259,7 @@ class Delivery:
             await self._reply(events)
         except PgBackendError as error:
             code = _BAD_REPLY if isinstance(error, EventError) else _REPLY_NOT_STORED
-            reason = f"{self._shown} answered {answer.status}, but its reply was not stored: {error}"
-            raise DeliveryError(reason, details=self._details(code, reason.encode())) from error
+            raise self._bad_reply(answer.status, f"its reply was not stored: {error}", code) from error
         if self._metrics is not None:
             self._metrics.replied(len(events))
 
@@ -266,11 +268,14 @@ class Delivery:
             "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._shown, error=str(error)
         )  # fmt: skip
 
-    def _broken(self, error: Exception, code: int, where: str) -> DeliveryError:
-        reason = f"no response within {self._timeout.total:g} s" if isinstance(error, TimeoutError) else str(error)
-        reason = reason or type(error).__name__
-        details = self._details(code, f"dispatch error: {reason}".encode())
-        return DeliveryError(f"{self._shown}{where or ': '}{reason}", details=details)
+    def _bad_reply(self, status: int, reason: str, code: int = _BAD_REPLY) -> DeliveryError:
+        reason = f"{self._shown} answered {status}, but {reason}"
+        return DeliveryError(reason, details=self._details(code, reason.encode()), status=code)
+
+    def _why(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no response within {self._timeout.total:g} s"
+        return str(error) or type(error).__name__
 
     def _details(self, status: int, said: bytes) -> Details:
         details = {"knativeerrordest": self._shown, "knativeerrorcode": str(status)}
