@@ -286,11 +286,13 @@ class _Connection(HttpToolsProtocol):
             body = json.dumps({"title": status.phrase, "status": status.value, "detail": detail})
             self.transport.write(
                 f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/problem+json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
+                f"{_BESIDES.get(status, '')}content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
             )
         self.transport.close()
 
 
+# What HTTP wants told with these.
+_BESIDES = {HTTPStatus.METHOD_NOT_ALLOWED: "allow: POST\r\n", HTTPStatus.SERVICE_UNAVAILABLE: "retry-after: 1\r\n"}
 _HEAD_TOO_LARGE = f"The request's headers are too large: expected at most {_HEAD_BYTES} bytes."
 
 

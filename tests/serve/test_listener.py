@@ -144,6 +144,7 @@ async def test_more_connections_than_there_may_be_are_told_to_come_back(
     idle = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
     answer = await broker.talk()
     assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 1\r\n" in answer
     for _, writer in idle:
         writer.close()
 
@@ -210,7 +211,9 @@ async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
 
 
 async def test_it_is_no_proxy(broker: Broker) -> None:
-    assert (await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 405 ")
+    answer = await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert b"\r\nallow: POST\r\n" in answer
 
 
 async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_those_that_never_arrive(
