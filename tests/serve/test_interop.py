@@ -307,6 +307,22 @@ class TestJavaScriptReceives:
         assert (got[2]["time"], got[2]["subject"]) == ("2026-01-01T00:00:00.123Z", "é")
         assert ours[2].attribute("time") == NANOSECONDS
 
+    @pytest.mark.parametrize("mode", ["binary", "structured"])
+    async def test_its_replies_are_events_of_the_log(self, mode: str, database: str, peer: str) -> None:
+        async with receiving(peer) as receiver:
+            config = f"""
+                triggers:
+                  asks: {{filters: [exact: {{type: order}}], target: {{url: '{receiver.url}'}}}}
+                  hears: {{filters: [exact: {{type: reply}}], target: {{url: '{receiver.url}', mode: structured}}}}
+                """
+            async with serving(database, config=config) as broker:
+                await post(broker, (STRUCTURED, envelope("1", wanted=mode, count=7, data={"n": [1, "é"]})))
+                [asked, heard] = await receiver.take(2)
+
+        assert (asked["id"], asked["type"]) == ("1", "order")
+        assert (heard["id"], heard["type"], heard["data"]) == ("1-reply", "reply", {"n": [1, "é"]})
+        assert str(heard["count"]) == "7"
+
 
 # ── the Python SDK ────────────────────────────────────────────────────────────────────────────────────────────────────
 
