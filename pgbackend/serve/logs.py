@@ -105,7 +105,7 @@ class _Console:
 
     def __init__(self, *, colors: bool) -> None:
         self._render = structlog.dev.ConsoleRenderer(
-            colors=colors, pad_event_to=28, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+            colors=colors, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
         )
 
     def __call__(self, logger: WrappedLogger, method: str, entry: EventDict) -> str:

@@ -31,7 +31,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -39,10 +39,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import exposition as text
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from pgbackend import facts
 from pgbackend.errors import PgBackendError
@@ -150,9 +151,11 @@ class Metrics:
                 # Facts are quicker; but of a shard that went elsewhere meanwhile they say nothing more.
                 self._instruments.down.labels(one.name).set(one.state == "target down")
                 self._instruments.paused.labels(one.name).set(one.state.startswith("paused"))
-        encode, content_type = choose_encoder(accept or "")
         # In a thread: with many triggers and processes it takes milliseconds.
-        return await asyncio.to_thread(encode, self._registry), content_type
+        if _prefers_openmetrics(accept or ""):
+            body: bytes = await asyncio.to_thread(openmetrics.generate_latest, self._registry)
+            return body, openmetrics.CONTENT_TYPE_LATEST
+        return await asyncio.to_thread(text.generate_latest, self._registry), text.CONTENT_TYPE_PLAIN_0_0_4
 
     async def _status(self) -> "Status | None":
         """What the log says of itself; None when it cannot be asked. Shared by all who ask within a second."""
@@ -197,6 +200,9 @@ class Metrics:
         """Take what a fact says; in any thread."""
         if (told := _TOLD.get(name)) is not None:
             told(self._instruments, str(fields.get("subscription", "")))
+        elif name == "trigger added":
+            # One without a target URL has nobody who asks for it.
+            self.trigger(str(fields["trigger"]))
 
 
 class TriggerMetrics:
@@ -382,6 +388,7 @@ _TOLD: Mapping[str, Callable[[_Instruments, str], None]] = {
     "lease lost": _at_ease,
     "configuration reloaded": _reloaded,
     "configuration refused": _reload_failed,
+    "configuration is in force again": lambda instruments, _: instruments.reload_good.set(1),
 }
 """What each fact changes, of the subscription that it is about."""
 
@@ -490,6 +497,18 @@ class _Processes:
                 for sample in metric.samples:
                     merged.add_sample(sample.name, {**sample.labels, "pid": pid}, sample.value)
         yield from processes.values()
+
+
+def _prefers_openmetrics(accept: str) -> bool:
+    """Whether it is asked for, and text not more. The library's own choice trips over versions that are no numbers."""
+    asked = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for one in accept.split(","):
+        kind, *parameters = [part.strip() for part in one.split(";")]
+        given = dict(parameter.partition("=")[::2] for parameter in parameters)
+        if kind in asked and (kind == "text/plain" or given.get("version", "1.0.0") == "1.0.0"):
+            with suppress(ValueError):
+                asked[kind] = max(asked[kind], float(given.get("q", "1")))
+    return 0 < asked["application/openmetrics-text"] >= asked["text/plain"]
 
 
 def _code(status: int) -> str:
