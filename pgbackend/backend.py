@@ -22,7 +22,7 @@ import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
 from os import PathLike
 from types import TracebackType
@@ -49,7 +49,7 @@ from pgbackend.registration import Registration
 from pgbackend.retry import Retry
 from pgbackend.segments import Segments
 from pgbackend.sql import quote_ident
-from pgbackend.subscriptions import Definition, Place, Subscriptions, exists, not_found
+from pgbackend.subscriptions import Definition, Place, Subscriptions, Terms, exists, not_found
 from pgbackend.wakeup import Hints, Notifier, channel
 from pgbackend.worker import Settings, Worker
 
@@ -438,13 +438,8 @@ class Backend:
         parts = self._use()
         if name in self._registrations:
             raise exists(name)
-        wanted = Definition(
-            name=name,
-            order=order,
-            shards=shards,
-            end_position=end if isinstance(end, int) else None,
-            end_at=end if isinstance(end, datetime) else None,
-        )
+        end_position, end_at = _bounds(end)
+        wanted = Definition(name=name, order=order, shards=shards, end_position=end_position, end_at=end_at)
         await self._in_this_life(lambda: parts.subscriptions.ensure(wanted, start))
         if name in self._registrations:
             raise exists(name)
@@ -546,6 +541,38 @@ class Backend:
             async with self._at_rest(registration):
                 await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
         await parts.notifier.notify_leases()
+
+    async def alter_subscription(self, name: str, *, order: Order, end: int | datetime | None, start: Place) -> None:
+        """Return once what is stored of the subscription is so: its order, its end, where it was told to start.
+
+        Nothing is lost or repeated. It rests meanwhile: what is being dispatched ends first, here within
+        `drain_timeout`, elsewhere waited for as long. After that its shards are taken from whoever runs them, and only
+        what is at work there may be dispatched again. When all processes that run it make the same call, each lets its
+        own end, one of them alters it, and the others find it done.
+
+        `order`: failed events that wait to be tried again keep their attempts; from now on they hold up those behind
+        them, or do not any more. `end`: a later one has a complete subscription go on, with an earlier one it ends
+        there; what it owes from behind that end waits for a later one, but for failed events in order "none", which
+        are still tried again. `start`: a position or a date which is not the one that it was given last moves it there
+        as `seek()` does, once; "earliest" and "latest" move nothing.
+
+        Raises SubscriptionNotFoundError when there is none, ConfigError for what cannot be: nothing has changed then.
+        """
+        _check_terms(name, start=start, end=end, order=order, shards=1)
+        parts = self._use()
+        end_position, end_at = _bounds(end)
+        terms = Terms(order=order, end_position=end_position, end_at=end_at, start=start)
+        stored = await parts.subscriptions.compare(name, terms)
+        if stored is None:
+            return
+        registration = self._registrations.get(name) if terms.disturb(stored) else None
+        async with self._at_rest(registration) if registration is not None else nullcontext():
+            altered = await self._in_this_life(
+                lambda: parts.subscriptions.alter(name, terms, patience=self._settings.drain_timeout)
+            )
+        if altered:
+            facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
+            await parts.notifier.notify_leases()
 
     @asynccontextmanager
     async def _at_rest(self, registration: Registration) -> AsyncIterator[None]:
@@ -683,6 +710,11 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _bounds(end: int | datetime | None) -> tuple[int | None, datetime | None]:
+    """An end as it is stored: a position or a date."""
+    return (None, end) if isinstance(end, datetime) else (end, None)
 
 
 def _not_run(name: str) -> SubscriptionNotFoundError:

@@ -2,7 +2,8 @@
 
 States of an event in a pump, with what moves it on:
 
-    read ──filter, bound or shard says no──▶ skipped
+    read ──filter, start or shard says no──▶ skipped
+     │   ╰──behind the end──▶ pending, until the end is another one
      │ admit: the window has room
      ▼
     ready ──────── a worker takes it ──────▶ dispatching ──returns──▶ settled
@@ -98,7 +99,8 @@ class Pump:
         self._strict = lease.order == "strict"
         self._ordered = lease.order != "none"
         self._end = lease.end_position
-        self._bounded = lease.start_at is not None or lease.end_at is not None
+        self._starts_at, self._ends_at = lease.start_at, lease.end_at
+        self._ended = lease.complete
         self._ready: deque[Event] = deque()
         self._again: deque[_Again] = deque()
         self._letters: deque[_Again] = deque()
@@ -119,7 +121,6 @@ class Pump:
         be at work as both."""
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
-        self._ended = False
         self._feeder: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._workers = self._spare = self._wanted_workers()
@@ -134,9 +135,10 @@ class Pump:
         name = self.shard.name
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
-            if self._end is not None or self.shard.lease.end_at is not None:
-                tasks.create_task(self._finish(), name=f"finish {name}")
+            if not self._ended:
+                self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
+                if self._end is not None or self._ends_at is not None:
+                    tasks.create_task(self._finish(), name=f"finish {name}")
             try:
                 await asyncio.get_running_loop().create_future()
             finally:
@@ -227,7 +229,7 @@ class Pump:
                 window.advance(upto)
                 self._note(self.shard)
             cursor.advance(batch.upto)
-            self._ended = end is not None and batch.upto >= end - 1 and not window.holes
+            self._ended = end is not None and batch.upto >= end - 1 and not window.holes.below(end - 1)
         # Or its stream would keep for it, up to the whole buffer, what it never takes.
         cursor.close()
 
@@ -238,19 +240,25 @@ class Pump:
     async def _admit(self, batch: Batch) -> None:
         """Take on each event of the batch that is for this shard, waiting for room as need be."""
         window, registration, end = self.shard.window, self.registration, self._end
-        shards, shard, bounded = self.shard.lease.shards, self.shard.lease.shard, self._bounded
+        shards, shard = self.shard.lease.shards, self.shard.lease.shard
+        dated = self._starts_at is not None or self._ends_at is not None
         start = 0
-        if not bounded and shards == 1 and end is None and not self._ordered and not batch.opened:
+        if not dated and shards == 1 and end is None and not self._ordered and not batch.opened:
             start = await self._admit_runs(batch)
         for index in range(start, len(batch.events)):
             event, position = batch.events[index], batch.positions[index]
             if end is not None and position >= end:
+                # Should it be in a hole, from a time when the end was another: it stays pending.
                 continue
             if position <= window.position and position not in window.holes:
                 continue
+            if dated and self._is_behind_end(event):
+                # Whichever shard it is for: what lies behind the end is one range, then.
+                window.put_off(position)
+                continue
             if (
                 (shards > 1 and event.key_hash % shards != shard)
-                or (bounded and not self._within_dates(event))
+                or (dated and self._is_before_start(event))
                 or not (registration.filter is None or self._passes(event))
                 or not (window.fits(batch.sizes[index]) or await self._has_room(event, batch.sizes[index]))
             ):
@@ -286,11 +294,13 @@ class Pump:
             await self._until_room()
         return health is self.registration.health or self._passes(event)
 
-    def _within_dates(self, event: Event) -> bool:
-        at, lease = event.recorded_at, self.shard.lease
-        return at is None or not (
-            (lease.start_at is not None and at <= lease.start_at) or (lease.end_at is not None and at >= lease.end_at)
-        )
+    def _is_before_start(self, event: Event) -> bool:
+        at = event.recorded_at
+        return at is not None and self._starts_at is not None and at <= self._starts_at
+
+    def _is_behind_end(self, event: Event) -> bool:
+        at = event.recorded_at
+        return at is not None and self._ends_at is not None and at >= self._ends_at
 
     def _passes(self, event: Event) -> bool:
         """Whether the filter lets the event through."""
@@ -771,10 +781,10 @@ class Pump:
 
     async def _finish(self) -> None:
         """Wait until the subscription's end is reached, then say so durably."""
-        window, end_at = self.shard.window, self.shard.lease.end_at
+        window = self.shard.window
         goal = (self._end or 0) - 1
-        if end_at is not None:
-            while (left := await self._seconds_until(end_at)) > 0:  # noqa: ASYNC110 - the server's clock
+        if self._ends_at is not None:
+            while (left := await self._seconds_until(self._ends_at)) > 0:  # noqa: ASYNC110 - the server's clock
                 # The two clocks may drift apart, and either may be set.
                 await asyncio.sleep(min(left, _END_POLL))
             # A check that began after the end: no event from before it can appear above what it proved.
@@ -784,6 +794,10 @@ class Pump:
             await asyncio.sleep(_FINISH_POLL)
         if not self.shard.complete:
             self.shard.complete = True
+            if self._feeder is not None:
+                # What is read now is for a later end, should there be one: left unread, it costs nothing till then.
+                self._feeder.cancel()
+            self._cursor.close()
             self._note(self.shard)
             facts.emit("subscription complete", subscription=self.registration.name, shard=self.shard.lease.shard)
 

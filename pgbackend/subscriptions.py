@@ -1,4 +1,4 @@
-"""Subscriptions as they stand in the database: created, checked, moved, deleted, listed.
+"""Subscriptions as they stand in the database: created, checked, moved, altered, deleted, listed.
 
 Creating one is where "from now on" is decided: whatever is acknowledged after `create()` returns is delivered, and
 nothing older is replayed. For `latest` that takes the fence: positions up to the log's head may still be open.
@@ -31,6 +31,12 @@ _SKEW = timedelta(seconds=60)
 """`recorded_at` follows positions but for how long an appender can be held up between drawing one and the other."""
 
 
+_PATIENCE = 0.25
+"""Seconds between looks at whether shards that run elsewhere are free, at most."""
+_UNKNOWN = "unknown"
+"""The start bound of subscriptions that are older than it (migration 0002)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
     """What is stored of a subscription besides its offsets."""
@@ -40,7 +46,47 @@ class Definition:
     shards: int
     end_position: int | None
     end_at: datetime | None
-    start_at: datetime | None = None
+    start_bound: str | None = None
+    """The position or date that it was told to start at last; None for the log's beginning or end."""
+    version: str = ""
+    """Of its row: another one when anything else in it is another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What of a definition can be altered."""
+
+    order: Order
+    end_position: int | None
+    end_at: datetime | None
+    start: Place
+
+    def are_those_of(self, stored: Definition) -> bool:
+        return self._are_but_for_start(stored) and stored.start_bound == bound(self.start)
+
+    def disturb(self, stored: Definition) -> bool:
+        """Whether the subscription has to rest while it becomes so."""
+        return not self._are_but_for_start(stored) or self.move(stored)
+
+    def move(self, stored: Definition) -> bool:
+        """Whether it is to start at another place than it was told before: those that are older are taken at it."""
+        return (wanted := bound(self.start)) is not None and stored.start_bound not in (wanted, _UNKNOWN)
+
+    def _are_but_for_start(self, stored: Definition) -> bool:
+        return (self.order, self.end_position, self.end_at) == (stored.order, stored.end_position, stored.end_at)
+
+
+def bound(place: Place) -> str | None:
+    """The one text that a position or date is stored as.
+
+    >>> bound(17), bound("latest")
+    ('17', None)
+    >>> bound(datetime(2026, 1, 1, 2, tzinfo=UTC))
+    '2026-01-01T02:00:00.000000+00:00'
+    """
+    if isinstance(place, datetime):
+        return place.astimezone(UTC).isoformat(timespec="microseconds")
+    return str(place) if isinstance(place, int) else None
 
 
 class Subscriptions:
@@ -61,7 +107,7 @@ class Subscriptions:
             created = await self._log.database.fetchval(
                 self._sql.create_subscription,
                 wanted.name, wanted.order, wanted.shards, start_at, wanted.end_position, wanted.end_at, position,
-                str(pending),
+                str(pending), bound(start),
             )  # fmt: skip
             found = await self.find(wanted.name)
             if found is None:
@@ -81,7 +127,7 @@ class Subscriptions:
         if differences:
             raise SubscriptionMismatchError(
                 f"Subscription {wanted.name!r} exists, and {', '.join(differences)}. "
-                "Subscribe with what is stored, or delete the subscription first."
+                "Subscribe with what is stored, alter its order or end with `alter_subscription()`, or delete it first."
             )
         return found
 
@@ -93,9 +139,10 @@ class Subscriptions:
             name=row["name"],
             order=row["ordering"],
             shards=row["shards"],
-            start_at=row["start_at"],
             end_position=row["end_position"],
             end_at=row["end_at"],
+            start_bound=row["start_bound"],
+            version=row["version"],
         )
 
     async def seek(self, name: str, place: Place) -> None:
@@ -105,6 +152,43 @@ class Subscriptions:
         position, pending, start_at = await self._locate(place)
         if not await self._log.database.fetch(self._sql.move_subscription, name, position, str(pending), start_at):
             raise not_found(name)
+
+    async def compare(self, name: str, terms: Terms) -> Definition | None:
+        """What is stored, if it is not what `terms` say. Raises ConfigError when it cannot be."""
+        stored = await self.find(name)
+        if stored is None:
+            raise not_found(name)
+        if terms.order == "strict" and stored.shards != 1:
+            raise ConfigError(
+                f"Subscription {name!r} cannot be strict with {stored.shards} shards: log order needs a single one."
+            )
+        return None if terms.are_those_of(stored) else stored
+
+    async def alter(self, name: str, terms: Terms, *, patience: float) -> bool:
+        """What is stored is as `terms` say; whether it was this call that made it so.
+
+        Each of its shards is waited for until nobody runs it, up to `patience` seconds for all together. Then it is
+        taken from its owner, who commits nothing more. Several calls for the same do it once.
+        """
+        deadline = time.monotonic() + patience
+        pause = 0.01
+        while (stored := await self.compare(name, terms)) is not None:
+            start_bound = bound(terms.start)
+            if not terms.disturb(stored):
+                await self._log.database.execute(self._sql.note_start_bound, name, stored.version, start_bound)
+                continue
+            position, pending, start_at = (
+                await self._locate(terms.start) if terms.move(stored) else (None, RangeSet(), None)
+            )
+            if await self._log.database.fetch(
+                self._sql.alter_subscription,
+                name, stored.version, time.monotonic() >= deadline, terms.order, terms.end_position, terms.end_at,
+                start_bound, position, str(pending), start_at,
+            ):  # fmt: skip
+                return True
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _PATIENCE)
+        return False
 
     async def delete(self, name: str) -> None:
         if await self._log.database.fetchval(self._sql.delete_subscription, name) is None:

@@ -113,6 +113,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("end_position", BIGINT),
         Column("end_at", _TIMESTAMPTZ),
         Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        Column("start_bound", TEXT),
         PrimaryKeyConstraint("name", name="subscriptions_pkey"),
         CheckConstraint("name <> ''", name="subscriptions_name_not_empty"),
         CheckConstraint("ordering IN ('none', 'key', 'strict')", name="subscriptions_ordering_known"),

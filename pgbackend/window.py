@@ -1,8 +1,8 @@
 """What one shard has taken on and not yet settled, and what its offset may therefore say.
 
 Pure: no I/O, no clock. A window knows three kinds of positions at or below its reading place: those in flight (taken
-on, not settled), open holes (no event to be seen yet), and the rest, which is settled. `mark()` turns that into an
-offset:
+on, not settled), open holes (no event to be seen yet), and the rest, which is settled. (A fourth kind is put off: what
+was recorded after the subscription's end, pending until the end is another one.) `mark()` turns that into an offset:
 
     position  1  2  3  4  5  6  7  8  9           settled: 1 2 4 6 · in flight: 3 5 7 8 9
                                       │
@@ -17,7 +17,7 @@ from pgbackend.ranges import Range, RangeSet
 class Window:
     """Positions in flight, bounded by count and bytes."""
 
-    __slots__ = ("_in_flight", "_top", "bytes", "holes", "max_bytes", "max_events", "position")
+    __slots__ = ("_in_flight", "_put_off", "_top", "bytes", "holes", "max_bytes", "max_events", "position")
 
     def __init__(self, *, position: int, pending: RangeSet, max_events: int, max_bytes: int) -> None:
         """Begin behind an offset. `pending` is what the offset lists: it may hold events, holes, or both."""
@@ -28,6 +28,7 @@ class Window:
         self.max_bytes = max_bytes
         self.bytes = 0
         self._in_flight: dict[int, int] = {}
+        self._put_off = RangeSet()
         self._top = position
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class Window:
         if position > self.position:
             self.position = position
         else:
-            self.holes.discard(position)
+            self._fill(position)
 
     def open_run(self, positions: Sequence[int], sizes: Sequence[int]) -> None:
         """The same for many at once, in ascending order, all of them further on."""
@@ -68,7 +69,22 @@ class Window:
         if position > self.position:
             self.position = position
         else:
+            self._fill(position)
+
+    def put_off(self, position: int) -> None:
+        """Leave an event for later: it stays pending, and this window has done with it."""
+        if position > self.position:
+            # With the gap in front of it, which is dead or a hole: that makes one range, not one for each event.
+            self._put_off.add(self.position + 1, position + 1)
+            self.position = position
+        else:
             self.holes.discard(position)
+            self._put_off.add(position, position + 1)
+
+    def _fill(self, position: int) -> None:
+        self.holes.discard(position)
+        if self._put_off:
+            self._put_off.discard(position)
 
     def settle(self, position: int) -> None:
         """It is handled, or durably somebody else's concern. Once; KeyError for what is not in flight."""
@@ -95,10 +111,14 @@ class Window:
         """
         if not self._in_flight:
             self._top = self.position
-            return self.position, self.holes.below(self.position)
+            return self.position, self._left_below(self.position)
         in_flight = sorted(self._in_flight)
         above = next((position for position in in_flight if position > self._top), None)
         mark = self._top = self.position if above is None else above - 1
         pending = RangeSet.of(position for position in in_flight if position <= mark)
-        holes = self.holes.below(mark)
-        return mark, holes.union(pending) if holes else pending
+        left = self._left_below(mark)
+        return mark, left.union(pending) if left else pending
+
+    def _left_below(self, limit: int) -> RangeSet:
+        holes = self.holes.below(limit)
+        return holes.union(self._put_off.below(limit)) if self._put_off else holes

@@ -52,6 +52,8 @@ class SubscriptionsSql:
     find_subscription: str
     create_subscription: str
     move_subscription: str
+    alter_subscription: str
+    note_start_bound: str
     delete_subscription: str
     list_status: str
     find_places: str

@@ -1,15 +1,16 @@
 -- Subscriptions: their definition, and the offset rows that come and go with it.
 
 -- name: find_subscription
-SELECT name, ordering, shards, start_at, end_position, end_at
+-- With the version of its row, to be named when it is altered.
+SELECT name, ordering, shards, start_at, end_position, end_at, start_bound, xmin::text AS version
 FROM {schema}.subscriptions
 WHERE name = $1;
 
 -- name: create_subscription
 -- The definition and its offsets at once; nothing when somebody else was first.
 WITH created AS (
-    INSERT INTO {schema}.subscriptions (name, ordering, shards, start_at, end_position, end_at)
-    VALUES ($1, $2, $3, $4, $5, $6)
+    INSERT INTO {schema}.subscriptions (name, ordering, shards, start_at, end_position, end_at, start_bound)
+    VALUES ($1, $2, $3, $4, $5, $6, $9)
     ON CONFLICT (name) DO NOTHING
     RETURNING name, shards
 )
@@ -50,6 +51,110 @@ WHERE stored.subscription = locked.subscription
     AND stored.shards = locked.shards
     AND stored.shard = locked.shard
 RETURNING stored.shard;
+
+-- name: alter_subscription
+-- Other terms ($4 to $7), and another place ($8 to $10) unless that is null; all shards get new epochs. Nothing happens
+-- unless version $2 is still the one that counts and every shard is free (as `claim` has it), or $3 says not to wait.
+-- Nothing happens either when a row is not what the snapshot shows once it is locked: then somebody committed, and what
+-- the snapshot shows of `redeliveries` is old. Every change there comes with one of the offset's row, so the same rows
+-- mean the same redeliveries, and whoever did the same a moment ago has left others.
+-- In order "none" a failed event is settled and lives in `redeliveries`; in the others it is pending, and may lie above
+-- the offset, and the row there is its count and its time. So a change between them adds those positions to what is
+-- pending, or takes them out, and the offset up to the last of them with the rest pending.
+WITH found AS MATERIALIZED (
+    SELECT stored.shards, stored.shard, stored.ctid AS place,
+        subscription.ordering = 'none' AND $4 <> 'none' AS to_ordered,
+        subscription.ordering <> 'none' AND $4 = 'none' AS to_none,
+        stored.owner IS NULL
+        OR worker.id IS NULL
+        OR worker.heartbeat_at < clock_timestamp() - worker.lease_timeout
+        OR worker.backend_pid IS NOT NULL AND NOT EXISTS (
+            SELECT
+            FROM pg_catalog.pg_stat_activity AS activity
+            WHERE activity.pid = worker.backend_pid
+                AND (activity.backend_start = worker.backend_start OR activity.backend_start IS NULL)
+        ) AS free
+    FROM {schema}.subscriptions AS subscription
+    JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
+    LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
+    WHERE subscription.name = $1
+        AND subscription.xmin = $2::text::xid
+),
+locked AS MATERIALIZED (
+    SELECT shards, shard, ctid AS place
+    FROM {schema}.offsets
+    WHERE subscription = $1
+    ORDER BY subscription, shards, shard
+    FOR UPDATE
+),
+unchanged AS MATERIALIZED (
+    SELECT count(*) AS shards
+    FROM found
+    LEFT JOIN locked USING (shards, shard, place)
+    HAVING count(*) > 0
+        AND count(*) = count(locked.place)
+        AND (bool_and(found.free) OR $3::boolean)
+),
+owed AS (
+    SELECT found.shards, found.shard, found.to_ordered, found.to_none,
+        coalesce(
+            range_agg(int8range(waiting.position, waiting.position + 1)) FILTER (WHERE waiting.position IS NOT NULL),
+            '{}'
+        ) AS positions,
+        coalesce(max(waiting.position), 0) AS last
+    FROM found
+    CROSS JOIN unchanged
+    LEFT JOIN {schema}.redeliveries AS waiting
+        ON waiting.subscription = $1
+        AND waiting.key_hash % found.shards = found.shard
+    GROUP BY found.shards, found.shard, found.to_ordered, found.to_none
+),
+altered AS (
+    UPDATE {schema}.subscriptions
+    SET ordering = $4,
+        end_position = $5,
+        end_at = $6,
+        start_bound = $7,
+        start_at = CASE WHEN $8::bigint IS NULL THEN start_at ELSE $10::timestamptz END
+    WHERE name = $1
+        AND EXISTS (SELECT FROM unchanged)
+),
+dropped AS (
+    DELETE FROM {schema}.redeliveries
+    WHERE subscription = $1
+        AND $8::bigint IS NOT NULL
+        AND EXISTS (SELECT FROM unchanged)
+)
+UPDATE {schema}.offsets AS stored
+SET position = CASE
+        WHEN $8::bigint IS NOT NULL THEN $8
+        WHEN owed.to_none THEN greatest(stored.position, owed.last)
+        ELSE stored.position
+    END,
+    pending = CASE
+        WHEN $8::bigint IS NOT NULL THEN $9::text::int8multirange
+        WHEN owed.to_ordered THEN stored.pending + owed.positions
+        WHEN owed.to_none THEN
+            stored.pending
+            + int8multirange(int8range(stored.position + 1, greatest(stored.position, owed.last) + 1))
+            - owed.positions
+        ELSE stored.pending
+    END,
+    epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
+    owner = NULL,
+    completed_at = NULL
+FROM owed
+WHERE stored.subscription = $1
+    AND stored.shards = owed.shards
+    AND stored.shard = owed.shard
+RETURNING stored.shard;
+
+-- name: note_start_bound
+-- It moves nothing, so nobody has to stop for it.
+UPDATE {schema}.subscriptions
+SET start_bound = $3
+WHERE name = $1
+    AND xmin = $2::text::xid;
 
 -- name: delete_subscription
 -- With all that refers to it. Its offsets are locked first, as a commit does that schedules redeliveries: the other way
