@@ -1,16 +1,23 @@
 """`pgbackend serve --workers N`: one port, several processes, and what happens when some of them go."""
 
+import asyncio
 import json
+import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
+from aiohttp import web
 
-from tests.serve.process import Process, config, post, running
-from tests.serve.target import Target
+from tests.serve.process import Process, config, post, refused, running
+from tests.serve.target import Request, Target
 from tests.support.polling import eventually
 
 _LOGGED = ("--log-format", "json", "--log-level", "info")
@@ -39,6 +46,101 @@ async def gone(*processes: int) -> None:
         return not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
     await eventually(f"processes {processes} are gone", look, 60.0)
+
+
+class Senders:
+    """Clients that never send an event twice, over connections that they keep and over new ones."""
+
+    def __init__(self, url: str, *, keeping: int = 8, opening: int = 4) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname
+        assert parts.port
+        self._address = (parts.hostname, parts.port)
+        self._counts = (keeping, opening)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self._sent = 0
+        self.accepted: list[str] = []
+        self.problems: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        keeping, opening = self._counts
+        self._tasks = [asyncio.create_task(self._keep_sending(close=False)) for _ in range(keeping)]
+        self._tasks += [asyncio.create_task(self._keep_sending(close=True)) for _ in range(opening)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
+
+    async def sent(self, more: int) -> None:
+        """Return once so many more were accepted."""
+        goal = len(self.accepted) + more
+
+        async def look() -> bool:
+            return len(self.accepted) >= goal or bool(self.problems)
+
+        await eventually(f"{more} more events", look, 60.0)
+
+    async def _keep_sending(self, *, close: bool) -> None:
+        while not self._stopping:
+            try:
+                reader, writer = await asyncio.open_connection(*self._address)
+            except OSError as error:
+                self.problems.append(f"connecting: {error!r}")
+                await asyncio.sleep(0.05)
+                continue
+            try:
+                while await self._send(reader, writer, close=close) and not self._stopping:
+                    pass
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+
+    async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, close: bool) -> bool:
+        """Whether the connection may be used again."""
+        self._sent += 1
+        id_ = str(self._sent)
+        writer.write(
+            f"POST / HTTP/1.1\r\nhost: x\r\nce-specversion: 1.0\r\nce-id: {id_}\r\nce-source: /load\r\nce-type: t\r\n"
+            f"content-length: 1\r\nconnection: {'close' if close else 'keep-alive'}\r\n\r\nx".encode()
+        )
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+            body = await reader.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            self.problems.append(f"event {id_}: {error!r}")
+            return False
+        if b" 202 " in head[:20]:
+            self.accepted.append(id_)
+        else:
+            self.problems.append(f"event {id_}: {head!r} {body!r}")
+        return b"connection: close" not in head
+
+
+@pytest.fixture
+def arrived(target: Target) -> Counter[str]:
+    """How often each event has come to `target`, by id."""
+    counter: Counter[str] = Counter()
+
+    def count(request: Request) -> web.Response:
+        counter[request.header("ce-id") or ""] += 1
+        return web.Response(status=204)
+
+    target.answer = count
+    return counter
+
+
+async def all_arrived(arrived: Counter[str], senders: Senders) -> None:
+    async def look() -> bool:
+        return set(senders.accepted) <= arrived.keys()
+
+    await eventually("every accepted event is delivered", look, 60.0)
 
 
 class TestStart:
@@ -99,3 +201,206 @@ class TestStart:
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
         assert not (tmp_path / "data/postgresql/data/postmaster.pid").exists()
+
+
+class TestRestart:
+    @pytest.mark.slow
+    async def test_nobody_is_refused_and_nothing_lost_or_repeated(
+        self, database: str, target: Target, arrived: Counter[str]
+    ) -> None:
+        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+            url = await serve.listening()
+            before = await pids(serve)
+            async with Senders(url) as senders:
+                await senders.sent(100)
+                for round_ in (1, 2):
+                    serve.send(signal.SIGHUP)
+                    await facts(serve, "workers restarted", round_)
+                await senders.sent(100)
+            await gone(*before)
+            assert senders.problems == []
+            await all_arrived(arrived, senders)
+            assert set(arrived.values()) == {1}
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+            assert '"level": "warning"' not in await serve.complaint()
+
+    async def test_the_new_ones_have_the_new_configuration(
+        self, database: str, target: Target, other_target: Target, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "broker.yaml"
+        file.write_text(config(target))
+        async with workers("--dsn", database, "--config", str(file)) as serve:
+            url = await serve.listening()
+            file.write_text(config(other_target))
+            serve.send(signal.SIGHUP)
+            await facts(serve, "workers restarted")
+            assert await post(url) == 202
+            await other_target.wait(1)
+            assert target.requests == []
+
+    async def test_when_the_new_ones_cannot_start_the_old_ones_stay(
+        self, database: str, target: Target, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "broker.yaml"
+        file.write_text(config(target))
+        async with workers("--dsn", database, "--config", str(file)) as serve:
+            url = await serve.listening()
+            file.write_text("triggers: 1")
+            serve.send(signal.SIGHUP)
+            (said,) = await facts(serve, "restart given up")
+            assert f"{file}:1: triggers" in str(said["error"])
+            assert await post(url) == 202
+            await target.wait(1)
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+
+
+class TestStop:
+    async def test_what_was_accepted_is_delivered_once_and_the_exit_code_is_0(
+        self, database: str, target: Target, arrived: Counter[str]
+    ) -> None:
+        arguments = ("--dsn", database, "--config-inline", config(target))
+        async with workers(*arguments) as serve:
+            async with Senders(await serve.listening()) as senders:
+                await senders.sent(100)
+                serve.send(signal.SIGTERM)
+                assert await serve.ended() == 0
+            # A connection that was being opened, or on which nothing had come, is all that may have been cut.
+            assert all("event" not in problem for problem in senders.problems), senders.problems[:5]
+        async with workers(*arguments) as serve:
+            await serve.listening()
+            await all_arrived(arrived, senders)
+            assert set(arrived.values()) == {1}
+
+    async def test_an_interrupt_of_the_whole_terminal_drains_as_well(self, database: str, target: Target) -> None:
+        released = asyncio.Event()
+
+        async def hold(request: Request) -> web.Response:
+            await released.wait()
+            return web.Response(status=204)
+
+        target.answer = hold
+        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+            url = await serve.listening()
+            assert await post(url) == 202
+            await target.wait(1)
+            for pid in [serve.process.pid, *await pids(serve)]:
+                os.kill(pid, signal.SIGINT)
+            await refused(url)
+            released.set()
+            assert await serve.ended() == 0
+            assert "Traceback" not in await serve.complaint()
+
+    async def test_a_second_interrupt_ends_all_at_once(self, database: str, target: Target) -> None:
+        released = asyncio.Event()
+
+        async def hang(request: Request) -> web.Response:
+            await released.wait()
+            return web.Response(status=204)
+
+        target.answer = hang
+        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+            url = await serve.listening()
+            assert await post(url) == 202
+            await target.wait(1)
+            serve.send(signal.SIGINT)
+            await refused(url)
+            serve.send(signal.SIGINT)
+            assert await serve.ended(timeout=5.0) == 130
+            await gone(*await pids(serve))
+            assert (await serve.complaint()).count("Stopped at once") == 1
+        released.set()
+
+    async def test_when_the_supervisor_is_killed_its_workers_drain(self, database: str, target: Target) -> None:
+        released = asyncio.Event()
+
+        async def hold(request: Request) -> web.Response:
+            await released.wait()
+            return web.Response(status=204)
+
+        target.answer = hold
+        arguments = ("--dsn", database, "--config-inline", config(target))
+        async with workers(*arguments) as serve:
+            url = await serve.listening()
+            started = await pids(serve)
+            assert await post(url) == 202
+            await target.wait(1)
+            serve.send(signal.SIGKILL)
+            await facts(serve, "supervisor is gone", 2)
+            await refused(url)
+            released.set()
+            await gone(*started)
+        # It was settled: nothing is delivered again.
+        async with workers(*arguments) as serve:
+            assert await post(await serve.listening(), "2") == 202
+            await target.wait(2)
+        assert target.ids() == ["1", "2"]
+
+
+class TestLoss:
+    @pytest.mark.slow
+    async def test_a_worker_that_was_killed_is_replaced_and_another_delivers_meanwhile(
+        self, database: str, target: Target, arrived: Counter[str]
+    ) -> None:
+        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+            url = await serve.listening()
+            killed = await owner(database, "billing")
+            assert killed in await pids(serve)
+            async with Senders(url) as senders:
+                await senders.sent(100)
+                os.kill(killed, signal.SIGKILL)
+                (fact,) = await facts(serve, "worker process died")
+                assert (fact["pid"], fact["exitcode"], fact["level"]) == (killed, -signal.SIGKILL, "warning")
+                accepted, at = set(senders.accepted), asyncio.get_running_loop().time()
+                await eventually("those from before arrive", lambda: have(arrived, accepted))
+                assert asyncio.get_running_loop().time() - at < 3.0
+                await pids(serve, 3)
+                await senders.sent(100)
+            await all_arrived(arrived, senders)
+            # What is cut off is what that worker had in progress; what is repeated, what it had not committed.
+            assert len(senders.problems) <= 12, senders.problems
+            assert await owner(database, "billing") != killed
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+
+    @pytest.mark.slow
+    async def test_a_worker_that_is_frozen_holds_up_no_new_client(
+        self, database: str, target: Target, arrived: Counter[str]
+    ) -> None:
+        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+            url = await serve.listening()
+            delivering = await owner(database, "billing")
+            frozen = next(pid for pid in await pids(serve) if pid != delivering)
+            os.kill(frozen, signal.SIGSTOP)
+            try:
+                async with Senders(url, keeping=0, opening=4) as senders:
+                    await senders.sent(300)
+                await all_arrived(arrived, senders)
+                assert senders.problems == []
+            finally:
+                os.kill(frozen, signal.SIGCONT)
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+
+
+async def have(arrived: Counter[str], wanted: set[str]) -> bool:
+    return wanted <= arrived.keys()
+
+
+async def owner(database: str, subscription: str) -> int:
+    """The process that delivers the subscription's only shard."""
+
+    async def look() -> int:
+        connection = await asyncpg.connect(database)
+        try:
+            found = await connection.fetchval(
+                "select w.name from pgbackend.offsets o join pgbackend.workers w on w.id = o.owner"
+                " where o.subscription = $1",
+                subscription,
+            )
+        finally:
+            await connection.close()
+        return int(found.rpartition(":")[2]) if found else 0
+
+    return await eventually(f"{subscription} has an owner", look)
