@@ -3,16 +3,35 @@
 A request is answered 202 only after its events are committed; anything else says what is wrong with which event, or
 that the outcome is unknown. What a client can make the broker hold is bounded three ways: per request, by count of
 events in a batch, and over all requests together. Bodies that are too large are refused while they arrive.
+
+An event whose request is there in one piece, as nearly all are, needs no task and none of ASGI's messages: the listener
+hands it to `take_whole()`. That way is for what is beyond doubt; all else goes through `__call__`, which also finds the
+words for what is wrong.
+
+| method     | path       | answer                                                                      |
+|------------|------------|-----------------------------------------------------------------------------|
+| POST       | any        | 202 once committed                                                          |
+| OPTIONS    | any        | what is allowed; the handshake of CloudEvents' webhooks, where one is asked |
+| GET, HEAD  | `/healthz` | 200 while the process lives                                                 |
+| GET, HEAD  | `/readyz`  | 200 while events can be committed, else 503 and why                         |
+| GET, HEAD  | `/metrics` | what is measured, for Prometheus                                            |
+
+Only POST asks who is there. The others are for load balancers, Prometheus and webhook senders, which seldom can say,
+and tell nothing of any event.
 """
 
+import asyncio
 import json
 import logging
+import re
 from base64 import b64decode
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hmac import compare_digest
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NoReturn
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from pgbackend import codec, facts
@@ -29,18 +48,26 @@ from pgbackend.serve.config import IngestAuth
 
 if TYPE_CHECKING:
     from pgbackend.backend import Backend
+    from pgbackend.serve.metrics import Metrics
+    from pgbackend.serve.tracing import Tracing
 
 # ASGI's own words; its mappings hold what the protocol says, of many types.
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_Headers = Iterable[tuple[bytes, bytes]]
+Header = tuple[bytes, bytes]
+_Headers = Sequence[Header]
 
 _ACCEPTED: Message = {"type": "http.response.start", "status": 202, "headers": [(b"content-length", b"0")]}
 _NO_BODY: Message = {"type": "http.response.body", "body": b""}
 # What attributes in headers, or the envelope of a structured event, may add to the data.
 _ENVELOPE_BYTES = 1 << 16
+_READ_PATHS = ("/healthz", "/readyz", "/metrics")
+_PROBE_TIMEOUT = 3.0
+"""Seconds. Who asks gives up after ten at most, and is better told why."""
+_PROBE_AGE = 1.0
+"""Seconds for which an answer of PostgreSQL is good enough: however many ask, it is asked once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,81 +84,157 @@ class Limits:
     """Of all bodies that are arriving or being committed. Beyond it requests are told to come back."""
 
 
-class _Refused(Exception):  # noqa: N818 - an answer, not an error
-    """The request is answered with this status."""
+class Problem(Exception):  # noqa: N818 - an answer, not an error
+    """A request is answered with this status, and told why as RFC 9457 describes it."""
 
-    def __init__(self, status: int, detail: str, *headers: tuple[bytes, bytes]) -> None:
+    def __init__(self, status: int, detail: str, *headers: Header) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
-        self.headers = headers
+        self.headers = ((b"content-type", b"application/problem+json"), *headers)
+
+    def body(self) -> bytes:
+        problem = {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
+        return json.dumps(problem).encode()
 
 
 _RETRY = (b"retry-after", b"1")
 
 
+def come_back(detail: str) -> Problem:
+    """A 503 that says when to try again."""
+    return Problem(503, detail, _RETRY)
+
+
+STOPPING = "The broker is stopping. Nothing was stored; send it again."
+
+
 class Ingest:
     """The ASGI application. `backend` must be initialized; `auth` says who may send."""
 
-    def __init__(self, backend: "Backend", *, auth: IngestAuth | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        backend: "Backend",
+        *,
+        auth: IngestAuth | None = None,
+        limits: Limits | None = None,
+        metrics: "Metrics | None" = None,
+        tracing: "Tracing | None" = None,
+    ) -> None:
         self._backend = backend
         self._authorize = _authorizer(auth or IngestAuth())
         self._limits = limits or Limits()
+        self._metrics = metrics
+        self._tracing = tracing
+        self._readiness = _Readiness(backend)
         self._held_bytes = 0
+        self._stopping = False
+        # Within it no limit of an event can be broken, so that nothing has to be measured.
+        self._whole_bytes = self._limits.event_bytes - _ENVELOPE_BYTES
+
+    def authorize_by(self, auth: IngestAuth) -> None:
+        """From the next request on, this is who may send."""
+        self._authorize = _authorizer(auth)
+
+    def stop_taking(self) -> None:
+        """Requests that begin from now on are told to come back; those in progress are finished."""
+        self._stopping = True
+
+    def count_refused(self, status: int) -> None:
+        """A request was answered with this status, here or by the HTTP server."""
+        if self._metrics is not None:
+            self._metrics.refused(status)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """The request is answered, or its client has gone."""
         if scope["type"] != "http":
             return
+        method = scope["method"]
         try:
-            if scope["method"] == "POST":
+            if method == "POST":
                 if not await self._take(scope, receive):
                     return
                 await send(_ACCEPTED)
                 await send(_NO_BODY)
+            elif method == "OPTIONS":
+                await _write(send, 200, b"", *_allowed(scope))
             else:
                 await self._tell(scope, send)
-        except _Refused as refused:
-            await _answer(send, refused)
+        except Problem as problem:
+            await self._refuse(send, problem, counts=method == "POST")
         except Exception as error:  # noqa: BLE001 - a bug must answer too, and leave its trace
-            facts.emit("ingest failed", level=logging.ERROR, exc_info=error, error=error)
-            await _answer(send, _Refused(500, "The broker failed. Its log says why."))
+            await self._refuse(send, _failure(error), counts=True)
+
+    # Taking events in
+
+    def take_whole(self, headers: _Headers, body: bytes, answer: Callable[[Problem | None], None]) -> bool:
+        """Take in the POST of a single event, all of which is there, in any path and without a query.
+
+        True: `answer` gets None once the event is committed, or what is wrong. False: nothing was done, and the request
+        is for `__call__`.
+        """
+        started = perf_counter()
+        fields = dict(headers)
+        size = len(body)
+        if (
+            len(fields) != len(headers)
+            or b"content-encoding" in fields
+            or size > self._whole_bytes
+            or self._held_bytes + size > self._limits.held_bytes
+            or self._stopping
+            or self._tracing is not None
+        ):
+            return False
+        content_type = fields.get(b"content-type", b"").lower()
+        try:
+            if self._authorize is not None:
+                self._authorize(headers, b"")
+            if (
+                b"cloudevents" not in content_type
+                or (mode := codec.mode_of(content_type.decode("latin-1"))) == "binary"
+            ):
+                event = codec.parse_binary(headers, body)
+            elif mode == "structured":
+                event = codec.parse_structured(body)
+            else:
+                return False
+
+            def done(error: Exception | None) -> None:
+                self._held_bytes -= size
+                if error is None:
+                    if self._metrics is not None:
+                        self._metrics.ingested(1, perf_counter() - started)
+                    answer(None)
+                else:
+                    problem = _problem_of(error, event)
+                    self.count_refused(problem.status)
+                    answer(problem)
+
+            self._backend.produce_soon(event, done)
+        except (Problem, PgBackendError):
+            return False
+        self._held_bytes += size
+        return True
 
     async def _take(self, scope: Message, receive: Receive) -> bool:
         """Commit what a POST brings. False when the client went away first."""
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        headers: list[Header] = scope["headers"]
+        if self._stopping:
+            raise come_back(STOPPING)
         content_type, length = _framing(headers)
         if self._authorize is not None:
             self._authorize(headers, scope["query_string"])
         try:
             mode = codec.mode_of(content_type)
         except ContentTypeError as error:
-            raise _Refused(415, str(error)) from None
+            raise Problem(415, str(error)) from None
         limit = self._limits.batch_bytes if mode == "batch" else self._limits.event_bytes
         if mode == "structured":
             limit = limit * 2 + _ENVELOPE_BYTES  # base64 and escapes; the event itself is measured once it is parsed
         if length > limit:
             raise _too_large(mode, limit)
-        message = await receive()
-        if message["type"] != "http.request":
-            return False
-        body: bytes = message["body"]
-        if message["more_body"]:
-            return await self._take_slowly(mode, limit, body, headers, receive)
-        if len(body) > limit:
-            raise _too_large(mode, limit)
-        self._hold(len(body))
-        try:
-            await self._commit(mode, headers, body)
-        finally:
-            self._held_bytes -= len(body)
-        return True
-
-    async def _take_slowly(
-        self, mode: str, limit: int, first: bytes, headers: list[tuple[bytes, bytes]], receive: Receive
-    ) -> bool:
-        body = bytearray(first)
-        self._hold(held := len(body))
+        body = bytearray()
+        held = 0
         try:
             more = True
             while more:
@@ -141,8 +244,10 @@ class Ingest:
                 some: bytes = message["body"]
                 if len(body) + len(some) > limit:
                     raise _too_large(mode, limit)
-                self._hold(len(some))
+                if self._held_bytes + len(some) > self._limits.held_bytes:
+                    raise come_back("The broker holds as many events as it can. Nothing was stored; send it again.")
                 held += len(some)
+                self._held_bytes += len(some)
                 body += some
                 more = message["more_body"]
             await self._commit(mode, headers, bytes(body))
@@ -150,57 +255,128 @@ class Ingest:
             self._held_bytes -= held
         return True
 
-    def _hold(self, size: int) -> None:
-        if self._held_bytes + size > self._limits.held_bytes:
-            raise _Refused(503, "The broker holds as many events as it can. Send it again.", _RETRY)
-        self._held_bytes += size
-
     async def _commit(self, mode: str, headers: _Headers, body: bytes) -> None:
+        started = perf_counter()
+        event: Event | None = None
         try:
             if mode == "batch":
-                events = codec.parse_batch(body)
+                events: Sequence[Event] = codec.parse_batch(body)
                 self._check_batch(events)
-                if events:
-                    await self._backend.produce_many(events)
-                return
-            event = codec.parse_binary(headers, body) if mode == "binary" else codec.parse_structured(body)
-            if len(body) + _ENVELOPE_BYTES > self._limits.event_bytes:
-                self._check_size(event, "The event")
-            await self._backend.produce(event)
+            else:
+                event = codec.parse_binary(headers, body) if mode == "binary" else codec.parse_structured(body)
+                if len(body) + _ENVELOPE_BYTES > self._limits.event_bytes:
+                    self._check_size(event, "The event")
+                events = (event,)
         except ContentTypeError as error:
-            raise _Refused(415, str(error)) from None
+            raise Problem(415, str(error)) from None
         except EventError as error:
-            raise _Refused(400, str(error)) from None
+            raise Problem(400, str(error)) from None
+        if not events:
+            return
+        try:
+            with nullcontext(events) if self._tracing is None else self._tracing.receive(events, headers) as stored:
+                await self._backend.produce_many(stored)
         except PgBackendError as error:
-            _refuse_for_backend(error)
+            raise _problem_of(error, event) from None
+        if self._metrics is not None:
+            self._metrics.ingested(len(events), perf_counter() - started)
 
-    def _check_batch(self, events: list[Event]) -> None:
+    def _check_batch(self, events: Sequence[Event]) -> None:
         if len(events) > self._limits.batch_events:
-            raise _Refused(413, f"The batch has {len(events)} events: expected at most {self._limits.batch_events}.")
+            raise Problem(413, f"The batch has {len(events)} events: expected at most {self._limits.batch_events}.")
         for index, event in enumerate(events):
             self._check_size(event, f"Batch, index {index}: the event")
 
     def _check_size(self, event: Event, which: str) -> None:
         size = codec.size_of(event.row)
         if size > self._limits.event_bytes:
-            raise _Refused(
+            raise Problem(
                 413,
                 f"{which} {event.id[:80]!r} of {event.source[:80]!r} has {size} bytes: "
                 f"expected at most {self._limits.event_bytes}.",
             )
 
+    # Telling how things are
+
     async def _tell(self, scope: Message, send: Send) -> None:
-        """Answer what is no POST: only `/healthz` has something to say."""
+        """Answer a GET or a HEAD, and methods that nobody knows."""
+        path = scope["path"]
         if scope["method"] not in ("GET", "HEAD"):
-            allowed = b"GET, HEAD, POST" if scope["path"] == "/healthz" else b"POST"
-            raise _Refused(405, f"{scope['method']} is not understood. Events are sent by POST.", (b"allow", allowed))
-        if scope["path"] != "/healthz":
-            raise _Refused(404, "Nothing to read here. Events are sent by POST, to any path; health is at /healthz.")
+            said = f"{scope['method']} is not understood. Events are sent by POST."
+            raise Problem(405, said, (b"allow", _methods(path)))
+        if path == "/healthz":
+            await _write(send, 200, b'{"ok": "true"}', _JSON)
+        elif path == "/readyz":
+            wrong = STOPPING if self._stopping else await self._readiness.what_is_wrong()
+            if wrong is not None:
+                raise come_back(wrong)
+            await _write(send, 200, b'{"ok": "true"}', _JSON)
+        elif path == "/metrics" and self._metrics is not None:
+            accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), None)
+            body, content_type = await self._metrics.exposition(accept)
+            await _write(send, 200, body, (b"content-type", content_type.encode()))
+        else:
+            said = "Nothing to read here. Events are sent by POST, to any path; health is at /healthz and /readyz."
+            raise Problem(404, said)
+
+    async def _refuse(self, send: Send, problem: Problem, *, counts: bool) -> None:
+        if counts:
+            self.count_refused(problem.status)
+        await _write(send, problem.status, problem.body(), *problem.headers)
+
+
+class _Readiness:
+    """Whether events can be committed, asked of PostgreSQL at most once a second."""
+
+    def __init__(self, backend: "Backend") -> None:
+        self._backend = backend
+        self._asked_at = float("-inf")
+        self._asking: asyncio.Task[str | None] | None = None
+
+    async def what_is_wrong(self) -> str | None:
+        """Why events cannot be committed; None when they can."""
+        now = asyncio.get_running_loop().time()
+        asking = self._asking
+        if asking is None or (asking.done() and now - self._asked_at >= _PROBE_AGE):
+            self._asked_at = now
+            asking = self._asking = asyncio.create_task(self._ask(), name="probe")
+        # Shielded: who gives up does not take the answer from the others.
+        return await asyncio.shield(asking)
+
+    async def _ask(self) -> str | None:
         try:
-            await self._backend.probe()
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                await self._backend.probe()
+        except TimeoutError:
+            return f"PostgreSQL did not answer within {_PROBE_TIMEOUT:g} s. Check that it runs and can be reached."
         except PgBackendError as error:
-            raise _Refused(503, str(error), _RETRY) from None
-        await _write(send, 200, b'{"ok": "true"}', (b"content-type", b"application/json"))
+            return str(error)
+        return None
+
+
+def _methods(path: str) -> bytes:
+    return b"GET, HEAD, OPTIONS, POST" if path in _READ_PATHS else b"OPTIONS, POST"
+
+
+# Lenient: a plus, zeros before it, white space around it.
+_is_rate = re.compile(rb"\s*(?:\+?0*[1-9][0-9]*|\*)\s*").fullmatch
+
+
+def _allowed(scope: Message) -> list[Header]:
+    """What an OPTIONS request is told: the methods, and to the webhook handshake that its sender may send.
+
+    To any origin, as fast as it likes: who may send is asked with each event, by its secret, and an origin is only what
+    a sender calls itself. To name it would look like a decision. Consent is given at once, so nobody is called back.
+    """
+    headers = [(b"allow", _methods(scope["path"]))]
+    fields: dict[bytes, bytes] = dict(scope["headers"])
+    if fields.get(b"webhook-request-origin"):
+        rate = fields.get(b"webhook-request-rate", b"*")
+        if not _is_rate(rate):
+            said = f"Header WebHook-Request-Rate is {rate.decode('latin-1')[:80]!r}: expected requests per minute."
+            raise Problem(400, said)
+        headers += [(b"webhook-allowed-origin", b"*"), (b"webhook-allowed-rate", b"*")]
+    return headers
 
 
 def _framing(headers: _Headers) -> tuple[str | None, int]:
@@ -214,32 +390,38 @@ def _framing(headers: _Headers) -> tuple[str | None, int]:
             # The HTTP parser has let through digits only.
             length = int(value)
         elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            raise _Refused(415, "Content-Encoding is not supported. Send the body as it is.", (b"accept-encoding", b""))
+            raise Problem(415, "Content-Encoding is not supported. Send the body as it is.", (b"accept-encoding", b""))
     return content_type, length
 
 
-def _too_large(mode: str, limit: int) -> _Refused:
-    return _Refused(413, f"The body is too large for {mode} mode: expected at most {limit} bytes.")
+def _too_large(mode: str, limit: int) -> Problem:
+    return Problem(413, f"The body is too large for {mode} mode: expected at most {limit} bytes.")
 
 
-def _refuse_for_backend(error: PgBackendError) -> NoReturn:
+def _problem_of(error: Exception, event: Event | None) -> Problem:
+    """What a sender is told when its events could not be stored; `event`: which one it was, if it was one."""
     if isinstance(error, ProduceUncertainError):
-        raise _Refused(
-            503,
+        return come_back(
             "The outcome is unknown: PostgreSQL went away while it was committing, so the request may or may not be "
-            "stored. Sent again, its events may be stored twice, with the same source and id.",
-            _RETRY,
-        ) from None
+            "stored. Sent again, its events may be stored twice, with the same source and id."
+        )
     if isinstance(error, NotRunningError):
-        raise _Refused(503, "The broker is stopping. Nothing was stored; send it again.", _RETRY) from None
+        return come_back(STOPPING)
     if isinstance(error, ProduceTimeoutError):
-        raise _Refused(503, f"Nothing was stored; send it again. {error}", _RETRY) from None
+        return come_back(f"Nothing was stored; send it again. {error}")
+    which = "The batch" if event is None else f"Event {event.id[:80]!r} of {event.source[:80]!r}"
+    # Classes 22 and 23: the data itself is what PostgreSQL refuses.
+    refuses_data = isinstance(error, DatabaseError) and (error.sqlstate or "")[:2] in ("22", "23")
+    if isinstance(error, EventError) or refuses_data:
+        return Problem(400, f"{which} was refused: {error}")
     if isinstance(error, DatabaseError):
-        # Classes 22 and 23: the data itself is what PostgreSQL refuses.
-        if error.sqlstate is not None and error.sqlstate[:2] in ("22", "23"):
-            raise _Refused(400, f"PostgreSQL refused the event: {error}") from None
-        raise _Refused(503, f"Nothing was stored; send it again. {error}", _RETRY) from None
-    raise error
+        return come_back(f"Nothing was stored; send it again. {error}")
+    return _failure(error)
+
+
+def _failure(error: Exception) -> Problem:
+    facts.emit("ingest failed", level=logging.ERROR, exc_info=error, error=error)
+    return Problem(500, "The broker failed. Its log says why.")
 
 
 # Who may send
@@ -271,7 +453,7 @@ def _authorizer(auth: IngestAuth) -> _Authorize | None:
         elif scheme.lower() == b"bearer" and token is not None:
             known = compare_digest(credentials, token)
         if not known:
-            raise _Refused(
+            raise Problem(
                 401, "Authorization is missing, or is not what the broker's `ingest` section asks for.", *asked
             )
 
@@ -287,15 +469,10 @@ def _decoded(credentials: bytes) -> bytes:
 
 # What is sent back
 
-
-async def _answer(send: Send, refused: _Refused) -> None:
-    """The problem as RFC 9457 describes it."""
-    problem = {"title": HTTPStatus(refused.status).phrase, "status": refused.status, "detail": refused.detail}
-    body = json.dumps(problem).encode()
-    await _write(send, refused.status, body, (b"content-type", b"application/problem+json"), *refused.headers)
+_JSON = (b"content-type", b"application/json")
 
 
-async def _write(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+async def _write(send: Send, status: int, body: bytes, *headers: Header) -> None:
     headers = (*headers, (b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})
     await send({"type": "http.response.body", "body": body})

@@ -17,7 +17,8 @@ from pgbackend.codec import Event
 from pgbackend.serve.config import load
 from pgbackend.serve.delivery import open_session
 from pgbackend.serve.ingest import Ingest, Limits
-from pgbackend.serve.listener import Listener, bind
+from pgbackend.serve.listener import TLS, Listener, bind
+from pgbackend.serve.metrics import Metrics
 from pgbackend.serve.triggers import Triggers
 
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
@@ -56,6 +57,7 @@ class Broker:
     port: int
     dsn: str
     backend: Backend
+    ingest: Ingest
     listener: Listener
     client: aiohttp.ClientSession
     triggers: Triggers
@@ -109,7 +111,13 @@ class Broker:
 
 @asynccontextmanager
 async def serving(
-    dsn: str, *, config: str = "{}", limits: Limits | None = None, produce_timeout: float = 30.0
+    dsn: str,
+    *,
+    config: str = "{}",
+    limits: Limits | None = None,
+    produce_timeout: float = 30.0,
+    metrics: Metrics | None = None,
+    tls: TLS | None = None,
 ) -> AsyncIterator[Broker]:
     """A broker with this configuration, until the body ends."""
     configuration = load(config, origin="test")
@@ -122,7 +130,8 @@ async def serving(
         await triggers.apply(configuration)
         bound = stack.enter_context(bind("127.0.0.1", 0))
         host, port = bound.getsockname()
-        listener = Listener(Ingest(backend, auth=configuration.ingest, limits=limits), bound)
+        ingest = Ingest(backend, auth=configuration.ingest, limits=limits, metrics=metrics)
+        listener = Listener(ingest, bound, tls=tls)
         async with asyncio.TaskGroup() as group:
             group.create_task(listener.run(), name="listener")
             group.create_task(backend.start(), name="backend")
@@ -134,6 +143,7 @@ async def serving(
                         port=port,
                         dsn=dsn,
                         backend=backend,
+                        ingest=ingest,
                         listener=listener,
                         client=client,
                         triggers=triggers,

@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from typing import ClassVar
 
 import asyncpg
@@ -18,7 +19,9 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
+from pgbackend.serve import ingest as ingest_module
 from pgbackend.serve.ingest import Limits
+from pgbackend.serve.metrics import Metrics
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
 from tests.support.polling import eventually
 from tests.support.proxy import Proxy
@@ -230,21 +233,46 @@ class TestLimits:
 
 
 class TestOtherRequests:
-    async def test_healthz_is_ok_while_postgresql_is(self, broker: Broker) -> None:
-        answer = await broker.request("GET", "/healthz")
-        assert (answer.status, json.loads(answer.body)) == (200, {"ok": "true"})
-        answer = await broker.request("HEAD", "/healthz")
-        assert (answer.status, answer.body) == (200, b"")
+    async def test_healthz_and_readyz_are_ok(self, broker: Broker) -> None:
+        for path in ("/healthz", "/readyz"):
+            answer = await broker.request("GET", path)
+            assert (answer.status, json.loads(answer.body)) == (200, {"ok": "true"})
+            answer = await broker.request("HEAD", path)
+            assert (answer.status, answer.body) == (200, b"")
+
+    async def test_metrics_are_there_when_something_is_measured(self, database: str) -> None:
+        async with serving(database) as broker:
+            assert (await broker.request("GET", "/metrics")).status == 404
+        with Metrics() as metrics:
+            async with serving(database, metrics=metrics) as broker:
+                assert (await broker.send(HEADERS, b"x")).status == 202
+                assert (await broker.send(BATCH, b"[%b,%b]" % (envelope(1), envelope(2)))).status == 202
+                assert (await broker.send(HEADERS, b"x" * 990_000)).status == 202
+                assert (await broker.send(HEADERS | {"ce-id": ""})).status == 400
+                assert (await broker.talk(b"GARBAGE\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+                assert (await broker.request("PUT", "/")).status == 405  # nobody's event was refused
+                answer = await broker.request("GET", "/metrics", headers={"accept": "text/plain"})
+                assert answer.status == 200
+                assert answer.headers["content-type"].startswith("text/plain")
+                text = answer.body.decode()
+                assert re.search(r"^messaging_client_sent_messages_total\{.*\} 4.0$", text, re.MULTILINE)
+                assert re.search(r"^pgbackend_ingest_refused_requests_total\{.*400.*\} 2.0$", text, re.MULTILINE)
+                assert '"405"' not in text
+                assert (await broker.request("HEAD", "/metrics")).body == b""
 
     async def test_there_is_nothing_else_to_read(self, broker: Broker) -> None:
-        for path in ("/", "/healthz/x", "/metrics"):
+        for path in ("/", "/healthz/x", "/metrics/"):
             assert (await broker.request("GET", path)).status == 404
 
     async def test_other_methods_are_told_what_is_allowed(self, broker: Broker) -> None:
-        for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
-            for path, allowed in (("/", "POST"), ("/healthz", "GET, HEAD, POST")):
+        for path, allowed in (("/", "OPTIONS, POST"), ("/readyz", "GET, HEAD, OPTIONS, POST")):
+            for method in ("PUT", "DELETE", "PATCH", "TRACE"):
                 answer = await broker.request(method, path)
                 assert (answer.status, answer.headers["allow"]) == (405, allowed)
+                assert method in answer.detail
+            answer = await broker.request("OPTIONS", path)
+            assert (answer.status, answer.headers["allow"], answer.body) == (200, allowed, b"")
+            assert "webhook-allowed-origin" not in answer.headers
 
     async def test_an_encoded_body_is_not_stored_as_if_it_were_plain(self, broker: Broker) -> None:
         answer = await broker.send(HEADERS | {"content-encoding": "gzip"}, b"\x1f\x8b")
@@ -334,7 +362,7 @@ class TestWhenPostgresqlIsInTheWay:
         async with Proxy(database) as proxy, serving(proxy.dsn, produce_timeout=2.0) as broker:
             assert (await broker.send(HEADERS | {"ce-id": "before"})).status == 202
             proxy.cut()
-            for answer in (await broker.send(HEADERS | {"ce-id": "lost"}), await broker.request("GET", "/healthz")):
+            for answer in (await broker.send(HEADERS | {"ce-id": "lost"}), await broker.request("GET", "/readyz")):
                 assert answer.status == 503
                 assert int(answer.headers["retry-after"]) >= 1
             proxy.restore()
@@ -343,7 +371,11 @@ class TestWhenPostgresqlIsInTheWay:
                 return (await broker.send(HEADERS | {"ce-id": "after"})).status == 202
 
             await eventually("PostgreSQL is back", accepted)
-            assert (await broker.request("GET", "/healthz")).status == 200
+
+            async def ready() -> bool:
+                return (await broker.request("GET", "/readyz")).status == 200
+
+            await eventually("it is ready", ready)
             assert [event.id for event in await broker.stored()] == ["before", "after"]
 
     async def test_a_commit_whose_answer_was_lost_is_said_to_be_uncertain(self, database: str) -> None:
@@ -373,19 +405,156 @@ class TestWhenPostgresqlIsInTheWay:
         async def failing(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(Backend, "produce", failing)
+        def failing_soon(_: Backend, event: object, done: Callable[[Exception | None], None]) -> None:
+            asyncio.get_running_loop().call_soon(done, error)
+
+        monkeypatch.setattr(Backend, "produce_soon", failing_soon)
         monkeypatch.setattr(Backend, "produce_many", failing)
-        for headers, body in ((HEADERS, b"x"), (BATCH, b"[%b]" % envelope())):
+        for headers, body in ((HEADERS, b"x"), (HEADERS, b"x" * 1_000_000), (BATCH, b"[%b]" % envelope())):
             answer = await broker.send(headers, body)
             assert answer.status == status
             assert said in answer.detail
             assert ("retry-after" in answer.headers) == (status == 503)
 
-    async def test_health_says_what_is_wrong(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+
+class TestReadiness:
+    async def test_it_says_what_is_wrong(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         async def failing(*_: object) -> None:
             raise PgBackendError("the log is upside down")
 
         monkeypatch.setattr(Backend, "probe", failing)
-        answer = await broker.request("GET", "/healthz")
+        answer = await broker.request("GET", "/readyz")
         assert answer.status == 503
         assert "upside down" in answer.detail
+        assert answer.headers["retry-after"] == "1"
+        assert (await broker.request("GET", "/healthz")).status == 200
+
+    async def test_however_many_ask_postgresql_is_asked_once_a_second(
+        self, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        probe, probes = Backend.probe, []
+
+        async def counted(self: Backend) -> None:
+            probes.append(asyncio.get_running_loop().time())
+            await probe(self)
+
+        monkeypatch.setattr(Backend, "probe", counted)
+        answers = await asyncio.gather(*(broker.request("GET", "/readyz") for _ in range(50)))
+        assert {answer.status for answer in answers} == {200}
+        assert len(probes) == 1
+
+        async def asked_again() -> bool:
+            await broker.request("GET", "/readyz")
+            return len(probes) == 2
+
+        await eventually("PostgreSQL is asked again", asked_again)
+        assert probes[1] - probes[0] >= 1
+
+    async def test_a_silent_postgresql_is_not_waited_for_and_the_broker_is_still_alive(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ingest_module, "_PROBE_TIMEOUT", 0.3)
+        async with Proxy(database) as proxy, serving(proxy.dsn) as broker:
+            proxy.stall()
+            answer = await broker.request("GET", "/readyz")
+            assert answer.status == 503
+            assert "did not answer" in answer.detail
+            assert (await broker.request("GET", "/healthz")).status == 200
+            proxy.restore()
+
+    async def test_who_hangs_up_does_not_take_the_answer_from_the_others(
+        self, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked, answered = asyncio.Event(), asyncio.Event()
+
+        async def slow(_: Backend) -> None:
+            asked.set()
+            await answered.wait()
+
+        monkeypatch.setattr(Backend, "probe", slow)
+        _, writer = await asyncio.open_connection(broker.host, broker.port)
+        writer.write(b"GET /readyz HTTP/1.1\r\n\r\n")
+        await asked.wait()
+        other = asyncio.create_task(broker.request("GET", "/readyz"))
+        writer.transport.abort()
+        await broker.request("GET", "/healthz")
+        answered.set()
+        assert (await other).status == 200
+
+
+class TestWebhookHandshake:
+    ORIGIN: ClassVar = {"WebHook-Request-Origin": "eventemitter.example.com"}
+
+    async def test_whoever_asks_may_send_as_fast_as_it_likes(self, broker: Broker) -> None:
+        callback = {"WebHook-Request-Callback": "http://127.0.0.1:1/never-called"}
+        for more in ({}, {"WebHook-Request-Rate": "120"}, {"WebHook-Request-Rate": " *"}, callback):
+            answer = await broker.request("OPTIONS", "/a?b", headers=self.ORIGIN | more)
+            assert (answer.status, answer.body) == (200, b"")
+            assert answer.headers["webhook-allowed-origin"] == "*"
+            assert answer.headers["webhook-allowed-rate"] == "*"
+            assert "POST" in answer.headers["allow"]
+
+    async def test_a_rate_that_is_none_is_a_mistake(self, broker: Broker) -> None:
+        for rate in ("0", "-5", "fast", "1.5", ""):
+            answer = await broker.request("OPTIONS", headers=self.ORIGIN | {"WebHook-Request-Rate": rate})
+            assert answer.status == 400, rate
+            assert "WebHook-Request-Rate" in answer.detail
+
+    async def test_nobody_has_to_say_a_secret_before_it_knows_whether_it_may_send(self, database: str) -> None:
+        async with serving(database, config=TestAuthorization.CONFIG) as broker:
+            answer = await broker.request("OPTIONS", headers=self.ORIGIN)
+            assert (answer.status, answer.headers["webhook-allowed-origin"]) == (200, "*")
+            assert (await broker.send(HEADERS | self.ORIGIN)).status == 401
+
+
+class TestWholeRequests:
+    """An event that arrives in one piece takes a short way, which must not lead elsewhere."""
+
+    async def test_however_a_request_is_cut_it_is_stored_or_refused_alike(self, broker: Broker) -> None:
+        head = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in HEADERS.items())
+        length = b"Content-Length: 4\r\n\r\nbody"
+        structured = envelope(data={"n": 1})
+        requests = [
+            (b"POST / HTTP/1.1\r\n" + head + length, 202),
+            (b"POST /a/b?c=%ff HTTP/1.1\r\n" + head + length, 202),
+            (b"POST /%2f HTTP/1.1\r\n" + head + b"ce-subject: caf%C3%A9\r\nCE-X: 1\r\n" + length, 202),
+            (b"POST / HTTP/1.0\r\n" + head + length, 202),
+            (b"POST / HTTP/1.1\r\n" + head + b"Content-Encoding: identity\r\n" + length, 202),
+            (b"POST / HTTP/1.1\r\n" + head + b"Content-Encoding: gzip\r\n" + length, 415),
+            (b"POST / HTTP/1.1\r\n" + head + b"Content-Type: application/cloudevents+xml\r\n" + length, 415),
+            (b"POST / HTTP/1.1\r\n" + head + b"ce-data: x\r\n" + length, 400),
+            (b"POST / HTTP/1.1\r\n" + head + b"ce-id: 2\r\n" + length, 400),
+            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 202),
+            (b"POST / HTTP/1.1\r\n" + head + b"\r\n", 202),
+            (
+                b"POST / HTTP/1.1\r\nContent-Type: Application/CloudEvents+JSON\r\nContent-Length: %d\r\n\r\n%b"
+                % (len(structured), structured),
+                202,
+            ),
+            (b"PUT / HTTP/1.1\r\n" + head + length, 405),
+            (b"GET /healthz HTTP/1.1\r\n\r\n", 200),
+        ]
+        close = b"GET /never HTTP/1.1\r\nConnection: close\r\n\r\n"
+        for request, status in requests:
+            rows = []
+            for cut in range(0, len(request), 7):
+                before = len(await broker.stored())
+                answer = await talk_in_two(broker, request[:cut], request[cut:] + close)
+                assert answer.startswith(b"HTTP/1.1 %d " % status), (request, cut, answer)
+                assert status < 400 or b"application/problem+json" in answer
+                rows.append([event.row for event in (await broker.stored())[before:]])
+            assert all(row == rows[0] for row in rows)
+            assert len(rows[0]) == (status == 202)
+
+
+async def talk_in_two(broker: Broker, first: bytes, second: bytes) -> bytes:
+    """What comes back when the broker has read `first` before `second` is sent."""
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(first)
+    await writer.drain()
+    await broker.request("GET", "/healthz")  # on another connection, answered later than the first part was read
+    writer.write(second)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()

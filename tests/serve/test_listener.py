@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from pgbackend.backend import Backend
+from pgbackend.codec import Event
 from pgbackend.errors import ConfigError
 from pgbackend.serve import listener as listener_module
 from pgbackend.serve.listener import bind
@@ -213,29 +215,28 @@ async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
 async def test_it_is_no_proxy(broker: Broker) -> None:
     answer = await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 405 ")
-    assert b"\r\nallow: POST\r\n" in answer
+    assert b"\r\nallow: OPTIONS, POST\r\n" in answer
 
 
 async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_those_that_never_arrive(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener_module, "_GRACE", 0.5)
-    reached, released = asyncio.Event(), asyncio.Event()
-    produce = Backend.produce
+    reached, release = asyncio.Event(), []
+    produce_soon = Backend.produce_soon
 
-    async def held(self: Backend, *events: object) -> None:
+    def held(self: Backend, event: Event, done: Callable[[Exception | None], None]) -> None:
         reached.set()
-        await released.wait()
-        await produce(self, *events)  # type: ignore[arg-type]
+        release.append(partial(produce_soon, self, event, done))
 
-    monkeypatch.setattr(Backend, "produce", held)
+    monkeypatch.setattr(Backend, "produce_soon", held)
     sending = asyncio.create_task(broker.send(STRUCTURED, envelope()))
     await reached.wait()
     talking = asyncio.create_task(broker.talk(HEAD + b"Content-Length: 10\r\n\r\n12345"))
 
     broker.listener.stop()
     assert (await talking).startswith(b"HTTP/1.1 503 ")
-    released.set()
+    release[0]()
     assert (await sending).status == 202
     assert len(await broker.stored()) == 1
 
