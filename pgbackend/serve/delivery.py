@@ -43,6 +43,7 @@ _STRUCTURED = ("Content-Type", "application/cloudevents+json; charset=utf-8")
 _RETRIED = frozenset({404, 408, 409, 413, 425, 429})
 _ERROR_BYTES = 768  # 1,024 characters of base64, as much as Knative keeps
 _DRAINED_BYTES = 1 << 16  # read to keep the connection; beyond that a new one is cheaper
+_REASON_CHARACTERS = 200
 _COPIED_BYTES = 1 << 20  # aiohttp warns of larger ones in one piece
 _BAD_REPLY, _REPLY_NOT_STORED, _NO_ANSWER = 502, 503, 500  # as Knative says it, where no status says what failed
 _NO_CONTENT_TYPE = ("Content-Type",)
@@ -275,7 +276,11 @@ class Delivery:
     def _why(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
             return f"no response within {self._timeout.total:g} s"
-        return str(error) or type(error).__name__
+        if isinstance(error, aiohttp.ServerDisconnectedError):
+            return "the target closed the connection without an answer"
+        text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
+        # What is not HTTP is quoted in full, over several lines.
+        return " ".join(text.split())[:_REASON_CHARACTERS] or type(error).__name__
 
     def _details(self, status: int, said: bytes) -> Details:
         details = {"knativeerrordest": self._shown, "knativeerrorcode": str(status)}

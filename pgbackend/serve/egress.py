@@ -52,6 +52,16 @@ class _TargetConnection(ResponseHandler):
         self._interim = 0
         super().set_response_params(**options)
 
+    def data_received(self, data: bytes) -> None:
+        # One head at a time: the parser makes an object of each interim answer before anybody can count them, and
+        # for what must not come behind an answer, such as the body of a 204, it would throw the answer away.
+        while self._answers < self._requests and 4 <= (end := data.find(b"\r\n\r\n") + 4) < len(data):
+            super().data_received(data[:end])
+            data = data[end:]
+            if self.exception() is not None:
+                return
+        super().data_received(data)
+
     def feed_data(self, data: Any, size: int = 0) -> None:
         status = data[0].code
         if self._answers == self._requests:

@@ -19,6 +19,8 @@ class Request:
     path: str
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
+    port: int
+    """The sender's: that of its connection."""
     at: float = field(default_factory=monotonic)
 
     def header(self, name: str) -> str | None:
@@ -60,7 +62,9 @@ class Target:
         return [request.event().id for request in self.requests]
 
     async def _take(self, raw: web.Request) -> web.StreamResponse:
-        request = Request(path=raw.raw_path, headers=tuple(raw.raw_headers), body=await raw.read())
+        assert raw.transport is not None
+        port = raw.transport.get_extra_info("peername")[1]
+        request = Request(path=raw.raw_path, headers=tuple(raw.raw_headers), body=await raw.read(), port=port)
         async with self._arrived:
             self.requests.append(request)
             self._arrived.notify_all()
@@ -98,7 +102,7 @@ async def raw_server(
         conversations.add(task)
         try:
             await talk(reader, writer)
-        except (ConnectionError, asyncio.CancelledError):
+        except (ConnectionError, EOFError, asyncio.CancelledError):
             pass  # the other side is done with us, or the test is
         finally:
             conversations.discard(task)

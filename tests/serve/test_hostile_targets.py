@@ -1,0 +1,188 @@
+"""Targets that misbehave in every way harm only their own trigger (I7): a neighbour's events all come, and in time."""
+
+import asyncio
+import resource
+import statistics
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from time import monotonic
+from typing import cast
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from pgbackend import codec
+from pgbackend.backend import Backend
+from pgbackend.codec import Event
+from pgbackend.facts import Recorder
+from pgbackend.retry import Retry
+from pgbackend.serve.delivery import Delivery, open_session
+from pgbackend.serve.egress import Connector
+from tests.serve.broker import envelope
+from tests.serve.hostile import behaving
+from tests.serve.target import Target, listening, raw_server, read_request
+from tests.support.polling import eventually
+
+EVENTS = 200
+TIMEOUT = 0.5
+RETRY = Retry(attempts=3, delay=0.05, max_delay=0.5)
+MEBIBYTE = 1 << 20
+
+
+def event(n: int, size: int = 10) -> Event:
+    return codec.parse_structured(envelope(f"{n:04}", data="x" * size))
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session() as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def triggers(backend: Backend, *, bad: str, good: str, retry: Retry = RETRY) -> AsyncIterator[None]:
+    """Two of them get every event, one with a bad target and one with a good one."""
+    async with open_session() as session:
+        for name, url in (("bad", bad), ("good", good)):
+            delivery = Delivery(session, URL(url), trigger=name, timeout=TIMEOUT, reply=backend.produce_many)
+            await backend.subscribe(name, delivery, start="earliest", retry=retry)
+        running = asyncio.create_task(backend.start())
+        try:
+            yield
+        finally:
+            await backend.stop()
+            await running
+
+
+async def latencies(backend: Backend, target: Target, *, size: int = 10) -> list[float]:
+    """Of `EVENTS` events, produced one after the other: seconds until each had come to the good target."""
+    sent: dict[str, float] = {}
+    for n in range(EVENTS):
+        one = event(n, size)
+        sent[one.id] = monotonic()
+        await backend.produce(one)
+    requests = await target.wait(EVENTS)
+    assert sorted(request.event().id for request in requests) == sorted(sent), "each event once"
+    return [request.at - sent[request.event().id] for request in requests]
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("hang", "no response within 0.5 s"),
+        ("never_read", "no response within 0.5 s"),
+        ("reset", "reset by peer"),
+        ("close", "closed the connection without an answer"),
+        ("close_in_the_middle", "closed the connection without an answer"),
+        ("garbage", "Bad status line"),
+        ("redirect", "answered 302 Found"),
+        ("trickle_headers", "no response within 0.5 s"),
+        ("trickle_body", "answered 503"),
+        ("endless_headers", "Too many headers"),
+        ("endless_header", "Got more than 8190 bytes"),
+        ("interim_flood", "interim answers and no final one"),
+        ("endless_body", "answered 500"),
+        ("endless_chunks", "answered 500"),
+        ("endless_reply", "its reply has more than"),
+    ],
+)
+async def test_a_bad_target_harms_only_its_own_trigger(kind: str, said: str, backend: Backend, target: Target) -> None:
+    # What is never read must be more than sockets hold by themselves.
+    size = 100_000 if kind == "never_read" else 10
+    with Recorder() as recorder:
+        async with behaving(kind) as url, triggers(backend, bad=url, good=target.url):
+            before = resident()
+            waited = await latencies(backend, target, size=size)
+            fact = await recorder.wait("dispatch failed", subscription="bad")
+            grown = resident() - before - EVENTS * size
+    assert said in str(fact["error"])
+    assert len(str(fact["error"])) < 400
+    assert not recorder.all("dispatch failed", subscription="good")
+    # Alone it takes 2 to 10 ms; the limits are those of a busy machine, and far below what a hold-up would cost.
+    assert statistics.median(waited) < TIMEOUT
+    assert max(waited) < 4 * TIMEOUT
+    assert grown < 64 * MEBIBYTE
+
+
+async def test_a_target_that_is_gone_for_a_while_gets_everything_when_it_is_back(
+    backend: Backend, target: Target
+) -> None:
+    async with listening() as bad:
+        port = int(bad.url.rsplit(":", 1)[1].rstrip("/"))
+    with Recorder() as recorder:
+        async with triggers(backend, bad=f"http://127.0.0.1:{port}/", good=target.url, retry=Retry(attempts=20)):
+            waited = await latencies(backend, target)
+            await recorder.wait("target is down", subscription="bad")
+            async with listening(port) as back:
+                requests = await back.wait(EVENTS, timeout=60)
+                assert {request.event().id for request in requests} == {event(n).id for n in range(EVENTS)}
+            await recorder.wait("target is up", subscription="bad")
+    assert statistics.median(waited) < TIMEOUT
+    assert not recorder.all("event buried")
+
+
+@pytest.mark.parametrize(
+    ("answer", "closes"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\nuntil I close", True),
+        (b"HTTP/1.0 200 OK\r\n\r\n", True),
+        (b"HTTP/1.1 204 No Content\r\n\r\nand a body", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nmore than two", False),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n", False),
+        (b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", False),
+        (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
+    ],
+)
+async def test_what_is_odd_but_says_2xx_is_delivered_once(
+    answer: bytes, *, closes: bool, session: aiohttp.ClientSession
+) -> None:
+    requests = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while not reader.at_eof():
+            await read_request(reader)
+            requests += 1
+            writer.write(answer)
+            await writer.drain()
+            if closes:
+                return
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="odd", timeout=5.0)
+        for n in range(3):
+            await delivery(event(n))
+    assert requests == 3
+
+
+async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one(session: aiohttp.ClientSession) -> None:
+    """As a proxy sends it on a connection that has been idle too long for it: 408, and then it closes."""
+    requests: list[bytes] = []
+    unasked = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await unasked.wait()
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="idle", timeout=5.0)
+        await delivery(event(1))
+        unasked.set()
+        await eventually("the connection is closed", lambda: _no_connection_left(session))
+        await delivery(event(2))
+    assert [b"0001" in requests[0], b"0002" in requests[1]] == [True, True]
+
+
+async def _no_connection_left(session: aiohttp.ClientSession) -> bool:
+    connector = cast("Connector", session.connector)
+    return not any(protocol.is_connected() for pool in connector._conns.values() for protocol, _ in pool)
