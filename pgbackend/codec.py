@@ -181,12 +181,23 @@ class Event:
 
     def attribute(self, name: str) -> str | None:
         """The text of one attribute as in `attributes_text`; None when it is absent. Without reading the others."""
+        value = self.value(name)
+        return value if value is None or isinstance(value, str) else _canonical(value)
+
+    def value(self, name: str) -> ExtensionValue | None:
+        """The same with its type: an extension may be an integer or a boolean. Beyond 32 bits, it is text."""
+        row = self._row
         index = _TEXT_COLUMNS.get(name)
-        if index is not None and (index != 7 or self._row[0] != "0.3"):
-            return self._row[index]  # type: ignore[return-value]  # the first nine are text
-        if name == "schemaurl" and self._row[0] == "0.3":
-            return self._row[7]
-        return next((_canonical(value) for other, value in _extensions(self._row) if other == name), None)
+        if index is not None and (index != 7 or row[0] != "0.3"):
+            return row[index]  # type: ignore[return-value]  # the first nine are text
+        if name == "schemaurl" and row[0] == "0.3":
+            return row[7]
+        value = None if row[9] == "{}" else json.loads(row[9]).get(name)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, int) and -0x8000_0000 <= value <= 0x7FFF_FFFF:
+            return value
+        return _canonical(value)  # plain SQL may have stored anything
 
     def with_delivery(self, *, attempt: int | None = None, failure: "Failure | None" = None) -> "Event":
         """A copy with this attempt and this failure; what is not given stays."""
