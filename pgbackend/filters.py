@@ -1,9 +1,9 @@
 """Which events a subscription takes: predicates on attributes, in the dialects of CloudEvents' Subscriptions API.
 
 `subscribe(filter=…)` takes one of these or any function of an `Event`; they combine. What they promise: texts are
-compared exactly, case included; integers and booleans by their canonical text (`42`, `true`); `time` by the text that
-came in; and an attribute that an event lacks matches nothing, whatever the dialect. A filter that could never mean
-anything raises `ConfigError` when it is made.
+compared exactly, case included; integers and booleans by their canonical text (`42`, `true`), in CESQL by their type;
+`time` by the text that came in; and an attribute that an event lacks matches nothing, whatever the dialect. A filter
+that could never mean anything raises `ConfigError` when it is made.
 """
 
 import re
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from pgbackend import cesql
 from pgbackend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pgbackend.codec import Event
+    from pgbackend.codec import Event, ExtensionValue
     from pgbackend.model import EventFilter
 
 _Lookup = Callable[["Event"], str | None]
@@ -142,6 +143,34 @@ class Not:
         return not self.filter(event)
 
 
+@dataclass(frozen=True, slots=True)
+class CESQL:
+    """Matches when this expression in CloudEvents SQL, version 1, is true; not when its evaluation fails anywhere.
+
+    >>> from pgbackend.codec import parse_structured
+    >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order.created","items":3}')
+    >>> CESQL("type LIKE 'order.%' AND items > 2")(event)
+    True
+    >>> CESQL("subject != 'x'")(event), CESQL("NOT EXISTS subject OR subject != 'x'")(event)
+    (False, True)
+
+    An attribute that the event lacks is an error, as are a division by zero and a text that is no number where one is
+    wanted; what AND and OR need not evaluate is none. AND and OR bind equally: use parentheses.
+
+    Raises `ConfigError` with line and column when the text is no expression or calls a function that does not exist.
+    """
+
+    text: str
+    _evaluate: cesql.Evaluate = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_evaluate", cesql.compiled(self.text, _value))
+
+    def __call__(self, event: "Event") -> bool:
+        """Whether the event matches."""
+        return self._evaluate(event) is True
+
+
 _name = re.compile(r"[a-z0-9]+").fullmatch
 
 
@@ -174,6 +203,13 @@ def _lookup(name: str) -> _Lookup:
     if name == "datamediatype":
         return lambda event: event.attribute(name) or event.get_datacontenttype()
     return lambda event: event.attribute(name)
+
+
+def _value(name: str) -> "Callable[[Event], ExtensionValue | None]":
+    """How to find an attribute's value under exactly this name."""
+    if name in ("id", "source", "type", "subject", "specversion"):
+        return attrgetter(name)
+    return lambda event: event.value(name)
 
 
 def _exact(lookup: _Lookup, text: str) -> "EventFilter":
