@@ -141,11 +141,12 @@ class _Fields:
 
 
 def _render(value: object) -> str:
-    if isinstance(value, BaseException):
-        value = f"{type(value).__name__}: {value}"
-    elif isinstance(value, float):
+    if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value)
+    try:
+        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
+    except Exception:  # noqa: BLE001 - a user's exception may fail at that, and its record is to be written all the same
+        text = f"({type(value).__name__} that cannot be shown)"
     # Quoted when a reader, or a log shipper, could not tell where the value ends.
     return text if text and text.isprintable() and not set(text) & set(' "=') else repr(text)
 

@@ -28,27 +28,61 @@ _LIBRARIES = logging.WARNING
 def configure(format: Literal["console", "json"], level: str) -> None:  # noqa: A002 - as the option is called
     """What is logged from now on, at `level` or above, goes to stderr in this format. Again, it starts anew.
 
-    `level` is one of debug, info, warning, error; of libraries only warnings and worse. Raises ValueError for another.
+    `level` is debug, info, warning or error; of libraries only warnings and worse are shown. Raises ValueError for
+    another one.
     """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ValueError(f"The log level is {level!r}: expected debug, info, warning or error.")
     handler = _Handler(sys.stderr)
-    written: Processor = _as_json if format == "json" else _Console(colors=_colourful())
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[_describe],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, written],
-        )
-    )
+    handler.setFormatter(formatter(format, colors=_colourful()))
+    if number > logging.DEBUG:
+        handler.addFilter(_Flood())
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[handler], level=max(number, _LIBRARIES), force=True)
-    logging.getLogger("pgbackend").setLevel(number)
+    facts.logger.setLevel(number)
+
+
+def formatter(format: Literal["console", "json"], *, colors: bool = False) -> logging.Formatter:  # noqa: A002 - as above
+    """Makes a line of any record, or, on the console, several when there is a traceback."""
+    written: Processor = _as_json if format == "json" else _Console(colors=colors)
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[_describe], processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, written]
+    )
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # of whatever sys.stderr is
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Nowhere to say it: stderr is what failed. The broker goes on."""
+
+
+class _Flood(logging.Filter):
+    """Of each fact about single events lets `_A_SECOND` through, for each trigger; the next says how many it kept back.
+
+    A target that refuses every event would otherwise fill disks, and keep the broker busy with telling so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[object, object], tuple[int, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        if "event_id" not in fields:
+            return True
+        key = (getattr(record, "fact", None), fields.get("subscription", fields.get("trigger")))
+        second = int(record.created)
+        before, count = self._seen.get(key, (second, 0))
+        if before == second:
+            self._seen[key] = (second, count + 1)
+            return count < _A_SECOND
+        self._seen[key] = (second, 1)
+        if count > _A_SECOND:
+            record.fields = {**fields, "not_shown": count - _A_SECOND}
+        return True
+
+
+_A_SECOND = 10
 
 
 def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:
@@ -61,6 +95,7 @@ def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDi
         "level": record.levelname.lower(),
         "event": getattr(record, "fact", None) or entry["event"],
         "logger": record.name,
+        "pid": record.process,
     }
     fields: Mapping[str, object] = getattr(record, "fields", {})
     for name, value in fields.items():
@@ -111,8 +146,9 @@ class _Console:
     def __call__(self, logger: WrappedLogger, method: str, entry: EventDict) -> str:
         exception = entry.pop("exception", None)
         stack = entry.pop("stack", None)
+        del entry["pid"]
         if entry["logger"] == facts.logger.name:
-            del entry["logger"]  # a fact says enough
+            del entry["logger"]  # its text says enough
         # What is left for the renderer to do is quoting where spaces would hide a value's end.
         shown: EventDict = {name: _printable(_shown(value)) for name, value in entry.items()}
         line = str(self._render(logger, method, shown))
@@ -123,7 +159,8 @@ class _Console:
 
 
 def _colourful() -> bool:
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    # There is no stderr where the one who started us has closed it.
+    return sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _traceback(error: BaseException) -> str:
