@@ -1,13 +1,22 @@
 """Keeps what the backend runs equal to what the configuration says: one subscription for each trigger.
 
-Each trigger has its own task while it changes, so that one whose target hangs holds up no other. The promise: whatever
-fails on the way is tried again until the trigger is as the newest configuration wants it.
+Each trigger that differs from what is wanted has a task until it no longer does:
+
+    not there ── alter what the log has of it, subscribe ──▶ in force ── unsubscribe ──▶ not there, its place is kept
+                                                              │    ▲
+                      another order, end or start: alter it; ─┴────┘
+                      anything: reconfigure, without a pause
+
+The promises: a configuration that the log cannot have is refused before anything has changed. One that was accepted
+comes into force, trigger by trigger, whatever fails on the way: what failed is tried again, always towards the newest
+configuration. No trigger waits for another. No event is lost or repeated: a trigger keeps its place in the log.
 """
 
 import asyncio
 import logging
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, TypedDict
 
 import aiohttp
 from yarl import URL
@@ -15,120 +24,214 @@ from yarl import URL
 from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.database import Backoff
-from pgbackend.errors import (
-    ConfigError,
-    NotRunningError,
-    PgBackendError,
-    SubscriptionMismatchError,
-    SubscriptionNotFoundError,
-)
+from pgbackend.errors import ConfigError, DatabaseError, NotRunningError, SubscriptionNotFoundError
+from pgbackend.model import Status
 from pgbackend.serve.config import Configuration, Trigger
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, refuse_without_target
 
 if TYPE_CHECKING:
-    from pgbackend.model import ConsumerDispatcher
+    from pgbackend.model import ConsumerDispatcher, EventFilter
+    from pgbackend.retry import Retry
+    from pgbackend.serve.metrics import Metrics
+    from pgbackend.serve.tracing import Tracing
 
 
 class Triggers:
-    """The triggers that are in force."""
+    """The triggers of one broker process."""
 
-    def __init__(self, backend: Backend, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        session: aiohttp.ClientSession,
+        *,
+        metrics: "Metrics | None" = None,
+        tracing: "Tracing | None" = None,
+        hops: int = 255,
+        target_connections: int = 256,
+    ) -> None:
+        """`hops`: how long a chain of replies may be. `target_connections`: requests open at a time to one target."""
         self.configuration = Configuration()
-        """What is wanted: that of the last `apply()` that did not raise."""
+        """What is wanted: the last that `apply()` has accepted."""
         self._backend = backend
         self._session = session
+        self._metrics = metrics
+        self._tracing = tracing
+        self._hops = hops
+        self._target_connections = target_connections
         self._in_force: dict[str, Trigger] = {}
-        self._changing: dict[str, asyncio.Task[None]] = {}
-        self._one_apply = asyncio.Lock()
+        """What the backend runs, and as what."""
+        self._changes: dict[str, _Change] = {}
+        self._one_check = asyncio.Lock()
 
     async def apply(self, configuration: Configuration) -> None:
-        """What `configuration` says is in force. Raises ConfigError before anything has changed."""
-        async with self._one_apply:
+        """Return once the triggers are what `configuration` says, but for those that wait for their events in flight.
+
+        These follow by themselves. Triggers that are the same stay untouched. PostgreSQL's absence is waited out. What
+        was begun goes on when this call is cancelled, until the backend is stopped. Raises ConfigError, and nothing
+        has changed, when the log has a trigger in a way that no configuration changes.
+        """
+        async with self._one_check:
             await self._check(configuration)
             self.configuration = configuration
-            names = dict.fromkeys([*self._in_force, *configuration.triggers])
-            if changing := [self._change(name) for name in names if self._differs(name)]:
-                await asyncio.wait(changing)
-            for task in changing:
-                task.result()
+        names = {**self._in_force, **configuration.triggers}
+        for change in [self._change(name) for name in names if self._differs(name)]:
+            await change.on_its_way.wait()
+
+    async def settled(self) -> None:
+        """Return once no trigger is changing, those included that waited for their events in flight."""
+        while self._changes:
+            await asyncio.wait({change.task for change in self._changes.values()})
 
     async def _check(self, configuration: Configuration) -> None:
-        """Raise ConfigError when the log cannot have the triggers so."""
-        stored = {one.name: one for one in (await self._backend.status()).subscriptions}
-        for name, trigger in configuration.triggers.items():
-            one = stored.get(name)
-            if one is not None and len(one.shards) != trigger.shards:
-                raise ConfigError(
-                    f"triggers.{name}.shards: the log has it with {len(one.shards)} shards, not {trigger.shards}: "
-                    "expected the same number. Give the trigger another name, or delete the subscription first."
+        """Raise ConfigError for what the log cannot have. Everything is looked at before anything is changed."""
+        before = self.configuration.triggers
+        new = {name: trigger for name, trigger in configuration.triggers.items() if trigger != before.get(name)}
+        if not new:
+            return
+        status = await self._status()
+        stored = {one.name: len(one.shards) for one in status.subscriptions}
+        problems = []
+        for name, trigger in new.items():
+            if trigger.shards != stored.get(name, trigger.shards):
+                problems.append(
+                    f"triggers.{name}.shards: expected {stored[name]}, as the log has it, found {trigger.shards}. Keep "
+                    "the number, or give the trigger another name."
                 )
+            start = trigger.start
+            if isinstance(start, int) and start > status.head and (name not in before or before[name].start != start):
+                problems.append(
+                    f"triggers.{name}.bounds.byId.start: expected a position that the log has, which ends at "
+                    f"{status.head}, found {start}."
+                )
+        if problems:
+            raise ConfigError(*problems)
+
+    async def _status(self) -> Status:
+        backoff = Backoff()
+        while True:
+            try:
+                return await self._backend.status()
+            except DatabaseError as error:
+                facts.emit("configuration not checked yet", level=logging.WARNING, error=str(error))
+            await backoff.wait()
+
+    # One trigger.
 
     def _differs(self, name: str) -> bool:
         return self._in_force.get(name) != self.configuration.triggers.get(name)
 
-    def _change(self, name: str) -> asyncio.Task[None]:
-        if name not in self._changing:
-            self._changing[name] = asyncio.create_task(self._converge(name), name=f"change trigger {name}")
-        return self._changing[name]
+    def _change(self, name: str) -> "_Change":
+        """The change that is under way, which heeds the newest configuration, or a new one."""
+        if name not in self._changes:
+            change = self._changes[name] = _Change()
+            change.task = asyncio.create_task(self._converge(name, change), name=f"change trigger {name}")
+        return self._changes[name]
 
-    async def _converge(self, name: str) -> None:
-        """Return once the trigger is as the newest configuration wants it, or the backend was stopped."""
+    async def _converge(self, name: str, change: "_Change") -> None:
+        """The trigger is what the newest configuration says; or the backend was stopped."""
         backoff = Backoff()
         try:
             while self._differs(name):
                 try:
-                    await self._switch(name, self._in_force.get(name), self.configuration.triggers.get(name))
+                    await self._step(name, self._in_force.get(name), self.configuration.triggers.get(name), change)
+                    continue
                 except NotRunningError:
                     return
-                except ConfigError:
-                    raise
-                except PgBackendError as error:
-                    facts.emit("trigger not changed yet", level=logging.WARNING, trigger=name, error=str(error))
-                    await backoff.wait()
+                except Exception as error:  # noqa: BLE001 - whatever it is, no trigger may stay unsubscribed for it
+                    if isinstance(error, DatabaseError):
+                        facts.emit("trigger not changed yet", level=logging.WARNING, trigger=name, error=str(error))
+                    else:
+                        facts.emit("trigger change failed", level=logging.ERROR, trigger=name, exc_info=error)
+                        change.on_its_way.set()
+                await backoff.wait()
         finally:
-            del self._changing[name]
+            # Together, without an await: who asks later begins a change of its own.
+            del self._changes[name]
+            change.on_its_way.set()
 
-    async def _switch(self, name: str, old: Trigger | None, new: Trigger | None) -> None:
-        if old is not None:
-            with suppress(SubscriptionNotFoundError):
+    async def _step(self, name: str, old: Trigger | None, new: Trigger | None, change: "_Change") -> None:
+        """What is wanted is in force, if nothing goes wrong."""
+        if new is None:
+            # Waits for requests that are open; for a target that hangs, until the backend's `drain_timeout`. Then they
+            # are cut short, and their events, which nobody has settled, are dispatched again when somebody subscribes.
+            change.on_its_way.set()
+            with suppress(SubscriptionNotFoundError):  # this was tried before, and failed on the way
                 await self._backend.unsubscribe(name)
             del self._in_force[name]
-        if new is not None:
-            await self._subscribe(name, new)
-            self._in_force[name] = new
-        facts.emit(f"trigger {'removed' if new is None else 'added' if old is None else 'changed'}", trigger=name)
+            if self._metrics is not None:
+                self._metrics.forget(name)
+            facts.emit("trigger removed", trigger=name)
+            return
+        if old is None or _terms(old) != _terms(new):
+            if old is not None:
+                # It rests until its open requests have ended: as above.
+                change.on_its_way.set()
+            # What is new here may be in the log, from before a restart. Altered first: what it is told to do now goes
+            # for events that it gets in the new way.
+            with suppress(SubscriptionNotFoundError):
+                await self._backend.alter_subscription(name, order=new.order, end=new.end, start=new.start)
+        if old is None:
+            await self._backend.subscribe(
+                name, order=new.order, end=new.end, start=new.start, shards=new.shards, **self._dispatching(name, new)
+            )
+        else:
+            await self._backend.reconfigure(name, **self._dispatching(name, new))
+        self._in_force[name] = new
+        facts.emit("trigger added" if old is None else "trigger changed", trigger=name)
 
-    async def _subscribe(self, name: str, trigger: Trigger) -> None:
+    def _dispatching(self, name: str, trigger: Trigger) -> "_Dispatching":
+        """How the backend is to dispatch the trigger's events."""
         options = trigger.delivery_options
         dispatcher: ConsumerDispatcher = refuse_without_target
         if trigger.target.url is not None:
-            dispatcher = self._delivery(name, trigger, trigger.target.url, trigger.target.headers)
+            dispatcher = self._delivery(name, trigger, trigger.target.url)
         dead_letter: ConsumerDispatcher | None = None
         if options.dead_letter_url is not None:
-            # Without the target's headers: they may hold its secrets, and this is another party.
-            dead_letter = DeadLetterDelivery(self._delivery(name, trigger, options.dead_letter_url, {}))
-        try:
-            await self._backend.subscribe(
-                name,
-                dispatcher,
-                start=trigger.start,
-                end=trigger.end,
-                filter=trigger.predicate,
-                order=trigger.order,
-                concurrency=trigger.concurrency,
-                shards=trigger.shards,
-                retry=options.policy(),
-                dead_letter=dead_letter,
-            )
-        except SubscriptionMismatchError as error:
-            raise ConfigError(f"triggers.{name}: {error}") from error
+            dead_letter = DeadLetterDelivery(self._delivery(name, trigger, options.dead_letter_url, is_target=False))
+        return {
+            "dispatcher": dispatcher,
+            "dead_letter": dead_letter,
+            "filter": trigger.predicate,
+            "concurrency": trigger.concurrency,
+            "retry": options.policy(),
+        }
 
-    def _delivery(self, name: str, trigger: Trigger, url: URL, headers: dict[str, str]) -> Delivery:
+    def _delivery(self, name: str, trigger: Trigger, url: URL, *, is_target: bool = True) -> Delivery:
         return Delivery(
             self._session,
             url,
             trigger=name,
             timeout=trigger.delivery_options.timeout,
             mode=trigger.target.mode,
-            headers=headers,
+            # The target's alone: they may hold its secrets, and the other is another party. Its numbers as well.
+            headers=trigger.target.headers if is_target else None,
+            metrics=self._metrics.trigger(name) if is_target and self._metrics is not None else None,
+            reply=self._backend.produce_many,
+            hops=self._hops,
+            connections=self._target_connections,
+            tracing=self._tracing,
         )
+
+
+class _Change:
+    """A trigger on its way to what is wanted."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None]
+        self.on_its_way = asyncio.Event()
+        """Set once nobody need wait for it: it is done, or waits for events in flight, or for somebody to help."""
+
+
+class _Dispatching(TypedDict):
+    """What `subscribe()` and `reconfigure()` are both told."""
+
+    dispatcher: "ConsumerDispatcher"
+    dead_letter: "ConsumerDispatcher | None"
+    filter: "EventFilter | None"
+    concurrency: int
+    retry: "Retry"
+
+
+def _terms(trigger: Trigger) -> tuple[str, int | datetime | None, int | datetime | None]:
+    """What the log keeps of a trigger and can change: its order, its end and the bound it began at."""
+    return trigger.order, trigger.end, trigger.start if isinstance(trigger.start, int | datetime) else None

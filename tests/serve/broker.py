@@ -98,6 +98,11 @@ class Broker:
         finally:
             writer.close()
 
+    async def configure(self, config: str) -> None:
+        """From now on its triggers are these."""
+        await self.triggers.apply(load(config, origin="test"))
+        await self.triggers.settled()
+
     async def stored(self) -> list[Event]:
         """The events of the log, in its order."""
         connection = await asyncpg.connect(self.dsn)
@@ -116,17 +121,18 @@ async def serving(
     config: str = "{}",
     limits: Limits | None = None,
     produce_timeout: float = 30.0,
+    drain_timeout: float = 30.0,
     metrics: Metrics | None = None,
     tls: TLS | None = None,
 ) -> AsyncIterator[Broker]:
     """A broker with this configuration, until the body ends."""
     configuration = load(config, origin="test")
-    backend = Backend(dsn, produce_timeout=produce_timeout, poll_interval=0.1)
+    backend = Backend(dsn, produce_timeout=produce_timeout, drain_timeout=drain_timeout, poll_interval=0.1)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(backend.stop)
         await backend.init()
         session = await stack.enter_async_context(open_session())
-        triggers = Triggers(backend, session)
+        triggers = Triggers(backend, session, metrics=metrics)
         await triggers.apply(configuration)
         bound = stack.enter_context(bind("127.0.0.1", 0))
         host, port = bound.getsockname()
@@ -151,3 +157,4 @@ async def serving(
             finally:
                 listener.stop()
                 await backend.stop()
+                await triggers.settled()

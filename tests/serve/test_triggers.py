@@ -8,11 +8,9 @@ from itertools import pairwise
 from time import monotonic
 
 import asyncpg
-import pytest
 from aiohttp import web
 
 from pgbackend.backend import Backend
-from pgbackend.errors import ConfigError
 from pgbackend.model import DeadLetter, Status, SubscriptionStatus
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
 from tests.serve.target import Request, Target
@@ -348,13 +346,6 @@ class TestStartAndBounds:
             await target.wait(1)
             await settled(broker)
         assert target.ids() == ["new"]
-
-    async def test_another_end_than_the_stored_one_is_named(self, database: str, target: Target) -> None:
-        async with one_trigger(database, target.url, "bounds: {byId: {end: 100}}"):
-            pass
-        with pytest.raises(ConfigError, match=r"^triggers\.billing: "):
-            async with one_trigger(database, target.url, "bounds: {byId: {end: 200}}"):
-                pass
 
 
 async def complete(broker: Broker, timeout: float = 20.0) -> None:
