@@ -43,6 +43,7 @@ from pgbackend.errors import (
     SubscriptionNotFoundError,
 )
 from pgbackend.model import ConsumerDispatcher, DeadLetter, EventFilter, Info, Order, Position, Status
+from pgbackend.probe import Probe, all_ok, distrust
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
 from pgbackend.registration import Registration
@@ -246,7 +247,7 @@ class Backend:
             schema.check(found, name)
             log = Log(database, schema=name, hole_wait=settings.hole_wait)
             subscriptions = Subscriptions(log, schema=name)
-            _refuse_distrusted(await _distrust(subscriptions), found)
+            _refuse_distrusted(await distrust(subscriptions), found)
             segments = Segments(database, schema=name)
             await segments.extend()
             await log.enter_incarnation()
@@ -265,7 +266,14 @@ class Backend:
             on_full=segments.extend,
         )
         self._parts = _Parts(
-            database, log, subscriptions, segments, notifier, appender, Redelivery(database, schema=name)
+            database,
+            log,
+            subscriptions,
+            segments,
+            notifier,
+            appender,
+            Redelivery(database, schema=name),
+            Probe(database, subscriptions, segments, schema=name),
         )
         appender.start()
         self._notifying = asyncio.create_task(notifier.run(), name="notify")
@@ -620,23 +628,14 @@ class Backend:
         return count
 
     async def probe(self) -> None:
-        """Return when the log can be written to and read. Raises ProbeError that says what is wrong."""
-        parts = self._use()
-        checks: dict[str, str] = {}
-        try:
-            found = await schema.found(parts.database.fetch, self._settings.schema)
-            checks["connection"] = "ok"
-            try:
-                schema.check(found, self._settings.schema)
-                checks["schema"] = "ok"
-                checks["log"] = await _distrust(parts.subscriptions) or "ok"
-            except SchemaError as error:
-                checks["schema"] = str(error)
-        except PgBackendError as error:
-            checks["connection"] = str(error)
-        wrong = [text for text in checks.values() if text != "ok"]
-        if wrong:
-            raise ProbeError(" ".join(wrong), checks=checks)
+        """Return when the log can be written to and read: a commit was made durable just now.
+
+        It leaves nothing behind. Raises ProbeError, whose `checks` say for each what is wrong: `connection`, `schema`,
+        `primary`, `writable`, `privilege`, `log`, `segments`, `write`; without those that could not be made.
+        """
+        checks = await self._use().probe.run(timeout=self._settings.produce_timeout)
+        if not all_ok(checks):
+            raise ProbeError(" ".join(text for text in checks.values() if text != "ok"), checks=checks)
 
     def _use(self) -> "_Parts":
         if self._parts is None:
@@ -651,7 +650,7 @@ class Backend:
 class _Parts:
     """What `init()` makes."""
 
-    __slots__ = ("appender", "database", "log", "notifier", "redelivery", "segments", "subscriptions")
+    __slots__ = ("appender", "database", "log", "notifier", "probe", "redelivery", "segments", "subscriptions")
 
     def __init__(
         self,
@@ -662,6 +661,7 @@ class _Parts:
         notifier: Notifier,
         appender: Appender,
         redelivery: Redelivery,
+        probe: Probe,
     ) -> None:
         self.database = database
         self.log = log
@@ -670,6 +670,7 @@ class _Parts:
         self.notifier = notifier
         self.appender = appender
         self.redelivery = redelivery
+        self.probe = probe
 
 
 async def _finish_or_cancel(task: "asyncio.Task[None]") -> None:
@@ -679,19 +680,6 @@ async def _finish_or_cancel(task: "asyncio.Task[None]") -> None:
     except asyncio.CancelledError:
         task.cancel()
         await asyncio.wait({task})
-
-
-async def _distrust(subscriptions: Subscriptions) -> str | None:
-    """Why the log cannot be trusted as it is; None when it can."""
-    offset, event, head, in_recovery = await subscriptions.places()
-    if in_recovery:
-        return "The server is a standby: connect to the primary."
-    if head < max(offset, event):
-        return (
-            f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions would "
-            "be given out twice. Restore the sequence, or move the subscriptions with `seek`."
-        )
-    return None
 
 
 def _refuse_distrusted(problem: str | None, found: str | None) -> None:

@@ -105,6 +105,9 @@ class SubscriptionStatus:
     lag: int
     """Positions between the slowest shard's offset and the head of the log, pending ones included.
     Rolled-back positions count until they are passed."""
+    lag_seconds: float | None
+    """Age of the oldest event that is not settled, by the server's clock; 0.0 when there is none. As of the last offset
+    commit: under load it does not go below `commit_interval`. None for a complete subscription, which owes nothing."""
     redeliveries: int
     dead_letters: int
     last_error: str | None

@@ -73,13 +73,14 @@ class Segments:
         Or not yet enough: when another worker is making them, or somebody holds a lock. The next call goes on. Only a
         log that is out of segments altogether waits for the other. Costs one catalog query when nothing is to do.
         """
-        reach = await self._find_reach()
+        reach = await self.find_reach()
         # A transaction for each: what was made stays made, and producers can use it at once.
         while next_segment(reach) is not None and await self._make_next(urgent=reach.is_exhausted):
-            reach = await self._find_reach()
+            reach = await self.find_reach()
         return Position(reach.upper or 0)
 
-    async def _find_reach(self) -> Reach:
+    async def find_reach(self) -> Reach:
+        """How far the segments reach, and the log has come."""
         row = await self._database.fetchrow(self._sql.find_reach)
         assert row is not None  # noqa: S101 - a sequence has one row
         return Reach(row["head"], row["lower"], row["upper"])

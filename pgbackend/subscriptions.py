@@ -281,15 +281,17 @@ class Subscriptions:
             for row in rows
         )
         owned = any(shard.owner_name for shard in shards)
+        complete = all(row["completed_at"] for row in rows)
         return SubscriptionStatus(
             name=name,
             order=rows[0]["ordering"],
             shards=shards,
             lag=max(max(0, head - shard.position) + shard.pending for shard in shards),
+            lag_seconds=None if complete else max(0.0, *(row["lag_seconds"] or 0.0 for row in rows)),
             redeliveries=rows[0]["redeliveries"],
             dead_letters=rows[0]["dead_letters"],
             last_error=rows[0]["last_error"],
-            complete=all(row["completed_at"] for row in rows),
+            complete=complete,
             state=state or ("elsewhere" if owned else "stopped"),
         )
 

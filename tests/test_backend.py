@@ -1,7 +1,10 @@
 import asyncio
 import time
+import uuid
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -21,7 +24,12 @@ from pgbackend import (
     SubscriptionNotFoundError,
     schema,
 )
+from pgbackend.database import Database
 from pgbackend.facts import Recorder
+from pgbackend.probe import Probe
+from pgbackend.reader import Log
+from pgbackend.segments import Segments
+from pgbackend.subscriptions import Subscriptions
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 from tests.support.proxy import Proxy
@@ -53,6 +61,8 @@ async def test_every_verb_needs_init_first_and_says_so(database: str) -> None:
         backend.start(),
         backend.status(),
         backend.probe(),
+        backend.reconfigure("s", print),
+        backend.alter_subscription("s", order="none", end=None, start="latest"),
         backend.redeliver(1),
     )
     for call in calls:
@@ -475,13 +485,148 @@ async def test_probe_returns_when_all_is_well_and_says_what_is_not(database: str
         proxy.cut()
         with pytest.raises(ProbeError) as caught:
             await backend.probe()
-        assert caught.value.checks["connection"] != "ok"
+        assert caught.value.checks.keys() == {"connection"}
         proxy.restore()
         await backend.probe()
         await execute(database, "UPDATE pgbackend.alembic_version SET version_num = '9999'")
-        with pytest.raises(ProbeError, match="9999"):
+        with pytest.raises(ProbeError, match="9999") as caught:
             await backend.probe()
+        assert caught.value.checks["connection"] == "ok"
+        assert "9999" in caught.value.checks["schema"]
         await backend.stop()
+
+
+@pytest.fixture
+async def plain_role(backend: Backend, database: str) -> AsyncIterator[tuple[str, str]]:
+    """A role that may use the log that somebody else has made, and make nothing in it; and the DSN as that role."""
+    role = f"plain_{uuid.uuid4().hex[:12]}"
+    await execute(database, f"CREATE ROLE {role} LOGIN PASSWORD 'plain'")
+    await execute(database, f"GRANT USAGE ON SCHEMA pgbackend TO {role}")
+    await execute(database, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pgbackend TO {role}")
+    await execute(database, f"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA pgbackend TO {role}")
+    parts = urlsplit(database)
+    yield role, parts._replace(netloc=f"{role}:plain@{parts.netloc.rpartition('@')[2]}").geturl()
+    await execute(database, f"DROP OWNED BY {role}")
+    await execute(database, f"DROP ROLE {role}")
+
+
+async def test_a_probe_as_a_plain_role_commits_and_leaves_nothing_behind(
+    database: str, plain_role: tuple[str, str]
+) -> None:
+    backend = Backend(plain_role[1])
+    await backend.init(migrate=False)
+    await backend.produce(make_event("a"))
+    position = "SELECT last_value FROM pgbackend.events_position_seq"
+    flushed = "SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn"
+    size = "SELECT sum(pg_relation_size(oid)) FROM pg_class WHERE relnamespace = 'pgbackend'::regnamespace"
+    before = [await execute(database, query) for query in (position, size, "SELECT count(*) FROM pgbackend.events")]
+    wal = await execute(database, flushed)
+    for _ in range(3):
+        await backend.probe()
+    after = [await execute(database, query) for query in (position, size, "SELECT count(*) FROM pgbackend.events")]
+    await backend.stop()
+
+    assert after == before
+    assert await execute(database, flushed) > wal, "nothing was made durable"
+
+
+async def test_a_probe_says_that_this_role_may_not_append(database: str, plain_role: tuple[str, str]) -> None:
+    role, dsn = plain_role
+    backend = Backend(dsn)
+    await backend.init(migrate=False)
+    await execute(database, f"REVOKE INSERT ON pgbackend.events FROM {role}")
+    with pytest.raises(ProbeError, match="GRANT INSERT") as caught:
+        await backend.probe()
+    await execute(database, f"GRANT INSERT ON pgbackend.events TO {role}")
+    await backend.probe()
+    await backend.stop()
+
+    assert {name for name, text in caught.value.checks.items() if text != "ok"} == {"privilege"}
+    assert "write" not in caught.value.checks
+
+
+async def test_a_probe_says_that_transactions_are_read_only(database: str, plain_role: tuple[str, str]) -> None:
+    role, dsn = plain_role
+    await execute(database, f"ALTER ROLE {role} SET default_transaction_read_only = on")
+    reader = Probing(dsn)
+    checks = await reader.checks()
+
+    assert {name for name, text in checks.items() if text != "ok"} == {"writable"}
+
+
+async def test_a_probe_of_a_log_that_is_out_of_segments_says_why_none_is_made(
+    backend: Backend, database: str, plain_role: tuple[str, str]
+) -> None:
+    reach = await backend._use().segments.find_reach()
+    await execute(database, f"SELECT setval('pgbackend.events_position_seq', {reach.upper})")
+    checks = await Probing(plain_role[1]).checks()
+    assert {name for name, text in checks.items() if text != "ok"} == {"segments"}
+    # Whoever may make them does so.
+    await backend.probe()
+
+
+class Probing:
+    """A probe by itself, without what `init()` writes."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+
+    async def checks(self) -> dict[str, str]:
+        database = Database(self._dsn)
+        await database.open()
+        log = Log(database, schema="pgbackend", hole_wait=1.0)
+        subscriptions = Subscriptions(log, schema="pgbackend")
+        try:
+            return await Probe(database, subscriptions, Segments(database, schema="pgbackend"), schema="pgbackend").run(
+                timeout=5.0
+            )
+        finally:
+            await database.close()
+
+
+# How far behind.
+
+
+async def lag_seconds(backend: Backend) -> float | None:
+    return (await backend.status()).subscriptions[0].lag_seconds
+
+
+async def test_a_subscription_is_behind_by_the_age_of_its_oldest_event_that_is_not_settled(
+    backend: Backend, database: str
+) -> None:
+    async def recorded_before(seconds: float) -> None:
+        # No producer can: the log's own time.
+        await execute(
+            database,
+            f"""
+            UPDATE pgbackend.events SET recorded_at = recorded_at - make_interval(secs => {seconds})
+            WHERE position = (SELECT max(position) FROM pgbackend.events)""",
+        )
+
+    await backend.subscribe("s", print)
+    assert await lag_seconds(backend) == 0.0
+    await backend.produce(make_event("1"))
+    await recorded_before(300)
+    await backend.produce(make_event("2"))
+    assert 300 <= (await lag_seconds(backend) or 0) < 330
+    await execute(database, "UPDATE pgbackend.offsets SET position = 1")
+    assert 0 < (await lag_seconds(backend) or 0) < 30
+    await execute(database, "UPDATE pgbackend.offsets SET position = 2")
+    assert await lag_seconds(backend) == 0.0
+    # A hole in which nothing is to be seen is nobody's lag yet; an event that is pending is.
+    await execute(database, "UPDATE pgbackend.offsets SET position = 10, pending = '{[5,8)}'")
+    assert await lag_seconds(backend) == 0.0
+    await execute(database, "UPDATE pgbackend.offsets SET pending = '{[1,2),[5,8)}'")
+    assert 300 <= (await lag_seconds(backend) or 0) < 330
+    await execute(database, "UPDATE pgbackend.offsets SET pending = '{}'")
+    await execute(
+        database,
+        "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)"
+        " VALUES ('s', 1, 0, 1, now(), 'no')",
+    )
+    assert 300 <= (await lag_seconds(backend) or 0) < 330
+    await execute(database, "UPDATE pgbackend.offsets SET completed_at = now()")
+    assert await lag_seconds(backend) is None
 
 
 # Outages.

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import asdict
+from itertools import pairwise
 from json import dumps
 
 import click
@@ -24,6 +25,26 @@ def status(dsn: str, listen_dsn: str | None, schema: str, *, json: bool) -> None
     click.echo(dumps(asdict(found), indent=2) if json else _render(info, found))
 
 
+def _duration(seconds: float | None) -> str:
+    """As people say it: the two largest units.
+
+    >>> [_duration(seconds) for seconds in (None, 0.0, 0.25, 75.0, 3600.0, 200_000.0)]
+    ['-', '0 s', '0.2 s', '1 min 15 s', '1 h', '2 d 7 h']
+    """
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if 0 < seconds < 10 else f"{seconds:.0f} s"
+    for (size, name), (smaller, lesser) in pairwise(_UNITS):
+        if seconds >= size:
+            rest = int(seconds % size // smaller)
+            return f"{int(seconds // size)} {name}" + (f" {rest} {lesser}" if rest else "")
+    raise AssertionError(seconds)
+
+
+_UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+
+
 def _render(info: Info, status: Status) -> str:
     blocks = [f"log {info.schema} on {info.server}\nhead {status.head:,}, segments until {status.segments_until:,}"]
     if status.appenders:
@@ -42,6 +63,7 @@ def _render(info: Info, status: Status) -> str:
             "ORDER",
             "SHARDS",
             "LAG",
+            "BEHIND",
             "PENDING",
             "REDELIVERIES",
             "DEAD LETTERS",
@@ -54,6 +76,7 @@ def _render(info: Info, status: Status) -> str:
                 subscription.order,
                 len(subscription.shards),
                 subscription.lag,
+                _duration(subscription.lag_seconds),
                 sum(shard.pending for shard in subscription.shards),
                 subscription.redeliveries,
                 subscription.dead_letters,

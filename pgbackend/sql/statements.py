@@ -60,6 +60,12 @@ class SubscriptionsSql:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeSql:
+    examine: str
+    write: str
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentsSql:
     find_reach: str
     limit_waits: str

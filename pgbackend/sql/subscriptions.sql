@@ -172,7 +172,9 @@ WHERE name = $1
 RETURNING name;
 
 -- name: list_status
--- One row a shard, with what its subscription owes.
+-- One row a shard, with what its subscription owes, and for how long: since its oldest event that is above the offset,
+-- or pending, or to be tried again was recorded. Each of the three is the first hit of an index scan; of what is pending
+-- the first range that holds an event at all, which comes first in the multirange.
 SELECT
     subscription.name, subscription.ordering, stored.shard, stored.shards, stored.position,
     stored.pending::text AS pending, stored.epoch, stored.owner, worker.name AS owner_name, stored.completed_at,
@@ -188,7 +190,42 @@ SELECT
         WHERE waiting.subscription = subscription.name
         ORDER BY waiting.due_at DESC
         LIMIT 1
-    ) AS last_error
+    ) AS last_error,
+    (
+        SELECT extract(epoch FROM clock_timestamp() - min(owed.recorded_at))::float8
+        FROM (
+            (
+                SELECT event.recorded_at
+                FROM {schema}.events AS event
+                WHERE event.position > stored.position
+                ORDER BY event.position
+                LIMIT 1
+            )
+            UNION ALL
+            (
+                SELECT event.recorded_at
+                FROM unnest(stored.pending) AS pending (range)
+                CROSS JOIN LATERAL (
+                    SELECT held.recorded_at
+                    FROM {schema}.events AS held
+                    WHERE held.position >= lower(pending.range)
+                        AND held.position < upper(pending.range)
+                    ORDER BY held.position
+                    LIMIT 1
+                ) AS event
+                LIMIT 1
+            )
+            UNION ALL
+            (
+                SELECT event.recorded_at
+                FROM {schema}.redeliveries AS waiting
+                JOIN {schema}.events AS event ON event.position = waiting.position
+                WHERE waiting.subscription = subscription.name
+                ORDER BY waiting.position
+                LIMIT 1
+            )
+        ) AS owed
+    ) AS lag_seconds
 FROM {schema}.subscriptions AS subscription
 JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
 LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner

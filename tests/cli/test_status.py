@@ -23,8 +23,9 @@ async def test_status_shows_where_the_log_and_its_subscriptions_stand(run: Run, 
     assert result.exit_code == 0, result.output
     assert "\nhead 1, " in result.stdout
     heading, row = result.stdout.partition("SUBSCRIPTION")[2].splitlines()[:2]
-    assert heading.split()[:3] == ["ORDER", "SHARDS", "LAG"]
+    assert heading.split()[:4] == ["ORDER", "SHARDS", "LAG", "BEHIND"]
     assert row.split()[:4] == ["billing", "key", "1", "1"]
+    assert row.split()[5] == "s", "seconds"
 
 
 async def test_status_names_open_appenders(run: Run, database: str) -> None:
