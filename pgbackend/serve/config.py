@@ -35,7 +35,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from yarl import URL
 
 from pgbackend.errors import ConfigError
-from pgbackend.filters import All, Exact, Not, Prefix, Suffix
+from pgbackend.filters import CESQL, All, Exact, Not, Prefix, Suffix
 from pgbackend.filters import Any as AnyOf
 from pgbackend.model import EventFilter, Position
 from pgbackend.retry import Retry
@@ -509,8 +509,12 @@ class Filter(_Section):
 
     @field_validator("cesql", mode="after")
     @classmethod
-    def _parsed(cls, _text: str) -> str:
-        raise _refuse("is not supported yet: expected another dialect")
+    def _parsed(cls, text: str) -> str:
+        try:
+            CESQL(text)
+        except ConfigError as error:
+            raise _refuse(str(error).rstrip(".")) from None
+        return text
 
     def predicate(self) -> EventFilter:
         """The same as a predicate on events."""
@@ -524,6 +528,8 @@ class Filter(_Section):
             return All([one.predicate() for one in self.all])
         if self.any:
             return AnyOf([one.predicate() for one in self.any])
+        if self.cesql:
+            return CESQL(self.cesql)
         assert self.not_ is not None  # noqa: S101 - one dialect is set, as validated
         return Not(self.not_.predicate())
 

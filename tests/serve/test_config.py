@@ -208,6 +208,15 @@ def test_several_attributes_of_a_filter_must_all_match() -> None:
     assert not predicate(event(type="x"))
 
 
+def test_cesql_stands_beside_and_within_the_other_dialects() -> None:
+    predicate = trigger("""filters: [{cesql: "type LIKE 'order.%'"}, {not: {cesql: subject = 'draft'}}]""").predicate
+    assert predicate is not None
+    assert predicate(event(type="order.created"))
+    assert predicate(event(type="order.created", subject="final"))
+    assert not predicate(event(type="order.created", subject="draft"))
+    assert not predicate(event(type="orders"))
+
+
 class TestDeliveryOptions:
     def test_retry_without_a_policy_is_constant(self) -> None:
         policy = trigger("deliveryOptions: {retry: 2, backoffDelay: PT3S}").delivery_options.policy()
@@ -339,8 +348,8 @@ MISTAKES = [
     ("triggers: {a: {filters: [{exact: {type: x}, prefix: {type: y}}]}}", "not or cesql, found exact and prefix"),
     ("triggers: {a: {filters: [{}]}}", "triggers.a.filters[0]: expected exactly one of"),
     (
-        "triggers: {a: {filters: [{cesql: 'TRUE'}]}}",
-        "triggers.a.filters[0].cesql: is not supported yet: expected another",
+        "triggers:\n  a:\n    filters:\n    - cesql: |\n        EXISTS subject\n          AND type =",
+        "broker.yaml:4: triggers.a.filters[0].cesql: CESQL, line 2, column 13: expected a value, found the end",
     ),
     ('triggers: {a: {filters: [{exact: {type: ""}}]}}', "triggers.a.filters[0].exact.type: expected text that is not"),
     ('triggers: {a: {filters: [{exact: {"": x}}]}}', 'triggers.a.filters[0].exact."": expected text that is not empty'),
