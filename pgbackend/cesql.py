@@ -159,7 +159,8 @@ def _misread(text: str, error: Any, accepted: set[str]) -> ConfigError:
     if token is None:  # what begins here is no token
         found = "a string that does not end" if error.char in "'\"" else _quoted(error.char)
     elif token.type == "$END":
-        line, column, found = text.count("\n") + 1, len(text) - text.rfind("\n"), "the end"
+        read = text.rstrip(" \t\r\n")
+        line, column, found = read.count("\n") + 1, len(read) - read.rfind("\n"), "the end"
     else:
         found = _quoted(token)
     return ConfigError(f"CESQL, line {line}, column {column}: expected {expected}, found {found}.")

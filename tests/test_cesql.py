@@ -329,7 +329,8 @@ def test_an_expression_has_this_value_or_this_error(expression: str, expected: o
 
 REFUSED = [
     ("", "line 1, column 1: expected a value, found the end"),
-    ("  \n ", "line 2, column 2: expected a value, found the end"),
+    ("  \n ", "line 1, column 1: expected a value, found the end"),
+    ("id =\n  type =\n\n", "line 2, column 9: expected a value, found the end"),
     ("(type = 'x'", "line 1, column 12: expected ')', found the end"),
     ("type = 'x')", "line 1, column 11: expected the end, found ')'"),
     ("type 'x'", "line 1, column 6: expected an operator or the end, found \"'x'\""),
