@@ -39,11 +39,14 @@ _LINKS = 40
 """How many links lead to a file at most, as on Linux."""
 
 
-def changes(path: Path, current: Configuration, *, extra: Collection[Path] = ()) -> AsyncGenerator[Configuration]:
+def changes(
+    path: Path | None, current: Configuration, *, extra: Collection[Path] = ()
+) -> AsyncGenerator[Configuration]:
     """Each valid configuration in the file at `path` that differs from the one before it, `current` being the first.
 
     One whose secrets have changed differs. When what the files `extra` hold changes, the configuration that is in
-    force is yielded once more. Never ends by itself; close it, with `aclosing()`, to free what it watches.
+    force is yielded once more; without a `path` only then. Never ends by itself; close it, with `aclosing()`, to free
+    what it watches.
     """
     return _follow(_Following(path, current, frozenset(extra)))
 
@@ -89,9 +92,10 @@ async def _occasions(following: "_Following") -> AsyncGenerator[None]:
 class _Following:
     """What was seen of the files, and which configuration is in force because of it."""
 
-    def __init__(self, path: Path, current: Configuration, extra: frozenset[Path]) -> None:
+    def __init__(self, path: Path | None, current: Configuration, extra: frozenset[Path]) -> None:
         self.current = current
         self._path = path
+        self._file = () if path is None else (path,)
         self._extra = extra
         self._secrets: frozenset[Path] = frozenset()
         # Of the others nothing: whether they are as `current` says, the first look finds out.
@@ -101,7 +105,7 @@ class _Following:
     def directories(self) -> dict[Path, tuple[int, int]]:
         """Those that are to be watched, and which ones they are: another may come to stand in the place of one."""
         found = {}
-        for file in (self._path, *self._secrets, *self._extra):
+        for file in (*self._file, *self._secrets, *self._extra):
             with suppress(OSError):  # what is not there, or went while it was followed
                 for directory in _ways(file):
                     status = directory.stat()
@@ -126,9 +130,11 @@ class _Following:
 
     def _see(self) -> dict[Path, bytes | None]:
         """A digest of what each file holds; None where it cannot be read."""
-        return {file: _digest(file) for file in (self._path, *self._secrets, *self._extra)}
+        return {file: _digest(file) for file in (*self._file, *self._secrets, *self._extra)}
 
     def _read(self) -> Configuration | ConfigError:
+        if self._path is None:
+            return self.current
         secrets: set[Path] = set()
         try:
             found: Configuration | ConfigError = load_file(self._path, files=secrets)
