@@ -19,6 +19,7 @@ from pgbackend.serve.delivery import open_session
 from pgbackend.serve.ingest import Ingest, Limits
 from pgbackend.serve.listener import TLS, Listener, bind
 from pgbackend.serve.metrics import Metrics
+from pgbackend.serve.tracing import Tracing
 from pgbackend.serve.triggers import Triggers
 
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
@@ -123,6 +124,7 @@ async def serving(
     produce_timeout: float = 30.0,
     drain_timeout: float = 30.0,
     metrics: Metrics | None = None,
+    tracing: Tracing | None = None,
     tls: TLS | None = None,
 ) -> AsyncIterator[Broker]:
     """A broker with this configuration, until the body ends."""
@@ -132,11 +134,11 @@ async def serving(
         stack.push_async_callback(backend.stop)
         await backend.init()
         session = await stack.enter_async_context(open_session())
-        triggers = Triggers(backend, session, metrics=metrics)
+        triggers = Triggers(backend, session, metrics=metrics, tracing=tracing)
         await triggers.apply(configuration)
         bound = stack.enter_context(bind("127.0.0.1", 0))
         host, port = bound.getsockname()
-        ingest = Ingest(backend, auth=configuration.ingest, limits=limits, metrics=metrics)
+        ingest = Ingest(backend, auth=configuration.ingest, limits=limits, metrics=metrics, tracing=tracing)
         listener = Listener(ingest, bound, tls=tls)
         async with asyncio.TaskGroup() as group:
             group.create_task(listener.run(), name="listener")
