@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
 
 
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the test is to run at full length."""
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
     """DSN of a maintenance database. Without fsync: a test that crashes the server starts one of its own."""

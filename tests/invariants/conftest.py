@@ -12,9 +12,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes long: give --long"))
-
-
-@pytest.fixture
-def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the test is to run at full length."""
-    return bool(request.config.getoption("--long"))
