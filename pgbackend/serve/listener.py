@@ -189,6 +189,8 @@ class Listener:
         except OSError as error:
             host, port = self._socket.getsockname()[:2]
             raise _no_port(host, port, error) from None
+        finally:
+            await self._server.stop_accepting()
 
     async def wait_started(self) -> None:
         """Return once requests are being answered."""
@@ -301,13 +303,17 @@ class _Server(uvicorn.Server):
         if failed:
             facts.emit("tls handshakes failed", count=failed, last=self._handshake_error)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.server_state.stopping = True
-        assert self._acceptor is not None  # noqa: S101 - it started
-        ending = [self._acceptor, *self._handshakes]
+    async def stop_accepting(self) -> None:
+        """Return once no connection will be made any more."""
+        ending = [*self._handshakes] if self._acceptor is None else [self._acceptor, *self._handshakes]
         for task in ending:
             task.cancel()
-        await asyncio.wait(ending)
+        if ending:
+            await asyncio.wait(ending)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.server_state.stopping = True
+        await self.stop_accepting()
         loop = asyncio.get_running_loop()
         leaving = loop.call_later(_LINGER, self._close_idle)
         abandoning = loop.call_later(_GRACE, self._abandon_unfinished)
