@@ -142,7 +142,7 @@ _COMMA: ","
 
 @lru_cache(maxsize=4)
 def _parser(lookup: Lookup) -> "Lark":
-    # Imported and built (80 ms) with the first expression: most programs that import pgbackend have none.
+    # Imported and built (30 ms) with the first expression: most programs that import pgbackend have none.
     from lark import Lark  # noqa: PLC0415
 
     # The builder is called as the parser goes: no tree, and no recursion however deeply a text is nested. ASCII: with
@@ -174,7 +174,7 @@ _ONE_OF = {
     "NAME": "the name of an attribute",
     "_OPEN": "'('",
 }
-"""What can be read next, each told by a terminal that none before it takes, and none of them beside another."""
+"""What can come next, told by one terminal of it. The first that fits is all of it: a value may be a string, too."""
 
 _ANY_OF = {"_COMMA": "','", "_CLOSE": "')'", "$END": "the end"}
 
@@ -192,6 +192,8 @@ def _quoted(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
+    """What a part of the text is read as; `depth` is that of its operations, `literal` its value if it is one."""
+
     evaluate: Evaluate
     depth: int = 0
     literal: Value | None = None
