@@ -45,9 +45,12 @@ def changes(
     """Each valid configuration in the file at `path` that differs from the one before it, `current` being the first.
 
     One whose secrets have changed differs. When what the files `extra` hold changes, the configuration that is in
-    force is yielded once more; without a `path` only then. Never ends by itself; close it, with `aclosing()`, to free
-    what it watches.
+    force is yielded once more; without a `path`, or with one that leads to a pipe, only then. Never ends by itself;
+    close it, with `aclosing()`, to free what it watches.
     """
+    if path is not None and path.exists() and not path.is_file():
+        # What a pipe says it says once. Who reads on waits for ever, in a thread that nobody can end.
+        path = None
     return _follow(_Following(path, current, frozenset(extra)))
 
 
@@ -176,6 +179,6 @@ def _ways(path: Path) -> Iterator[Path]:
 
 def _digest(file: Path) -> bytes | None:
     try:
-        return hashlib.sha256(file.read_bytes()).digest()
+        return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else None
     except OSError:
         return None

@@ -279,6 +279,16 @@ async def test_another_file_of_interest_yields_what_is_in_force_once_more(tmp_pa
         assert await follower.names() == ["first"]
 
 
+async def test_a_pipe_is_not_read_again(tmp_path: Path) -> None:
+    """As of `--config <(…)`: reading it would wait for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    certificate = tmp_path / "cert.pem"
+    async with following(pipe, certificate, current=Configuration()) as follower:
+        certificate.write_text("new")
+        assert await follower.next() == Configuration()
+
+
 async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def awatch(*paths: object, **options: object) -> AsyncIterator[None]:
         if paths:
