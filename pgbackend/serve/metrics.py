@@ -465,8 +465,8 @@ class _Log:
             lag.add_metric(name, one.lag)
             waiting.add_metric(name, one.redeliveries)
             letters.add_metric(name, one.dead_letters)
-            if (seconds := getattr(one, "lag_seconds", None)) is not None:
-                age.add_metric(name, seconds)
+            if one.lag_seconds is not None:  # it is, of a subscription that is complete
+                age.add_metric(name, one.lag_seconds)
         yield from (lag, age, waiting, letters)
 
 
