@@ -982,13 +982,21 @@ def write_binary(event: Event) -> tuple[list[tuple[str, str]], bytes]:
     [('ce-type', '100%25'), ('content-type', 'application/json')]
     """
     row = event.row
-    # Octets that stood as base64 in a 0.3 envelope are the body itself here.
-    left_out = _NOT_HEADERS if row[0] == "0.3" and row[11] == "base64" else _NOT_HEADERS[:1]
+    names = _HEADERS if row[0] != "0.3" else _HEADERS_03
+    texts: tuple[str | None, ...] = row[:9]
     headers = [
-        (f"ce-{name}", _write_header(text)) for name, text in event.attributes_text.items() if name not in left_out
+        (name, text if _plain_header(text) else _write_header(text))
+        for name, text in zip(names, texts, strict=True)
+        if text is not None and name
     ]
-    if row[9] != "{}" and not all(_name(name, 3) for name, _ in headers):
-        raise EventError(f"{_whose(row[1], row[2])} has an attribute name that no header can have.")
+    if row[9] != "{}":
+        # Octets that stood as base64 in a 0.3 envelope are the body itself here.
+        left_out = "datacontentencoding" if row[0] == "0.3" and row[11] == "base64" else None
+        for name, value in _extensions(row):
+            if not _name(name):
+                raise EventError(f"{_whose(row[1], row[2])} has an attribute name that no header can have.")
+            if name != left_out:
+                headers.append((f"ce-{name}", _write_header(_canonical(value))))
     content_type = row[6] or ("application/json" if row[11] == "json" else None)
     if content_type is not None:
         if not _kind(content_type) or content_type.lower().startswith("application/cloudevents"):
@@ -1000,7 +1008,9 @@ def write_binary(event: Event) -> tuple[list[tuple[str, str]], bytes]:
     return headers, row[10] or b""
 
 
-_NOT_HEADERS = ("datacontenttype", "datacontentencoding")
+# Empty for what has a header of HTTP's own.
+_HEADERS = tuple("" if name == "datacontenttype" else f"ce-{name}" for name in COLUMNS[:9])
+_HEADERS_03 = tuple("ce-schemaurl" if name == "ce-dataschema" else name for name in _HEADERS)
 _plain_header = re.compile(r"[!#-$&-~]*+").fullmatch
 _PLAIN = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
 
