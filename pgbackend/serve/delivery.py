@@ -257,7 +257,8 @@ class Delivery:
         if not events:
             return
         try:
-            await self._reply(events)
+            with nullcontext(events) if self._tracing is None else self._tracing.receive(events, None) as stored:
+                await self._reply(stored)
         except PgBackendError as error:
             code = _BAD_REPLY if isinstance(error, EventError) else _REPLY_NOT_STORED
             raise self._bad_reply(answer.status, f"its reply was not stored: {error}", code) from error

@@ -82,13 +82,14 @@ class Tracing:
         An event that would be larger with a `traceparent` than the limit stays without one.
         """
         from opentelemetry import trace  # noqa: PLC0415 - an extra
-        from opentelemetry.context import Context  # noqa: PLC0415
+        from opentelemetry.context import Context, get_current  # noqa: PLC0415
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         self._provider = provider
         self._tracer = provider.get_tracer("pgbackend")
         self._api = trace
-        # Never what happens to be current: a commit is the client's doing, an attempt the event's.
+        self._now = get_current
+        # Otherwise never what happens to be current: a commit is the client's doing, an attempt the event's.
         self._nothing = Context()
         # CloudEvents' extension knows no other format, whatever OTEL_PROPAGATORS says.
         self._propagator = TraceContextTextMapPropagator()
@@ -96,14 +97,17 @@ class Tracing:
         self._max_event_bytes = max_event_bytes
 
     @contextmanager
-    def receive(self, events: Sequence[Event], headers: Iterable[tuple[bytes, bytes]]) -> Iterator[Sequence[Event]]:
+    def receive(
+        self, events: Sequence[Event], headers: Iterable[tuple[bytes, bytes]] | None
+    ) -> Iterator[Sequence[Event]]:
         """A span around the commit of one request's events; gives what to store of them.
 
-        Its parent is what the request's headers say, or else, for a single event, what the event itself says.
+        Its parent is what the request's headers say, or else, for a single event, what the event itself says. Without
+        headers the events are a reply, and the parent is the attempt that it came back from.
         """
         single = events[0] if len(events) == 1 else None
         brought = [context for event in events if (context := self._context_of(event)) is not None]
-        parent = self._context_in(headers)
+        parent = self._now() if headers is None else self._context_in(headers)
         if parent is None and single is not None and brought:
             parent = brought[0]
         # The conventions' word for a span whose context becomes an event's; without such an event it serves a request.
@@ -218,7 +222,7 @@ class Tracing:
 
 @contextmanager
 def _failures(span: "Span") -> Iterator[Answered]:
-    """What leaves the body is why the span failed: the status that was told, or the exception's type."""
+    """What leaves the body is why the span failed: a status that was told, unless it is one of success, or its type."""
     told: list[int] = []
 
     def answered(status: int) -> None:
@@ -228,5 +232,6 @@ def _failures(span: "Span") -> Iterator[Answered]:
     try:
         yield answered
     except BaseException as error:
-        span.set_attribute("error.type", str(told[-1]) if told else type(error).__qualname__)
+        refused = bool(told) and not 200 <= told[-1] < 300
+        span.set_attribute("error.type", str(told[-1]) if refused else type(error).__qualname__)
         raise  # the library records what it says

@@ -25,7 +25,7 @@ from pgbackend.errors import ConfigError
 from pgbackend.serve import tracing
 from pgbackend.serve.tracing import Tracing
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope, serving
-from tests.serve.target import Target
+from tests.serve.target import Request, Target
 from tests.support.polling import eventually
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -293,6 +293,35 @@ class TestSpans:
             assert attempt.attributes["http.response.status_code"] == status
             assert attempt.attributes["messaging.pgbackend.message.delivery_attempt"] == number
             assert str(status) in attempt.exceptions[0]["exception.message"]
+
+    async def test_a_reply_goes_on_with_the_trace(self, database: str, target: Target, collector: Collector) -> None:
+        def answer(request: Request) -> web.Response:
+            if request.event().id != "7":
+                return web.Response(status=204)
+            return web.Response(body=envelope("reply"), headers=STRUCTURED)
+
+        target.answer = answer
+        async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
+            assert (await broker.send({**HEADERS, "ce-id": "7", "traceparent": PARENT})).status == 202
+            await target.wait(2)
+            asked, answered = await collector.wait("process", 2)
+            sent, replied = await collector.wait("send", 2)
+            _, reply = await broker.stored()
+        assert {span.trace for span in (asked, answered, sent, replied)} == {TRACE}
+        assert replied.parent == asked.id
+        assert answered.parent == replied.id
+        assert replied.is_in(reply.attribute("traceparent"))
+
+    async def test_a_reply_that_cannot_be_stored_fails_the_attempt(
+        self, database: str, target: Target, collector: Collector
+    ) -> None:
+        large = envelope("reply", data="x" * (1 << 20))
+        target.answer = lambda request: web.Response(body=large, headers=STRUCTURED)
+        async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
+            assert (await broker.send(HEADERS)).status == 202
+            [attempt, *_] = await collector.wait("process")
+        assert attempt.failed
+        assert attempt.attributes["error.type"] == "DeliveryError"
 
     async def test_an_attempt_without_an_answer_has_no_status(self, database: str, collector: Collector) -> None:
         with socket.socket() as nobody:
