@@ -381,6 +381,8 @@ class _Connection(HttpToolsProtocol):
     """The head is there, and which way the request goes is open until its last byte or the next silence."""
     _piece = b""
     """The body of an undecided one."""
+    _answering: RequestResponseCycle | None = None
+    """The one whose answer is next, of those that went uvicorn's way."""
     _queued_bytes = 0
     _offers_upgrade = False
     _refusal = HTTPStatus.BAD_REQUEST
@@ -396,6 +398,10 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._answering is not None:
+            # Uvicorn told only the newest, which may be queued behind this one.
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         self.pipeline.clear()
         self._account_for_queue()
 
@@ -521,7 +527,10 @@ class _Connection(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue, self._piece = url, headers, expects, b""
         self.scope["headers"] = headers
+        is_next = self._is_answered()
         super().on_headers_complete()
+        if is_next:
+            self._answering = self.cycle
         if self._state.stopping:
             self.cycle.keep_alive = False
         if piece:
@@ -535,6 +544,7 @@ class _Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
+            self._answering = cycle
             self._start_asgi_task(cycle, app)
             self._account_for_queue()
 

@@ -127,7 +127,8 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: "_Link", *, requests: bool
     ) -> None:
         notifies = _Notifies()
-        with suppress(OSError):
+        # A transport that is closed says RuntimeError on uvloop.
+        with suppress(OSError, RuntimeError):
             while data := await reader.read(1 << 16):
                 await self._flowing.wait()
                 if link.stranded:
@@ -144,7 +145,7 @@ class Proxy:
                 writer.write(data)
                 await writer.drain()
         if requests and not link.mute:
-            with suppress(OSError):
+            with suppress(OSError, RuntimeError):
                 writer.write_eof()
             return
         link.abort()
