@@ -10,6 +10,9 @@ from aiohttp import web
 from pgbackend.errors import ConfigError
 from pgbackend.facts import Recorder
 from pgbackend.serve.config import load
+from pgbackend.serve.delivery import open_session
+from pgbackend.serve.metrics import Metrics
+from pgbackend.serve.triggers import Triggers
 from tests.serve.broker import Broker, serving
 from tests.serve.target import Request, Target
 from tests.serve.test_triggers import complete, failing, letters, send, settled, subscription
@@ -253,6 +256,39 @@ class TestChanging:
             await send(broker, 1, 2)
             await other_target.wait(2)
         assert sorted(other_target.ids()) == ["r1", "r2"]
+
+    async def test_a_chain_of_replies_is_as_long_as_it_may_be(self, database: str, target: Target) -> None:
+        numbers = itertools.count(1)
+        target.answer = lambda request: web.Response(
+            headers={"ce-specversion": "1.0", "ce-id": f"r{next(numbers)}", "ce-source": "/target", "ce-type": "reply"}
+        )
+        async with serving(database) as broker, open_session() as session:
+            triggers = Triggers(broker.backend, session, hops=3)
+            await triggers.apply(load(config(billing=to(target)), origin="test"))
+            await send(broker, "first")
+            await target.wait(3)
+            await settled(broker)
+            await triggers.apply(load("{}", origin="test"))
+            await triggers.settled()
+        assert target.ids() == ["first", "r1", "r2"]
+
+    async def test_what_a_trigger_does_is_counted_while_there_is_one(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """By its target: what goes to the dead-letter URL is no delivery."""
+        failing(target, 400, times=1)
+        with Metrics() as metrics:
+            options = f"deliveryOptions: {{deadLetterURL: '{other_target.url}'}}"
+            async with serving(database, config=config(billing=to(target, options)), metrics=metrics) as broker:
+                await send(broker, 1, 2, 3)
+                await target.wait(3)
+                await other_target.wait(1)
+                await settled(broker)
+                said = (await metrics.exposition(None))[0].decode()
+                taken = [line for line in said.splitlines() if "consumed" in line and '"billing"' in line]
+                assert sorted(line.rpartition(" ")[2] for line in taken if "_total" in line) == ["1.0", "2.0"]
+                await broker.configure("{}")
+                assert '"billing"' not in (await metrics.exposition(None))[0].decode()
 
 
 class TestRefusing:
