@@ -95,7 +95,7 @@ def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDi
         "level": record.levelname.lower(),
         "event": getattr(record, "fact", None) or entry["event"],
         "logger": record.name,
-        "pid": record.process,
+        "process": record.process,
     }
     fields: Mapping[str, object] = getattr(record, "fields", {})
     for name, value in fields.items():
@@ -146,7 +146,7 @@ class _Console:
     def __call__(self, logger: WrappedLogger, method: str, entry: EventDict) -> str:
         exception = entry.pop("exception", None)
         stack = entry.pop("stack", None)
-        del entry["pid"]
+        del entry["process"]
         if entry["logger"] == facts.logger.name:
             del entry["logger"]  # its text says enough
         # What is left for the renderer to do is quoting where spaces would hide a value's end.

@@ -61,7 +61,7 @@ class TestJson:
         assert at.tzinfo == UTC
         assert abs(datetime.now(UTC) - at) < timedelta(minutes=1)
         assert said == {
-            "level": "warning", "event": "dispatch failed", "logger": "pgbackend", "pid": os.getpid(),
+            "level": "warning", "event": "dispatch failed", "logger": "pgbackend", "process": os.getpid(),
             "subscription": "billing", "event_id": "7", "attempt": 3, "delay": 0.25,
         }  # fmt: skip
 
@@ -101,12 +101,12 @@ class TestJson:
         assert (said["none"], said["yes"], said["large"]) == (None, True, 2**80)
 
     def test_a_field_cannot_pose_as_something_else(self, log: Lines) -> None:
-        facts.emit("true", timestamp="never", event="false", exception="none", logger="root", pid=1, _record="x")
+        facts.emit("true", timestamp="never", event="false", exception="none", logger="root", process=1, _record="x")
         said = json.loads(log()[0])
         assert said["event"] == "true"
         assert said["event_"] == "false"
         assert said["logger"] == "pgbackend"
-        assert said["pid"] == os.getpid()
+        assert said["process"] == os.getpid()
         assert "exception" not in said
 
     def test_what_a_stranger_writes_stays_in_its_value(self, log: Lines) -> None:

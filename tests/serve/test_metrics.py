@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -19,6 +20,8 @@ from pgbackend import Backend, facts
 from pgbackend.codec import Event, parse_structured
 from pgbackend.facts import Recorder
 from pgbackend.serve.metrics import Metrics
+from tests.serve.broker import HEADERS, serving
+from tests.serve.target import Target
 from tests.support.polling import eventually
 from tests.support.proxy import Proxy
 
@@ -344,6 +347,59 @@ class TestTheLog:
         backend = Backend(database)
         with Metrics(backend) as metrics:
             assert await value(metrics, "pgbackend_postgresql_up") == 0
+
+
+class TestOfABroker:
+    async def test_what_a_broker_does_is_seen_at_its_metrics(self, database: str, target: Target) -> None:
+        answers = iter([204, 503, 204, 400])
+        target.answer = lambda request: web.Response(status=next(answers))
+        options = {"backoffDelay": "PT0.01S", "retry": 2}
+        text = json.dumps({"triggers": {"billing": {"target": {"url": target.url}, "deliveryOptions": options}}})
+        with Metrics() as metrics, Recorder() as recorder:
+            async with serving(database, config=text, metrics=metrics) as broker:
+                for number in range(3):
+                    assert (await broker.send({**HEADERS, "ce-id": str(number)})).status == 202
+                    await target.wait([1, 3, 4][number])
+                assert (await broker.send({**HEADERS, "ce-id": ""})).status == 400
+                await recorder.wait("event buried")
+                answer = await broker.request("GET", "/metrics", headers={"accept": OPENMETRICS})
+                assert answer.status == 200
+                assert answer.headers["content-type"].startswith("application/openmetrics-text")
+                parsed = list(parse_openmetrics(answer.body.decode()))
+        samples = {
+            (one.name, one.labels.get("error_type", one.labels.get("destination", ""))): one.value
+            for family in parsed
+            for one in family.samples
+        }
+        assert samples["messaging_client_sent_messages_total", ""] == 3
+        assert samples["messaging_client_operation_duration_seconds_count", ""] == 3
+        assert samples["messaging_client_consumed_messages_total", ""] == 2
+        assert samples["messaging_client_consumed_messages_total", "503"] == 1
+        assert samples["messaging_client_consumed_messages_total", "400"] == 1
+        assert samples["messaging_process_duration_seconds_count", "4xx"] == 1
+        assert samples["pgbackend_retries_scheduled_total", ""] == 1
+        assert samples["pgbackend_dead_lettered_events_total", "table"] == 1
+        assert samples["pgbackend_ingest_refused_requests_total", ""] == 1
+
+    async def test_nothing_that_a_client_sends_becomes_a_series(self, database: str) -> None:
+        with Metrics() as metrics:
+            async with serving(database, metrics=metrics) as broker:
+
+                async def series() -> int:
+                    return len((await broker.request("GET", "/metrics")).body.splitlines())
+
+                assert (await broker.send(HEADERS)).status == 202
+                assert (await broker.send({})).status in (400, 415)
+                assert (await broker.request("DELETE")).status == 405
+                before = await series()
+                for number in range(50):
+                    hostile = f"made-up-{number}"
+                    headers = {**HEADERS, "ce-id": hostile, "ce-source": f"/{hostile}", "ce-type": hostile}
+                    await broker.send({**headers, f"ce-x{number}": hostile}, path=f"/{hostile}")
+                    await broker.request(f"M{number}", f"/{hostile}")
+                    await broker.send({"content-type": f"application/{hostile}"})
+                assert await series() <= before + 2  # another status or two
+                assert b"made-up" not in (await broker.request("GET", "/metrics")).body
 
 
 # Several processes
