@@ -14,7 +14,7 @@ import logging
 import time
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -47,7 +47,6 @@ _REASON_CHARACTERS = 200
 _COPIED_BYTES = 1 << 20  # aiohttp warns of larger ones in one piece
 _BAD_REPLY, _REPLY_NOT_STORED, _NO_ANSWER = 502, 503, 500  # as Knative says it, where no status says what failed
 _NO_CONTENT_TYPE = ("Content-Type",)
-_UNTRACED: "AbstractContextManager[Answered]" = nullcontext(lambda _status: None)
 
 Details = Mapping[str, str]
 Reply = Callable[[Sequence[Event]], Awaitable[None]]
@@ -127,27 +126,18 @@ class Delivery:
     async def __call__(self, event: Event) -> None:
         """The target has the event, and the log what it replied. Raises as the module says when it is not so."""
         headers, body = self._write(event)
-        status: int | None = None
-        with self._traced(event, headers) as answered:
-            await self._slots.acquire()
+        async with self._slots:
             began = monotonic()
             try:
-                try:
-                    answer = await self._send(headers, body)
-                finally:
-                    self._slots.release()
-                status = answer.status
-                answered(status)
-                if not 200 <= status < 300:
-                    self._fail(answer)
-                if answer.reply is not None:
-                    await self._take_reply(event, answer)
-            except Exception as error:
+                if self._tracing is None:
+                    await self._attempt(event, headers, body)
+                else:
+                    with self._tracing.send(event, headers, trigger=self._trigger, url=self._shown) as answered:
+                        await self._attempt(event, headers, body, answered)
+            except (DeliveryError, RetryAfter, Reject, Pause) as failure:
                 if self._metrics is not None:
-                    status = error.status if isinstance(error, DeliveryError) else status
-                    self._metrics.failed(monotonic() - began, status)
+                    self._metrics.failed(monotonic() - began, _status_of(failure))
                 raise
-        self._gone = False
         if self._metrics is not None:
             self._metrics.delivered(monotonic() - began)
 
@@ -164,47 +154,54 @@ class Delivery:
                 return CIMultiDict((*headers, attempt, *self._headers)), body
         return CIMultiDict((_STRUCTURED, attempt, *self._headers)), codec.write_structured(event)
 
-    def _traced(self, event: Event, headers: CIMultiDict[str]) -> "AbstractContextManager[Answered]":
-        if self._tracing is None:
-            return _UNTRACED
-        return self._tracing.send(event, headers, trigger=self._trigger, url=self._shown)
+    async def _attempt(
+        self, event: Event, headers: CIMultiDict[str], body: bytes, answered: "Answered | None" = None
+    ) -> None:
+        answer = await self._send(headers, body)
+        if answered is not None:
+            answered(answer.status)
+        if not 200 <= answer.status < 300:
+            self._fail(answer)
+        if answer.reply is not None:
+            await self._take_reply(event, answer)
 
-    async def _send(self, headers: CIMultiDict[str], body: bytes) -> _Answer:
+    async def _send(self, headers: CIMultiDict[str], body: bytes, *, again: bool = True) -> _Answer:
         """The target's answer. Raises DeliveryError without one, and Reject for what cannot be sent."""
         try:
-            try:
-                return await self._post(headers, body)
-            except StaleConnectionError:
+            async with self._session.post(
+                self._url,
+                data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
+                headers=headers,
+                # No content type is invented where the event has none.
+                skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
+                timeout=self._timeout,
+                allow_redirects=False,
+            ) as response:
+                return await self._read(response)
+        except StaleConnectionError as error:
+            if again:
                 # No failed attempt: the target closed an idle connection just when it was used again.
-                return await self._post(headers, body)
+                return await self._send(headers, body, again=False)
+            raise self._unanswered(error) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            reason = self._why(error)
-            details = self._details(_NO_ANSWER, f"dispatch error: {reason}".encode())
-            raise DeliveryError(f"{self._shown}: {reason}", details=details, status=None) from None
+            raise self._unanswered(error) from None
         except ValueError as error:
             # aiohttp writes no header that would break out of its line.
             raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, b"")) from None
 
-    async def _post(self, headers: CIMultiDict[str], body: bytes) -> _Answer:
-        async with self._session.post(
-            self._url,
-            data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
-            headers=headers,
-            # No content type is invented where the event has none.
-            skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
-            timeout=self._timeout,
-            allow_redirects=False,
-        ) as response:
-            status = response.status
-            if not 200 <= status < 300:
-                said = await _beginning(response, _ERROR_BYTES)
-                return _Answer(status, said, retry_after=response.headers.get("Retry-After"))
-            if self._reply is None or (mode := self._reply_mode(response.headers)) is None:
-                await _beginning(response, _DRAINED_BYTES)
-                return _Answer(status)
-            return _Answer(status, await self._read_reply(response, mode), reply=mode, headers=response.raw_headers)
-
     # What comes back.
+
+    async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
+        status = response.status
+        if not 200 <= status < 300:
+            said = await _beginning(response, _ERROR_BYTES)
+            return _Answer(status, said, retry_after=response.headers.get("Retry-After"))
+        if self._reply is not None and (mode := self._reply_mode(response.headers)) is not None:
+            body = await self._read_reply(response, mode)
+            return _Answer(status, body, reply=mode, headers=response.raw_headers)
+        if not response.content.at_eof():
+            await _beginning(response, _DRAINED_BYTES)
+        return _Answer(status)
 
     def _fail(self, answer: _Answer) -> NoReturn:
         status = answer.status
@@ -270,6 +267,11 @@ class Delivery:
             "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._shown, error=str(error)
         )  # fmt: skip
 
+    def _unanswered(self, error: Exception) -> DeliveryError:
+        reason = self._why(error)
+        details = self._details(_NO_ANSWER, f"dispatch error: {reason}".encode())
+        return DeliveryError(f"{self._shown}: {reason}", details=details, status=None)
+
     def _bad_reply(self, status: int, reason: str, code: int = _BAD_REPLY) -> DeliveryError:
         reason = f"{self._shown} answered {status}, but {reason}"
         return DeliveryError(reason, details=self._details(code, reason.encode()), status=code)
@@ -317,6 +319,10 @@ async def refuse_without_target(_event: Event) -> None:
 def shown(url: URL) -> str:
     """The URL for logs and third parties: without user, password and query, where tokens stand."""
     return str(url.with_user(None).with_query(None).with_fragment(None))
+
+
+def _status_of(failure: DeliveryError | RetryAfter | Reject | Pause) -> int | None:
+    return failure.status if isinstance(failure, DeliveryError) else int(failure.details["knativeerrorcode"])
 
 
 async def _beginning(response: aiohttp.ClientResponse, limit: int, *, whole: bool = False) -> bytes:
