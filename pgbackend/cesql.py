@@ -17,7 +17,7 @@ What the specification leaves open is decided so:
     names in capitals           are the same attributes, as with keywords and functions: `SOURCE` is `source`
     keywords                    are no attribute names
     a backslash in a string     escapes the quote that delimits it, and stands for itself before anything else
-    a function that is unknown  is an error of the text, not one of each event
+    a function that is unknown  is an error of evaluation, and found before: whoever reads a file can refuse it
 
 What it does not leave open, and what surprises: AND, OR and XOR bind equally and go from left to right, and NOT binds
 closer than LIKE, IN and comparisons.
@@ -52,6 +52,7 @@ class Error(StrEnum):
     CAST = "cast"
     MISSING_ATTRIBUTE = "missingAttribute"
     FUNCTION_EVALUATION = "functionEvaluation"
+    MISSING_FUNCTION = "missingFunction"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,27 @@ Evaluate = Callable[[Any], Value | Failure]
 Lookup = Callable[[str], Callable[[Any], Value | None]]
 
 
-def compiled(text: str, lookup: Lookup) -> Evaluate:
-    """The expression as a function of that in which `lookup(name)` finds the attribute `name`, or None.
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """What a text, or a part of it, is read as."""
 
-    >>> length = compiled("LENGTH(color) * 2", lambda name: lambda attributes: attributes.get(name))
+    evaluate: Evaluate
+    mistake: str | None = None
+    """What is sure to fail with every event that gets so far: a call of a function that does not exist."""
+    depth: int = 0
+    """Of its operations."""
+    literal: Value | None = None
+    """Its value if it is one."""
+
+
+def compiled(text: str, lookup: Lookup) -> Expression:
+    """The expression, whose `evaluate` takes that in which `lookup(name)` finds the attribute `name`, or None.
+
+    >>> length = compiled("LENGTH(color) * 2", lambda name: lambda attributes: attributes.get(name)).evaluate
     >>> length({"color": "red"}), length({})
     (6, Failure(error=<Error.MISSING_ATTRIBUTE: 'missingAttribute'>, value=0))
 
-    Raises `ConfigError` when the text is no expression, calls a function that does not exist, or is beyond a limit.
+    Raises `ConfigError` when the text is no expression or is beyond a limit.
     """
     from lark.exceptions import UnexpectedInput  # noqa: PLC0415 - see _parser
 
@@ -84,10 +98,10 @@ def compiled(text: str, lookup: Lookup) -> Evaluate:
     reading: Any = _parser(lookup).parse_interactive(text)
     try:
         reading.exhaust_lexer()
-        expression: _Node = reading.feed_eof()
+        expression: Expression = reading.feed_eof()
     except UnexpectedInput as error:
         raise _misread(text, error, reading.accepts()) from None
-    return expression.evaluate
+    return expression
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,7 +194,11 @@ _ANY_OF = {"_COMMA": "','", "_CLOSE": "')'", "$END": "the end"}
 
 
 def _refuse(token: "Token", what: str) -> NoReturn:
-    raise ConfigError(f"CESQL, line {token.line}, column {token.column}: {what}.")
+    raise ConfigError(_at(token, what))
+
+
+def _at(token: "Token", what: str) -> str:
+    return f"CESQL, line {token.line}, column {token.column}: {what}."
 
 
 def _quoted(text: str) -> str:
@@ -190,94 +208,88 @@ def _quoted(text: str) -> str:
 # ── building ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """What a part of the text is read as; `depth` is that of its operations, `literal` its value if it is one."""
-
-    evaluate: Evaluate
-    depth: int = 0
-    literal: Value | None = None
-
-
 class _Builder:
     """The grammar's rules by name: each makes of its parts the function that evaluates it."""
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
 
-    def string(self, parts: "list[Token]") -> _Node:
+    def string(self, parts: "list[Token]") -> Expression:
         return _literal(_unquoted(parts[0]))
 
-    def integer(self, parts: "list[Token]") -> _Node:
+    def integer(self, parts: "list[Token]") -> Expression:
         value = _integer(str(parts[0]))
         if isinstance(value, Failure):
             _refuse(parts[0], f"{_quoted(parts[0])} is beyond an Integer's 32 bits")
         return _literal(value)
 
-    def true(self, _parts: "list[Token]") -> _Node:
+    def true(self, _parts: "list[Token]") -> Expression:
         return _literal(True)
 
-    def false(self, _parts: "list[Token]") -> _Node:
+    def false(self, _parts: "list[Token]") -> Expression:
         return _literal(False)
 
-    def attribute(self, parts: "list[Token]") -> _Node:
-        return _Node(_attribute(self._lookup(parts[0].lower())))
+    def attribute(self, parts: "list[Token]") -> Expression:
+        return Expression(_attribute(self._lookup(parts[0].lower())))
 
-    def exists(self, parts: "list[Token]") -> _Node:
+    def exists(self, parts: "list[Token]") -> Expression:
         find = self._lookup(parts[1].lower())
-        return _Node(lambda event: find(event) is not None)
+        return Expression(lambda event: find(event) is not None)
 
-    def call(self, parts: "list[Any]") -> _Node:
+    def call(self, parts: "list[Any]") -> Expression:
         name, *arguments = parts
         function = _function(name, len(arguments))
+        if isinstance(function, str):
+            missing = Failure(Error.MISSING_FUNCTION, False)
+            return Expression(lambda _event: missing, mistake=_at(name, function))
         return _node(name, _call(function, [node.evaluate for node in arguments]), arguments)
 
-    def minus(self, parts: "list[Any]") -> _Node:
+    def minus(self, parts: "list[Any]") -> Expression:
         sign, operand = parts
         return _node(sign, _call(_NEGATIVE, [operand.evaluate]), [operand])
 
-    def negation(self, parts: "list[Any]") -> _Node:
+    def negation(self, parts: "list[Any]") -> Expression:
         word, operand = parts
         return _node(word, _not(operand.evaluate), [operand])
 
-    def like(self, parts: "list[Any]") -> _Node:
+    def like(self, parts: "list[Any]") -> Expression:
         operand, word, pattern = parts
         runs = _runs(_unquoted(pattern))
         if any("_" in run and len(run) > MAX_RUN for run in runs):
             _refuse(pattern, f"more than {MAX_RUN} characters between two '%', with '_' among them")
         return _node(word, _like(operand.evaluate, _pattern(runs)), [operand])
 
-    def not_like(self, parts: "list[Any]") -> _Node:
+    def not_like(self, parts: "list[Any]") -> Expression:
         operand, word, *rest = parts
         return self.negation([word, self.like([operand, *rest])])
 
-    def contained(self, parts: "list[Any]") -> _Node:
+    def contained(self, parts: "list[Any]") -> Expression:
         operand, word, *elements = parts
         return _node(word, _in(operand.evaluate, elements), [operand, *elements])
 
-    def not_contained(self, parts: "list[Any]") -> _Node:
+    def not_contained(self, parts: "list[Any]") -> Expression:
         operand, word, *rest = parts
         return self.negation([word, self.contained([operand, *rest])])
 
-    def binary(self, parts: "list[Any]") -> _Node:
+    def binary(self, parts: "list[Any]") -> Expression:
         left, sign, right = parts
         return _node(sign, _BINARY[sign](left.evaluate, right.evaluate), [left, right])
 
-    def logic(self, parts: "list[Any]") -> _Node:
+    def logic(self, parts: "list[Any]") -> Expression:
         operands = parts[::2]
         steps = [(_DECIDED[word.upper()], node.evaluate) for word, node in zip(parts[1::2], operands[1:], strict=True)]
         return _node(parts[1], _logic(operands[0].evaluate, steps), operands)
 
 
-def _literal(value: Value) -> _Node:
-    return _Node(lambda _event: value, literal=value)
+def _literal(value: Value) -> Expression:
+    return Expression(lambda _event: value, literal=value)
 
 
-def _node(token: "Token", evaluate: Evaluate, operands: Sequence[_Node]) -> _Node:
+def _node(token: "Token", evaluate: Evaluate, operands: Sequence[Expression]) -> Expression:
     depth = 1 + max((node.depth for node in operands), default=0)
     if depth > MAX_DEPTH:
         _refuse(token, f"more than {MAX_DEPTH} operations within one another")
-    return _Node(evaluate, depth)
+    return Expression(evaluate, next((node.mistake for node in operands if node.mistake), None), depth)
 
 
 def _unquoted(token: "Token") -> str:
@@ -347,7 +359,7 @@ def _equal(left: Evaluate, right: Evaluate, *, wanted: bool) -> Evaluate:
     return evaluate
 
 
-def _in(operand: Evaluate, elements: Sequence[_Node]) -> Evaluate:
+def _in(operand: Evaluate, elements: Sequence[Expression]) -> Evaluate:
     """Whether the operand is among the elements, which are cast to its type."""
     literals = [node.literal for node in elements if node.literal is not None]
     if len(literals) == len(elements):
@@ -583,16 +595,17 @@ _FUNCTIONS = {
 }
 
 
-def _function(name: "Token", count: int) -> _Function:
+def _function(name: "Token", count: int) -> _Function | str:
+    """The function; where none has that name and takes so many arguments, what is wrong."""
     overloads = _FUNCTIONS.get(name.upper())
     if overloads is None:
-        _refuse(name, f"there is no function {_quoted(name)}, only {', '.join(_FUNCTIONS)}")
+        return f"there is no function {_quoted(name)}, only {', '.join(_FUNCTIONS)}"
     for function in overloads:
         least = len(function.parameters)
         if count == least or (count > least and function.more):
             return function
     takes = " or ".join(f"{len(function.parameters)}{' or more' * function.more}" for function in overloads)
-    _refuse(name, f"{name.upper()} takes {takes} argument{'s' * (takes != '1')}, found {count}")
+    return f"{name.upper()} takes {takes} argument{'s' * (takes != '1')}, found {count}"
 
 
 _NEGATIVE = _Function((int,), 0, lambda x: _int32(-x))

@@ -6,13 +6,14 @@ compared exactly, case included; integers and booleans by their canonical text (
 that could never mean anything raises `ConfigError` when it is made.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from pgbackend import cesql
+from pgbackend import cesql, facts
 from pgbackend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -157,14 +158,21 @@ class CESQL:
     An attribute that the event lacks is an error, as are a division by zero and a text that is no number where one is
     wanted; what AND and OR need not evaluate is none. AND and OR bind equally: use parentheses.
 
-    Raises `ConfigError` with line and column when the text is no expression or calls a function that does not exist.
+    Raises `ConfigError` with line and column when the text is no expression. A call of a function that does not exist
+    is, in the words of the specification, an error of evaluation: it is logged here, and `mistake` says it.
     """
 
     text: str
+    mistake: str | None = field(init=False, repr=False, compare=False)
+    """What fails with every event that the evaluation gets so far with; None when nothing is sure to."""
     _evaluate: cesql.Evaluate = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_evaluate", cesql.compiled(self.text, _value))
+        expression = cesql.compiled(self.text, _value)
+        if expression.mistake is not None:
+            facts.emit("filter cannot match", level=logging.WARNING, mistake=expression.mistake)
+        object.__setattr__(self, "mistake", expression.mistake)
+        object.__setattr__(self, "_evaluate", expression.evaluate)
 
     def __call__(self, event: "Event") -> bool:
         """Whether the event matches."""

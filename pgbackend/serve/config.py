@@ -98,9 +98,8 @@ def load_file(path: FilePath, *, files: set[FilePath] | None = None) -> "Configu
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of the file, for editors.
 
-    What it refuses, `load()` refuses; the other way round not quite: secrets that are not there, a start behind the
-    end and CESQL are beyond it. It is stricter in three things: it wants keys in the case that is documented, no
-    dialect besides the one, and no key without a value.
+    It is stricter than `load()` in two things: it wants keys in the case that is documented, and a value for each. And
+    it cannot know all that `load()` does: secrets that are not there, an end before the start, what is wrong in CESQL.
     """
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "pgbackend serve"}
     return {**head, **_tidied(Configuration.model_json_schema(by_alias=True))}
@@ -166,7 +165,7 @@ def _found(value: object) -> str:
 
 def _refuse(message: str, *, key: str | None = None) -> PydanticCustomError:
     """What a validator raises: the message stands as it is, `key` names the entry it is about."""
-    # Doubled: pydantic would put values in the place of what stands in braces.
+    # As a value: of a message that had braces itself, pydantic would make something else.
     return PydanticCustomError("expected", "{message}", {"message": message} | ({} if key is None else {"key": key}))
 
 
@@ -363,13 +362,13 @@ _RESERVED_HEADERS = frozenset(
 
 _SCALAR: dict[str, Any] = {"type": ["string", "number", "boolean"]}
 _SOME_SCALAR = _SCALAR | {"minLength": 1}
-_NAMES = {"type": "object", "additionalProperties": False}
+_KEYS = {"type": "object", "additionalProperties": False}
 _SECRET: dict[str, Any] = {
     "anyOf": [
         _SCALAR | {"description": "The secret itself.", "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"},
-        _NAMES | {"properties": {"env": {"type": "string", "minLength": 1}}, "required": ["env"]}
+        _KEYS | {"properties": {"env": {"type": "string", "minLength": 1}}, "required": ["env"]}
         | {"description": "The environment variable that has it."},
-        _NAMES | {"properties": {"file": {"type": "string", "minLength": 1}}, "required": ["file"]}
+        _KEYS | {"properties": {"file": {"type": "string", "minLength": 1}}, "required": ["file"]}
         | {"description": "The file that has it, relative to this one. A change of the file is a change of this one."},
     ]
 }  # fmt: skip
@@ -465,8 +464,8 @@ class _Section(BaseModel):
 
     @classmethod
     def _unknown(cls, key: str, known: Mapping[str, str]) -> str:
-        likely = [known[near] for near in get_close_matches(key, known, n=1)]
-        instead = cls.elsewhere.get(key, *likely) if likely else cls.elsewhere.get(key)
+        near = get_close_matches(key, known, n=1)
+        instead = cls.elsewhere.get(key) or (known[near[0]] if near else None)
         said = f"unknown {cls.what}: expected {_choice(known.values())}"
         return said if instead is None else f"{said}; did you mean {instead}?"
 
@@ -511,9 +510,11 @@ class Filter(_Section):
     @classmethod
     def _parsed(cls, text: str) -> str:
         try:
-            CESQL(text)
+            mistake = CESQL(text).mistake
         except ConfigError as error:
-            raise _refuse(str(error).rstrip(".")) from None
+            mistake = str(error)
+        if mistake is not None:
+            raise _refuse(mistake.rstrip("."))
         return text
 
     def predicate(self) -> EventFilter:

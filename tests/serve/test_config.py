@@ -217,6 +217,11 @@ def test_cesql_stands_beside_and_within_the_other_dialects() -> None:
     assert not predicate(event(type="orders"))
 
 
+def test_a_function_that_cesql_does_not_have_is_a_mistake_of_the_file() -> None:
+    with pytest.raises(ConfigError, match=r"filters\[0\]\.cesql: CESQL, line 1, column 1: there is no function 'LEN'"):
+        trigger("filters: [{cesql: LEN(type) > 2}]")
+
+
 class TestDeliveryOptions:
     def test_retry_without_a_policy_is_constant(self) -> None:
         policy = trigger("deliveryOptions: {retry: 2, backoffDelay: PT3S}").delivery_options.policy()
