@@ -35,7 +35,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
@@ -103,8 +103,9 @@ class Metrics:
         self._ingest = _Tally(
             instruments.sent.labels(*_SEND), instruments.send_seconds.labels(*_SEND), self._write_soon
         )
-        self._status_task: asyncio.Task[Status | None] | None = None
-        self._status_at = float("-inf")
+        self._writing: dict[ModuleType, asyncio.Task[bytes]] = {}
+        self._asking: asyncio.Task[Status | None] | None = None
+        self._asked_at = 0.0
         self._observing: AbstractContextManager[None] = facts.observe(self._observe)
 
     def __enter__(self) -> Self:
@@ -115,8 +116,9 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._observing.__exit__(kind, error, traceback)
-        if self._status_task is not None:
-            self._status_task.cancel()
+        for task in (*self._writing.values(), self._asking):
+            if task is not None:
+                task.cancel()
         self._write()
 
     def ingested(self, events: int, seconds: float) -> None:
@@ -144,6 +146,16 @@ class Metrics:
 
     async def exposition(self, accept: str | None) -> tuple[bytes, str]:
         """Everything in the format that was asked for, and its content type. Within seconds, PostgreSQL or not."""
+        format_ = openmetrics if _prefers_openmetrics(accept or "") else text
+        task = self._writing.get(format_)
+        if task is None or task.done():
+            # One for all who ask meanwhile: with hundreds of triggers it takes a tenth of a second and more.
+            task = self._writing[format_] = asyncio.create_task(self._text(format_), name="write metrics")
+        # Shielded: a scraper that hangs up does not take the answer from the others.
+        body = await asyncio.shield(task)
+        return body, text.CONTENT_TYPE_PLAIN_0_0_4 if format_ is text else openmetrics.CONTENT_TYPE_LATEST
+
+    async def _text(self, format_: ModuleType) -> bytes:
         self._write()
         self._log.status = status = await self._status()
         for one in status.subscriptions if status is not None else ():
@@ -151,22 +163,18 @@ class Metrics:
                 # Facts are quicker; but of a shard that went elsewhere meanwhile they say nothing more.
                 self._instruments.down.labels(one.name).set(one.state == "target down")
                 self._instruments.paused.labels(one.name).set(one.state.startswith("paused"))
-        # In a thread: with many triggers and processes it takes milliseconds.
-        if _prefers_openmetrics(accept or ""):
-            body: bytes = await asyncio.to_thread(openmetrics.generate_latest, self._registry)
-            return body, openmetrics.CONTENT_TYPE_LATEST
-        return await asyncio.to_thread(text.generate_latest, self._registry), text.CONTENT_TYPE_PLAIN_0_0_4
+        body: bytes = await asyncio.to_thread(format_.generate_latest, self._registry)
+        return body
 
     async def _status(self) -> "Status | None":
         """What the log says of itself; None when it cannot be asked. Shared by all who ask within a second."""
         if self._backend is None:
             return None
-        task = self._status_task
-        if task is None or (task.done() and time.monotonic() - self._status_at >= _STATUS_AGE):
-            self._status_at = time.monotonic()
-            task = self._status_task = asyncio.create_task(self._ask(self._backend), name="status for metrics")
-        # Shielded: a scraper that hangs up does not take the answer from the others.
-        return await asyncio.shield(task)
+        task = self._asking
+        if task is None or (task.done() and time.monotonic() - self._asked_at >= _STATUS_AGE):
+            self._asked_at = time.monotonic()
+            task = self._asking = asyncio.create_task(self._ask(self._backend), name="status for metrics")
+        return await task
 
     async def _ask(self, backend: "Backend") -> "Status | None":
         try:

@@ -324,6 +324,7 @@ class TestTheLog:
                 await asyncio.sleep(0)
                 first.cancel()
                 text, _ = await second
+                assert first.cancelled()
                 assert b"pgbackend_postgresql_up 1.0" in text
 
     async def test_without_postgresql_the_process_answers_for_itself(self, database: str) -> None:
