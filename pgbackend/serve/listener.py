@@ -22,8 +22,8 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import cast
@@ -230,7 +230,9 @@ class _Server(uvicorn.Server):
         self.accepting = asyncio.Event()
         self._app = app
         self._tls = tls
-        self._acceptor: asyncio.Task[None] | None = None
+        self._bound: socket.socket | None = None
+        """Where clients wait, while they are accepted."""
+        self._connecting: set[asyncio.Task[None]] = set()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._failed_handshakes = 0
         self._handshake_error = ""
@@ -245,42 +247,65 @@ class _Server(uvicorn.Server):
         bound.listen(self.config.backlog)
         self.servers = []
         self.started = True
-        self._acceptor = asyncio.create_task(self._accept(bound), name="accept connections")
+        bound.setblocking(False)
+        self._bound = bound
+        self._resume_accepting()
         self.accepting.set()
 
-    async def _accept(self, bound: socket.socket) -> None:
-        """Make connections of those who come.
+    def _resume_accepting(self) -> None:
+        if self._bound is not None:
+            asyncio.get_running_loop().add_reader(self._bound.fileno(), self._accept, self._bound)
+
+    def _accept(self, bound: socket.socket) -> None:
+        """Make a connection of the next client that waits, unless another process was quicker.
 
         The loop's own server would not count handshakes, and would show the certificate that it began with for ever.
+        It would also take all that wait at once: of several processes the first to wake up would have them all. Here a
+        client that was accepted gets its connection, whatever happens: a task that waits could be cancelled between.
         """
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                client, _ = await loop.sock_accept(bound)
-            except OSError as error:
-                if error.errno != errno.ECONNABORTED:
-                    # Out of files or memory: when others have gone there is some again.
-                    facts.emit("accept failed", level=logging.WARNING, error=str(error))
-                    await asyncio.sleep(0.1)
-                continue
-            if self._tls is None:
-                await loop.connect_accepted_socket(self._connection, client)
-            elif len(self._handshakes) + len(self.server_state.connections) >= _Connection.limit:
-                self.server_state.refused += 1
-                client.close()
-            else:
-                shaking = asyncio.create_task(self._shake_hands(client, self._tls.context), name="TLS handshake")
-                self._handshakes.add(shaking)
-                shaking.add_done_callback(self._handshakes.discard)
+        try:
+            client, _ = bound.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of files or memory: when others have gone there is some again.
+            facts.emit("accept failed", level=logging.WARNING, error=str(error))
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(bound.fileno())
+            loop.call_later(0.1, self._resume_accepting)
+            return
+        client.setblocking(False)
+        if self._tls is None:
+            self._begin(self._connect(client), self._connecting)
+        elif len(self._handshakes) + len(self.server_state.connections) >= _Connection.limit:
+            self.server_state.refused += 1
+            client.close()
+        else:
+            self._begin(self._shake_hands(client, self._tls.context), self._handshakes)
+
+    @staticmethod
+    def _begin(connecting: Coroutine[None, None, None], among: set[asyncio.Task[None]]) -> None:
+        task = asyncio.create_task(connecting, name="connect a client")
+        among.add(task)
+        task.add_done_callback(among.discard)
+
+    async def _connect(self, client: socket.socket) -> None:
+        with suppress(OSError):  # it has gone
+            await asyncio.get_running_loop().connect_accepted_socket(self._connection, client)
 
     async def _shake_hands(self, client: socket.socket, context: ssl.SSLContext) -> None:
+        connection = self._connection()
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._connection, client, ssl=context, ssl_handshake_timeout=_HANDSHAKE, ssl_shutdown_timeout=_GRACE
+                lambda: connection, client, ssl=context, ssl_handshake_timeout=_HANDSHAKE, ssl_shutdown_timeout=_GRACE
             )
         except OSError as error:  # ssl's errors and timeouts are among them
             self._failed_handshakes += 1
             self._handshake_error = str(error) or type(error).__name__
+        except asyncio.CancelledError:
+            # Made just before it was cancelled, it would be closed without being told.
+            self.server_state.connections.discard(connection)
+            raise
 
     def _connection(self) -> "_Connection":
         return _Connection(self.config, self.server_state, {})
@@ -305,11 +330,13 @@ class _Server(uvicorn.Server):
 
     async def stop_accepting(self) -> None:
         """Return once no connection will be made any more."""
-        ending = [*self._handshakes] if self._acceptor is None else [self._acceptor, *self._handshakes]
-        for task in ending:
-            task.cancel()
-        if ending:
-            await asyncio.wait(ending)
+        if self._bound is not None:
+            asyncio.get_running_loop().remove_reader(self._bound.fileno())
+            self._bound = None
+        for handshake in self._handshakes:
+            handshake.cancel()
+        if connecting := self._connecting | self._handshakes:
+            await asyncio.wait(connecting)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.stopping = True
