@@ -29,6 +29,7 @@ from pgbackend.backend import Backend
 from pgbackend.codec import Event
 from pgbackend.model import Position
 from pgbackend.serve.delivery import Delivery, open_session
+from pgbackend.serve.metrics import Metrics
 
 CONCURRENCY = 64
 WANTED = 0.6
@@ -102,7 +103,9 @@ async def _ours(backend: Backend, url: str, events: int, name: str) -> float:
             done.set()
 
     async with open_session() as session:
-        delivery = Delivery(session, URL(url), trigger=name)
+        # With all that `pgbackend serve` gives it, unless traces are on.
+        counts = Metrics().trigger(name)
+        delivery = Delivery(session, URL(url), trigger=name, reply=backend.produce_many, metrics=counts)
         await backend.subscribe(name, dispatch, start=Position(0), concurrency=CONCURRENCY)
         await done.wait()
         rate = events / (time.perf_counter() - began)
