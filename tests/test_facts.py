@@ -23,13 +23,13 @@ def test_record_reads_well_and_carries_the_fields(caplog: pytest.LogCaptureFixtu
 
 
 def test_a_field_that_cannot_be_shown_does_not_cost_the_record(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Exception):
+    class BrokenError(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no text")
 
     with caplog.at_level(logging.INFO, logger="pgbackend"):
-        facts.emit("dispatch failed", attempt=1, error=Broken())
-    assert caplog.records[0].getMessage() == "dispatch failed attempt=1 error='(Broken that cannot be shown)'"
+        facts.emit("dispatch failed", attempt=1, error=BrokenError())
+    assert caplog.records[0].getMessage() == "dispatch failed attempt=1 error='(BrokenError that cannot be shown)'"
 
 
 def test_nothing_is_rendered_when_nobody_listens() -> None:
