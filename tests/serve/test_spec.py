@@ -1,0 +1,897 @@
+"""What the broker is specified to do, sentence by sentence, shown end to end: over HTTP in, out to real targets.
+
+A class is a section, a docstring a rule. What other files show end to end already is not shown again here: limits and
+refusals (test_ingest), attempts on the wire (test_delivery, test_replies), waits and dead letters (test_triggers).
+"""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from pgbackend.codec import Event
+from pgbackend.facts import Recorder
+from pgbackend.model import DeadLetter, SubscriptionStatus
+from pgbackend.serve.config import load
+from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.process import Process, post, running
+from tests.serve.target import Request, Target
+from tests.support.polling import eventually
+
+FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
+
+
+async def send(broker: Broker, *ids: object, **members: object) -> None:
+    answer = await broker.send(BATCH, b"[%b]" % b",".join(envelope(id_, **members) for id_ in ids))
+    assert answer.status == 202, answer.body
+
+
+async def status(broker: Broker, name: str = "t") -> SubscriptionStatus:
+    found = await broker.backend.status()
+    return next(one for one in found.subscriptions if one.name == name)
+
+
+async def settled(broker: Broker, name: str = "t") -> None:
+    """Return once the trigger owes nothing."""
+
+    async def owes_nothing() -> bool:
+        one = await status(broker, name)
+        return (
+            (one.lag == 0 or one.complete) and one.redeliveries == 0 and not any(shard.pending for shard in one.shards)
+        )
+
+    await eventually(f"{name} is settled", owes_nothing)
+
+
+async def letters(broker: Broker, name: str = "t") -> list[DeadLetter]:
+    return [letter async for letter in broker.backend.dead_letters(name)]
+
+
+def one(url: str, options: str = "") -> str:
+    """A configuration with the trigger `t`."""
+    return f"triggers: {{t: {{target: {{url: '{url}'}}{', ' if options else ''}{options}}}}}"
+
+
+def waits(target: Target) -> list[float]:
+    """Seconds between the requests."""
+    return [later.at - earlier.at for earlier, later in pairwise(target.requests)]
+
+
+def refusing(target: Target, *statuses: int, body: bytes = b"no", **headers: str) -> None:
+    """Answers these, one after another, and then 204."""
+
+    def answer(request: Request) -> web.Response:
+        at = len(target.requests) - 1
+        if at >= len(statuses):
+            return web.Response(status=204)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(status=statuses[at], body=body, headers=named)
+
+    target.answer = answer
+
+
+class TestParsing:
+    async def test_text_fields_keep_the_text_that_stands_there(self, database: str, target: Target) -> None:
+        """Numbers, dates and booleans in filters are text, however YAML would read them."""
+        filters = "filters: [{exact: {type: 042, subject: 2026-01-01, flag: yes, note: 1.50}}]"
+        async with serving(database, config=one(target.url, filters)) as broker:
+            await send(broker, "right", type="042", subject="2026-01-01", flag="yes", note="1.50")
+            for other in ({"type": "42"}, {"subject": "2026-01-01T00:00:00Z"}, {"flag": True}, {"note": "1.5"}):
+                members = {"type": "042", "subject": "2026-01-01", "flag": "yes", "note": "1.50"} | other
+                await send(broker, "wrong", **members)
+            await settled(broker)
+        assert target.ids() == ["right"]
+
+    MISTAKES = (
+        ("unknown: 1", "triggers.t.unknown"),
+        ("filters: [{regex: {type: x}}]", "triggers.t.filters[0].regex"),
+        ("filters: [{exact: {type: x}, prefix: {type: x}}]", "triggers.t.filters[0]"),
+        ("filters: [{exact: {'': x}}]", "triggers.t.filters[0].exact"),
+        ("filters: [{exact: {type: ''}}]", "triggers.t.filters[0].exact.type"),
+        ("filters: [{any: []}]", "triggers.t.filters[0].any"),
+        ("filters: [{cesql: 'type ='}]", "triggers.t.filters[0].cesql"),
+        ("deliveryOptions: {backoffDelay: 5 s}", "triggers.t.deliveryOptions.backoffDelay"),
+        ("deliveryOptions: {backoffDelay: PT0S}", "triggers.t.deliveryOptions.backoffDelay"),
+        ("target: {url: orders/1}", "triggers.t.target.url"),
+        ("target: {url: 'ftp://host/'}", "triggers.t.target.url"),
+    )
+
+    @pytest.mark.parametrize(("text", "path"), MISTAKES, ids=[text for text, _ in MISTAKES])
+    async def test_a_mistake_is_an_error_with_path_line_and_what_was_expected(
+        self, text: str, path: str, tmp_path: Path
+    ) -> None:
+        """Nothing is ignored, and nothing of a file with a mistake is used."""
+        file = tmp_path / "broker.yaml"
+        file.write_text(f"triggers:\n  fine: {{target: {{url: 'http://localhost:1/'}}}}\n  t:\n    {text}\n")
+        async with running("--check-config", str(file)) as check:
+            assert await check.ended() == 1
+            said = await check.complaint()
+        assert f"{file}:4: {path}" in said
+        assert "expected" in said or "cesql" in path
+        assert "Traceback" not in said
+
+
+TRIGGERMESH = """
+ingest:
+  user: ""
+  password: ""
+triggers:
+  paid:
+    filters:
+    - exact:
+        type: com.example.invoice.paid
+        source: /accounting
+    - any:
+      - prefix:
+          subject: 2026-
+      - suffix:
+          subject: "-urgent"
+    - not:
+        all:
+        - exact:
+            tenant: test
+        - prefix:
+            region: us
+    target:
+      url: {target}paid
+    deliveryOptions:
+      retry: 2
+      backoffDelay: PT0.05S
+      backoffPolicy: linear
+      deadLetterURL: {dead}
+  everything:
+    filters:
+    target:
+      url: {target}everything
+      deliveryOptions:
+        retry: 1
+        backoffDelay: PT0,1S
+        backoffPolicy: constant
+  nowhere:
+    filters: []
+    target:
+    deliveryOptions:
+      deadLetterURL: {dead}nowhere
+  replayed:
+    bounds:
+      byId:
+        start: 1
+        end: "4"
+      byDate:
+        start: 2020-01-01T00:00:00.123456789Z
+        end: 2020-01-02T00:00:00Z
+    target:
+      url: {target}replayed
+"""
+
+
+class TestFileOfTriggerMesh:
+    @staticmethod
+    def file(target: Target, dead: Target) -> str:
+        return TRIGGERMESH.replace("{target}", target.url).replace("{dead}", dead.url)
+
+    @pytest.mark.parametrize("form", ["yaml", "json"])
+    async def test_it_works_unchanged(
+        self, form: str, database: str, target: Target, other_target: Target, tmp_path: Path
+    ) -> None:
+        """Every key that such a file may have, in the forms in which they are written."""
+        async with serving(database) as broker:
+            await send(broker, *range(1, 6), source="/before")
+        text = self.file(target, other_target)
+        if form == "json":
+            text = json.dumps(_as_json(text))
+        file = tmp_path / "broker.conf"
+        file.write_text(text)
+        refused = {"/paid": 0}
+
+        def answer(request: Request) -> web.Response:
+            if request.path != "/paid":
+                return web.Response(status=200)
+            refused["/paid"] += 1
+            return web.Response(status=503)
+
+        target.answer = answer
+        async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
+            url = await serve.listening()
+            await _post_structured(url, envelope("a", type="com.example.invoice.paid", source="/accounting"))
+            paid = {"type": "com.example.invoice.paid", "source": "/accounting", "subject": "2026-7"}
+            await _post_structured(url, envelope("b", **paid))
+            await _post_structured(url, envelope("c", **paid | {"tenant": "test", "region": "us-1"}))
+            # Three tries of one event, three events to everybody, three without a target; two of the past.
+            await target.wait(3 + 3 + 2)
+            await other_target.wait(1 + 3)
+        got: dict[str, list[str]] = {}
+        for request in (*target.requests, *other_target.requests):
+            got.setdefault(request.path, []).append(request.event().id)
+        assert got["/paid"] == ["b", "b", "b"]
+        assert sorted(got["/everything"]) == ["a", "b", "c"]
+        assert sorted(got["/nowhere"]) == ["a", "b", "c"]
+        assert sorted(got["/replayed"]) == ["2", "3"]
+        assert got["/"] == ["b"]
+
+
+def _as_json(text: str) -> Any:
+    """The same document, as a tool would write it."""
+    import yaml
+
+    members = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - the one that makes texts and nothing else
+    members["triggers"]["everything"]["filters"] = members["triggers"]["nowhere"]["target"] = None
+    return members
+
+
+async def _post_structured(url: str, body: bytes) -> None:
+    import aiohttp
+
+    async with aiohttp.ClientSession() as client, client.post(url, data=body, headers=STRUCTURED) as answer:
+        assert answer.status == 202, await answer.text()
+
+
+class TestReload:
+    @staticmethod
+    @asynccontextmanager
+    async def following(database: str, file: Path) -> AsyncIterator[tuple[Process, str]]:
+        arguments = ("--dsn", database, "--port", "0", "--config", str(file), "--log-level", "info")
+        async with running(*arguments) as serve:
+            yield serve, await serve.listening()
+
+    @pytest.mark.parametrize("how", ["write", "rename", "symlink"])
+    async def test_a_changed_file_takes_effect_while_events_come(
+        self, how: str, database: str, target: Target, other_target: Target, tmp_path: Path
+    ) -> None:
+        """A trigger comes, one goes and one changes its target: no event is lost, none is delivered twice."""
+        file = _written(tmp_path, how, _two(target.url, other_target.url))
+        async with self.following(database, file) as (_, url):
+            sent = 0
+            for round_ in range(4):
+                for _ in range(10):
+                    assert await post(url, str(sent)) == 202
+                    sent += 1
+                swapped = (target.url, other_target.url) if round_ % 2 else (other_target.url, target.url)
+                _rewrite(file, how, _two(*swapped, extra=f"\n  new{round_}: {{target: {{url: '{swapped[0]}new'}}}}"))
+                await _new_trigger_gets(url, [target, other_target], f"marker{round_}")
+            await _until(lambda: len(_ids("/kept", target, other_target)) >= sent)
+            kept = [id_ for id_ in _ids("/kept", target, other_target) if id_.isdigit()]
+        assert sorted(map(int, kept)) == list(range(sent))
+
+    async def test_a_removed_trigger_keeps_its_place(self, database: str, target: Target, tmp_path: Path) -> None:
+        """Its event in flight ends; what comes meanwhile it gets when it is there again."""
+        released = asyncio.Event()
+
+        async def hold(request: Request) -> web.Response:
+            await released.wait()
+            return web.Response(status=204)
+
+        target.answer = hold
+        file = tmp_path / "broker.yaml"
+        file.write_text(one(target.url))
+        async with self.following(database, file) as (serve, url):
+            assert await post(url, "in flight") == 202
+            await target.wait(1)
+            file.write_text("triggers: {}")
+            released.set()
+            await serve.complains("trigger removed")
+            assert await post(url, "meanwhile") == 202
+            file.write_text(one(target.url))
+            await target.wait(2)
+            assert await post(url, "after") == 202
+            await target.wait(3)
+        assert target.ids() == ["in flight", "meanwhile", "after"]
+
+    async def test_an_invalid_file_changes_nothing_and_is_reported(
+        self, database: str, target: Target, tmp_path: Path
+    ) -> None:
+        """The old one stays in force, the valid part of the new one does not come into it."""
+        file = tmp_path / "broker.yaml"
+        file.write_text(one(target.url))
+        async with self.following(database, file) as (serve, url):
+            file.write_text(f"triggers:\n  valid: {{target: {{url: '{target.url}valid'}}}}\n  t: {{unknown: 1}}\n")
+            [line] = await serve.complains("triggers.t.unknown")
+            assert f"{file}:3" in line
+            assert await post(url, "1") == 202
+            await target.wait(1)
+            file.write_text(one(target.url + "new"))
+            await serve.complains("trigger changed")
+            assert await post(url, "2") == 202
+            await target.wait(2)
+        assert [request.path for request in target.requests] == ["/", "/new"]
+
+
+def _two(kept: str, other: str, extra: str = "") -> str:
+    return (
+        f"triggers:\n  kept: {{target: {{url: '{kept}kept'}}}}\n  other: {{target: {{url: '{other}other'}}}}{extra}\n"
+    )
+
+
+def _written(directory: Path, how: str, text: str) -> Path:
+    file = directory / "config" / "broker.yaml"
+    if how == "symlink":
+        # As Kubernetes mounts a ConfigMap: the file is a link through a link that is swapped.
+        (directory / "config").mkdir()
+        (directory / "config" / "..data").symlink_to("..0")
+        (directory / "config" / "..0").mkdir()
+        (directory / "config" / "..0" / "broker.yaml").write_text(text)
+        file.symlink_to("..data/broker.yaml")
+    else:
+        file.parent.mkdir()
+        file.write_text(text)
+    return file
+
+
+def _rewrite(file: Path, how: str, text: str) -> None:
+    if how == "write":
+        file.write_text(text)
+    elif how == "rename":
+        new = file.with_suffix(".new")
+        new.write_text(text)
+        new.rename(file)
+    else:
+        old = (file.parent / "..data").readlink().name
+        directory = file.parent / f"..{int(old[2:]) + 1}"
+        directory.mkdir()
+        (directory / "broker.yaml").write_text(text)
+        (file.parent / "..tmp").symlink_to(directory.name)
+        (file.parent / "..tmp").rename(file.parent / "..data")
+
+
+def _ids(path: str, *targets: Target) -> list[str]:
+    return [request.event().id for target in targets for request in target.requests if request.path == path]
+
+
+async def _new_trigger_gets(url: str, targets: Sequence[Target], marker: str) -> None:
+    """Return once an event reaches the trigger that has come: the new file is in force."""
+    number = 0
+
+    async def arrives() -> bool:
+        nonlocal number
+        number += 1
+        assert await post(url, f"{marker}-{number}") == 202
+        return any(id_.startswith(marker) for id_ in _ids("/new", *targets))
+
+    await eventually("the new trigger gets events", arrives, interval=0.05)
+
+
+async def _until(is_so: Any, timeout: float = 20.0) -> None:
+    async def check() -> bool:
+        return bool(is_so())
+
+    await eventually("all have arrived", check, timeout)
+
+
+class TestFilters:
+    EVENTS = (
+        envelope("plain", type="a.b", subject="Draft"),
+        envelope("typed", type="a.c", count=3, flag=True, time="2026-01-01T00:00:00.5Z"),
+        envelope("bare"),
+    )
+    CASES = (
+        ("[]", "plain typed bare"),
+        ("[{exact: {subject: draft}}]", ""),
+        ("[{exact: {subject: Draft}}]", "plain"),
+        ("[{prefix: {type: a.}}, {suffix: {type: .c}}]", "typed"),
+        ("[{exact: {type: a.b, subject: Draft}}]", "plain"),
+        ("[{exact: {type: a.b, subject: draft}}]", ""),
+        # An attribute that is not there matches nothing, so that `not` of it is true.
+        ("[{prefix: {subject: D}}]", "plain"),
+        ("[{suffix: {missing: x}}]", ""),
+        ("[{not: {exact: {missing: x}}}]", "plain typed bare"),
+        ("[{not: {prefix: {subject: D}}}]", "typed bare"),
+        ("[{any: [{exact: {missing: x}}, {exact: {type: a.c}}]}]", "typed"),
+        ("[{all: [{not: {exact: {missing: x}}}, {exact: {type: a.b}}]}]", "plain"),
+        # Values that are no text compare by the text that CloudEvents gives them.
+        ("[{exact: {count: 3}}]", "typed"),
+        ("[{exact: {flag: true}}]", "typed"),
+        ("[{exact: {flag: 'True'}}]", ""),
+        ("[{prefix: {flag: tr}}, {suffix: {count: '3'}}]", "typed"),
+        ("[{exact: {time: '2026-01-01T00:00:00.5Z'}}]", "typed"),
+        # CloudEvents SQL, where an error is no match.
+        ('[{cesql: "count = 3 AND flag"}]', "typed"),
+        ("[{cesql: \"subject LIKE 'D%'\"}]", "plain"),
+        ("[{cesql: \"NOT (missing = 'x')\"}]", ""),
+        ('[{cesql: "EXISTS subject OR EXISTS count"}]', "plain typed"),
+        ('[{not: {cesql: "count / 0 = 1"}}]', "plain typed bare"),
+        ('[{cesql: "type"}]', ""),
+        ('[{any: [{cesql: "count > 2"}, {exact: {subject: Draft}}]}]', "plain typed"),
+    )  # fmt: skip
+
+    async def test_each_dialect_lets_through_what_it_says(self, database: str, target: Target) -> None:
+        """A list is AND; nothing in it is everything; case counts; what an event lacks does not match."""
+        triggers = "\n".join(
+            f"  f{number}: {{filters: {filters}, target: {{url: '{target.url}{number}'}}}}"
+            for number, (filters, _) in enumerate(self.CASES)
+        )
+        async with serving(database, config=f"triggers:\n{triggers}") as broker:
+            for event in self.EVENTS:
+                assert (await broker.send(STRUCTURED, event)).status == 202
+            for number in range(len(self.CASES)):
+                await settled(broker, f"f{number}")
+        for number, (filters, expected) in enumerate(self.CASES):
+            assert set(_ids(f"/{number}", target)) == set(expected.split()), filters
+
+
+class TestDelivery:
+    async def test_bodies_are_untouched_and_redirects_not_followed(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """Binary mode unless told otherwise. A 3xx is a failure, and final."""
+        refusing(target, 302, Location=other_target.url)
+        body = b' {"n": 1.00,\r\n "n": [ ]}\n\xff'
+        async with serving(database, config=one(target.url, f"deliveryOptions: {{retry: 3, {FAST}}}")) as broker:
+            for id_ in ("redirected", "delivered"):
+                headers = HEADERS | {"ce-id": id_, "content-type": "application/octet-stream"}
+                assert (await broker.send(headers, body)).status == 202
+            await settled(broker)
+            assert [letter.event.id for letter in await letters(broker)] == ["redirected"]
+        assert [request.body for request in target.requests] == [body, body]
+        assert other_target.requests == []
+
+    RETRIED = (404, 408, 409, 413, 425, 429, 500, 501, 502, 503, 504, 507, 599)
+    FINAL = (301, 307, 400, 401, 402, 403, 405, 406, 411, 412, 415, 418, 422, 426, 428, 431, 451)
+
+    async def test_statuses_are_retried_or_final(self, database: str, target: Target) -> None:
+        """Some 4xx and every 5xx may pass; anything else is final at once, whatever retries are left."""
+
+        def answer(request: Request) -> web.Response:
+            code, is_first = int(request.event().id), target.ids().count(request.event().id) == 1
+            return web.Response(status=code if is_first else 200)
+
+        target.answer = answer
+        async with serving(database, config=one(target.url, f"deliveryOptions: {{retry: 2, {FAST}}}")) as broker:
+            await send(broker, *self.RETRIED, *self.FINAL)
+            await settled(broker)
+            dead = {letter.event.id for letter in await letters(broker)}
+        assert dead == {str(code) for code in self.FINAL}
+        assert all(target.ids().count(str(code)) == 2 for code in self.RETRIED)
+        assert all(target.ids().count(str(code)) == 1 for code in self.FINAL)
+
+    POLICIES = (
+        ("backoffPolicy: constant, backoffDelay: PT0.3S", (0.3, 0.3, 0.3)),
+        ("backoffPolicy: linear, backoffDelay: PT0.2S", (0.2, 0.4, 0.6)),
+        ("backoffPolicy: exponential, backoffDelay: PT0.1S", (0.2, 0.4, 0.8)),
+        ("backoffPolicy: exponential, backoffDelay: PT0.1S, backoffMax: PT0.3S", (0.2, 0.3, 0.3)),
+        ("backoffDelay: PT0.3S", (0.3, 0.3, 0.3)),
+        ("backoffPolicy: constant", (1.0, 1.0, 1.0)),
+    )
+
+    async def test_waits_before_each_retry(self, database: str, target: Target) -> None:
+        """P, P·n or P·2ⁿ, capped; constant without a policy; a second without a delay; up to a tenth more."""
+
+        def answer(request: Request) -> web.Response:
+            return web.Response(status=503 if len(_ids(request.path, target)) <= 3 else 204)
+
+        target.answer = answer
+        triggers = "\n".join(
+            f"  p{number}: {{target: {{url: '{target.url}{number}'}}, deliveryOptions: {{retry: 3, {policy}}}}}"
+            for number, (policy, _) in enumerate(self.POLICIES)
+        )
+        async with serving(database, config=f"triggers:\n{triggers}") as broker:
+            await send(broker, "1")
+            await target.wait(4 * len(self.POLICIES))
+        for number, (policy, expected) in enumerate(self.POLICIES):
+            at = [request.at for request in target.requests if request.path == f"/{number}"]
+            for (earlier, later), wait in zip(pairwise(at), expected, strict=True):
+                # Above the tenth: what a busy machine adds.
+                assert wait - 0.01 <= later - earlier <= wait * 1.1 + 0.7, (policy, number)
+
+    async def test_retry_after_is_obeyed_up_to_the_longest_wait(self, database: str, target: Target) -> None:
+        """Also where it is longer than the policy's wait, and also with a status other than 429."""
+        refusing(target, 429, 503, Retry_After="1")
+        options = f"deliveryOptions: {{retry: 2, {FAST}}}"
+        async with serving(database, config=one(target.url, options)) as broker:
+            await send(broker, "1")
+            await target.wait(3)
+        assert all(wait >= 0.99 for wait in waits(target))
+
+    async def test_410_pauses_the_trigger_and_says_so(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """Nothing more is sent there; other triggers go on; what waits is delivered once it is told another target."""
+        refusing(target, *[410] * 100)
+        two = one(target.url) + f"\n  other: {{target: {{url: '{other_target.url}other'}}}}"
+        two = f"triggers:\n  t: {{target: {{url: '{target.url}'}}}}\n" + two.partition("\n")[2]
+        with Recorder() as recorder:
+            async with serving(database, config=two) as broker:
+                await send(broker, *range(10), source="/1")
+                await _until(lambda: len(_ids("/other", other_target)) == 10)
+
+                async def is_paused() -> bool:
+                    return (await status(broker)).state.startswith("paused")
+
+                await eventually("the trigger is paused", is_paused)
+                asked = len(target.requests)
+                await send(broker, *range(10, 20), source="/2")
+                await _until(lambda: len(_ids("/other", other_target)) == 20)
+                assert len(target.requests) == asked
+                assert await letters(broker) == []
+                assert recorder.all("target is gone", trigger="t")
+
+                await broker.triggers.apply(load(one(other_target.url + "new"), origin="test"))
+                await _until(lambda: len(_ids("/new", other_target)) >= 20)
+        assert sorted(map(int, _ids("/new", other_target))) == list(range(20))
+
+    async def test_the_timeout_is_that_of_one_request(self, database: str, target: Target) -> None:
+        """Each attempt has it anew, and running out of it is retried."""
+
+        released = asyncio.Event()
+
+        async def hang(request: Request) -> web.Response:
+            if len(target.requests) <= 2:
+                await released.wait()
+            return web.Response(status=204)
+
+        target.answer = hang
+        options = f"deliveryOptions: {{retry: 2, timeout: PT0.3S, {FAST}}}"
+        async with serving(database, config=one(target.url, options)) as broker:
+            await send(broker, "1")
+            await target.wait(3)
+            await settled(broker)
+            assert await letters(broker) == []
+            released.set()
+        assert all(0.3 <= wait < 3 for wait in waits(target))
+
+
+class TestDeadLetters:
+    async def test_no_path_loses_an_event(self, database: str, target: Target, other_target: Target) -> None:
+        """Used up, without a URL, with a dead letter URL that fails: each ends where it can be seen."""
+        refusing(target, *[500] * 1000)
+        dead = f"deadLetterURL: '{other_target.url}'"
+        config = f"""
+            triggers:
+              used-up: {{target: {{url: '{target.url}'}}, deliveryOptions: {{retry: 1, {FAST}}}}}
+              handed-on: {{target: {{url: '{target.url}'}}, deliveryOptions: {{retry: 1, {FAST}, {dead}}}}}
+              nowhere: {{deliveryOptions: {{retry: 1, {FAST}, {dead}}}}}
+              nothing: {{target: {{url: ''}}}}
+              both-fail:
+                target: {{url: '{target.url}'}}
+                deliveryOptions: {{retry: 1, {FAST}, deadLetterURL: '{target.url}dead'}}
+            """
+        async with serving(database, config=config) as broker:
+            await send(broker, "1", data={"n": 1.0})
+            for name in ("used-up", "handed-on", "nowhere", "nothing", "both-fail"):
+                await settled(broker, name)
+            kept = {name: len(await letters(broker, name)) for name in ("used-up", "handed-on", "nowhere")}
+            kept |= {name: len(await letters(broker, name)) for name in ("nothing", "both-fail")}
+            [letter] = await letters(broker, "both-fail")
+        assert kept == {"used-up": 1, "handed-on": 0, "nowhere": 0, "nothing": 1, "both-fail": 1}
+        assert letter.event.data_bytes == b'{"n": 1.0}'
+        assert len(_ids("/dead", target)) == 2, "the dead letter URL has the same retries"
+
+        by_dest = {request.header("ce-knativeerrordest"): request for request in other_target.requests}
+        handed_on = by_dest[target.url]
+        assert handed_on.header("ce-knativeerrorcode") == "500"
+        assert base64.b64decode(handed_on.header("ce-knativeerrordata") or "") == b"no"
+        assert handed_on.body == b'{"n": 1.0}'
+
+
+class TestReplies:
+    async def test_a_reply_is_produced_and_goes_to_whom_it_matches(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """An event in the answer is an event of the log; another body is not looked at; loops end."""
+
+        def answer(request: Request) -> web.Response:
+            event = request.event()
+            if event.id == "plain":
+                return web.Response(status=200, body=b'{"specversion": "1.0"}', content_type="application/json")
+            headers = HEADERS | {"ce-id": f"{event.id}'", "ce-type": "answer", "content-type": "text/plain"}
+            return web.Response(status=200, headers=headers, body=b"said")
+
+        target.answer = answer
+        config = f"""
+            triggers:
+              asks: {{filters: [{{exact: {{type: order}}}}], target: {{url: '{target.url}'}}}}
+              hears: {{filters: [{{exact: {{type: answer}}}}], target: {{url: '{other_target.url}'}}}}
+            """
+        async with serving(database, config=config) as broker:
+            await send(broker, "plain", "1")
+            [heard] = await other_target.wait(1)
+            await settled(broker, "asks")
+            assert {event.id for event in await broker.stored()} == {"plain", "1", "1'"}
+        assert heard.body == b"said"
+        assert heard.event().attributes_text["knativebrokerttl"] == "254"
+
+    async def test_a_target_that_answers_with_its_own_event_stops_after_255(
+        self, database: str, target: Target
+    ) -> None:
+        """The counter goes with the chain of replies, also over a target that gives it back."""
+
+        def answer(request: Request) -> web.Response:
+            headers = {name.decode(): value.decode() for name, value in request.headers if name.lower()[:3] == b"ce-"}
+            return web.Response(status=200, headers=headers, body=request.body)
+
+        target.answer = answer
+        async with serving(database, config=one(target.url)) as broker:
+            await send(broker, "loop")
+            await target.wait(255, timeout=60)
+            await settled(broker)
+            assert len(await broker.stored()) == 255
+            assert await letters(broker) == []
+
+
+class TestBounds:
+    @staticmethod
+    def bounded(url: str, bounds: str, name: str = "t") -> str:
+        return f"triggers: {{{name}: {{target: {{url: '{url}'}}, bounds: {bounds}}}}}"
+
+    async def test_both_ends_are_exclusive_and_positions_beat_dates_each_on_its_side(
+        self, database: str, target: Target
+    ) -> None:
+        """Dates are those of recording, by the server's clock, not the events' own `time`."""
+        async with serving(database) as broker:
+            await send(broker, *range(1, 6), time="1999-01-01T00:00:00Z")
+            between = datetime.now(UTC) + timedelta(seconds=0)
+            positions = [event.position for event in await _positioned(broker)]
+        for bounds, expected in (
+            (f'{{byId: {{start: "{positions[0]}", end: "{positions[3]}"}}}}', "23"),
+            (f"{{byId: {{start: {positions[1]}}}, byDate: {{start: '2100-01-01T00:00:00Z'}}}}", "345"),
+            (f"{{byId: {{end: {positions[2]}}}, byDate: {{start: '2000-01-01T00:00:00Z'}}}}", "12"),
+            (f"{{byDate: {{start: '2000-01-01T00:00:00Z', end: '{between.isoformat()}'}}}}", "12345"),
+        ):
+            target.requests.clear()
+            name = f"t{expected}"
+            async with serving(database, config=self.bounded(target.url, bounds, name)) as broker:
+                await settled(broker, name)
+            assert sorted(target.ids()) == list(expected), bounds
+
+    async def test_a_changed_end_acts_at_once_and_a_changed_start_is_a_seek(
+        self, database: str, target: Target
+    ) -> None:
+        """A later end revives what is complete; a start that stays the same moves nothing, however often it is read."""
+        async with serving(database, config=self.bounded(target.url, "{byId: {start: 0, end: 3}}")) as broker:
+            await send(broker, *range(1, 6))
+            await _until(lambda: len(target.requests) >= 2)
+            await _is_complete(broker)
+            assert sorted(target.ids()) == ["1", "2"]
+
+            await broker.triggers.apply(load(self.bounded(target.url, "{byId: {start: 0, end: 5}}"), origin="test"))
+            await _until(lambda: len(target.requests) >= 4)
+            await _is_complete(broker)
+            assert sorted(target.ids()) == ["1", "2", "3", "4"]
+
+            await broker.triggers.apply(load(self.bounded(target.url, "{byId: {start: 2, end: 5}}"), origin="test"))
+            await _until(lambda: len(target.requests) >= 6)
+            await _is_complete(broker)
+            assert sorted(target.ids()[4:]) == ["3", "4"]
+        async with serving(database, config=self.bounded(target.url, "{byId: {start: 2, end: 5}}")) as broker:
+            await _is_complete(broker)
+            assert len(target.requests) == 6
+
+    async def test_completion_is_durable_and_comes_by_the_clock_when_the_log_is_quiet(
+        self, database: str, target: Target
+    ) -> None:
+        """No event past the end is needed for it, and none that comes later undoes it."""
+        end = (datetime.now(UTC) + timedelta(seconds=2)).isoformat()
+        config = self.bounded(target.url, f"{{byDate: {{end: '{end}'}}}}")
+        async with serving(database, config=config) as broker:
+            await send(broker, "in time")
+            await target.wait(1)
+            await _is_complete(broker)
+        async with serving(database, config=config) as broker:
+            await send(broker, "too late")
+            await _is_complete(broker)
+        assert target.ids() == ["in time"]
+
+
+async def _positioned(broker: Broker) -> list[Event]:
+    import asyncpg
+
+    from pgbackend import codec
+
+    connection = await asyncpg.connect(broker.dsn)
+    try:
+        columns = ", ".join(codec.COLUMNS)
+        rows = await connection.fetch(f"select {columns}, position from pgbackend.events order by position")
+        return [Event(tuple(row)[:-1], position=row["position"]) for row in rows]
+    finally:
+        await connection.close()
+
+
+async def _is_complete(broker: Broker) -> None:
+    async def complete() -> bool:
+        return (await status(broker)).state == "complete"
+
+    await eventually("the trigger is complete", complete)
+
+
+class TestEgress:
+    @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "[::1]", "127.1", "0.0.0.0", "[::ffff:127.0.0.1]"])  # noqa: S104
+    async def test_private_targets_can_be_denied(self, address: str, database: str, target: Target) -> None:
+        """By the address that is really connected to, whatever the URL calls it."""
+        port = target.url.rsplit(":", 1)[1].rstrip("/")
+        file = one(f"http://{address}:{port}/", f"deliveryOptions: {{retry: 1, {FAST}}}")
+        arguments = ("--dsn", database, "--port", "0", "--config-inline", file, "--deny-private-targets")
+        async with running(*arguments) as serve:
+            assert await post(await serve.listening()) == 202
+            await _dead_letter(database)
+        assert target.requests == []
+
+
+async def _dead_letter(database: str) -> None:
+    import asyncpg
+
+    connection = await asyncpg.connect(database)
+    try:
+
+        async def is_there() -> bool:
+            return bool(await connection.fetchval("select count(*) from pgbackend.dead_letters"))
+
+        await eventually("the event is given up", is_there)
+    finally:
+        await connection.close()
+
+
+# ── CloudEvents over HTTP ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def passing(database: str, binary: Target, structured: Target) -> AsyncIterator[Broker]:
+    """A broker that hands each event on in both modes, in order."""
+    config = f"""
+        triggers:
+          binary: {{target: {{url: '{binary.url}'}}, order: strict}}
+          structured: {{target: {{url: '{structured.url}', mode: structured}}, order: strict}}
+        """
+    async with serving(database, config=config) as broker:
+        yield broker
+
+
+class TestAsIntermediary:
+    async def test_unknown_extensions_are_passed_on_as_they_are(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """None is dropped, renamed or mended, and a type is kept where the mode can carry one."""
+        members = {"x": "", "a1": " padded ", "b2": -5, "c3": False, "averyveryverylongextensionname": "é%41"}
+        async with passing(database, target, other_target) as broker:
+            await send(broker, "1", **members)
+            [binary], [structured] = await target.wait(1), await other_target.wait(1)
+        sent = json.loads(structured.body)
+        assert {name: sent[name] for name in members} == members
+        texts = binary.event().attributes_text
+        assert {name: texts.get(name, "") for name in members} == {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in members.items()
+        }
+
+    async def test_data_of_every_kind_survives_every_change_of_mode(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """JSON is not parsed and written anew, a JSON string not taken for its content, null not for nothing."""
+        json_type = {"content-type": "application/json"}
+        raw = b'{"n": 1.00, "big": 12345678901234567890, "n": [ ]}'
+        sent: Sequence[tuple[dict[str, str], bytes, bytes, bytes | None]] = (
+            (HEADERS | json_type, raw, raw, b'"data":' + raw),
+            (HEADERS | json_type, b'"{}"', b'"{}"', b'"data":"{}"'),
+            (HEADERS | json_type, b"null", b"null", b'"data":null'),
+            (HEADERS | json_type, b"not JSON", b"not JSON", b'"data_base64":"bm90IEpTT04="'),
+            (HEADERS | {"content-type": "text/plain"}, b"{}", b"{}", b'"data":"{}"'),
+            (HEADERS | {"content-type": "x/y"}, b"text", b"text", b'"data_base64":"dGV4dA=="'),
+            (HEADERS, b"\xff", b"\xff", b'"data_base64":"/w=="'),
+            (HEADERS, b"", b"", None),
+            (STRUCTURED, envelope(data="a string"), b'"a string"', b'"data":"a string"'),
+            (STRUCTURED, envelope(data=None), b"null", b'"data":null'),
+            (STRUCTURED, envelope(data_base64="AA=="), b"\0", b'"data_base64":"AA=="'),
+        )
+        async with passing(database, target, other_target) as broker:
+            for headers, body, _, _ in sent:
+                assert (await broker.send(headers, body)).status == 202
+            binary, structured = await target.wait(len(sent)), await other_target.wait(len(sent))
+        for (_, _, octets, member), one_binary, one_structured in zip(sent, binary, structured, strict=True):
+            assert one_binary.body == octets
+            assert one_binary.header("ce-datacontenttype") is None
+            assert member in one_structured.body if member else b'"data' not in one_structured.body
+        # What has no content type gets none; JSON that had none because it stood in an envelope says what it is.
+        assert [request.header("content-type") for request in binary[6:]] == [
+            None, None, "application/json", "application/json", None,
+        ]  # fmt: skip
+
+    async def test_64_kib_on_the_wire_are_passed_on_whole(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """And more than that, up to the limit; attributes count as well."""
+        async with passing(database, target, other_target) as broker:
+            headers = HEADERS | {"ce-note": "n" * 8_000, "content-type": "text/plain"}
+            assert (await broker.send(headers, b"x" * 57_000)).status == 202
+            assert (await broker.send(HEADERS, b"x" * 1_000_000)).status == 202
+            await target.wait(2)
+            await other_target.wait(2)
+        assert [len(request.body) for request in target.requests] == [57_000, 1_000_000]
+        assert target.requests[0].header("ce-note") == "n" * 8_000
+        assert other_target.requests[0].event().attribute("note") == "n" * 8_000
+
+    async def test_times_and_texts_keep_what_they_say(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """Nanoseconds, leap seconds, offsets; every character that an attribute may have."""
+        members = ("2016-12-31T23:59:60.123456789Z", "2026-01-01t00:00:00-05:30", "0001-01-01T00:00:00Z")
+        text = ' "quoted" 100% %41 \\ é ☃ 𝄞 \u00a0 ~'
+        async with passing(database, target, other_target) as broker:
+            for time in members:
+                await send(broker, time, time=time, subject=text, note=text)
+            binary, structured = await target.wait(3), await other_target.wait(3)
+        for request in (*binary, *structured):
+            event = request.event()
+            assert event.attribute("time") == event.id
+            assert (event.subject, event.attribute("note")) == (text, text)
+        assert all(0x21 <= byte <= 0x7E for request in binary for _, value in request.headers[1:2] for byte in value)
+
+
+class TestAsReceiver:
+    BAD_HEADERS = (
+        {"ce-subject": "%C0%A0"},
+        {"ce-subject": "%ff"},
+        {"ce-subject": "a%0Ab"},
+        {"ce-subject": "a%00b"},
+        {"ce-subject": "%EF%BF%BF"},
+        {"ce-subject": "%ED%A0%80"},
+        {"ce-subject": ""},
+        {"ce-id": ""},
+        {"ce-time": "2026-W01-1T00:00:00Z"},
+        {"ce-time": "20260101T000000Z"},
+        {"ce-time": "2026-01-01T24:00:00Z"},
+        {"ce-time": "2026-01-01T00:00:00,5Z"},
+        {"ce-source": "a b"},
+        {"ce-dataschema": "relative"},
+        {"ce-data": "x"},
+        {"ce-a_b": "x"},
+        {"ce-datacontenttype": "text/plain"},
+        {"ce-specversion": "2.0"},
+        {"content-type": "text"},
+    )
+
+    async def test_values_that_no_attribute_may_have_are_refused(self, broker: Broker) -> None:
+        """Bad UTF-8, forbidden characters, empty texts, times and references that are none: 400, nothing stored."""
+        for headers in self.BAD_HEADERS:
+            answer = await broker.send(HEADERS | headers, b"{}")
+            assert answer.status == 400, headers
+            assert next(iter(headers)).removeprefix("ce-") in answer.detail.lower() or "content" in answer.detail
+        assert await broker.stored() == []
+
+    async def test_header_values_are_unquoted_then_decoded_once(self, broker: Broker) -> None:
+        """Lower-case codes and needless ones are right; a `%` that codes nothing stands for itself."""
+        for sent, meant in (
+            ('"a \\"b\\" \\\\"', 'a "b" \\'),
+            ("%c3%a9", "é"),
+            ("%41", "A"),
+            ("%2541", "%41"),
+            ("100%", "100%"),
+            ("50%-", "50%-"),
+            ('"%22"', '"'),
+        ):
+            assert (await broker.send(HEADERS | {"ce-subject": sent})).status == 202
+            assert (await broker.stored())[-1].subject == meant, sent
+
+    async def test_null_is_absent_and_absent_is_not_invented(self, broker: Broker) -> None:
+        """No default for what is missing: not an id, not a time, not a version, not a content type."""
+        assert (await broker.send(STRUCTURED, envelope(subject=None, time=None, x=None, data=1))).status == 202
+        [event] = await broker.stored()
+        assert event.attributes_text == {"specversion": "1.0", "id": "1", "source": "/shop", "type": "order"}
+        for missing in ("id", "source", "type", "specversion"):
+            body = json.dumps({name: value for name, value in json.loads(envelope()).items() if name != missing})
+            answer = await broker.send(STRUCTURED, body.encode())
+            assert (answer.status, repr(missing) in answer.detail) == (400, True)
+            assert (await broker.send(STRUCTURED, envelope(**{missing: None}))).status == 400
+
+    async def test_the_webhook_handshake_is_answered(self, broker: Broker) -> None:
+        """Consent is in the headers. Any origin may send, at any rate it asks for."""
+        asked = {"WebHook-Request-Origin": "eventemitter.example.com", "WebHook-Request-Rate": "120"}
+        for path in ("/", "/a/b"):
+            answer = await broker.request("OPTIONS", path, headers=asked)
+            assert answer.status in (200, 204)
+            assert answer.headers["webhook-allowed-origin"] in ("*", "eventemitter.example.com")
+            assert answer.headers["webhook-allowed-rate"] in ("*", "120")
+            assert "POST" in answer.headers["allow"]
+        answer = await broker.request("OPTIONS", "/", headers={"WebHook-Request-Origin": "x.example"})
+        assert answer.headers["webhook-allowed-origin"] in ("*", "x.example")
+
+    async def test_who_asks_no_handshake_gets_no_consent(self, broker: Broker) -> None:
+        """OPTIONS without an origin is any client's question for the methods."""
+        answer = await broker.request("OPTIONS", "/")
+        assert answer.status < 300
+        assert "POST" in answer.headers["allow"]
+        assert "webhook-allowed-origin" not in answer.headers
