@@ -7,11 +7,16 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from time import monotonic
 
+import aiohttp
 import pytest
 
 from pgbackend.facts import Recorder
 from pgbackend.serve import reload
 from pgbackend.serve.config import Configuration, load_file
+from tests.serve.broker import HEADERS
+from tests.serve.process import running
+from tests.serve.target import Target
+from tests.support.polling import eventually
 
 
 def naming(*triggers: str, secret: str = "") -> str:
@@ -304,3 +309,63 @@ async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: 
             file.write_text(naming("third"))
             assert await follower.names() == ["third"]
     assert len(recorder.all("configuration not watched")) == 1
+
+
+class TestOfABroker:
+    """The same, with all that comes behind it."""
+
+    async def test_secrets_that_rotate_are_in_force_at_both_ends(
+        self, database: str, target: Target, tmp_path: Path
+    ) -> None:
+        secrets = Mounted(tmp_path / "secrets", token="old-token", key="old-key")
+        file = tmp_path / "broker.yaml"
+        file.write_text(
+            f"ingest: {{token: {{file: secrets/token}}}}\n"
+            f"triggers: {{a: {{target: {{url: '{target.url}', headers: {{X-Key: {{file: secrets/key}}}}}}}}}}\n"
+        )
+        async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
+            url = await serve.listening()
+            assert await sent(url, "old-token") == 202
+            secrets.swap(token="new-token", key="new-key")
+
+            async def in_force() -> bool:
+                return await sent(url, "new-token") == 202
+
+            await eventually("the new token lets in", in_force)
+            assert await sent(url, "old-token") == 401
+            await target.wait(2)
+        assert [request.header("x-key") for request in target.requests] == ["old-key", "new-key"]
+
+    async def test_a_refused_file_leaves_what_is_in_force_and_is_reported_with_every_mistake(
+        self, database: str, target: Target, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "broker.yaml"
+        body = f"target: {{url: '{target.url}'}}"
+        file.write_text(f"triggers: {{a: {{{body}, shards: 2}}}}")
+        async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
+            url = await serve.listening()
+            file.write_text(f"triggers:\n  a: {{{body}, order: x}}\n  b: {{url: x}}\n")
+            [refused] = await serve.complains("configuration refused")
+            assert "broker.yaml:2: triggers.a.order" in refused
+            assert "broker.yaml:3: triggers.b.url" in refused
+            # Valid, but not for this log.
+            file.write_text(f"triggers: {{b: {{{body}}}, a: {{{body}, shards: 3}}}}")
+            refused = (await serve.complains("configuration refused", count=2))[1]
+            assert "triggers.a.shards: expected 2" in refused
+            assert await sent(url, "") == 202
+            await target.wait(1)
+            file.write_text(f"triggers: {{b: {{{body}}}, a: {{{body}, shards: 2}}}}")
+
+            async def both() -> bool:
+                before = len(target.requests)
+                assert await sent(url, "") == 202
+                await target.wait(before + 1)
+                return len(target.requests) > before + 1
+
+            await eventually("both triggers deliver", both)
+
+
+async def sent(url: str, token: str) -> int:
+    headers = HEADERS | {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession() as client, client.post(url, headers=headers, data=b"x") as answer:
+        return answer.status
