@@ -12,6 +12,7 @@ event. Every attempt is: so it is child and link both, and users see one trace. 
 event that brought a context of its own.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,6 +94,8 @@ class Tracing:
         self._nothing = Context()
         # CloudEvents' extension knows no other format, whatever OTEL_PROPAGATORS says.
         self._propagator = TraceContextTextMapPropagator()
+        # It warns of each header that is not well-formed: a way for strangers to fill the log.
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
         self._destination = destination
         self._max_event_bytes = max_event_bytes
 

@@ -383,6 +383,20 @@ class TestSpans:
         assert (stored.attribute("traceparent") or "").startswith(PARENT[:35])
         assert stored.attribute("tracestate") is None
 
+    @pytest.mark.usefixtures("collector")
+    @pytest.mark.parametrize(
+        ("traceparent", "tracestate"),
+        [("x" * 4000, ""), (PARENT, "x" * 9000), (PARENT, "no pair"), (PARENT, ",".join(f"a{n}=b" for n in range(40)))],
+    )
+    async def test_strangers_cannot_fill_the_log(
+        self, traceparent: str, tracestate: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with traces() as traced:
+            headers = [(b"traceparent", traceparent.encode()), (b"tracestate", tracestate.encode())]
+            with traced.receive([order()], headers) as [stored]:
+                assert stored.attribute("tracestate") is None
+        assert not caplog.records
+
     async def test_of_two_headers_none_is_believed(self, collector: Collector) -> None:
         async with traces() as traced:
             headers = [(b"traceparent", PARENT.encode()), (b"traceparent", OTHER.encode())]
