@@ -137,7 +137,11 @@ class Ingest:
         self._authorize = _authorizer(auth)
 
     def stop_taking(self) -> None:
-        """Requests that begin from now on are told to come back; those in progress are finished."""
+        """Not ready from now on. What still comes over connections that there are is taken, each time as the last.
+
+        To refuse it would fail a request without need whenever one process takes over from another: its client could
+        not have known, and to commit it costs the process that ends nothing.
+        """
         self._stopping = True
 
     def count_refused(self, status: int) -> None:
@@ -219,8 +223,6 @@ class Ingest:
     async def _take(self, scope: Message, receive: Receive) -> bool:
         """Commit what a POST brings. False when the client went away first."""
         headers: list[Header] = scope["headers"]
-        if self._stopping:
-            raise come_back(STOPPING)
         content_type, length = _framing(headers)
         if self._authorize is not None:
             self._authorize(headers, scope["query_string"])
