@@ -21,6 +21,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from pgbackend import facts
 
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _LIBRARIES = logging.WARNING
 """What libraries have to say below this level is of use to their own developers."""
 
@@ -31,7 +32,7 @@ def configure(format: Literal["console", "json"], level: str) -> None:  # noqa: 
     `level` is debug, info, warning or error; of libraries only warnings and worse are shown. Raises ValueError for
     another one.
     """
-    number = logging.getLevelNamesMapping().get(level.upper())
+    number = _LEVELS.get(level)
     if number is None:
         raise ValueError(f"The log level is {level!r}: expected debug, info, warning or error.")
     handler = _Handler(sys.stderr)
@@ -117,7 +118,7 @@ def _as_json(_logger: WrappedLogger, _method: str, entry: EventDict) -> str:
     if error is not None:
         shown["exception"] = {
             "type": type(error).__qualname__,
-            "message": _text(str(error)),
+            "message": _text(_str(error)),
             "stacktrace": _traceback(error),
         }
     return json.dumps(shown)
@@ -177,11 +178,15 @@ def _shown(value: object) -> str:
 
 def _text(value: object) -> str:
     """The text of anything, without the credentials of the URLs in it."""
-    try:
-        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
-    except Exception:  # noqa: BLE001 - a record is written, whatever its fields are
-        text = f"({type(value).__name__} that cannot be shown)"
+    text = f"{type(value).__name__}: {_str(value)}" if isinstance(value, BaseException) else _str(value)
     return _CREDENTIALS.sub("://…@", text) if "@" in text else text
+
+
+def _str(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - a record is written, whatever its fields are
+        return f"({type(value).__name__} that cannot be shown)"
 
 
 # Up to the last @ before the path: passwords hold that sign, too.

@@ -24,6 +24,8 @@ from pgbackend import codec
 from pgbackend.codec import Event
 from pgbackend.errors import ConfigError
 
+Answered = Callable[[int], None]
+
 if TYPE_CHECKING:
     from multidict import CIMultiDict
     from opentelemetry.context import Context
@@ -33,18 +35,18 @@ if TYPE_CHECKING:
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-Answered = Callable[[int], None]
-
+_EVENT_BYTES = 1 << 20
+"""What the log takes. An event that its trace's context would make larger is stored without."""
 _STATE_CHARACTERS = 512
 """Of a `tracestate`: W3C asks everybody to hand on that many. A longer one is not stored with the event."""
 
 
-def from_environment(*, destination: str = "pgbackend", max_event_bytes: int = 1 << 20) -> "Tracing | None":
+def from_environment(*, destination: str = "pgbackend") -> "Tracing | None":
     """Traces as the standard OTEL_… variables ask for them; None when they do not.
 
     They do when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set, OTEL_SDK_DISABLED is not
-    `true` and OTEL_TRACES_EXPORTER is not `none`. Raises ConfigError when the packages are missing, or when another
-    protocol than HTTP is asked for.
+    `true` and OTEL_TRACES_EXPORTER is not `none`. `destination` is what spans call the log. Raises ConfigError when the
+    packages are missing, or when another protocol than HTTP is asked for.
     """
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     if named is None or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
@@ -69,19 +71,13 @@ def from_environment(*, destination: str = "pgbackend", max_event_bytes: int = 1
     # Not at exit: `shutdown()` has a limit of time, which the library's own does not keep.
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Tracing(provider, destination=destination, max_event_bytes=max_event_bytes)
+    return Tracing(provider, destination=destination)
 
 
 class Tracing:
     """Spans around commits and attempts."""
 
-    def __init__(
-        self, provider: "TracerProvider", *, destination: str = "pgbackend", max_event_bytes: int = 1 << 20
-    ) -> None:
-        """`destination` is what spans call the log, `max_event_bytes` the log's own limit.
-
-        An event that would be larger with a `traceparent` than the limit stays without one.
-        """
+    def __init__(self, provider: "TracerProvider", *, destination: str = "pgbackend") -> None:
         from opentelemetry import trace  # noqa: PLC0415 - an extra
         from opentelemetry.context import Context, get_current  # noqa: PLC0415
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
@@ -97,7 +93,6 @@ class Tracing:
         # It warns of each header that is not well-formed: a way for strangers to fill the log.
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
         self._destination = destination
-        self._max_event_bytes = max_event_bytes
 
     @contextmanager
     def receive(
@@ -167,7 +162,7 @@ class Tracing:
         carrier = self._carrier()
         if len(carrier.get("tracestate", "")) > _STATE_CHARACTERS:
             del carrier["tracestate"]
-        room = self._max_event_bytes - sum(len(value) for value in carrier.values())
+        room = _EVENT_BYTES - sum(len(value) for value in carrier.values())
         return [
             codec.attributes_with(event, carrier)
             if event.attribute("traceparent") is None and codec.size_of(event.row) <= room
