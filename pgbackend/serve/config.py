@@ -548,7 +548,7 @@ class DeliveryOptions(_Section):
     """The longest wait, also of what a target asks for by Retry-After: an ISO 8601 duration."""
     timeout: Seconds = Field(default=30.0, json_schema_extra={"default": "PT30S"})
     """For one request, from its connection to the end of its response: an ISO 8601 duration."""
-    dead_letter_url: OptionalUrl = Field(default=None, alias="deadLetterURL")
+    dead_letter_url: OptionalUrl = Field(default=None, alias="deadLetterURL", repr=False)
     """Where events go that the target did not take in all tries, with the same retries."""
 
     def policy(self) -> Retry:
@@ -566,7 +566,7 @@ _NO_OPTIONS = DeliveryOptions(retry="5", backoffPolicy="exponential")  # type: i
 class Target(_Section):
     """Where a trigger sends its events."""
 
-    url: OptionalUrl = None
+    url: OptionalUrl = Field(default=None, repr=False)
     """Absolute, http or https. Without one, events go to deadLetterURL at once."""
     headers: dict[HeaderName, HeaderValue] = Field(default={}, repr=False)
     """Added to each request to the target, not to deadLetterURL."""

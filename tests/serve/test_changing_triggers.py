@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections import Counter
 from time import monotonic
 
 import pytest
@@ -256,6 +257,26 @@ class TestChanging:
             await send(broker, 1, 2)
             await other_target.wait(2)
         assert sorted(other_target.ids()) == ["r1", "r2"]
+
+    async def test_two_processes_that_change_together_lose_and_repeat_nothing(
+        self, database: str, target: Target
+    ) -> None:
+        """As the workers of one broker do, whose file changes for all of them: altered once, moved once."""
+        before = config(billing=to(target, "order: key, shards: 2"))
+        async with serving(database, config=before) as one, serving(database, config=before) as other:
+            await send(one, *range(1, 21))
+            await target.wait(20)
+            head = (await one.backend.status()).head
+            bounds = f"bounds: {{byId: {{start: {head - 2}, end: {head + 100}}}}}"
+            for options in ("order: none", "order: key", f"order: key, {bounds}", f"order: none, {bounds}"):
+                file = config(billing=to(target, f"shards: 2, {options}"))
+                await asyncio.gather(one.configure(file), other.configure(file))
+                await send(other, options)
+                await settled(one)
+        counts = Counter(target.ids())
+        assert len(counts) == 24
+        assert {id_ for id_, count in counts.items() if count == 2} == {"19", "20", "order: none", "order: key"}
+        assert max(counts.values()) == 2
 
     async def test_a_chain_of_replies_is_as_long_as_it_may_be(self, database: str, target: Target) -> None:
         numbers = itertools.count(1)

@@ -62,8 +62,9 @@ def _documented() -> Iterator[str]:
         for block in re.findall(r"```yaml\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
             if re.search(r"^triggers:", block, re.MULTILINE):
                 yield block
-    for file in sorted(ROOT.glob("**/broker*.yaml")):
-        yield file.read_text(encoding="utf-8")
+    for folder in ("examples", "deploy"):
+        for file in sorted((ROOT / folder).glob("**/broker*.yaml")):
+            yield file.read_text(encoding="utf-8")
 
 
 RIGHT = [
