@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import socket
@@ -27,11 +27,13 @@ from typing import Any, Literal
 from pgbackend import embedded, facts
 from pgbackend.backend import Backend
 from pgbackend.database import Backoff
-from pgbackend.errors import ConnectionLostError, PgBackendError
-from pgbackend.serve import delivery
+from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
+from pgbackend.serve import delivery, tracing
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.ingest import Ingest
-from pgbackend.serve.listener import Listener, allow_many_connections, bind
+from pgbackend.serve.listener import TLS, Listener, allow_many_connections, bind
+from pgbackend.serve.metrics import Metrics
+from pgbackend.serve.reload import changes
 from pgbackend.serve.triggers import Triggers
 
 PRODUCE_TIMEOUT = 10.0
@@ -105,21 +107,27 @@ async def run(
 
     `on_serving` is called once events are taken in. Raises PgBackendError.
     """
+    tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
     backend = _backend(settings)
+    traces = tracing.from_environment()
     try:
-        async with delivery.open_session() as session:
-            triggers = Triggers(backend, session)
+        async with delivery.open_session(deny_private=settings.deny_private_targets) as session:
+            with Metrics(backend) as metrics:
+                triggers = Triggers(backend, session, metrics=metrics, tracing=traces, hops=settings.max_hops)
 
-            async def prepare() -> None:
-                await _init(backend, settings.startup_timeout)
-                await triggers.apply(configuration)
+                async def prepare() -> None:
+                    await _init(backend, settings.startup_timeout)
+                    await triggers.apply(configuration)
 
-            if await _finished(prepare(), unless=orders.stop):
-                listener = Listener(Ingest(backend, auth=configuration.ingest), bound)
-                await _run(backend, listener, orders.stop, on_serving)
+                if await _finished(prepare(), unless=orders.stop):
+                    ingest = Ingest(backend, auth=configuration.ingest, metrics=metrics, tracing=traces)
+                    following = _Following(settings, triggers, ingest, tls)
+                    await _run(backend, Listener(ingest, bound, tls=tls), following, orders, on_serving)
     finally:
         await backend.stop()
+        if traces is not None:
+            await asyncio.to_thread(traces.shutdown)
 
 
 def _backend(settings: Settings) -> Backend:
@@ -165,31 +173,36 @@ async def _finished(work: Coroutine[Any, Any, None], *, unless: asyncio.Event) -
         await asyncio.wait({working, stopped})
 
 
-async def _run(backend: Backend, listener: Listener, stop: asyncio.Event, on_serving: Callable[[], None]) -> None:
-    """Serve until `stop`; then drain the listener, then the backend. When either ends by itself, so does the other."""
+async def _run(
+    backend: Backend, listener: Listener, following: "_Following", orders: Orders, on_serving: Callable[[], None]
+) -> None:
+    """Serve until told to stop; then drain the listener, then the backend. When one ends by itself, so do all."""
     # No TaskGroup: it would cancel all of them together, and the order of the drain is what keeps promises.
     running = asyncio.create_task(backend.start(), name="backend")
     listening = asyncio.create_task(listener.run(), name="listener")
+    keeping_up = asyncio.create_task(following.run(orders.reload), name="watch over the configuration")
     started = asyncio.create_task(listener.wait_started(), name="wait for the listener")
-    stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait(), name="wait for a signal")
+    stopped: asyncio.Task[Any] = asyncio.create_task(orders.stop.wait(), name="wait for a signal")
     try:
-        await asyncio.wait({running, listening, started}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({running, listening, keeping_up, started}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             on_serving()
-            await asyncio.wait({running, listening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running, listening, keeping_up, stopped}, return_when=asyncio.FIRST_COMPLETED)
         died = running.done()
+        keeping_up.cancel()
+        await asyncio.wait({keeping_up})
         listener.stop()
         await asyncio.wait({listening})
         await backend.stop()
         await asyncio.wait({running})
-        for task in (running, listening):
+        for task in (running, listening, keeping_up):
             _raise_reason(task)
         if died:
             raise PgBackendError("The backend stopped without being asked to. Its log says more.")
     finally:
-        for task in (started, stopped, listening, running):
+        for task in (started, stopped, keeping_up, listening, running):
             task.cancel()
-        await asyncio.wait({started, stopped, listening, running})
+        await asyncio.wait({started, stopped, keeping_up, listening, running})
 
 
 def _raise_reason(task: asyncio.Task[None]) -> None:
@@ -200,6 +213,62 @@ def _raise_reason(task: asyncio.Task[None]) -> None:
         raise error
     if error is not None:
         raise PgBackendError(f"The {task.get_name()} failed: {type(error).__name__}: {error}") from error
+
+
+class _Following:
+    """Puts what the configuration and the certificates become in force, while the broker serves."""
+
+    def __init__(self, settings: Settings, triggers: Triggers, ingest: Ingest, tls: TLS | None) -> None:
+        self._settings = settings
+        self._triggers = triggers
+        self._ingest = ingest
+        self._tls = tls
+
+    async def run(self, reload: asyncio.Event) -> None:
+        """Until it is cancelled. `reload`: look at once, and whether or not something has changed."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._settings.config is not None:
+                tasks.create_task(self._follow_configuration(self._settings.config), name="follow the configuration")
+            if self._tls is not None:
+                tasks.create_task(self._follow_certificates(self._tls), name="follow the certificates")
+            while True:
+                await reload.wait()
+                reload.clear()
+                await self._read_again()
+
+    async def _follow_configuration(self, file: Path) -> None:
+        async with aclosing(changes(file, self._triggers.configuration)) as configurations:
+            async for configuration in configurations:
+                await self._put_in_force(configuration)
+
+    async def _follow_certificates(self, tls: TLS) -> None:
+        files = (self._settings.tls_cert, self._settings.tls_key, self._settings.tls_client_ca)
+        async with aclosing(changes(None, Configuration(), extra=[file for file in files if file])) as touched:
+            async for _ in touched:
+                tls.reload()
+
+    async def _read_again(self) -> None:
+        if self._tls is not None:
+            self._tls.reload()
+        try:
+            configuration = configuration_of(self._settings)
+        except ConfigError as error:
+            self._refuse(error)
+        else:
+            await self._put_in_force(configuration)
+
+    async def _put_in_force(self, configuration: Configuration) -> None:
+        try:
+            await self._triggers.apply(configuration)
+        except ConfigError as error:
+            self._refuse(error)
+        else:
+            # Only now: of a configuration that is refused nothing comes into force.
+            self._ingest.authorize_by(configuration.ingest)
+            facts.emit("configuration reloaded", file=str(self._settings.config))
+
+    def _refuse(self, error: ConfigError) -> None:
+        facts.emit("configuration refused", level=logging.ERROR, file=str(self._settings.config), error=str(error))
 
 
 @contextmanager
@@ -256,7 +325,7 @@ def welcome(settings: Settings, configuration: Configuration, bound: socket) -> 
     host, port = bound.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only to name another
     reachable = f"[{reachable}]" if ":" in reachable else reachable
-    url = f"http://{reachable}:{port}/"
+    url = f"{'http' if settings.tls_cert is None else 'https'}://{reachable}:{port}/"
     info = _backend(settings).info()
     lines = [f"Broker takes CloudEvents at {url}", f"  log: schema {info.schema}, {info.server}"]
     for name, trigger in configuration.triggers.items():
@@ -272,6 +341,9 @@ def welcome(settings: Settings, configuration: Configuration, bound: socket) -> 
     elif configuration.ingest.token is not None:
         headers += ["authorization: Bearer …"]
     options = " ".join(f"-H {shlex.quote(header)}" for header in headers)
+    if settings.tls_cert is not None:
+        # The name that the certificate is for is not known here.
+        options = f"-k {options}" if settings.tls_client_ca is None else f"-k --cert … {options}"
     data = shlex.quote('{"hello": "world"}')
     lines.append(f"Try: curl -i {url} {options} -d {data}")
     return "\n".join(lines)

@@ -4,15 +4,19 @@ import asyncio
 import os
 import re
 import signal
+import ssl
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from tests.serve.broker import HEADERS
 from tests.serve.target import Target
+
+INFORMED = ("--log-level", "info")
 
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PGBACKEND_")}
 
@@ -65,7 +69,9 @@ class Process:
 
 
 @asynccontextmanager
-async def running(*args: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Process]:
+async def running(
+    *args: str, env: Mapping[str, str] | None = None, preexec_fn: Callable[[], None] | None = None
+) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -76,6 +82,7 @@ async def running(*args: str, env: Mapping[str, str] | None = None) -> AsyncIter
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=preexec_fn,
     )
     try:
         yield Process(process)
@@ -86,11 +93,21 @@ async def running(*args: str, env: Mapping[str, str] | None = None) -> AsyncIter
         await process.communicate()
 
 
-async def post(url: str, id_: str = "1", body: bytes = b"x") -> int:
-    async with (
-        aiohttp.ClientSession() as client,
-        client.post(url, headers=HEADERS | {"ce-id": id_}, data=body) as answer,
-    ):
+async def post(
+    url: str,
+    id_: str = "1",
+    body: bytes = b"x",
+    *,
+    token: str | None = None,
+    ca: Path | None = None,
+    cert: Path | None = None,
+) -> int:
+    """The status of the answer. `ca` and `cert`: whom to trust, and what to show, where it is HTTPS."""
+    headers = HEADERS | {"ce-id": id_} | ({} if token is None else {"authorization": f"Bearer {token}"})
+    tls = True if ca is None else ssl.create_default_context(cafile=ca)
+    if isinstance(tls, ssl.SSLContext) and cert is not None:
+        tls.load_cert_chain(cert)
+    async with aiohttp.ClientSession() as client, client.post(url, headers=headers, data=body, ssl=tls) as answer:
         return answer.status
 
 

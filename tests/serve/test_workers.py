@@ -266,8 +266,8 @@ class TestStop:
                 await senders.sent(100)
                 serve.send(signal.SIGTERM)
                 assert await serve.ended() == 0
-            # A connection that was being opened, or on which nothing had come, is all that may have been cut.
-            assert all("event" not in problem for problem in senders.problems), senders.problems[:5]
+            # Clients that were just connecting may have been cut off. None that was heard was refused.
+            assert not any("http/1.1" in problem for problem in senders.problems), senders.problems
         async with workers(*arguments) as serve:
             await serve.listening()
             await all_arrived(arrived, senders)
