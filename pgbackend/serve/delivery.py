@@ -13,8 +13,8 @@ import asyncio
 import logging
 import time
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -28,9 +28,10 @@ from yarl import URL
 
 from pgbackend import codec, facts
 from pgbackend.codec import Event
-from pgbackend.errors import EventError, Pause, PgBackendError, Reject, RetryAfter
-from pgbackend.serve import replies
+from pgbackend.errors import EventError, Pause, Reject, RetryAfter
+from pgbackend.serve import egress
 from pgbackend.serve.egress import Connector, StaleConnectionError
+from pgbackend.serve.replies import Replies, Reply, ReplyError, Store
 
 if TYPE_CHECKING:
     from pgbackend.serve.metrics import TriggerMetrics
@@ -45,11 +46,11 @@ _ERROR_BYTES = 768  # 1,024 characters of base64, as much as Knative keeps
 _DRAINED_BYTES = 1 << 16  # read to keep the connection; beyond that a new one is cheaper
 _REASON_CHARACTERS = 200
 _COPIED_BYTES = 1 << 20  # aiohttp warns of larger ones in one piece
-_BAD_REPLY, _REPLY_NOT_STORED, _NO_ANSWER = 502, 503, 500  # as Knative says it, where no status says what failed
+_NO_ANSWER = 500  # as Knative has it where no status arrived
+_BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 _NO_CONTENT_TYPE = ("Content-Type",)
 
 Details = Mapping[str, str]
-Reply = Callable[[Sequence[Event]], Awaitable[None]]
 
 
 class DeliveryError(Exception):
@@ -80,10 +81,9 @@ def open_session(*, deny_private: bool = False) -> aiohttp.ClientSession:
 class _Answer(NamedTuple):
     status: int
     said: bytes = b""
-    """Of a failure the beginning of its body, of a reply all of it."""
+    """Of a failure: the beginning of its body."""
     retry_after: str | None = None
-    reply: replies.Mode | None = None
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    reply: Reply | None = None
 
 
 class Delivery:
@@ -98,7 +98,7 @@ class Delivery:
         timeout: float = 30.0,
         mode: Literal["binary", "structured"] = "binary",
         headers: Mapping[str, str] | None = None,
-        reply: Reply | None = None,
+        reply: Store | None = None,
         hops: int = 255,
         connections: int = 256,
         metrics: "TriggerMetrics | None" = None,
@@ -116,8 +116,11 @@ class Delivery:
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=None, sock_connect=None, sock_read=None)
         self._is_binary = mode == "binary"
         self._headers = tuple((headers or {}).items())
-        self._reply = reply
-        self._hops = hops
+        self._replies: Replies | None = None
+        if reply is not None:
+            self._replies = Replies(
+                reply, hops=hops, trigger=trigger, url=self._shown, metrics=metrics, tracing=tracing
+            )
         self._slots = asyncio.Semaphore(connections)
         self._metrics = metrics
         self._tracing = tracing
@@ -157,13 +160,17 @@ class Delivery:
     async def _attempt(
         self, event: Event, headers: CIMultiDict[str], body: bytes, answered: "Answered | None" = None
     ) -> None:
-        answer = await self._send(headers, body)
-        if answered is not None:
-            answered(answer.status)
-        if not 200 <= answer.status < 300:
-            self._fail(answer)
-        if answer.reply is not None:
-            await self._take_reply(event, answer)
+        try:
+            answer = await self._send(headers, body)
+            if answered is not None:
+                answered(answer.status)
+            if not 200 <= answer.status < 300:
+                self._fail(answer)
+            if answer.reply is not None and self._replies is not None:
+                await self._replies.take(answer.reply, to=event)
+        except ReplyError as error:
+            reason = f"{self._shown} {error}"
+            raise DeliveryError(reason, details=self._details(error.code, str(error)), status=error.code) from error
 
     async def _send(self, headers: CIMultiDict[str], body: bytes, *, again: bool = True) -> _Answer:
         """The target's answer. Raises DeliveryError without one, and Reject for what cannot be sent."""
@@ -183,24 +190,28 @@ class Delivery:
                 # No failed attempt: the target closed an idle connection just when it was used again.
                 return await self._send(headers, body, again=False)
             raise self._unanswered(error) from None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except _BROKEN as error:
             raise self._unanswered(error) from None
         except ValueError as error:
             # aiohttp writes no header that would break out of its line.
-            raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, b"")) from None
+            raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, "")) from None
 
     # What comes back.
 
     async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
-        status = response.status
+        status, said = response.status, bytearray()
         if not 200 <= status < 300:
-            said = await _beginning(response, _ERROR_BYTES)
-            return _Answer(status, said, retry_after=response.headers.get("Retry-After"))
-        if self._reply is not None and (mode := self._reply_mode(response.headers)) is not None:
-            body = await self._read_reply(response, mode)
-            return _Answer(status, body, reply=mode, headers=response.raw_headers)
+            with suppress(*_BROKEN):  # the status is the verdict, whatever becomes of the body
+                await egress.read(response, _ERROR_BYTES, into=said)
+            return _Answer(status, bytes(said), retry_after=response.headers.get("Retry-After"))
+        if self._replies is not None and (mode := self._replies.mode_of(response.headers)) is not None:
+            try:
+                return _Answer(status, reply=await self._replies.read(response, mode))
+            except _BROKEN as error:
+                raise ReplyError(status, f"broke off: {self._why(error)}") from None
         if not response.content.at_eof():
-            await _beginning(response, _DRAINED_BYTES)
+            with suppress(*_BROKEN):
+                await egress.read(response, _DRAINED_BYTES, into=said)
         return _Answer(status)
 
     def _fail(self, answer: _Answer) -> NoReturn:
@@ -218,63 +229,10 @@ class Delivery:
             raise Pause(f"{reason}; change the URL of trigger {self._trigger} to go on", details=details)
         raise Reject(reason, details=details)
 
-    def _reply_mode(self, headers: Mapping[str, str]) -> replies.Mode | None:
-        try:
-            return replies.mode_of(headers)
-        except EventError as error:
-            self._ignore_reply(error)
-            return None
-
-    async def _read_reply(self, response: aiohttp.ClientResponse, mode: replies.Mode) -> bytes:
-        """The whole body. Raises DeliveryError when it breaks off or is too large."""
-        limit = replies.limit_of(mode)
-        try:
-            body = await _beginning(response, limit + 1, whole=True)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._bad_reply(response.status, f"its reply broke off: {self._why(error)}") from None
-        if len(body) > limit:
-            raise self._bad_reply(response.status, f"its reply has more than {limit} bytes")
-        return body
-
-    async def _take_reply(self, event: Event, answer: _Answer) -> None:
-        """What the target replied is in the log, or is not worth it. Raises DeliveryError when it cannot be stored."""
-        assert self._reply is not None and answer.reply is not None  # noqa: S101, PT018 - or nobody calls
-        try:
-            found = replies.parse(answer.reply, answer.headers, answer.said)
-        except EventError as error:
-            self._ignore_reply(error)
-            return
-        events = list(replies.counted(found, to=event, most=self._hops))
-        if len(events) < len(found):
-            facts.emit(
-                "reply dropped after too many hops", level=logging.WARNING,
-                trigger=self._trigger, url=self._shown, events=len(found) - len(events),
-                event_id=event.id, event_source=event.source,
-            )  # fmt: skip
-        if not events:
-            return
-        try:
-            with nullcontext(events) if self._tracing is None else self._tracing.receive(events, None) as stored:
-                await self._reply(stored)
-        except PgBackendError as error:
-            code = _BAD_REPLY if isinstance(error, EventError) else _REPLY_NOT_STORED
-            raise self._bad_reply(answer.status, f"its reply was not stored: {error}", code) from error
-        if self._metrics is not None:
-            self._metrics.replied(len(events))
-
-    def _ignore_reply(self, error: EventError) -> None:
-        facts.emit(
-            "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._shown, error=str(error)
-        )  # fmt: skip
-
     def _unanswered(self, error: Exception) -> DeliveryError:
         reason = self._why(error)
-        details = self._details(_NO_ANSWER, f"dispatch error: {reason}".encode())
+        details = self._details(_NO_ANSWER, f"dispatch error: {reason}")
         return DeliveryError(f"{self._shown}: {reason}", details=details, status=None)
-
-    def _bad_reply(self, status: int, reason: str, code: int = _BAD_REPLY) -> DeliveryError:
-        reason = f"{self._shown} answered {status}, but {reason}"
-        return DeliveryError(reason, details=self._details(code, reason.encode()), status=code)
 
     def _why(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
@@ -285,8 +243,10 @@ class Delivery:
         # What is not HTTP is quoted in full, over several lines.
         return " ".join(text.split())[:_REASON_CHARACTERS] or type(error).__name__
 
-    def _details(self, status: int, said: bytes) -> Details:
+    def _details(self, status: int, said: bytes | str) -> Details:
         details = {"knativeerrordest": self._shown, "knativeerrorcode": str(status)}
+        if isinstance(said, str):
+            said = said.encode(errors="backslashreplace")  # it may quote what is no text
         if said:
             details["knativeerrordata"] = b64encode(said[:_ERROR_BYTES]).decode()
         return details
@@ -323,19 +283,6 @@ def shown(url: URL) -> str:
 
 def _status_of(failure: DeliveryError | RetryAfter | Reject | Pause) -> int | None:
     return failure.status if isinstance(failure, DeliveryError) else int(failure.details["knativeerrorcode"])
-
-
-async def _beginning(response: aiohttp.ClientResponse, limit: int, *, whole: bool = False) -> bytes:
-    """The first bytes of the body, `limit` at most. Unless the `whole` is wanted, however it ends."""
-    body = bytearray()
-    try:
-        while len(body) < limit and (some := await response.content.read(limit - len(body))):
-            body += some
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        if whole:
-            raise
-        # The status is the verdict, whatever becomes of the body.
-    return bytes(body)
 
 
 def _phrase(status: int) -> str:

@@ -87,6 +87,12 @@ class _TargetConnection(ResponseHandler):
             self.transport.abort()
 
 
+async def read(response: aiohttp.ClientResponse, limit: int, *, into: bytearray) -> None:
+    """The beginning of the body, `limit` bytes at most, is in `into`. Raises what aiohttp does when it breaks off."""
+    while len(into) < limit and (some := await response.content.read(limit - len(into))):
+        into += some
+
+
 # Whom they may reach
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -11,15 +12,18 @@ from time import monotonic
 
 import aiohttp
 import pytest
+import trustme
 from aiohttp import web
 from yarl import URL
 
 from pgbackend import codec
+from pgbackend.backend import Backend
 from pgbackend.codec import Event
 from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.facts import Recorder
 from pgbackend.model import Failure
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session, refuse_without_target
+from tests.serve.broker import envelope
 from tests.serve.target import Request, Target, raw_server, read_request
 
 ORDER = codec.parse_structured(
@@ -224,6 +228,14 @@ class TestRetryAfter:
             await delivery(target.url)(ORDER)
         assert caught.value.delay == 0
 
+    @pytest.mark.parametrize(
+        "text", ["Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "Sun, 06 Nov 1994 08:49:37 -0500"]
+    )
+    async def test_so_is_one_in_an_old_form(self, text: str, target: Target, delivery: DeliveryMaker) -> None:
+        answering(target, 429, Retry_After=text)
+        with pytest.raises(RetryAfter):
+            await delivery(target.url)(ORDER)
+
     @pytest.mark.parametrize("text", ["soon", "-5", "1.5", "", "٣", "Sun, 99 Nov 1994 08:49:37 GMT"])
     async def test_nonsense_is_ignored(self, text: str, target: Target, delivery: DeliveryMaker) -> None:
         answering(target, 503, Retry_After=text)
@@ -332,6 +344,49 @@ class TestTroubleOnTheWay:
         async with raw_server(talk) as url:
             with pytest.raises(DeliveryError):
                 await delivery(url, timeout=5.0)(ORDER)
+
+    @pytest.mark.parametrize(
+        ("status", "outcome"), [(b"413 Too Large", DeliveryError), (b"204 No Content", type(None))]
+    )
+    @pytest.mark.parametrize("size", [900_000, 8_000_000])
+    async def test_an_answer_counts_although_the_target_never_reads_the_body(
+        self, status: bytes, outcome: type[Exception], size: int, delivery: DeliveryMaker
+    ) -> None:
+        done = asyncio.Event()
+
+        async def answer_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # of a socket it can
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
+            await done.wait()
+
+        large = Event((*ORDER.row[:10], b"x" * size, None))
+        async with raw_server(answer_early) as url:
+            billing = delivery(url, timeout=20.0)
+            [said] = await asyncio.wait_for(asyncio.gather(billing(large), return_exceptions=True), 10)
+            done.set()
+        assert type(said) is outcome
+
+    async def test_a_tls_handshake_that_never_ends_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(-1)
+
+        async with raw_server(silent) as url:
+            with pytest.raises(DeliveryError, match="no response within"):
+                await delivery(url.replace("http:", "https:"), timeout=0.3)(ORDER)
+
+    async def test_a_certificate_that_nobody_vouches_for_is_retried(self, delivery: DeliveryMaker) -> None:
+        certificate = trustme.CA().issue_cert("127.0.0.1")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        certificate.configure_cert(context)
+
+        async def nobody(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            raise AssertionError("an event was sent")
+
+        async with await asyncio.start_server(nobody, "127.0.0.1", 0, ssl=context) as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(DeliveryError, match="certificate"):
+                await delivery(f"https://127.0.0.1:{port}/", timeout=5.0)(ORDER)
 
     async def test_an_idle_connection_that_the_target_closed_costs_no_attempt(self, delivery: DeliveryMaker) -> None:
         """The target closes after its answer without having said so; the next request meets the closing."""
@@ -453,6 +508,28 @@ class TestSlots:
         # In all it takes 0.6 s: more than a request may.
         await asyncio.gather(*(billing(ORDER) for _ in range(12)))
         assert most == 2
+
+    async def test_they_are_shared_by_all_shards(
+        self, backend: Backend, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        most = opened = 0
+
+        async def slow(request: object) -> web.Response:
+            nonlocal most, opened
+            opened += 1
+            most = max(most, opened)
+            await asyncio.sleep(0.01)
+            opened -= 1
+            return web.Response(status=204)
+
+        target.answer = slow
+        await backend.subscribe("billing", delivery(target.url, connections=3), start="earliest", shards=4)
+        await backend.produce_many([codec.parse_structured(envelope(n)) for n in range(200)])
+        running = asyncio.create_task(backend.start())
+        await target.wait(200)
+        await backend.stop()
+        await running
+        assert most == 3
 
     async def test_one_trigger_never_takes_the_slots_of_another(self, target: Target, delivery: DeliveryMaker) -> None:
         hang = asyncio.Event()
