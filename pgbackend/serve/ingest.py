@@ -128,6 +128,7 @@ class Ingest:
         self._tracing = tracing
         self._readiness = _Readiness(backend)
         self._held_bytes = 0
+        self._retired = False
         self._stopping = False
         # Within it no limit of an event can be broken, so that nothing has to be measured.
         self._whole_bytes = self._limits.event_bytes - _ENVELOPE_BYTES
@@ -136,13 +137,13 @@ class Ingest:
         """From the next request on, this is who may send."""
         self._authorize = _authorizer(auth)
 
-    def stop_taking(self) -> None:
-        """Not ready from now on. What still comes over connections that there are is taken, each time as the last.
+    def retire(self) -> None:
+        """Not ready from now on. What still comes over connections that there are is taken."""
+        self._retired = True
 
-        To refuse it would fail a request without need whenever one process takes over from another: its client could
-        not have known, and to commit it costs the process that ends nothing.
-        """
-        self._stopping = True
+    def stop_taking(self) -> None:
+        """Requests that begin from now on are told to come back; those in progress are finished."""
+        self._retired = self._stopping = True
 
     def count_refused(self, status: int) -> None:
         """A request was answered with this status, here or by the HTTP server."""
@@ -223,6 +224,8 @@ class Ingest:
     async def _take(self, scope: Message, receive: Receive) -> bool:
         """Commit what a POST brings. False when the client went away first."""
         headers: list[Header] = scope["headers"]
+        if self._stopping:
+            raise come_back(STOPPING)
         content_type, length = _framing(headers)
         if self._authorize is not None:
             self._authorize(headers, scope["query_string"])
@@ -309,7 +312,7 @@ class Ingest:
         if path == "/healthz":
             await _write(send, 200, b'{"ok": "true"}', _JSON)
         elif path == "/readyz":
-            wrong = STOPPING if self._stopping else await self._readiness.what_is_wrong()
+            wrong = STOPPING if self._retired else await self._readiness.what_is_wrong()
             if wrong is not None:
                 raise come_back(wrong)
             await _write(send, 200, b'{"ok": "true"}', _JSON)

@@ -46,7 +46,7 @@ _KEEP_ALIVE = 75.0
 _HANDSHAKE = 10.0
 """Seconds that a TLS handshake may take."""
 _LINGER = 0.5
-"""Seconds that idle connections stay when the broker stops: what their clients are just sending is answered."""
+"""Seconds that idle connections stay when the broker stops: what their clients are just sending is taken."""
 _GRACE = 3.0
 """Seconds that requests which are still arriving get when the broker stops."""
 _MAX_CONNECTIONS = 10_000
@@ -197,8 +197,13 @@ class Listener:
         await self._server.accepting.wait()
 
     def stop(self) -> None:
-        """Take no more connections and no more events; `run` returns after the requests in progress."""
-        self._app.stop_taking()
+        """Take no more connections; `run` returns after the requests in progress, at the latest the next few seconds'.
+
+        A client of an idle connection could not have known: for a moment what it sends is taken, as the connection's
+        last request, so that a process can take over from another without failing any. After that it is refused.
+        """
+        self._app.retire()
+        self._server.server_state.stopping = True
         self._server.should_exit = True
 
 
@@ -339,7 +344,6 @@ class _Server(uvicorn.Server):
             await asyncio.wait(connecting)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.server_state.stopping = True
         await self.stop_accepting()
         loop = asyncio.get_running_loop()
         leaving = loop.call_later(_LINGER, self._close_idle)
@@ -359,6 +363,7 @@ class _Server(uvicorn.Server):
             self._look_after_connections()
 
     def _close_idle(self) -> None:
+        self._app.stop_taking()
         for connection in self._connections():
             connection.close_if_idle()
 
@@ -526,7 +531,7 @@ class _Connection(HttpToolsProtocol):
             or not url.isascii()
         ):
             return False
-        exchange = _Exchange(self, keep_alive=parser.should_keep_alive())
+        exchange = _Exchange(self, keep_alive=parser.should_keep_alive() and not self._state.stopping)
         if not self._ingest.take_whole(self.headers, self._piece, exchange.answer):
             return False
         self._undecided = False
@@ -643,7 +648,8 @@ class _Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def close_if_idle(self) -> None:
-        if self._is_answered() and not (self._receiving and self._received_bytes):
+        has_begun = self.headers is not None  # a request, ever
+        if self._is_answered() and not (self._receiving and has_begun):
             self.transport.close()
 
     def abandon_unfinished(self) -> None:

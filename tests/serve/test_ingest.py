@@ -20,6 +20,7 @@ from pgbackend.errors import (
     ProduceUncertainError,
 )
 from pgbackend.serve import ingest as ingest_module
+from pgbackend.serve.config import load
 from pgbackend.serve.ingest import Limits
 from pgbackend.serve.metrics import Metrics
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
@@ -321,9 +322,19 @@ class TestAuthorization:
             assert (await broker.send(HEADERS, path="/?access_token=p")).status == 401
             assert (await broker.send(HEADERS | {"authorization": "Bearer "})).status == 401
 
+    async def test_after_a_reload_the_next_request_is_asked_for_the_new_secret(self, database: str) -> None:
+        async with serving(database, config="ingest: {token: old}") as broker:
+            old, new = ({"authorization": f"Bearer {token}"} | HEADERS for token in ("old", "new"))
+            assert [(await broker.send(headers)).status for headers in (old, new, HEADERS)] == [202, 401, 401]
+            broker.ingest.authorize_by(load("ingest: {token: new}", origin="test").ingest)
+            assert [(await broker.send(headers)).status for headers in (old, new, HEADERS)] == [401, 202, 401]
+            broker.ingest.authorize_by(load("{}", origin="test").ingest)
+            assert (await broker.send(HEADERS)).status == 202
+
     async def test_health_needs_no_secret(self, database: str) -> None:
         async with serving(database, config=self.CONFIG) as broker:
             assert (await broker.request("GET", "/healthz")).status == 200
+            assert (await broker.request("GET", "/readyz")).status == 200
 
 
 class TestWhenPostgresqlIsInTheWay:
@@ -377,6 +388,29 @@ class TestWhenPostgresqlIsInTheWay:
 
             await eventually("it is ready", ready)
             assert [event.id for event in await broker.stored()] == ["before", "after"]
+
+    async def test_while_postgresql_is_silent_every_client_gets_its_503_in_time(self, database: str) -> None:
+        async with Proxy(database) as proxy, serving(proxy.dsn, produce_timeout=1.0) as broker:
+            assert (await broker.send(HEADERS)).status == 202
+            proxy.stall()
+            began = asyncio.get_running_loop().time()
+            events = [
+                (HEADERS, b"x"),
+                (STRUCTURED, envelope()),
+                (BATCH, b"[%b]" % envelope()),
+                (HEADERS, b"x" * 990_000),
+            ]
+            answers = await asyncio.gather(*(broker.send(*event) for event in events * 10))
+            assert asyncio.get_running_loop().time() - began < 5
+            for answer in answers:
+                assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+                assert "Nothing was stored" in answer.detail or "may or may not be stored" in answer.detail
+            proxy.restore()
+
+            async def accepted() -> bool:
+                return (await broker.send(HEADERS)).status == 202
+
+            await eventually("PostgreSQL answers again", accepted)
 
     async def test_a_commit_whose_answer_was_lost_is_said_to_be_uncertain(self, database: str) -> None:
         async with Proxy(database) as proxy, serving(proxy.dsn) as broker:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,9 +11,14 @@ import pytest
 from pgbackend.backend import Backend
 from pgbackend.codec import Event
 from pgbackend.errors import ConfigError
+from pgbackend.facts import Recorder
 from pgbackend.serve import listener as listener_module
+from pgbackend.serve.ingest import Problem
 from pgbackend.serve.listener import bind
 from tests.serve.broker import HEADERS, STRUCTURED, Broker, envelope
+from tests.support.polling import eventually
+
+produce_soon = Backend.produce_soon
 
 HEAD = b"POST / HTTP/1.1\r\n" + b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
 
@@ -223,7 +229,6 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
 ) -> None:
     monkeypatch.setattr(listener_module, "_GRACE", 0.5)
     reached, release = asyncio.Event(), []
-    produce_soon = Backend.produce_soon
 
     def held(self: Backend, event: Event, done: Callable[[Exception | None], None]) -> None:
         reached.set()
@@ -239,6 +244,151 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
     release[0]()
     assert (await sending).status == 202
     assert len(await broker.stored()) == 1
+
+
+async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_closes_their_connections(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_LINGER", 2.0)
+    request = HEAD + b"Content-Length: 0\r\n\r\n"
+    connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(4)]
+    for reader, writer in connections[:3]:
+        writer.write(request)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+
+    broker.listener.stop()
+    connections[0][1].write(request)
+    answer = await connections[0][0].read()
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert b"connection: close" in answer
+    connections[1][1].write(b"GET /readyz HTTP/1.1\r\n\r\n")
+    answer = await connections[1][0].read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1" in answer
+    for reader, writer in connections:
+        assert await reader.read() == b""
+        writer.close()
+    assert len(await broker.stored()) == 4
+
+
+async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_LINGER", 0.1)
+    idle, late = [await asyncio.open_connection(broker.host, broker.port) for _ in range(2)]
+    late[1].write(HEAD)
+    await broker.request("GET", "/healthz")
+    broker.listener.stop()
+    assert await idle[0].read() == b""
+    late[1].write(b"Content-Length: 0\r\n\r\n")
+    answer = await late[0].read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    for header in (b"retry-after: 1", b"connection: close", b"content-type: application/problem+json"):
+        assert header in answer
+    for _, writer in (idle, late):
+        writer.close()
+    assert await broker.stored() == []
+
+
+async def test_a_stopped_broker_is_alive_until_it_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_LINGER", 2.0)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+    await reader.readuntil(b"}")
+    broker.listener.stop()
+    writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(Problem, "body", lambda _: b"x" * 1_000_000)
+
+    def flood() -> None:
+        with socket.create_connection((broker.host, broker.port), timeout=30) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            while True:
+                connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 50)
+
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(flood)
+    assert (await broker.send(HEADERS)).status == 202
+
+
+async def test_who_does_not_read_its_last_answer_is_cut_off(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(listener_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(Problem, "body", lambda _: b"x" * 10_000_000)
+    connection = socket.create_connection((broker.host, broker.port))
+    connection.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+    state = broker.listener._server.server_state
+
+    async def gone() -> bool:
+        return len(state.connections) == 0
+
+    await eventually("it is cut off", gone)
+    connection.close()
+
+
+async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_KEEP_ALIVE", 0.5)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n"):
+        writer.write(request)
+        await reader.readuntil(b"\r\n\r\n")
+    async with asyncio.timeout(10):
+        await reader.read()
+    writer.close()
+
+
+async def test_too_many_requests_ahead_of_their_answers_are_not_taken_and_the_rest_is_answered(broker: Broker) -> None:
+    answer = await broker.talk(b"GET / HTTP/1.1\r\n\r\n" * 1000)
+    assert 100 <= answer.count(b"HTTP/1.1 404 ") < 200
+    assert answer.rpartition(b"HTTP/1.1 ")[2].lower().count(b"connection: close") == 1
+
+
+async def test_all_connections_together_hold_a_bounded_number_of_requests_that_were_sent_ahead(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_QUEUED_BYTES", 1_000_000)
+    held: list[Callable[[], None]] = []
+    monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: held.append(partial(produce_soon, *arguments)))
+    request = HEAD + b"Content-Length: 10000\r\n\r\n" + b"x" * 10_000
+    connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(10)]
+    with Recorder() as recorder:
+        for _, writer in connections:
+            writer.write(request * 20)
+        await recorder.wait("connections refused")
+    state = broker.listener._server.server_state
+    assert 0 < len(state.connections) < 10
+    assert 0 < state.queued_bytes <= 1_000_000
+    monkeypatch.setattr(Backend, "produce_soon", produce_soon)
+    for release in held:
+        release()
+    served = 0
+    for reader, writer in connections:
+        try:
+            for _ in range(20):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+            served += 1
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        writer.close()
+    assert served > 0
+    assert state.queued_bytes == 0
+
+
+async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing_behind(broker: Broker) -> None:
+    for method in (b"GET /readyz", b"POST /?long=way"):
+        _, writer = await asyncio.open_connection(broker.host, broker.port)
+        writer.write(HEAD.replace(b"POST /", method, 1) + b"\r\n")
+        writer.write((HEAD + b"Content-Length: 0\r\n\r\n") * 50)
+        await writer.drain()
+        writer.transport.abort()
+    assert (await broker.send(HEADERS)).status == 202
+    assert broker.listener._server.server_state.queued_bytes == 0
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:
