@@ -396,7 +396,6 @@ _TOLD: Mapping[str, Callable[[_Instruments, str], None]] = {
     "lease lost": _at_ease,
     "configuration reloaded": _reloaded,
     "configuration refused": _reload_failed,
-    "configuration is in force again": lambda instruments, _: instruments.reload_good.set(1),
 }
 """What each fact changes, of the subscription that it is about."""
 

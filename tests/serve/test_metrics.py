@@ -12,14 +12,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from aiohttp import web
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+import pgbackend
 from pgbackend import Backend, facts
 from pgbackend.codec import Event, parse_structured
 from pgbackend.facts import Recorder
+from pgbackend.serve import metrics as metrics_module
 from pgbackend.serve.metrics import Metrics
 from tests.serve.broker import HEADERS, serving
 from tests.serve.target import Target
@@ -154,6 +157,12 @@ class TestFacts:
         facts.emit(end, level=logging.DEBUG, subscription="billing")
         assert await value(metrics, sample, **{TRIGGER: "billing"}) == 0
 
+    def test_each_fact_that_is_listened_for_is_told_somewhere(self) -> None:
+        sources = "".join(file.read_text() for file in Path(pgbackend.__file__).parent.rglob("*.py"))
+        for fact in (*metrics_module._TOLD, "trigger added"):
+            # Here, and where it is emitted.
+            assert sources.count(f'"{fact}"') >= 2, fact
+
     async def test_reloads_are_counted_and_the_last_one_is_known(self, metrics: Metrics) -> None:
         when = "pgbackend_config_last_reload_success_timestamp_seconds"
         began = await value(metrics, when)
@@ -261,6 +270,17 @@ class TestExposition:
             for name, family in families.items()
         }
         assert said == there
+
+    async def test_what_examples_ask_for_is_there(self, database: str) -> None:
+        documented = DOCUMENTED.read_text()
+        names = {sample.name for family in (await everything(database)).values() for sample in family.samples}
+        examples = "".join(re.findall(r"```(?:yaml|promql)\n(.*?)```", documented, re.DOTALL))
+        asked = set(re.findall(r"\b(?:pgbackend|messaging|process)_\w+", examples)) - {TRIGGER}
+        assert asked
+        assert asked <= names
+        [rules] = [text for text in re.findall(r"```yaml\n(.*?)```", documented, re.DOTALL) if "alert" in text]
+        for rule in yaml.safe_load(rules)["groups"][0]["rules"]:
+            assert {"alert", "expr"} <= rule.keys() <= {"alert", "expr", "for", "annotations"}
 
 
 async def everything(database: str) -> dict[str, Metric]:
@@ -519,8 +539,6 @@ class TestSeveralProcesses:
 
     @pytest.mark.parametrize("killed", [False, True])
     async def test_counts_of_a_process_that_is_gone_stay_and_its_gauges_go(self, killed: bool, directory: Path) -> None:
-        from pgbackend.serve import metrics
-
         async with process(directory) as staying:
             await staying.do("metrics.ingested(1, 0.1)")
             for _ in range(3):
@@ -536,7 +554,7 @@ class TestSeveralProcesses:
                     else:
                         await going.end()
                 before = (await staying.samples())[SENT]
-                metrics.worker_gone(going.process.pid)
+                metrics_module.worker_gone(going.process.pid)
                 assert (await staying.samples())[SENT] == before
             shown = await staying.samples()
             assert shown[SENT] == 31
@@ -548,8 +566,6 @@ class TestSeveralProcesses:
         self, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nor would Prometheus forgive it: a count that falls looks like a restart, and is added as a whole again."""
-        from pgbackend.serve import metrics
-
         async with process(directory) as staying, process(directory) as going:
             await going.do("metrics.ingested(10, 0.1)")
             await going.end()
@@ -563,7 +579,7 @@ class TestSeveralProcesses:
                 unlink(file)
 
             monkeypatch.setattr(Path, "unlink", hesitating)
-            moving = asyncio.create_task(asyncio.to_thread(metrics.worker_gone, going.process.pid))
+            moving = asyncio.create_task(asyncio.to_thread(metrics_module.worker_gone, going.process.pid))
             await asyncio.to_thread(copied.wait, 20)
             looking = asyncio.create_task(staying.samples())
             # As long as it may take who does not wait for the other.
