@@ -353,6 +353,24 @@ class TestRefusing:
             ]
 
 
+class TestFailing:
+    async def test_one_that_cannot_be_changed_holds_up_no_other_and_is_tried_again(
+        self, database: str, target: Target
+    ) -> None:
+        async with serving(database) as broker:
+            await broker.backend.subscribe("billing", print)  # by somebody else in this process
+            with Recorder() as recorder:
+                file = load(config(billing=to(target), other=to(target)), origin="test")
+                await asyncio.wait_for(broker.triggers.apply(file), 10)
+                await recorder.wait("trigger change failed", trigger="billing", count=2)
+                assert recorder.all("trigger added", trigger="other")
+                await broker.backend.unsubscribe("billing")
+                await recorder.wait("trigger added", trigger="billing")
+            await broker.triggers.settled()
+            await send(broker, 1)
+            await target.wait(2)
+
+
 class TestRestarting:
     async def test_a_restart_with_a_changed_file_is_a_change_too(
         self, database: str, target: Target, other_target: Target
