@@ -35,6 +35,7 @@ from pgbackend import facts
 from pgbackend.codec import Event
 from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.health import TargetHealth
+from pgbackend.lanes import Lanes, sift
 from pgbackend.model import Failure
 from pgbackend.reader import Batch, size_of
 from pgbackend.registration import Registration
@@ -105,7 +106,7 @@ class Pump:
         self._again: deque[_Again] = deque()
         self._letters: deque[_Again] = deque()
         """The same for the dead-letter dispatcher: a target that is down does not hold them."""
-        self._parked: dict[object, deque[Event]] = {}
+        self._lanes = Lanes(single=self._strict)
         self._handed_over: dict[int, int] = {}
         """Positions that are at work from `redeliveries`, or on their way there, with their sizes, until what became
         of them is committed. Not to be taken again meanwhile: a row can be seen before its commit is answered."""
@@ -245,6 +246,7 @@ class Pump:
         start = 0
         if not dated and shards == 1 and end is None and not self._ordered and not batch.opened:
             start = await self._admit_runs(batch)
+        picky = shards > 1 or dated or registration.filter is not None
         for index in range(start, len(batch.events)):
             event, position = batch.events[index], batch.positions[index]
             if end is not None and position >= end:
@@ -256,14 +258,19 @@ class Pump:
                 # Whichever shard it is for: what lies behind the end is one range, then.
                 window.put_off(position)
                 continue
-            if (
+            refused = picky and (
                 (shards > 1 and event.key_hash % shards != shard)
                 or (dated and self._is_before_start(event))
-                or not (registration.filter is None or self._passes(event))
-                or not (window.fits(batch.sizes[index]) or await self._has_room(event, batch.sizes[index]))
-            ):
+                or (registration.filter is not None and not self._passes(event))
+            )
+            if not refused and not window.fits(batch.sizes[index]):
+                # There may be a filter after that.
+                picky = True
+                refused = not await self._has_room(event, batch.sizes[index])
+            if refused:
                 window.skip(position)
-                self._forget_waiting(position)
+                if self._waiting:
+                    self._forget_waiting(position)
                 continue
             window.open(position, batch.sizes[index])
             self._make_ready(event)
@@ -324,62 +331,39 @@ class Pump:
 
     def _make_ready(self, event: Event) -> None:
         """Queue an event, or park it behind its key, or hold it back until its noted time has come."""
-        if self._ordered:
-            # First its key: a late event of the same one may have it, and what was noted waits until it is free.
-            if not self._occupy(event):
-                return
-            if self._waiting and (before := self._waiting.pop(event.position, None)) is not None:
-                attempt, delay, failure = before
-                self._later(delay, _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False))
-                return
+        # First its lane: a late event of the same one may have it, and what was noted waits until it is free.
+        if self._ordered and (not self._lanes.enter(event) or self._hold_back(event)):
+            return
         self._ready.append(event)
         if len(self._ready) == 1:
             # Whoever takes it wakes the next one, should there be more by then.
             self._wake()
 
-    def _key(self, event: Event) -> object:
-        return "strict" if self._strict else event.key
-
-    def _occupy(self, event: Event) -> bool:
-        """Take the event's key, or park the event behind it."""
-        key = self._key(event)
-        if key is None:
-            return True
-        parked = self._parked.get(key)
-        if parked is None:
-            self._parked[key] = deque()
-            return True
-        parked.append(event)
-        return False
-
     def _vacate(self, event: Event) -> None:
-        """The event is done with: the next of its key may go."""
-        key = self._key(event)
-        if key is None:
-            return
-        parked = self._parked.get(key)
-        if parked:
-            following = parked.popleft()
-            if self._waiting and (before := self._waiting.pop(following.position, None)) is not None:
-                attempt, delay, failure = before
-                again = following.with_delivery(attempt=attempt + 1, failure=failure)
-                self._later(delay, _Again(again, handed_over=False))
-            else:
-                self._ready.append(following)
-                self._wake()
-        else:
-            self._parked.pop(key, None)
+        """The event is done with: the next of its lane may go."""
+        following = self._lanes.leave(event)
+        if following is not None and not self._hold_back(following):
+            self._ready.append(following)
+            self._wake()
+
+    def _hold_back(self, event: Event) -> bool:
+        """Whether the event has failed under a former owner: then it comes when it is due."""
+        if not self._waiting or (before := self._waiting.pop(event.position, None)) is None:
+            return False
+        attempt, delay, failure = before
+        self._later(delay, _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False))
+        return True
 
     def _let_go(self) -> int:
         """Settle what waits here and does not pass the filter any more; how many events that were."""
         if self.registration.filter is None or self.shard.lost:
             return 0
         # Those behind a key first: what is let go in front of them makes the next one ready.
-        parked = [event for queue in self._parked.values() for event in self._sift(queue)]
+        parked = self._lanes.sift(self._passes)
         for event in parked:
             self._forget_waiting(event.position)
             self.shard.window.settle(event.position)
-        gone = [_Again(event, handed_over=False) for event in self._sift(self._ready)]
+        gone = [_Again(event, handed_over=False) for event in sift(self._ready, self._passes)]
         for queue in (self._again, self._letters):
             refused = [again for again in queue if again.letter is None and not self._passes(again.event)]
             for again in refused:
@@ -397,20 +381,9 @@ class Pump:
             self._note(self.shard)
         return len(parked) + len(gone)
 
-    def _sift(self, queue: deque[Event]) -> list[Event]:
-        """Take out of a queue what does not pass the filter."""
-        kept: list[Event] = []
-        refused: list[Event] = []
-        for event in queue:
-            (kept if self._passes(event) else refused).append(event)
-        if refused:
-            queue.clear()
-            queue.extend(kept)
-        return refused
-
     def _forget_waiting(self, position: int) -> None:
         """An event is let go: should it have failed under a former owner, nobody is to try it again."""
-        if self._waiting and self._waiting.pop(position, None) is not None:
+        if self._waiting.pop(position, None) is not None:
             self.shard.note(Forgotten(position=position))
 
     # What is due again.

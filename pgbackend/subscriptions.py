@@ -33,6 +33,7 @@ _SKEW = timedelta(seconds=60)
 
 _PATIENCE = 0.25
 """Seconds between looks at whether shards that run elsewhere are free, at most."""
+_DEADLOCK = "40P01"
 _UNKNOWN = "unknown"
 """The start bound of subscriptions that are older than it (migration 0002)."""
 
@@ -180,11 +181,18 @@ class Subscriptions:
             position, pending, start_at = (
                 await self._locate(terms.start) if terms.move(stored) else (None, RangeSet(), None)
             )
-            if await self._log.database.fetch(
-                self._sql.alter_subscription,
-                name, stored.version, time.monotonic() >= deadline, terms.order, terms.end_position, terms.end_at,
-                start_bound, position, str(pending), start_at,
-            ):  # fmt: skip
+            try:
+                altered = await self._log.database.fetch(
+                    self._sql.alter_subscription,
+                    name, stored.version, time.monotonic() >= deadline, terms.order, terms.end_position, terms.end_at,
+                    start_bound, position, str(pending), start_at,
+                )  # fmt: skip
+            except DatabaseError as error:
+                # It locks the shards in their order; the commit of one who still runs them does not.
+                if error.sqlstate != _DEADLOCK:
+                    raise
+                altered = []
+            if altered:
                 return True
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _PATIENCE)

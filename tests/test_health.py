@@ -91,3 +91,31 @@ def test_it_is_down_after_failures_of_ten_events_with_no_success_between(outcome
             down = down or len(failed) >= FAILURES_IN_A_ROW
         assert health.down == down
         assert health.failing == bool(failed)
+
+
+def test_a_paused_target_stays_so_whatever_those_at_work_still_say() -> None:
+    health = TargetHealth(Retry())
+
+    assert health.pause("gone")
+    assert not health.pause("gone for good"), "no news"
+    assert not health.succeeded()
+    assert (health.paused, health.held) == ("gone", True)
+
+
+def test_a_target_that_is_down_can_be_paused_and_is_up_again_only_for_the_next_one() -> None:
+    health = down_target(Retry())
+    assert health.held
+    health.pause("gone")
+    assert health.succeeded(), "it was down"
+    assert health.held
+
+
+def test_nobody_listens_to_a_retired_target() -> None:
+    health = down_target(Retry())
+    health.retire()
+    for position in range(100, 100 + FAILURES_IN_A_ROW):
+        assert not health.failed(position, now=0.0, probe=False)
+
+    assert not health.pause("gone")
+    assert not health.succeeded()
+    assert (health.held, health.down, health.paused) == (True, False, None), "whoever holds it looks for the new one"

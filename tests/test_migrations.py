@@ -160,6 +160,17 @@ async def test_a_filled_log_of_each_past_revision_is_upgraded_with_its_events(
         assert await connection.fetchval("SELECT count(*) FROM pgbackend.subscriptions") == 1
 
 
+async def test_where_older_subscriptions_were_told_to_start_is_not_known(empty_database: str) -> None:
+    await migrate(empty_database, to="0001")
+    async with connected(empty_database) as connection:
+        await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('a', 'none', 1)")
+        await migrate(empty_database)
+        await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('b', 'none', 1)")
+        found = await connection.fetch("SELECT name, start_bound FROM pgbackend.subscriptions ORDER BY name")
+
+    assert [tuple(row) for row in found] == [("a", "unknown"), ("b", None)]
+
+
 async def test_sql_written_offline_makes_the_same_tables_as_a_migration(empty_database: str) -> None:
     name = "of%s:line"
     await migrate(empty_database, "online")

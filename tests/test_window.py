@@ -18,6 +18,8 @@ class WindowMachine(RuleBasedStateMachine):
         self.handled: set[int] = set()
         self.read = position
         self.last_mark = position
+        self.bridged: set[int] = set()
+        """Gaps in front of what was put off: pending with it, also when they turn out to be dead."""
 
     def pick(self, state: str, number: int) -> int | None:
         found = sorted(p for p, s in self.state.items() if s == state)
@@ -38,6 +40,26 @@ class WindowMachine(RuleBasedStateMachine):
             self.window.skip(position)
         self.state[position] = "flying" if wanted else "done"
         self.read = position
+
+    @rule(gap=st.integers(0, 3), is_hole=st.booleans())
+    def put_off_the_next(self, gap: int, is_hole: bool) -> None:
+        """An event behind the end; dead positions in front of it may count as put off, too."""
+        position = self.read + gap + 1
+        if gap and is_hole:
+            self.window.add_hole((self.read + 1, position))
+            self.bridged.update(range(self.read + 1, position))
+        self.window.put_off(position)
+        for missing in range(self.read + 1, position):
+            self.state[missing] = "hole" if is_hole else "put off"
+        self.state[position] = "put off"
+        self.read = position
+
+    @rule(number=st.integers(0, 20))
+    def put_off_what_fills_a_hole(self, number: int) -> None:
+        position = self.pick("hole", number)
+        if position is not None:
+            self.window.put_off(position)
+            self.state[position] = "put off"
 
     @rule(count=st.integers(1, 5))
     def read_a_run(self, count: int) -> None:
@@ -66,6 +88,7 @@ class WindowMachine(RuleBasedStateMachine):
             else:
                 self.window.skip(position)
             self.state[position] = "flying" if wanted else "done"
+            self.bridged.discard(position)
 
     @rule(number=st.integers(0, 20), width=st.integers(1, 3))
     def close_a_hole(self, number: int, width: int) -> None:
@@ -74,7 +97,7 @@ class WindowMachine(RuleBasedStateMachine):
             self.window.close_hole((position, position + width))
             for dead in range(position, position + width):
                 if self.state.get(dead) == "hole":
-                    self.state[dead] = "done"
+                    self.state[dead] = "put off" if dead in self.bridged else "done"
 
     @rule(number=st.integers(0, 20))
     def settle(self, number: int) -> None:
