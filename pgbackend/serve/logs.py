@@ -58,25 +58,26 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # of whatever 
 
 
 class _Flood(logging.Filter):
-    """Of each fact about single events lets `_A_SECOND` through, for each trigger; the next says how many it kept back.
+    """Of each text lets `_A_SECOND` through, for each trigger and shard; the next one says how many were kept back.
 
     A target that refuses every event would otherwise fill disks, and keep the broker busy with telling so.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[tuple[object, object], tuple[int, int]] = {}
+        self._seen: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         fields: Mapping[str, object] = getattr(record, "fields", {})
-        if "event_id" not in fields:
-            return True
-        key = (getattr(record, "fact", None), fields.get("subscription", fields.get("trigger")))
+        about = (fields.get(name) for name in ("subscription", "trigger", "shard"))
+        key = (record.name, str(record.msg), *about)
         second = int(record.created)
-        before, count = self._seen.get(key, (second, 0))
+        before, count = self._seen.get(key, (-1, 0))
         if before == second:
             self._seen[key] = (second, count + 1)
             return count < _A_SECOND
+        if len(self._seen) > _TEXTS:
+            self._seen.clear()
         self._seen[key] = (second, 1)
         if count > _A_SECOND:
             record.fields = {**fields, "not_shown": count - _A_SECOND}
@@ -84,6 +85,8 @@ class _Flood(logging.Filter):
 
 
 _A_SECOND = 10
+_TEXTS = 1000
+"""Texts that are remembered: facts have constant ones, but not every library."""
 
 
 def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:

@@ -213,6 +213,8 @@ class TestConfigure:
             "time.sleep(1 - time.time() % 1)\n"
             "for n in range(100):\n"
             "    facts.emit('event buried', level=30, subscription='billing', event_id=str(n))\n"
+            "    logging.getLogger('aiohttp').warning('odd %s', n)\n"
+            "    facts.emit('lease claimed', subscription='billing', shard=n)\n"
             "facts.emit('event buried', level=30, subscription='audit', event_id='a')\n"
             "facts.emit('target is down', level=30, subscription='billing')\n"
             "time.sleep(1 - time.time() % 1)\n"
@@ -221,7 +223,16 @@ class TestConfigure:
         lines = [json.loads(line) for line in done.stderr.splitlines()]
         assert [line["event_id"] for line in lines if "event_id" in line] == [*map(str, range(10)), "a", "b"]
         assert lines[-1]["not_shown"] == 90
-        assert "target is down" in [line["event"] for line in lines]
+        told = [line["event"] for line in lines]
+        assert "target is down" in told
+        assert len([text for text in told if text.startswith("odd ")]) == 10
+        assert told.count("lease claimed") == 100
+
+    def test_texts_that_are_always_new_are_not_remembered_for_ever(self) -> None:
+        flood = logs._Flood()
+        for number in range(5000):
+            assert flood.filter(logging.makeLogRecord({"msg": f"text {number}", "created": float(number)}))
+        assert len(flood._seen) <= 1001
 
     def test_debug_tells_everything(self) -> None:
         done = run(
