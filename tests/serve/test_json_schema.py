@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from pgbackend.errors import ConfigError
 from pgbackend.serve.config import json_schema, load
 from tests.serve.test_config import EVERYTHING, MISTAKES
 
@@ -108,3 +111,63 @@ WRONG = [text for text, _ in MISTAKES if not BEYOND.search(text) and _readable(t
 @pytest.mark.parametrize("text", WRONG, ids=[text[:60] for text in WRONG])
 def test_what_the_broker_refuses_is_wrong_for_an_editor(text: str) -> None:
     assert not VALIDATOR.is_valid(seen(text))
+
+
+TEXTS = """
+    x 0 5 42.5 -1 PT1S PT0S P1D pt1s http://h/ /h ftp://h key strict linear binary latest earliest 2026-01-01
+    2026-01-01T00:00:00Z type='x'
+    """
+SCALARS = st.sampled_from(["", "é\n", 0, 1, 7, 10**20, 1.5, True, *TEXTS.split()])
+KEYS = sorted({name for section in [json_schema(), *json_schema()["$defs"].values()] for name in section["properties"]})
+NAMES = st.sampled_from([*KEYS, "type", "source", "Type", "X-Key", "env", "file", "t1", "", "unknown"])
+FILES = st.recursive(
+    SCALARS, lambda below: st.lists(below, max_size=3) | st.dictionaries(NAMES, below, max_size=4), max_leaves=12
+)
+SHAPES = {name: section["properties"] for name, section in json_schema()["$defs"].items()} | {
+    "Configuration": json_schema()["properties"]
+}
+
+
+@st.composite
+def section(draw: st.DrawFn, name: str = "Configuration", depth: int = 0) -> Any:
+    """Mostly as it should be: the keys of this section, and below them what may stand there, or something else."""
+    found: dict[str, Any] = {}
+    shape = SHAPES[name]
+    keys = st.sampled_from(sorted(shape))
+    for key in draw(st.lists(keys, max_size=1 if name == "Filter" else 4, unique=True)):
+        found[key] = draw(_below(shape[key], depth + 1)) if draw(st.integers(0, 9)) else draw(FILES)
+    return found
+
+
+def _below(shape: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
+    if depth > 6:
+        return SCALARS
+    if "$ref" in shape:
+        return section(shape["$ref"].rpartition("/")[2], depth)
+    if shape.get("type") == "array":
+        return st.lists(_below(shape["items"], depth + 1), max_size=2)
+    if shape.get("type") == "object":
+        values = shape.get("additionalProperties") or next(iter(shape["patternProperties"].values()))
+        return st.dictionaries(NAMES, _below(values, depth + 1), max_size=2)
+    if "enum" in shape:
+        return st.sampled_from(shape["enum"])
+    return st.sampled_from(shape["examples"]) | SCALARS if "examples" in shape else SCALARS
+
+
+@given(section() | FILES)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_a_file_says_it_is_refused_in_words_or_right_for_an_editor_too(file: Any) -> None:
+    try:
+        load(json.dumps(file), origin="broker.yaml")
+    except ConfigError as error:
+        event("refused")
+        problems = error.problems
+    else:
+        event("taken")
+        VALIDATOR.validate(file)
+        return
+    assert problems
+    for problem in problems:
+        assert problem.startswith("broker.yaml:")
+        assert problem.endswith((".", "?"))
+        assert problem.isprintable()
