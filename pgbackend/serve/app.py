@@ -16,12 +16,12 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
 from typing import Any, Literal
 
 from pgbackend import embedded, facts
@@ -88,7 +88,7 @@ async def serve(settings: Settings, *, say: Callable[[str], None] = print) -> No
     with bind(settings.host, settings.port) as bound, obeying_signals() as orders:
         if settings.dsn is None:
             say(embedded_notice(settings))
-        await run(settings, configuration, bound, orders, lambda: say(welcome(settings, configuration, bound)))
+        await run(settings, configuration, bound, orders, lambda: announce(settings, configuration, bound, say))
 
 
 def configuration_of(settings: Settings) -> Configuration:
@@ -101,7 +101,11 @@ def configuration_of(settings: Settings) -> Configuration:
 
 
 async def run(
-    settings: Settings, configuration: Configuration, bound: socket, orders: Orders, on_serving: Callable[[], None]
+    settings: Settings,
+    configuration: Configuration,
+    bound: socket.socket,
+    orders: Orders,
+    on_serving: Callable[[], None],
 ) -> None:
     """Serve on `bound`, which is the listener's from then on, until `orders` say stop; return once it is drained.
 
@@ -312,7 +316,7 @@ def _has_terminal() -> bool:
     return True
 
 
-# What is said to people
+# What is said to those who started it
 
 
 def embedded_notice(settings: Settings) -> str:
@@ -320,9 +324,19 @@ def embedded_notice(settings: Settings) -> str:
     return f"No --dsn is given: starting an embedded PostgreSQL in {_directory(settings)}"
 
 
-def welcome(settings: Settings, configuration: Configuration, bound: socket) -> str:
+def announce(
+    settings: Settings, configuration: Configuration, bound: socket.socket, say: Callable[[str], None]
+) -> None:
+    """The broker takes events in: people know from `say`, systemd as sd_notify(3) has it."""
+    say(_welcome(settings, configuration, *bound.getsockname()[:2]))
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+            systemd.sendall(b"READY=1")
+
+
+def _welcome(settings: Settings, configuration: Configuration, host: str, port: int) -> str:
     """What a person needs to know of a broker that serves, and the line to try it with."""
-    host, port = bound.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only to name another
     reachable = f"[{reachable}]" if ":" in reachable else reachable
     url = f"{'http' if settings.tls_cert is None else 'https'}://{reachable}:{port}/"

@@ -69,7 +69,7 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
     with bound, counted, app.obeying_signals(at_once=at_once) as orders:
         if settings.dsn is None:
             say(app.embedded_notice(settings))
-        await supervisor.run(orders, lambda: say(app.welcome(settings, configuration, bound)))
+        await supervisor.run(orders, lambda: app.announce(settings, configuration, bound, say))
 
 
 class Supervisor:

@@ -64,6 +64,23 @@ async def test_it_says_where_it_is_and_what_it_does_once_it_listens(
         assert await serve.complaint() == ""
 
 
+@pytest.mark.parametrize("count", [1, 2])
+async def test_systemd_is_told_when_it_takes_events_in(count: int, database: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        async with running("--dsn", database, "--port", "0", "--workers", str(count), env=environment) as serve:
+            async with asyncio.timeout(60):
+                told = await asyncio.get_running_loop().sock_recv(systemd, 100)
+            assert told == b"READY=1"
+            assert await post(await serve.listening()) == 202
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+        with pytest.raises(BlockingIOError):
+            systemd.recv(100)
+
+
 async def test_the_line_to_try_it_with_works(database: str) -> None:
     async with running("--dsn", database, "--port", "0") as serve:
         url = await serve.listening()

@@ -1,0 +1,111 @@
+"""What deploy/ says fits what the command line knows. There is no container engine and no systemd to try it with."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pgbackend.cli.serve import serve
+from pgbackend.serve import supervisor
+from pgbackend.serve.config import load_file
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+UNIT = (DEPLOY / "pgbackend.service").read_text()
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+KNOWN = {option.envvar for option in serve.params}
+
+
+def _instructions(name: str) -> Iterator[str]:
+    whole = DOCKERFILE.replace("\\\n", " ")
+    for line in whole.splitlines():
+        if line.startswith(name + " "):
+            yield line.removeprefix(name).strip()
+
+
+def _unit(key: str) -> list[str]:
+    return [value for line in UNIT.splitlines() for name, _, value in [line.partition("=")] if name == key]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path for path in DEPLOY.rglob("*") if path.is_file()), ids=lambda path: path.name
+)
+def test_every_variable_is_one_that_the_command_line_knows(file: Path) -> None:
+    assert set(re.findall(r"\bPGBACKEND_[A-Z_]+", file.read_text())) <= KNOWN
+
+
+def test_the_commands_are_ones_that_the_command_line_takes() -> None:
+    [entry], [command] = _instructions("ENTRYPOINT"), _instructions("CMD")
+    assert json.loads(entry) + json.loads(command) == ["pgbackend", "serve"]
+    [started] = _unit("ExecStart")
+    program, *arguments = started.split()
+    assert program == "/opt/pgbackend/bin/pgbackend"
+    assert arguments[0] == "serve"
+    serve.make_parser(serve.make_context("serve", arguments[1:])).parse_args(arguments[1:])
+
+
+def test_the_image_is_made_of_files_that_are_there_and_that_docker_is_let_to_see() -> None:
+    allowed = re.findall(r"^!(\S+)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    copied = [source for line in _instructions("COPY") if "--from" not in line for source in line.split()[:-1]]
+    assert sorted(copied) == sorted(allowed)
+    assert all((ROOT / source).exists() for source in copied)
+    # All that pyproject.toml needs for the wheel.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = [*wheel["packages"], *wheel["force-include"], project["project"]["readme"], "pyproject.toml"]
+    assert {*needed, *project["project"]["license-files"]} <= set(copied)
+    [extras] = re.findall(r"\.whl\)\[(\S+)\]", DOCKERFILE)
+    assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
+    minor = int(re.findall(r"^ARG PYTHON=3\.(\d+)$", DOCKERFILE, re.MULTILINE)[0])
+    assert f"Programming Language :: Python :: 3.{minor}" in project["project"]["classifiers"]
+
+
+def test_the_health_check_asks_what_the_broker_answers() -> None:
+    [check] = re.findall(r"CMD (\[\"python\".*\])", DOCKERFILE)
+    program, flag, code = json.loads(check)
+    assert (program, flag) == ("python", "-c")
+    compile(code, "HEALTHCHECK", "exec")
+    assert "/healthz" in code
+
+
+def test_the_composition_mounts_a_configuration_that_is_valid() -> None:
+    broker = COMPOSE["services"]["broker"]
+    [mount] = broker["volumes"]
+    source, target, mode = mount.split(":")
+    assert mode == "ro"
+    inside = Path(broker["environment"]["PGBACKEND_CONFIG_FILE"])
+    assert load_file(DEPLOY / source / inside.relative_to(target)).triggers
+    assert (ROOT / "deploy" / broker["build"]["context"]).resolve() == ROOT
+    assert (ROOT / broker["build"]["dockerfile"]).is_file()
+    assert broker["depends_on"].keys() < COMPOSE["services"].keys()
+
+
+def test_whoever_stops_it_waits_until_it_has_drained() -> None:
+    assert int(_unit("TimeoutStopSec")[0]) > supervisor.DRAIN_TIMEOUT
+    assert int(COMPOSE["services"]["broker"]["stop_grace_period"].rstrip("s")) > supervisor.DRAIN_TIMEOUT
+    assert _unit("KillMode") == ["mixed"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / "pgbackend.service"
+    unit.write_text(UNIT.replace("/opt/pgbackend/bin/pgbackend", sys.executable))
+    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_nothing_in_it_is_a_secret() -> None:
+    for service in COMPOSE["services"].values():
+        for name, value in service["environment"].items():
+            assert "PASSWORD" not in name or value.startswith("${")
+    assert not any(fnmatch(path.name, ".env*") for path in DEPLOY.iterdir())
