@@ -9,7 +9,7 @@ import uvloop
 from tests.serve.broker import Broker, serving
 from tests.serve.target import Target, listening
 
-_ON_UVLOOP = {"test_ingest", "test_listener", "test_tls"}
+_ON_UVLOOP = {"test_delivery", "test_egress", "test_hostile_targets", "test_ingest", "test_listener", "test_tls"}
 """Connections are the loop's, TLS too: what is said of them is tested on the loop that the broker runs on."""
 
 

@@ -1,7 +1,6 @@
 """Whom the broker connects to, and what becomes of its connections."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -106,6 +105,19 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
         yield opened
 
 
+def resolving(monkeypatch: pytest.MonkeyPatch, name: str, *answers: list[str]) -> None:
+    """The name has these addresses, each time the next ones."""
+    loop = asyncio.get_running_loop()
+    real, turns = loop.getaddrinfo, iter(answers)
+
+    async def getaddrinfo(host: str, port: int, **options: Any) -> list[tuple[Any, ...]]:
+        # uvloop asks for addresses, too, just before it connects to them.
+        found = next(turns) if host == name else [host]
+        return [info for address in found for info in await real(address, port, **options)]
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+
+
 class TestDenyPrivateTargets:
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1", "::ffff:127.0.0.1", "::"])  # noqa: S104
     async def test_a_target_on_this_machine_is_never_connected_to(
@@ -130,14 +142,8 @@ class TestDenyPrivateTargets:
         self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """DNS rebinding: a public address for whoever checks the name, this machine's for whoever connects."""
-        answers = iter(["93.184.215.14", "127.0.0.1"])
-        port = URL(target.url).port
-
-        async def getaddrinfo(*_args: object, **_options: object) -> list[tuple[Any, ...]]:
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
-
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-        await asyncio.get_running_loop().getaddrinfo("rebinding.example", port)  # the check that this goes around
+        resolving(monkeypatch, "rebinding.example", ["93.184.215.14"], ["127.0.0.1"])
+        await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # the check that this goes around
         url = URL(target.url).with_host("rebinding.example")
         with pytest.raises(DeliveryError, match=r"127\.0\.0\.1 is not a public address"):
             await Delivery(session, url, trigger="billing", timeout=5.0)(ORDER)
@@ -156,11 +162,8 @@ class TestDenyPrivateTargets:
             writer.close()
             taken.set()
 
-        async def getaddrinfo(*_args: object, **_options: object) -> list[tuple[Any, ...]]:
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.1", "127.0.0.2")]
-
         monkeypatch.setattr(egress, "is_public", lambda host: host == "127.0.0.2")
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+        resolving(monkeypatch, "two.example", ["127.0.0.1", "127.0.0.2"])
         async with await asyncio.start_server(talk, "127.0.0.2", port):
             await Delivery(session, URL(target.url).with_host("two.example"), trigger="billing", timeout=5.0)(ORDER)
         assert taken.is_set()
