@@ -421,11 +421,12 @@ def _problem_of(error: Exception, event: Event | None) -> Problem:
         return Problem(400, f"{which} was refused: {error}")
     if isinstance(error, DatabaseError):
         return come_back(f"Nothing was stored; send it again. {error}")
-    return _failure(error)
+    return _failure(error, event)
 
 
-def _failure(error: Exception) -> Problem:
-    facts.emit("ingest failed", level=logging.ERROR, exc_info=error, error=error)
+def _failure(error: Exception, event: Event | None = None) -> Problem:
+    about = {} if event is None else {"event_id": event.id, "event_source": event.source}
+    facts.emit("ingest failed", level=logging.ERROR, exc_info=error, error=error, **about)
     return Problem(500, "The broker failed. Its log says why.")
 
 

@@ -92,7 +92,7 @@ class Replies:
         try:
             found = _parse(reply)
         except EventError as error:
-            self._ignore(error)
+            self._ignore(error, event_id=to.id, event_source=to.source)
             return
         events = list(_counted(found, to=to, most=self._hops))
         if len(events) < len(found):
@@ -112,8 +112,10 @@ class Replies:
         if self._metrics is not None:
             self._metrics.replied(len(events))
 
-    def _ignore(self, error: EventError) -> None:
-        facts.emit("reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._url, error=str(error))
+    def _ignore(self, error: EventError, **about: str) -> None:
+        facts.emit(
+            "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._url, error=str(error), **about
+        )  # fmt: skip
 
 
 def limit_of(mode: Mode) -> int:
