@@ -9,7 +9,7 @@ replied is in the log before its delivery counts.
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import aiohttp
 
@@ -112,7 +112,7 @@ class Replies:
         if self._metrics is not None:
             self._metrics.replied(len(events))
 
-    def _ignore(self, error: EventError, **about: str) -> None:
+    def _ignore(self, error: EventError, **about: Any) -> None:
         facts.emit(
             "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._url, error=str(error), **about
         )  # fmt: skip
