@@ -267,8 +267,9 @@ class _Following:
         except ConfigError as error:
             self._refuse(error)
         else:
-            # Only now: of a configuration that is refused nothing comes into force.
-            self._ingest.authorize_by(configuration.ingest)
+            # Only now: of a configuration that is refused nothing comes into force. The newest, not this one: a signal
+            # and the file may have been heeded at once, and this one have waited longer.
+            self._ingest.authorize_by(self._triggers.configuration.ingest)
             facts.emit("configuration reloaded", file=str(self._settings.config))
 
     def _refuse(self, error: ConfigError) -> None:
