@@ -114,7 +114,7 @@ async def run(
     tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
     backend = _backend(settings)
-    traces = tracing.from_environment()
+    traces = tracing.from_environment(destination=settings.schema)
     try:
         async with delivery.open_session(deny_private=settings.deny_private_targets) as session:
             with Metrics(backend) as metrics:
