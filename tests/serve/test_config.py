@@ -9,7 +9,8 @@ import pytest
 from pgbackend.codec import Event, parse_structured
 from pgbackend.errors import ConfigError
 from pgbackend.retry import Retry
-from pgbackend.serve.config import Configuration, Trigger, load, load_file, seconds
+from pgbackend.serve.config import Configuration, Trigger, load, load_file
+from pgbackend.serve.values import seconds
 
 EVERYTHING = """
     ingest:

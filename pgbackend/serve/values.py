@@ -1,0 +1,313 @@
+"""The kinds of values in a configuration file: how each is read from its text, and what editors are told of it.
+
+Everything comes as `document` leaves it: text, lists and mappings. A value that is not of its kind is refused in words
+that say what was expected, and that show no secret.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, WithJsonSchema
+from pydantic_core import PydanticCustomError
+from yarl import URL
+
+_MAX_POSITION = 2**63 - 1
+_MAX_RETRIES = 2**31 - 2
+_MAX_CONCURRENCY = 10_000
+_MAX_SHARDS = 1024
+_MAX_NAME = 200
+_LONGEST = 36_525 * 86_400.0  # a century, in seconds: what PostgreSQL and the event loop can surely wait
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a text needs besides itself: where its `{file: …}` secrets are. `files` collects their paths."""
+
+    directory: Path = Path()
+    files: set[Path] = field(default_factory=set)
+
+
+def described(value: object) -> str:
+    """A value in a message that says what was found."""
+    match value:
+        case None:
+            return "nothing"
+        case str():
+            return json.dumps(value if len(value) <= _SHOWN else value[:_SHOWN] + "…", ensure_ascii=False)
+        case list():
+            return "a list"
+        case _:
+            return "a mapping"
+
+
+def refuse(message: str, *, key: str | None = None) -> PydanticCustomError:
+    """What a validator raises: the message stands as it is, `key` names the entry it is about."""
+    # As a value: of a message that had braces itself, pydantic would make something else.
+    return PydanticCustomError("expected", "{message}", {"message": message} | ({} if key is None else {"key": key}))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise refuse(f"expected text, found {described(value)}")
+    return value
+
+
+def _some_text(value: object) -> str:
+    if not (text := _text(value)):
+        raise refuse("expected text that is not empty")
+    return text
+
+
+def _whole(low: int, high: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        text = _text(value)
+        if not re.fullmatch(r"[0-9]{1,19}", text):
+            raise refuse(f"expected a whole number, found {described(text)}")
+        if not low <= int(text) <= high:
+            raise refuse(f"expected a whole number from {low} to {high}, found {int(text)}")
+        return int(text)
+
+    return check
+
+
+def seconds(text: str) -> float:
+    """The seconds of an ISO 8601 duration. Raises ValueError that says what was expected.
+
+    Years have 365.2425 days, months a twelfth of that; `,` is as good as `.` before decimals.
+
+    >>> seconds("PT2S"), seconds("PT0,25S"), seconds("P1DT1H"), seconds("P0")
+    (2.0, 0.25, 90000.0, 0.0)
+    """
+    matched = re.fullmatch(r"([+-]?)P([0-9.,YMWD]*)(?:T([0-9.,HMS]+))?", text)
+    parts = [] if matched is None else _duration_parts(matched[2], matched[3])
+    if matched is None or parts is None or not (parts or matched[2] == "0"):
+        raise ValueError(f"expected an ISO 8601 duration such as PT2S, found {described(text)}")
+    total = sum((float(number.replace(",", ".")) * unit for number, unit in parts), 0.0)
+    if total > _LONGEST:
+        raise ValueError(f"expected a duration of at most 100 years, found {described(text)}")
+    return -total if matched[1] == "-" else total
+
+
+_DAY = 86_400.0
+_DATE_UNITS = {"Y": 365.2425 * _DAY, "M": 365.2425 * _DAY / 12, "W": 7 * _DAY, "D": _DAY}
+_TIME_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0}
+
+
+def _duration_parts(date: str, time: str | None) -> list[tuple[str, float]] | None:
+    """Number and seconds per unit of each part; None when they are not well-formed."""
+    parts: list[tuple[str, float]] = []
+    for half, units in ((date, _DATE_UNITS), (time or "", _TIME_UNITS)):
+        if half == "0" and half is date and time is None:
+            return []
+        found = re.findall(r"([0-9]+(?:[.,][0-9]+)?)([A-Z])", half)
+        letters = [letter for _, letter in found]
+        if "".join(number + letter for number, letter in found) != half or len(set(letters)) != len(letters):
+            return None
+        parts += [(number, units[letter]) for number, letter in found]
+    fractional = [not number.isdigit() for number, _ in parts]
+    # As the reference implementation has it: what would half a year and a half month be?
+    return None if any(one and other for one, other in pairwise(fractional)) else parts
+
+
+def _duration(value: object) -> float:
+    try:
+        duration = seconds(_text(value))
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    if duration <= 0:
+        raise refuse(f"expected a duration above zero, found {described(value)}")
+    return duration
+
+
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _instant(value: object, *, up: bool) -> datetime:
+    """An aware datetime. PostgreSQL keeps microseconds: what is finer is rounded so that the bound stays exclusive."""
+    matched = _RFC3339.fullmatch(_text(value))
+    try:
+        if matched is None:
+            raise ValueError  # noqa: TRY301 - the same message as for 30 February
+        date, time, fraction, zone = matched.groups()
+        nanoseconds = int((fraction or "").ljust(9, "0"))
+        moment = datetime.fromisoformat(f"{date}T{time}{zone.upper().replace('Z', '+00:00')}")
+        return moment + timedelta(microseconds=-(-nanoseconds // 1000) if up else nanoseconds // 1000)
+    except (ValueError, OverflowError):
+        raise refuse(f"expected a time such as 2026-01-01T00:00:00Z, found {described(value)}") from None
+
+
+def _url(value: object) -> URL:
+    text = _text(value)
+    wanted = "expected an absolute http or https URL"
+    if re.search(r"[\s\x00-\x1f\x7f]", text):
+        raise refuse(f"{wanted} without white space")
+    try:
+        # A URL in ASCII is sent as it is written: some are signed.
+        url = URL(text, encoded=text.isascii())
+        good = url.scheme in ("http", "https") and url.host and url.port
+    except ValueError:
+        good = None
+    if not good:
+        # A URL may carry a password: only its beginning is shown.
+        raise refuse(f"{wanted}, found {described(text.split('?')[0].split('@')[-1])}")
+    return url
+
+
+def _optional_url(value: object) -> URL | None:
+    return None if value == "" else _url(value)
+
+
+def _secret(value: object, info: ValidationInfo) -> str:
+    """A literal, or what `{env: NAME}` or `{file: PATH}` holds now; a file's last line break is not part of it."""
+    if isinstance(value, str):
+        return value
+    if not (isinstance(value, dict) and len(value) == 1 and (source := next(iter(value))) in ("env", "file")):
+        raise refuse("expected text, {env: NAME} or {file: PATH}")
+    name = value[source]
+    if not isinstance(name, str) or not name:
+        raise refuse("expected " + ("the name of a variable" if source == "env" else "the path of a file"), key=source)
+    if source == "env":
+        secret = os.environ.get(name, "")
+        if not secret:
+            raise refuse(f"the environment variable {name} is not set or empty", key=source)
+        return secret
+    surroundings: Surroundings = info.context or Surroundings()
+    path = surroundings.directory / name
+    surroundings.files.add(path)
+    try:
+        secret = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise refuse(f"the file {name} cannot be read: {reason}", key=source) from None
+    if not secret:
+        raise refuse(f"the file {name} is empty", key=source)
+    return secret
+
+
+def _header_value(secret: str) -> str:
+    if not secret:
+        raise refuse("expected a value that is not empty")
+    return printable(secret)
+
+
+def printable(secret: str) -> str:
+    """The secret, which can stand in a header."""
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", secret):
+        raise refuse("expected a value of one line, without control characters")
+    return secret
+
+
+def _attribute(name: str) -> str:
+    if not name:
+        raise refuse("expected text that is not empty")
+    if not re.fullmatch(r"[a-z0-9]+", name) or name == "data":
+        raise refuse("expected the name of an attribute, in lower-case letters and digits")
+    return name
+
+
+def _header_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+        raise refuse(f"expected the name of an HTTP header, found {described(name)}")
+    if name.lower() in _RESERVED_HEADERS or name.lower().startswith("ce-"):
+        raise refuse(f"the header {name} belongs to the event and the connection: expected another one")
+    return name
+
+
+# What frames a request or says what the event is: ours to write, not the file's.
+_RESERVED_HEADERS = frozenset(
+    {
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "keep-alive",
+        "pgbackend-attempt",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+def _trigger_name(name: str) -> str:
+    if not name or not name.isprintable() or len(name) > _MAX_NAME:
+        raise refuse(f"expected a printable name of 1 to {_MAX_NAME} characters for the trigger")
+    return name
+
+
+# The same for editors: JSON Schema. What is text here is there what YAML makes of it.
+
+_SCALAR: dict[str, Any] = {"type": ["string", "number", "boolean"]}
+_SOME_SCALAR = _SCALAR | {"minLength": 1}
+_KEYS = {"type": "object", "additionalProperties": False}
+_SECRET: dict[str, Any] = {
+    "anyOf": [
+        _SCALAR | {"description": "The secret itself.", "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"},
+        _KEYS | {"properties": {"env": {"type": "string", "minLength": 1}}, "required": ["env"]}
+        | {"description": "The environment variable that has it."},
+        _KEYS | {"properties": {"file": {"type": "string", "minLength": 1}}, "required": ["file"]}
+        | {"description": "The file that has it, relative to this one. A change of the file is a change of this one."},
+    ]
+}  # fmt: skip
+_DURATION = {
+    "type": "string",
+    "description": "An ISO 8601 duration above zero.",
+    "pattern": r"^\+?P(?=.*[1-9])([0-9]+([.,][0-9]+)?[YMWD])*(T([0-9]+([.,][0-9]+)?[HMS])+)?$",
+    "examples": ["PT0.5S", "PT2S", "PT10M"],
+}
+_HTTP_URL = {
+    "type": "string",
+    "format": "uri",
+    "pattern": r"^([Hh][Tt][Tt][Pp][Ss]?://[^\s/?#]+\S*)?$",
+    "examples": ["http://localhost:8888/orders"],
+}
+_TIME = {
+    "type": "string",
+    "format": "date-time",
+    "pattern": r"^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)$",
+    "examples": ["2026-01-01T00:00:00Z"],
+}
+
+
+def _whole_schema(low: int, high: int) -> dict[str, Any]:
+    return {"type": ["integer", "string"], "minimum": low, "maximum": high, "pattern": "^[0-9]{1,19}$"}
+
+
+def _pattern(characters: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": f"^{characters}+$"})
+
+
+SomeText = Annotated[str, BeforeValidator(_some_text), WithJsonSchema(_SOME_SCALAR)]
+AttributeName = Annotated[str, AfterValidator(_attribute), _pattern("[a-z0-9]")]
+Attributes = Annotated[dict[AttributeName, SomeText], Field(min_length=1)]
+Seconds = Annotated[float, BeforeValidator(_duration), WithJsonSchema(_DURATION)]
+OptionalUrl = Annotated[URL | None, BeforeValidator(_optional_url), WithJsonSchema(_HTTP_URL)]
+Secret = Annotated[SecretStr, BeforeValidator(_secret), WithJsonSchema(_SECRET)]
+HeaderName = Annotated[str, AfterValidator(_header_name), _pattern("[A-Za-z0-9!#$%&'*+.^_`|~-]")]
+HeaderValue = Annotated[str, BeforeValidator(_secret), AfterValidator(_header_value), WithJsonSchema(_SECRET)]
+Retries = Annotated[int, BeforeValidator(_whole(0, _MAX_RETRIES)), WithJsonSchema(_whole_schema(0, _MAX_RETRIES))]
+Concurrency = Annotated[
+    int, BeforeValidator(_whole(1, _MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, _MAX_CONCURRENCY))
+]
+Shards = Annotated[int, BeforeValidator(_whole(1, _MAX_SHARDS)), WithJsonSchema(_whole_schema(1, _MAX_SHARDS))]
+StartPosition = Annotated[
+    int, BeforeValidator(_whole(0, _MAX_POSITION)), WithJsonSchema(_whole_schema(0, _MAX_POSITION))
+]
+EndPosition = Annotated[int, BeforeValidator(_whole(1, _MAX_POSITION)), WithJsonSchema(_whole_schema(1, _MAX_POSITION))]
+BoundStart = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=False)), WithJsonSchema(_TIME)]
+BoundEnd = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=True)), WithJsonSchema(_TIME)]
+TriggerName = Annotated[
+    str, AfterValidator(_trigger_name), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": _MAX_NAME})
+]
