@@ -26,7 +26,7 @@ import asyncio
 import heapq
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from time import monotonic
@@ -34,6 +34,7 @@ from time import monotonic
 from pgbackend import facts
 from pgbackend.codec import Event
 from pgbackend.errors import Pause, Reject, RetryAfter
+from pgbackend.failures import describe, details_of, message_of
 from pgbackend.health import TargetHealth
 from pgbackend.lanes import Lanes, sift
 from pgbackend.model import Failure
@@ -52,7 +53,6 @@ from pgbackend.shard import (
 )
 from pgbackend.tail import Cursor
 
-_ERROR_CHARACTERS = 2000
 _LONGEST = 1e9
 """Seconds that an event may have to wait to be tried again: 30 years."""
 _LEASE_POLL = 0.05
@@ -96,11 +96,9 @@ class Pump:
         self._waiting = waiting
         self._seconds_until = seconds_until
         self._prove_end = prove_end
-        lease = shard.lease
+        lease = self._lease = shard.lease
         self._strict = lease.order == "strict"
         self._ordered = lease.order != "none"
-        self._end = lease.end_position
-        self._starts_at, self._ends_at = lease.start_at, lease.end_at
         self._ended = lease.complete
         self._ready: deque[Event] = deque()
         self._again: deque[_Again] = deque()
@@ -138,7 +136,7 @@ class Pump:
             self._tasks = tasks
             if not self._ended:
                 self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
-                if self._end is not None or self._ends_at is not None:
+                if self._lease.end_position is not None or self._lease.end_at is not None:
                     tasks.create_task(self._finish(), name=f"finish {name}")
             try:
                 await asyncio.get_running_loop().create_future()
@@ -224,7 +222,7 @@ class Pump:
             await self._admit(batch)
             for hole in batch.closed:
                 window.close_hole(hole)
-            end = self._end
+            end = self._lease.end_position
             upto = batch.upto if end is None else min(batch.upto, end - 1)
             if upto > window.position or batch.closed or batch.opened:
                 window.advance(upto)
@@ -235,14 +233,14 @@ class Pump:
         cursor.close()
 
     def _before_end(self, hole: tuple[int, int]) -> tuple[int, int]:
-        end = self._end
+        end = self._lease.end_position
         return hole if end is None else (hole[0], min(hole[1], end))
 
     async def _admit(self, batch: Batch) -> None:
         """Take on each event of the batch that is for this shard, waiting for room as need be."""
-        window, registration, end = self.shard.window, self.registration, self._end
-        shards, shard = self.shard.lease.shards, self.shard.lease.shard
-        dated = self._starts_at is not None or self._ends_at is not None
+        window, registration, end = self.shard.window, self.registration, self._lease.end_position
+        shards, shard = self._lease.shards, self._lease.shard
+        dated = self._lease.start_at is not None or self._lease.end_at is not None
         start = 0
         if not dated and shards == 1 and end is None and not self._ordered and not batch.opened:
             start = await self._admit_runs(batch)
@@ -303,11 +301,11 @@ class Pump:
 
     def _is_before_start(self, event: Event) -> bool:
         at = event.recorded_at
-        return at is not None and self._starts_at is not None and at <= self._starts_at
+        return at is not None and self._lease.start_at is not None and at <= self._lease.start_at
 
     def _is_behind_end(self, event: Event) -> bool:
         at = event.recorded_at
-        return at is not None and self._ends_at is not None and at >= self._ends_at
+        return at is not None and self._lease.end_at is not None and at >= self._lease.end_at
 
     def _passes(self, event: Event) -> bool:
         """Whether the filter lets the event through."""
@@ -318,7 +316,7 @@ class Pump:
             # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
             facts.emit(
                 "filter failed", level=logging.ERROR, subscription=self.registration.name, position=event.position,
-                event_id=event.id, event_source=event.source, error=_describe(error),
+                event_id=event.id, event_source=event.source, error=describe(error),
             )  # fmt: skip
             return True
 
@@ -634,7 +632,7 @@ class Pump:
             self._pause(event, error, health, again)
             return
         again = again or _Again(event, handed_over=False)
-        text, details = _describe(error), _details(error)
+        text, details = describe(error), details_of(error)
         facts.emit(
             "dispatch failed",
             subscription=registration.name, position=event.position, event_id=event.id, event_source=event.source,
@@ -691,12 +689,12 @@ class Pump:
                 self._ready.appendleft(event)
             else:
                 self._again.appendleft(again)
-        reason = _message(signal) or "no reason was given"
+        reason = message_of(signal) or "no reason was given"
         if health.pause(reason):
             facts.emit(
                 "subscription paused", level=logging.WARNING,
                 subscription=self.registration.name, reason=reason, position=event.position,
-                event_id=event.id, event_source=event.source, details=_details(signal),
+                event_id=event.id, event_source=event.source, details=details_of(signal),
             )  # fmt: skip
 
     def _schedule(self, again: _Again, *, attempt: int, delay: float, error: str, details: dict[str, str]) -> None:
@@ -755,14 +753,14 @@ class Pump:
     async def _finish(self) -> None:
         """Wait until the subscription's end is reached, then say so durably."""
         window = self.shard.window
-        goal = (self._end or 0) - 1
-        if self._ends_at is not None:
-            while (left := await self._seconds_until(self._ends_at)) > 0:  # noqa: ASYNC110 - the server's clock
+        goal = (self._lease.end_position or 0) - 1
+        if self._lease.end_at is not None:
+            while (left := await self._seconds_until(self._lease.end_at)) > 0:  # noqa: ASYNC110 - the server's clock
                 # The two clocks may drift apart, and either may be set.
                 await asyncio.sleep(min(left, _END_POLL))
             # A check that began after the end: no event from before it can appear above what it proved.
             proven = await self._prove_end()
-            goal = proven if self._end is None else min(goal, proven)
+            goal = proven if self._lease.end_position is None else min(goal, proven)
         while window.position < goal or len(window) or window.holes.below(goal):  # noqa: ASYNC110 - rare, and plain
             await asyncio.sleep(_FINISH_POLL)
         if not self.shard.complete:
@@ -788,30 +786,3 @@ def _is_cancelled() -> bool:
     """Whether it is this task that is being cancelled, not just something that the dispatcher awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _describe(error: BaseException) -> str:
-    """Type and message, fit for a text column: no NUL, no lone surrogate, not endless."""
-    message = _message(error)
-    return _storable(f"{type(error).__name__}: {message}" if message else type(error).__name__)[:_ERROR_CHARACTERS]
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return _storable(str(error))[:_ERROR_CHARACTERS]
-    except Exception:  # noqa: BLE001 - a user's exception may fail at that, too
-        return "(its message cannot be had)"
-
-
-def _details(error: BaseException) -> dict[str, str]:
-    try:
-        details = getattr(error, "details", None)
-        if not isinstance(details, Mapping):
-            return {}
-        return {_storable(str(name)): _storable(str(value)) for name, value in details.items()}
-    except Exception:  # noqa: BLE001 - as above
-        return {}
-
-
-def _storable(text: str) -> str:
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

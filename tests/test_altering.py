@@ -9,7 +9,16 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend, ConfigError, Event, Retry, SubscriptionMismatchError, SubscriptionNotFoundError
+from pgbackend import (
+    Backend,
+    ConfigError,
+    DatabaseError,
+    Event,
+    Retry,
+    SubscriptionMismatchError,
+    SubscriptionNotFoundError,
+)
+from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from tests.support.catch import Catch, Gate, make_event
 from tests.support.polling import eventually
@@ -219,6 +228,26 @@ async def test_a_commit_that_comes_between_is_not_overlooked(database: str) -> N
     await owner.close()
 
     assert flaky.attempts == {"a": [2]}
+
+
+async def test_a_deadlock_with_a_commit_is_one_more_try(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that does not let go commits its shards in an order of its own."""
+    fetch, victims = Database.fetch, 1
+
+    async def sometimes_the_victim(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        nonlocal victims
+        if "alter_subscription" in statement and victims:
+            victims -= 1
+            raise DatabaseError("deadlock detected", sqlstate="40P01")
+        return await fetch(self, statement, *args, **options)
+
+    monkeypatch.setattr(Database, "fetch", sometimes_the_victim)
+    async with running(database) as backend:
+        await backend.subscribe("s", Catch())
+        await alter(backend, order="key")
+        assert (await backend.status()).subscriptions[0].order == "key"
+
+    assert victims == 0
 
 
 async def test_strict_with_several_shards_is_refused(database: str) -> None:
