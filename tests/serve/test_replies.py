@@ -215,6 +215,49 @@ class TestWhenItCannotBeStored:
         assert log.events == []
 
 
+class Counts:
+    """What is counted of a trigger."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int | None]] = []
+
+    def delivered(self, seconds: float) -> None:
+        assert 0 < seconds < 60
+        self.told.append(("delivered", None))
+
+    def failed(self, seconds: float, status: int | None) -> None:
+        assert 0 < seconds < 60
+        self.told.append(("failed", status))
+
+    def replied(self, events: int) -> None:
+        self.told.append(("replied", events))
+
+
+async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, delivery: DeliveryMaker, log: Log) -> None:
+    counts = Counts()
+    billing = delivery(target.url, metrics=counts)
+    for status, headers, fails in (
+        (200, {}, None),
+        (200, STRUCTURED, None),
+        (200, STRUCTURED, ConnectionLostError("PostgreSQL is away")),
+        (200, STRUCTURED, EventError("too large")),
+        (503, {}, None),
+        (503, {"Retry-After": "1"}, None),
+        (403, {}, None),
+        (410, {}, None),
+    ):
+        replying(target, envelope("1"), headers, status)
+        log.fails = fails
+        await asyncio.gather(billing(ORDER), return_exceptions=True)
+    await asyncio.gather(delivery("http://127.0.0.1:1/", metrics=counts)(ORDER), return_exceptions=True)
+    assert counts.told == [
+        ("delivered", None),
+        ("replied", 1),
+        ("delivered", None),
+        *(("failed", status) for status in (503, 502, 503, 503, 403, 410, None)),
+    ]
+
+
 class TestHops:
     @pytest.mark.parametrize(
         ("delivered", "own", "expected"),
