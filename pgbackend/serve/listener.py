@@ -22,7 +22,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -50,6 +50,10 @@ _LINGER = 0.5
 _GRACE = 3.0
 """Seconds that requests which are still arriving get when the broker stops."""
 _MAX_CONNECTIONS = 10_000
+_SLACK = 2
+"""Connections that a process may have more than another that shares its port, without leaving the next ones to it."""
+_COURTESY = 0.002
+"""Seconds that it leaves them to the others; who waits then is taken by whoever is there."""
 _MAX_QUEUED = 100
 """Requests that a connection may send ahead of its answers."""
 _QUEUED_BYTES = 64 << 20
@@ -158,10 +162,35 @@ def _has_certificate(path: Path) -> bool:
     return True
 
 
+class Share:
+    """What this process has of the connections to a port that several share, and what the others have.
+
+    Who wakes up first takes what comes: left alone, one of two idle processes ends up with 50 of 64 connections that
+    are opened together, and keeps them for hours. `counts` is memory of all of them, with a place for each.
+    """
+
+    NOBODY = 2**31 - 1
+    """In the place of a process that takes no connections."""
+
+    def __init__(self, counts: MutableSequence[int], own: int) -> None:
+        self._counts = counts
+        self._own = own
+
+    def note(self, connections: int) -> None:
+        """This process has so many."""
+        self._counts[self._own] = connections
+
+    def is_full(self) -> bool:
+        """Whether the next one should be another's."""
+        return self._counts[self._own] > min(self._counts) + _SLACK
+
+
 class Listener:
     """Serves `app` on a bound socket until `stop()`; takes over the socket."""
 
-    def __init__(self, app: Ingest, bound: socket.socket, *, tls: TLS | None = None) -> None:
+    def __init__(
+        self, app: Ingest, bound: socket.socket, *, tls: TLS | None = None, share: Share | None = None
+    ) -> None:
         self._app = app
         self._socket = bound
         config = uvicorn.Config(
@@ -177,7 +206,7 @@ class Listener:
             proxy_headers=False,
             server_header=False,
         )
-        self._server = _Server(config, app, tls)
+        self._server = _Server(config, app, tls, share)
 
     async def run(self) -> None:
         """Return once `stop()` was called and every request in progress has its answer.
@@ -229,12 +258,13 @@ class _State(ServerState):
 class _Server(uvicorn.Server):
     """Uvicorn's, but that signals are the broker's, and that connections are looked after from the accept on."""
 
-    def __init__(self, config: uvicorn.Config, app: Ingest, tls: TLS | None) -> None:
+    def __init__(self, config: uvicorn.Config, app: Ingest, tls: TLS | None, share: Share | None) -> None:
         super().__init__(config)
         self.server_state: _State = _State()
         self.accepting = asyncio.Event()
         self._app = app
         self._tls = tls
+        self._share = share
         self._bound: socket.socket | None = None
         """Where clients wait, while they are accepted."""
         self._connecting: set[asyncio.Task[None]] = set()
@@ -261,24 +291,47 @@ class _Server(uvicorn.Server):
         if self._bound is not None:
             asyncio.get_running_loop().add_reader(self._bound.fileno(), self._accept, self._bound)
 
+    def _pause_accepting(self, seconds: float, then: Callable[[], None]) -> None:
+        assert self._bound is not None  # noqa: S101 - it accepts
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._bound.fileno())
+        loop.call_later(seconds, then)
+
     def _accept(self, bound: socket.socket) -> None:
-        """Make a connection of the next client that waits, unless another process was quicker.
+        """Make a connection of the next client that waits, or leave it to another process.
 
         The loop's own server would not count handshakes, and would show the certificate that it began with for ever.
-        It would also take all that wait at once: of several processes the first to wake up would have them all. Here a
-        client that was accepted gets its connection, whatever happens: a task that waits could be cancelled between.
+        Nothing is awaited between a client's accept and its connection: what is cancelled there would lose the client.
         """
+        if self._has_its_share():
+            self._pause_accepting(_COURTESY, self._accept_rest)
+        else:
+            self._accept_one(bound)
+
+    def _accept_rest(self) -> None:
+        """Who has fewer connections was left the next ones: if it did not take them, it is busy, or frozen."""
+        if self._bound is not None and self._has_its_share():
+            while self._accept_one(self._bound):
+                pass
+        self._resume_accepting()
+
+    def _has_its_share(self) -> bool:
+        if self._share is None:
+            return False
+        self._share.note(len(self.server_state.connections) + len(self._connecting) + len(self._handshakes))
+        return self._share.is_full()
+
+    def _accept_one(self, bound: socket.socket) -> bool:
+        """Whether there was one."""
         try:
             client, _ = bound.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            return
+            return False
         except OSError as error:
             # Out of files or memory: when others have gone there is some again.
             facts.emit("accept failed", level=logging.WARNING, error=str(error))
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(bound.fileno())
-            loop.call_later(0.1, self._resume_accepting)
-            return
+            self._pause_accepting(0.1, self._resume_accepting)
+            return False
         client.setblocking(False)
         if self._tls is None:
             self._begin(self._connect(client), self._connecting)
@@ -287,6 +340,7 @@ class _Server(uvicorn.Server):
             client.close()
         else:
             self._begin(self._shake_hands(client, self._tls.context), self._handshakes)
+        return True
 
     @staticmethod
     def _begin(connecting: Coroutine[None, None, None], among: set[asyncio.Task[None]]) -> None:
@@ -317,6 +371,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
+        self._has_its_share()  # for the others to know
         if counter % 10 == 0:
             self.server_state.tell_date(b"".join(b"%b: %b\r\n" % line for line in self.server_state.default_headers))
             self._look_after_connections()
@@ -336,8 +391,13 @@ class _Server(uvicorn.Server):
     async def stop_accepting(self) -> None:
         """Return once no connection will be made any more."""
         if self._bound is not None:
-            asyncio.get_running_loop().remove_reader(self._bound.fileno())
-            self._bound = None
+            bound, self._bound = self._bound, None
+            asyncio.get_running_loop().remove_reader(bound.fileno())
+            if self._share is not None:
+                self._share.note(Share.NOBODY)
+            # They are connected, as far as they know, and may have sent something.
+            while self._accept_one(bound):
+                pass
         for handshake in self._handshakes:
             handshake.cancel()
         if connecting := self._connecting | self._handshakes:
@@ -569,16 +629,14 @@ class _Connection(HttpToolsProtocol):
             super().on_body(piece)
 
     def on_response_complete(self) -> None:
-        # Uvicorn's has a timer for each answer; that it takes long is found by looking.
         self._since = self.loop.time()
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
         if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._answering = cycle
-            self._start_asgi_task(cycle, app)
+            self._answering, _ = self.pipeline[-1]
+            super().on_response_complete()
             self._account_for_queue()
+        elif not self.transport.is_closing():
+            # Uvicorn would have a timer for each answer; a connection that is idle for long is found by looking.
+            self.flow.resume_reading()
 
     def _account_for_queue(self) -> None:
         """Requests that were sent ahead of answers are bounded together, whoever sent them."""
