@@ -293,7 +293,7 @@ class Pump:
         return start
 
     async def _has_room(self, event: Event, size: int) -> bool:
-        """Return once the window has room for an event, or the filter, changed meanwhile, refuses it; which."""
+        """Wait until the window has room for an event; whether it is still wanted by then."""
         health = self.registration.health
         while not self.shard.window.fits(size):
             await self._until_room()

@@ -63,6 +63,8 @@ async def subscribing(backend: Backend) -> None:
     await backend.subscribe("audit", in_a_thread, start=datetime.now(UTC), filter=lambda event: event.id != "1")
     await backend.seek("billing", "earliest")
     await backend.seek("billing", 17)
+    await backend.reconfigure("billing", in_a_thread, concurrency=8, retry=Retry(attempts=3), dead_letter=given_up)
+    await backend.alter_subscription("billing", order="key", end=datetime.now(UTC), start="latest")
     await backend.unsubscribe("billing")
     await backend.delete_subscription("billing")
 
@@ -79,6 +81,8 @@ async def operating(backend: Backend) -> None:
     except ProbeError as error:
         checks: dict[str, str] = error.checks
         assert checks
+    lag: float | None = status.subscriptions[0].lag_seconds
+    assert lag
     assert info.name
     assert status.head == count
 
