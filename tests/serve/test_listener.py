@@ -377,7 +377,11 @@ async def test_all_connections_together_hold_a_bounded_number_of_requests_that_w
             pass
         writer.close()
     assert served > 0
-    assert state.queued_bytes == 0
+
+    async def nothing_queued() -> bool:
+        return state.queued_bytes == 0
+
+    await eventually("nothing is queued", nothing_queued)
 
 
 async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing_behind(broker: Broker) -> None:
@@ -388,7 +392,12 @@ async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing
         await writer.drain()
         writer.transport.abort()
     assert (await broker.send(HEADERS)).status == 202
-    assert broker.listener._server.server_state.queued_bytes == 0
+    state = broker.listener._server.server_state
+
+    async def forgotten() -> bool:
+        return state.queued_bytes == 0 and len(state.connections) == 1
+
+    await eventually("both connections are forgotten", forgotten)
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:
