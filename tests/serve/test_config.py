@@ -412,6 +412,7 @@ MISTAKES = [
         "headers.Content-Length: the header Content-Length belongs",
     ),
     ("triggers: {a: {target: {headers: {ce-id: 5}}}}", "headers.ce-id: the header ce-id belongs"),
+    ("triggers: {a: {target: {headers: {PgBackend-Attempt: 5}}}}", "the header PgBackend-Attempt belongs"),
     ("triggers: {a: {target: {headers: {x: 1, X: 2}}}}", "target.headers: "),
     ("triggers: {a: {bounds: {byId: {start: 5-0}}}}", 'byId.start: expected a whole number, found "5-0"'),
     ("triggers: {a: {bounds: {byId: {start: 5, end: 5}}}}", "bounds.byId.end: expected an end behind the start"),

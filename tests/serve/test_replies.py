@@ -20,6 +20,7 @@ from pgbackend.serve import replies
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope
 from tests.serve.target import Target, raw_server, read_request
+from tests.support.catch import Catch
 
 ORDER = codec.parse_structured(envelope("order"))
 
@@ -350,6 +351,34 @@ async def test_an_event_counts_as_settled_only_after_its_reply_is_in_the_log(
             await asyncio.sleep(0.02)
     await backend.stop()
     await running
+
+
+async def test_a_reply_that_comes_while_the_broker_stops_is_stored_and_its_event_is_done(
+    backend: Backend, target: Target, session: aiohttp.ClientSession, database: str
+) -> None:
+    stopping = asyncio.Event()
+
+    async def reply_late(request: object) -> web.Response:
+        await stopping.wait()
+        return web.Response(body=envelope("reply"), headers=STRUCTURED)
+
+    target.answer = reply_late
+    billing = Delivery(session, URL(target.url), trigger="billing", reply=backend.produce_many)
+    await backend.subscribe("billing", billing, filter=lambda event: event.id == "order", start="earliest")
+    running = asyncio.create_task(backend.start())
+    await backend.produce(ORDER)
+    await target.wait(1)
+    stop = asyncio.create_task(backend.stop())
+    await asyncio.sleep(0)  # it has begun
+    stopping.set()
+    await stop
+    await running
+
+    async with Backend(database) as again:
+        await again.subscribe("billing", billing, filter=lambda event: event.id == "order")
+        await again.subscribe("all", everything := Catch(), start="earliest")
+        await everything.has("order", "reply")
+    assert len(target.requests) == 1, "it was delivered again"
 
 
 async def test_a_reply_that_is_too_large_for_the_log_fails_its_event_and_says_so(
