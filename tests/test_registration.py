@@ -275,6 +275,23 @@ async def test_a_paused_pump_sleeps(database: str, order: Any, monkeypatch: pyte
             assert waits - before < 50
 
 
+async def test_a_pause_outlives_a_seek_and_a_new_owner_here(database: str) -> None:
+    with Recorder() as recorder:
+        async with running(database) as backend:
+            await backend.subscribe("s", Gone(), start="earliest")
+            await produce(backend, "a", "b")
+            await recorder.wait("subscription paused")
+            await backend.seek("s", 1)
+            await recorder.wait("lease claimed", count=2)
+            assert await state(backend) == "paused: 410 Gone"
+            catch = Catch()
+            await backend.reconfigure("s", catch)
+            await settled(backend)
+        assert len(recorder.all("subscription paused")) == 1
+
+    assert catch.ids == ["b"]
+
+
 # Reconfiguring.
 
 
