@@ -1,7 +1,7 @@
 """What the broker is specified to do, sentence by sentence, shown end to end: over HTTP in, out to real targets.
 
-A class is a section, a docstring a rule. What other files show end to end already is not shown again here: limits and
-refusals (test_ingest), attempts on the wire (test_delivery, test_replies), waits and dead letters (test_triggers).
+A class is a section, a docstring a rule. What other files show end to end already is not shown again here;
+`SHOWN_ELSEWHERE` says where it is.
 """
 
 import asyncio
@@ -27,6 +27,69 @@ from tests.serve.target import Request, Target
 from tests.support.polling import eventually
 
 FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
+
+SHOWN_ELSEWHERE = {
+    "test_config.py": (
+        "everything_that_a_file_may_say_is_understood",
+        "defaults_are_those_of_the_specification",
+        "keys_match_without_case_as_in_the_files_of_triggermesh",
+        "the_proper_place_replaces_the_deprecated_one_as_a_whole",
+        "durations_are_iso_8601",
+        "a_mistake_is_named_with_its_path_and_what_was_expected",
+        "all_mistakes_are_named_in_the_order_of_the_file",
+    ),
+    "test_delivery.py": (
+        "binary_mode_carries_attributes_as_headers_and_the_bytes_untouched",
+        "structured_mode_is_one_json_object_with_the_data_as_its_very_text",
+        "configured_headers_go_with_each_event",
+        "a_header_says_which_attempt_it_is",
+        "no_attribute_breaks_out_of_its_header",
+        "2xx_is_delivered",
+        "a_dead_letter_target_that_is_gone_pauses_nothing",
+        "no_more_requests_are_open_than_connections_and_waiting_uses_up_no_timeout",
+    ),
+    "test_egress.py": ("what_a_name_resolved_to_before_does_not_matter",),
+    "test_hostile_targets.py": (
+        "a_bad_target_harms_only_its_own_trigger",
+        "a_target_that_is_gone_for_a_while_gets_everything_when_it_is_back",
+    ),
+    "test_ingest.py": (
+        "the_content_type_alone_chooses_the_mode",
+        "another_format_is_415",
+        "an_empty_batch_is_taken",
+        "one_bad_event_refuses_all_and_is_named_by_its_index",
+        "an_event_of_the_limit_passes_in_every_mode_and_one_more_byte_is_413",
+        "an_endless_body_is_refused_while_it_arrives",
+        "who_knows_a_secret_may_send",
+        "nobody_else_may",
+        "202_comes_only_after_the_commit",
+        "without_postgresql_events_are_refused_until_it_is_back",
+    ),
+    "test_reload.py": (
+        "a_swapped_link_is_followed_as_kubernetes_does_it",
+        "secrets_that_rotate_are_in_force_at_both_ends",
+    ),
+    "test_replies.py": (
+        "an_event_counts_as_settled_only_after_its_reply_is_in_the_log",
+        "the_delivery_failed_and_says_why",
+        "a_body_that_is_no_event_is_ignored",
+    ),
+    "test_triggers.py": (
+        "a_given_up_event_goes_to_the_dead_letter_url_with_why",
+        "strict_order_survives_failures",
+        "events_of_one_key_arrive_one_after_another",
+        "concurrency_is_how_many_requests_are_open_at_a_time",
+        "a_new_trigger_gets_what_comes_after_it",
+        "the_earliest_start_is_all_that_the_log_has",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", SHOWN_ELSEWHERE)
+def test_what_is_shown_elsewhere_is_there(file: str) -> None:
+    text = (Path(__file__).parent / file).read_text()
+    missing = [claim for claim in SHOWN_ELSEWHERE[file] if f"def test_{claim}(" not in text]
+    assert not missing, f"renamed in {file}, or no longer shown"
 
 
 async def send(broker: Broker, *ids: object, **members: object) -> None:
@@ -822,6 +885,20 @@ class TestAsIntermediary:
 
 
 class TestAsReceiver:
+    async def test_json_is_known_by_its_content_type_however_that_is_written(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """Case does not count, nor parameters, nor what stands before `/json` and `+json`."""
+        kinds = ("application/json", "APPLICATION/Json ; a=b", "text/json", "model/gltf+JSON", "x/json;charset=utf-8")
+        async with passing(database, target, other_target) as broker:
+            for kind in kinds:
+                await send(broker, kind, datacontenttype=kind, data="text")
+                assert (await broker.send(HEADERS | {"content-type": kind}, b'"text"')).status == 202
+            await target.wait(2 * len(kinds))
+            for request in await other_target.wait(2 * len(kinds)):
+                assert b'"data":"text"' in request.body
+        assert {request.body for request in target.requests} == {b'"text"'}
+
     BAD_HEADERS = (
         {"ce-subject": "%C0%A0"},
         {"ce-subject": "%ff"},
