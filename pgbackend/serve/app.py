@@ -31,7 +31,7 @@ from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
 from pgbackend.serve import delivery, tracing
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.ingest import Ingest
-from pgbackend.serve.listener import TLS, Listener, allow_many_connections, bind
+from pgbackend.serve.listener import TLS, Listener, Share, allow_many_connections, bind
 from pgbackend.serve.metrics import Metrics
 from pgbackend.serve.reload import changes
 from pgbackend.serve.triggers import Triggers
@@ -106,10 +106,13 @@ async def run(
     bound: socket.socket,
     orders: Orders,
     on_serving: Callable[[], None],
+    *,
+    share: Share | None = None,
 ) -> None:
     """Serve on `bound`, which is the listener's from then on, until `orders` say stop; return once it is drained.
 
-    `on_serving` is called once events are taken in. Raises PgBackendError.
+    `share`: of the connections, where other processes serve on `bound`, too. `on_serving` is called once events are
+    taken in. Raises PgBackendError.
     """
     tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
@@ -127,7 +130,8 @@ async def run(
                 if await _finished(prepare(), unless=orders.stop):
                     ingest = Ingest(backend, auth=configuration.ingest, metrics=metrics, tracing=traces)
                     following = _Following(settings, triggers, ingest, tls)
-                    await _run(backend, Listener(ingest, bound, tls=tls), following, orders, on_serving)
+                    listener = Listener(ingest, bound, tls=tls, share=share)
+                    await _run(backend, listener, following, orders, on_serving)
     finally:
         await backend.stop()
         if traces is not None:

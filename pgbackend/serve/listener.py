@@ -52,7 +52,7 @@ _GRACE = 3.0
 _MAX_CONNECTIONS = 10_000
 _SLACK = 2
 """Connections that a process may have more than another that shares its port, without leaving the next ones to it."""
-_COURTESY = 0.002
+_COURTESY = 0.01
 """Seconds that it leaves them to the others; who waits then is taken by whoever is there."""
 _MAX_QUEUED = 100
 """Requests that a connection may send ahead of its answers."""
@@ -292,10 +292,10 @@ class _Server(uvicorn.Server):
             asyncio.get_running_loop().add_reader(self._bound.fileno(), self._accept, self._bound)
 
     def _pause_accepting(self, seconds: float, then: Callable[[], None]) -> None:
-        assert self._bound is not None  # noqa: S101 - it accepts
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._bound.fileno())
-        loop.call_later(seconds, then)
+        if self._bound is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._bound.fileno())
+            loop.call_later(seconds, then)
 
     def _accept(self, bound: socket.socket) -> None:
         """Make a connection of the next client that waits, or leave it to another process.
@@ -310,10 +310,10 @@ class _Server(uvicorn.Server):
 
     def _accept_rest(self) -> None:
         """Who has fewer connections was left the next ones: if it did not take them, it is busy, or frozen."""
+        self._resume_accepting()
         if self._bound is not None and self._has_its_share():
             while self._accept_one(self._bound):
                 pass
-        self._resume_accepting()
 
     def _has_its_share(self) -> bool:
         if self._share is None:
@@ -398,6 +398,8 @@ class _Server(uvicorn.Server):
             # They are connected, as far as they know, and may have sent something.
             while self._accept_one(bound):
                 pass
+        if connecting := self._connecting | self._handshakes:
+            await asyncio.wait(connecting, timeout=_LINGER)
         for handshake in self._handshakes:
             handshake.cancel()
         if connecting := self._connecting | self._handshakes:

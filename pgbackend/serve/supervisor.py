@@ -36,7 +36,7 @@ from pgbackend.database import Backoff
 from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.serve import app, logs, metrics
 from pgbackend.serve.app import Orders, Settings
-from pgbackend.serve.listener import bind
+from pgbackend.serve.listener import Share, bind
 
 DRAIN_TIMEOUT = 50.0
 """Seconds that a worker may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries."""
@@ -58,7 +58,7 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
     configuration = app.configuration_of(settings)
     bound = bind(settings.host, settings.port)
     supervisor = Supervisor(settings, bound)
-    counted = tempfile.TemporaryDirectory(prefix="pgbackend-metrics-", ignore_cleanup_errors=True)
+    counted = tempfile.TemporaryDirectory(prefix=f"pgbackend-metrics-{os.getpid()}-", ignore_cleanup_errors=True)
     # Before the first worker starts: that they count together is decided when they import `metrics`.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = counted.name
 
@@ -79,6 +79,8 @@ class Supervisor:
         self._settings = settings
         self._bound = bound
         self._alive: set[_Worker] = set()
+        # Twice as many: a worker that drains and its successor live at the same time.
+        self._connections = _spawn.RawArray("i", [Share.NOBODY] * (2 * settings.workers))
 
     async def run(self, orders: Orders, on_serving: Callable[[], None]) -> None:
         """Return once `orders` said stop and all have drained. `on_serving` is called once all listen."""
@@ -153,7 +155,9 @@ class Supervisor:
 
     async def _start(self) -> "_Worker":
         """A new worker, once it listens. Raises PgBackendError when it cannot."""
-        worker = _Worker(self._settings, self._bound)
+        taken = {worker.number for worker in self._alive}
+        number = next(number for number in range(len(self._connections)) if number not in taken)
+        worker = _Worker(self._settings, self._bound, Share(self._connections, number), number)
         self._alive.add(worker)
         worker.end.add_done_callback(lambda _: self._forget(worker))
         await worker.listening()
@@ -162,6 +166,8 @@ class Supervisor:
 
     def _forget(self, worker: "_Worker") -> None:
         self._alive.discard(worker)
+        # One that was killed has not said so itself: others would wait for it to take connections.
+        self._connections[worker.number] = Share.NOBODY
         metrics.worker_gone(worker.pid)
 
     async def _drain(self) -> int:
@@ -195,10 +201,11 @@ class _Place:
 class _Worker:
     """The supervisor's end of one worker. It runs from the beginning."""
 
-    def __init__(self, settings: Settings, bound: socket) -> None:
+    def __init__(self, settings: Settings, bound: socket, share: Share, number: int) -> None:
+        self.number = number
         self._born = time.monotonic()
         self._reports, theirs = _spawn.Pipe(duplex=False)
-        self._process = _spawn.Process(target=_work, args=(settings, bound, theirs))
+        self._process = _spawn.Process(target=_work, args=(settings, bound, share, theirs))
         # Before the mask is set: starting the tracker takes it away.
         resource_tracker.ensure_running()
         # A worker is born deaf to the SIGINT that a terminal sends to everyone: its supervisor tells it what to do.
@@ -260,7 +267,7 @@ async def _readable(file: int) -> None:
 # In the worker
 
 
-def _work(settings: Settings, bound: socket, reports: Connection) -> None:
+def _work(settings: Settings, bound: socket, share: Share, reports: Connection) -> None:
     """A worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -268,7 +275,7 @@ def _work(settings: Settings, bound: socket, reports: Connection) -> None:
     reporting = _Reporting(reports)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, bound, reporting))
+            runner.run(_serve(settings, bound, share, reporting))
     except PgBackendError as error:
         reporting.problem(error)
         sys.exit(1)
@@ -294,9 +301,9 @@ class _Reporting:
             self._connection.send(problem)
 
 
-async def _serve(settings: Settings, bound: socket, reporting: _Reporting) -> None:
+async def _serve(settings: Settings, bound: socket, share: Share, reporting: _Reporting) -> None:
     with _orders() as orders:
-        await app.run(settings, app.configuration_of(settings), bound, orders, reporting.listening)
+        await app.run(settings, app.configuration_of(settings), bound, orders, reporting.listening, share=share)
 
 
 @contextmanager

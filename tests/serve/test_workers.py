@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
+import aiohttp
 import asyncpg
 import pytest
 from aiohttp import web
@@ -254,6 +257,63 @@ class TestRestart:
             await target.wait(1)
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
+
+
+class TestConnections:
+    async def test_those_opened_together_are_spread_over_all_workers(self, database: str) -> None:
+        async with workers("--dsn", database) as serve:
+            parts = urlsplit(await serve.listening())
+            assert parts.port
+            port = parts.port
+            # As idle as they are, the first to wake up would have them all.
+            opened = await asyncio.gather(*(asyncio.open_connection(parts.hostname, port) for _ in range(64)))
+
+            async def look() -> list[int]:
+                counts = [connections(pid, port) for pid in await pids(serve)]
+                return counts if sum(counts) >= 64 else []
+
+            counts = await eventually("all are accepted", look)
+            for _, writer in opened:
+                writer.close()
+            assert min(counts) >= 16, counts
+
+
+def connections(pid: int, port: int) -> int:
+    """How many connections to that port a process has accepted."""
+    sockets = {str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
+    established = "01"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(
+        f"socket:[{row[9]}]" in sockets
+        for row in rows
+        if row[3] == established and int(row[1].rpartition(":")[2], 16) == port
+    )
+
+
+class TestMetrics:
+    async def test_any_worker_answers_for_all_and_for_those_that_are_gone(self, database: str) -> None:
+        async with workers("--dsn", database) as serve:
+            url = await serve.listening()
+            for id_ in range(20):
+                assert await post(url, str(id_)) == 202
+            await pids(serve)
+            serve.send(signal.SIGHUP)
+            await facts(serve, "workers restarted")
+            for id_ in range(5):
+                assert await post(url, f"later {id_}") == 202
+
+            async def look() -> bool:
+                async with aiohttp.ClientSession() as client, client.get(f"{url}metrics") as answer:
+                    found = re.search(
+                        r"^messaging_client_sent_messages_total{.*} (.*)$", await answer.text(), re.MULTILINE
+                    )
+                    return found is not None and float(found[1]) == 25.0
+
+            await eventually("all are counted", look)
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+            # What they count in is gone with them.
+            assert not list(Path(tempfile.gettempdir()).glob(f"pgbackend-metrics-{serve.process.pid}-*"))
 
 
 class TestStop:
