@@ -316,10 +316,12 @@ class _Server(uvicorn.Server):
                 pass
 
     def _has_its_share(self) -> bool:
-        if self._share is None:
-            return False
-        self._share.note(len(self.server_state.connections) + len(self._connecting) + len(self._handshakes))
-        return self._share.is_full()
+        self._tell_others()
+        return self._share is not None and self._share.is_full()
+
+    def _tell_others(self) -> None:
+        if self._share is not None:
+            self._share.note(len(self.server_state.connections) + len(self._connecting) + len(self._handshakes))
 
     def _accept_one(self, bound: socket.socket) -> bool:
         """Whether there was one."""
@@ -371,7 +373,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
-        self._has_its_share()  # for the others to know
+        self._tell_others()
         if counter % 10 == 0:
             self.server_state.tell_date(b"".join(b"%b: %b\r\n" % line for line in self.server_state.default_headers))
             self._look_after_connections()

@@ -39,7 +39,8 @@ from pgbackend.serve.app import Orders, Settings
 from pgbackend.serve.listener import Share, bind
 
 DRAIN_TIMEOUT = 50.0
-"""Seconds that a worker may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries."""
+"""Seconds that a worker may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries, 5 to hand
+over the last traces."""
 _STEADY = 60.0
 """Seconds after which a worker that died is replaced as if it were the first."""
 
