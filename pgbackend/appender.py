@@ -288,8 +288,9 @@ class Appender:
                 "PostgreSQL committed without its synchronous standby's word: the event is lost if it fails over now."
             ))  # fmt: skip
         else:
-            for call in batch:
-                call.answer(None)
+            # Not before the next batch was sent: PostgreSQL commits that one while these are told, which for HTTP's
+            # clients takes as long as a commit.
+            asyncio.get_running_loop().call_soon(_tell_committed, batch)
         self._on_append(len(rows))
 
     async def _insert(self, connection: Connection, rows: Sequence[Row]) -> None:
@@ -342,6 +343,11 @@ class Appender:
         for call in batch:
             # An exception of its own for each: tracebacks are put together on it.
             call.answer(_copy(error))
+
+
+def _tell_committed(batch: Sequence[_Call]) -> None:
+    for call in batch:
+        call.answer(None)
 
 
 def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
