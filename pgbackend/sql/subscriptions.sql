@@ -174,7 +174,8 @@ RETURNING name;
 -- name: list_status
 -- One row a shard, with what its subscription owes, and for how long: since its oldest event that is above the offset,
 -- or pending, or to be tried again was recorded. Each of the three is the first hit of an index scan; of what is pending
--- the first range that holds an event at all, which comes first in the multirange.
+-- the first range that holds an event at all, which comes first in the multirange. The failed one's event is no join:
+-- PostgreSQL 15 made that a merge, which reads the log from its beginning.
 SELECT
     subscription.name, subscription.ordering, stored.shard, stored.shards, stored.position,
     stored.pending::text AS pending, stored.epoch, stored.owner, worker.name AS owner_name, stored.completed_at,
@@ -217,9 +218,8 @@ SELECT
             )
             UNION ALL
             (
-                SELECT event.recorded_at
+                SELECT (SELECT event.recorded_at FROM {schema}.events AS event WHERE event.position = waiting.position)
                 FROM {schema}.redeliveries AS waiting
-                JOIN {schema}.events AS event ON event.position = waiting.position
                 WHERE waiting.subscription = subscription.name
                 ORDER BY waiting.position
                 LIMIT 1
