@@ -61,6 +61,23 @@ class Message:
         return b"\r\n".join([*head, b"", *(b"%x\r\n%b" % (len(part), part) for part in parts), b"0", b"", b""])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Talk:
+    """Messages over one connection."""
+
+    messages: Sequence[Message]
+    is_ahead: bool = False
+    """All of them are sent before the first answer is read."""
+    cuts: Sequence[int] = ()
+    """Where what is sent is cut into pieces."""
+
+    def beginning(self) -> Iterator[bytes]:
+        """What is sent before the first answer is read, in pieces."""
+        raw = b"".join(message.raw() for message in (self.messages if self.is_ahead else self.messages[:1]))
+        cuts = sorted({cut % len(raw) for cut in self.cuts})
+        return (raw[start:end] for start, end in pairwise([0, *cuts, len(raw)]))
+
+
 class Octets(bytes):
     """What is sent as it is."""
 
@@ -332,11 +349,14 @@ def octet_streams(draw: st.DrawFn) -> bytes:
     return raw + raw[:at] if what == "again" else draw(st.binary(max_size=60))
 
 
-conversations = st.one_of(
-    st.lists(st.one_of(messages, damaged_messages()), min_size=1, max_size=8),
-    st.lists(damaged_messages(), min_size=1, max_size=8),
-    octet_streams().map(Octets),
+talks = st.builds(
+    Talk,
+    messages=st.lists(st.one_of(messages, damaged_messages()), min_size=1, max_size=8)
+    | st.lists(damaged_messages(), min_size=1, max_size=8),
+    is_ahead=st.booleans(),
+    cuts=st.lists(st.integers(0, 1 << 16), max_size=3),
 )
+conversations = st.one_of(talks, talks, octet_streams().map(Octets))
 
 
 # ── what comes back ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -531,25 +551,28 @@ class Fuzzed:
             self.position = records[-1]["position"]
         return [Event(tuple(record)[:-1]) for record in records]
 
-    def converse(self, what: Sequence[Message] | Octets) -> None:
+    def converse(self, what: Talk | Octets) -> None:
         """Everything that is claimed holds for this conversation."""
         try:
             with closing(Conversation(self.address)) as conversation:
                 if isinstance(what, Octets):
                     self._anything(conversation, what)
                 else:
-                    self._messages(conversation, what)
+                    self._talk(conversation, what)
             self._check_log()
         except BaseException:
             self.has_failed = True
             self.stored()  # is not the next conversation's
             raise
 
-    def _messages(self, conversation: Conversation, messages: Sequence[Message]) -> None:
+    def _talk(self, conversation: Conversation, talk: Talk) -> None:
         expected: list[tuple[dict[str, str], bytes | None]] = []
-        for message in messages:
+        for piece in talk.beginning():
+            conversation.send(piece)
+        for index, message in enumerate(talk.messages):
             self.requests += 1
-            conversation.send(message.raw())
+            if index > 0 and not talk.is_ahead:
+                conversation.send(message.raw())
             answer = conversation.answer()
             assert answer is not None, "no answer"
             check(answer)
@@ -662,7 +685,7 @@ def _fuzz(dsn: str, log: Path, wanted: int) -> None:
     with fuzzed(dsn, log) as broker:
         resident: list[tuple[int, int]] = []
 
-        def converse(what: Sequence[Message] | Octets) -> None:
+        def converse(what: Talk | Octets) -> None:
             if broker.requests >= wanted and not broker.has_failed:  # a failure is still to be shrunk
                 return
             broker.converse(what)
@@ -676,7 +699,7 @@ def _fuzz(dsn: str, log: Path, wanted: int) -> None:
         )(run)()
         seconds = time.monotonic() - began
         resident.append((broker.requests, broker.resident_bytes()))
-        broker.converse([Message(headers=_BARRIER, body=b"", events=[(_texts(_BARRIER), None)])])
+        broker.converse(Talk(messages=[Message(headers=_BARRIER, body=b"", events=[(_texts(_BARRIER), None)])]))
         figures = ", ".join(f"{requests}: {size / 2**20:.1f} MiB" for requests, size in resident)
         report(f"{broker.requests} requests in {seconds:.0f} s, {broker.taken} events taken; resident after {figures}")
 
