@@ -216,7 +216,7 @@ class Ingest:
                     answer(problem)
 
             self._backend.produce_soon(event, done)
-        except (Problem, PgBackendError):
+        except Exception:  # noqa: BLE001 - `__call__` meets it, too, and has the words for it
             return False
         self._held_bytes += size
         return True

@@ -10,6 +10,7 @@ from typing import ClassVar
 import asyncpg
 import pytest
 
+from pgbackend import codec
 from pgbackend.backend import Backend
 from pgbackend.errors import (
     ConnectionLostError,
@@ -579,6 +580,18 @@ class TestWholeRequests:
                 rows.append([event.row for event in (await broker.stored())[before:]])
             assert all(row == rows[0] for row in rows)
             assert len(rows[0]) == (status == 202)
+
+    async def test_a_bug_is_told_as_one(
+        self, broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def buggy(*_: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(codec, "parse_binary", buggy)
+        answer = await broker.send(HEADERS)
+        assert answer.status == 500
+        assert "Its log says why" in answer.detail
+        assert "a bug" in caplog.text
 
 
 async def talk_in_two(broker: Broker, first: bytes, second: bytes) -> bytes:
