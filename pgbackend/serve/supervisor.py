@@ -16,6 +16,7 @@ in which connections wait for a worker that is frozen, or gone.
 """
 
 import asyncio
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -67,10 +68,21 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
         supervisor.kill()
         counted.cleanup()
 
-    with bound, counted, app.obeying_signals(at_once=at_once) as orders:
+    with bound, counted, _locked(counted.name), app.obeying_signals(at_once=at_once) as orders:
         if settings.dsn is None:
             say(app.embedded_notice(settings))
         await supervisor.run(orders, lambda: app.announce(settings, configuration, bound, say))
+
+
+@contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """While it is open, systemd-tmpfiles does not take what is in there for forgotten."""
+    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(file)
 
 
 class Supervisor:
@@ -161,7 +173,11 @@ class Supervisor:
         worker = _Worker(self._settings, self._bound, Share(self._connections, number), number)
         self._alive.add(worker)
         worker.end.add_done_callback(lambda _: self._forget(worker))
-        await worker.listening()
+        try:
+            await worker.listening()
+        except PgBackendError:
+            await self._end(worker)
+            raise
         facts.emit("worker process started", pid=worker.pid)
         return worker
 
