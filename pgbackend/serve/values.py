@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,6 +76,23 @@ def _whole(low: int, high: int) -> Callable[[object], int]:
         return int(text)
 
     return check
+
+
+_redis_id = re.compile(r"([0-9]{10,13})-[0-9]+", re.ASCII).fullmatch
+
+
+def _position(low: int) -> Callable[[object], int]:
+    check = _whole(low, _MAX_POSITION)
+
+    def read(value: object) -> int:
+        if isinstance(value, str) and (found := _redis_id(value)):
+            # As files for TriggerMesh's Redis broker have it: milliseconds, and a number among those of their time.
+            moment = datetime.fromtimestamp(int(found[1]) / 1000, UTC).isoformat(timespec="milliseconds")
+            moment = moment.replace("+00:00", "Z")
+            raise refuse(f"expected a position of this log, found an id of Redis: as a time it is byDate, {moment}")
+        return check(value)
+
+    return read
 
 
 def seconds(text: str) -> float:
@@ -302,10 +319,8 @@ Concurrency = Annotated[
     int, BeforeValidator(_whole(1, _MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, _MAX_CONCURRENCY))
 ]
 Shards = Annotated[int, BeforeValidator(_whole(1, _MAX_SHARDS)), WithJsonSchema(_whole_schema(1, _MAX_SHARDS))]
-StartPosition = Annotated[
-    int, BeforeValidator(_whole(0, _MAX_POSITION)), WithJsonSchema(_whole_schema(0, _MAX_POSITION))
-]
-EndPosition = Annotated[int, BeforeValidator(_whole(1, _MAX_POSITION)), WithJsonSchema(_whole_schema(1, _MAX_POSITION))]
+StartPosition = Annotated[int, BeforeValidator(_position(0)), WithJsonSchema(_whole_schema(0, _MAX_POSITION))]
+EndPosition = Annotated[int, BeforeValidator(_position(1)), WithJsonSchema(_whole_schema(1, _MAX_POSITION))]
 BoundStart = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=False)), WithJsonSchema(_TIME)]
 BoundEnd = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=True)), WithJsonSchema(_TIME)]
 TriggerName = Annotated[

@@ -181,6 +181,11 @@ class TestFilesOfTriggerMesh:
             f"broker.yaml:5: triggers.replay.bounds.endId: {expected}: {{end: …}}?",
         ]
 
+    def test_an_id_of_redis_is_told_as_the_time_that_it_is(self) -> None:
+        said = complaint("triggers: {replay: {bounds: {byId: {start: 1686851639344-0}}}}")
+        assert "triggers.replay.bounds.byId.start: expected a position of this log" in said
+        assert "byDate, 2023-06-15T17:53:59.344Z" in said
+
 
 def test_anchors_aliases_and_merges_are_resolved() -> None:
     configuration = loaded("""
