@@ -20,6 +20,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -296,6 +297,11 @@ def _work(settings: Settings, bound: socket, share: Share, reports: Connection) 
     except PgBackendError as error:
         reporting.problem(error)
         sys.exit(1)
+    finally:
+        supervisor = multiprocessing.parent_process()
+        if supervisor is not None and not supervisor.is_alive():
+            # Nobody else will.
+            shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
 
 
 class _Reporting:

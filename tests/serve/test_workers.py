@@ -290,6 +290,11 @@ def connections(pid: int, port: int) -> int:
     )
 
 
+def left_behind(serve: Process) -> list[Path]:
+    """What the workers count in."""
+    return list(Path(tempfile.gettempdir()).glob(f"pgbackend-metrics-{serve.process.pid}-*"))
+
+
 class TestMetrics:
     async def test_any_worker_answers_for_all_and_for_those_that_are_gone(self, database: str) -> None:
         async with workers("--dsn", database) as serve:
@@ -302,6 +307,8 @@ class TestMetrics:
             for id_ in range(5):
                 assert await post(url, f"later {id_}") == 202
 
+            assert left_behind(serve)
+
             async def look() -> bool:
                 async with aiohttp.ClientSession() as client, client.get(f"{url}metrics") as answer:
                     found = re.search(
@@ -312,8 +319,7 @@ class TestMetrics:
             await eventually("all are counted", look)
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
-            # What they count in is gone with them.
-            assert not list(Path(tempfile.gettempdir()).glob(f"pgbackend-metrics-{serve.process.pid}-*"))
+            assert not left_behind(serve)
 
 
 class TestStop:
@@ -391,6 +397,7 @@ class TestStop:
             await refused(url)
             released.set()
             await gone(*started)
+            assert not left_behind(serve)
         # It was settled: nothing is delivered again.
         async with workers(*arguments) as serve:
             assert await post(await serve.listening(), "2") == 202
