@@ -27,6 +27,7 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory(prefix="pgbackend-demo-", ignore_cleanup_errors=True) as directory:
         command = [sys.executable, "-m", "pgbackend", "serve", "--port", "0", "--data-dir", directory]
+        command += ["--log-level", "warning"]  # as it says, what is printed here is enough
         command += ["--config-inline", json.dumps(configuration)]
         broker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - as written above
         try:

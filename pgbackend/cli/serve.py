@@ -144,7 +144,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     envvar="PGBACKEND_LOG_LEVEL",
-    default="warning",
+    default="info",
     show_default=True,
     show_envvar=True,
     help="From which level on.",

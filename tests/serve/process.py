@@ -18,7 +18,9 @@ from tests.serve.target import Target
 
 INFORMED = ("--log-level", "info")
 
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PGBACKEND_")}
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PGBACKEND_")} | {
+    "PGBACKEND_LOG_LEVEL": "warning"  # what a test looks at is what went wrong
+}
 
 
 class Process:
