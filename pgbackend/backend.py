@@ -578,9 +578,11 @@ class Backend:
             altered = await self._in_this_life(
                 lambda: parts.subscriptions.alter(name, terms, patience=self._settings.drain_timeout)
             )
-        if altered:
-            facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
-            await parts.notifier.notify_leases()
+            if altered:
+                facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
+                # Still at rest: nothing is awaited after that, so who reconfigures it next does so before anything of
+                # the new terms is dispatched.
+                await parts.notifier.notify_leases()
 
     @asynccontextmanager
     async def _at_rest(self, registration: Registration) -> AsyncIterator[None]:

@@ -88,7 +88,10 @@ class Pump:
         seconds_until: Callable[[datetime], Awaitable[float]],
         prove_end: Callable[[], Awaitable[int]],
     ) -> None:
-        """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position."""
+        """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position.
+
+        That is the attempts made, when the next one is due in monotonic seconds, and why it was given up, if it was.
+        """
         self.registration = registration
         self.shard = shard
         self._cursor = cursor
@@ -348,8 +351,10 @@ class Pump:
         """Whether the event has failed under a former owner: then it comes when it is due."""
         if not self._waiting or (before := self._waiting.pop(event.position, None)) is None:
             return False
-        attempt, delay, failure = before
-        self._later(delay, _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False))
+        attempt, due_at, failure = before
+        again = _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False)
+        # What is left of it: one behind others of its lane may have waited there for long.
+        self._later(due_at - monotonic(), again)
         return True
 
     def _let_go(self) -> int:

@@ -185,8 +185,10 @@ class Worker:
         await self._notifier.notify_leases()
 
     def states(self) -> dict[str, str]:
-        """By subscription: what it is doing here."""
-        return {pump.registration.name: pump.state() for pump, _ in self._pumps.values()}
+        """By subscription: what it is doing here, all its shards considered."""
+        states = [(pump.registration.name, pump.state()) for pump, _ in self._pumps.values()]
+        # Of several the last one counts: one that says what is wrong; "complete" only when all of them are.
+        return dict(sorted(states, key=lambda one: (one[1] != "complete", one[1] != "running")))
 
     def _on_hint(self, payload: str) -> None:
         if payload == self._sender:
@@ -254,7 +256,10 @@ class Worker:
         waiting = {}
         if lease.order != "none":
             found = await self._redelivery.find_attempts(lease)
-            waiting = {position: (before.attempt, before.delay, before.failure) for position, before in found.items()}
+            now = time.monotonic()
+            waiting = {
+                position: (before.attempt, now + before.delay, before.failure) for position, before in found.items()
+            }
         shard = Shard(
             lease=lease,
             window=Window(

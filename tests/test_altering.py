@@ -20,6 +20,7 @@ from pgbackend import (
 )
 from pgbackend.database import Database
 from pgbackend.facts import Recorder
+from pgbackend.wakeup import Notifier
 from tests.support.catch import Catch, Gate, make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
@@ -138,6 +139,19 @@ async def test_a_failed_event_keeps_its_attempts_and_holds_nobody_up_any_more(
 
     assert sorted(flaky.handled) == ["a", "b", "bad", "other"]
     assert flaky.attempts["bad"] == [1, 2]
+
+
+async def test_failed_events_of_one_key_wait_side_by_side_and_not_one_after_another(database: str) -> None:
+    flaky = Flaky(*"abcdefgh")
+    async with running(database) as backend:
+        await backend.subscribe("s", flaky, retry=Retry(delay=1.5))
+        await produce(backend, *"abcdefgh", key="k")
+        await failed(backend, 8)
+        await alter(backend, order="key")
+        async with asyncio.timeout(5):
+            await settled(backend)
+
+    assert flaky.handled == list("abcdefgh")
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -376,6 +390,27 @@ async def test_what_lies_behind_an_end_date_is_one_range_however_much_it_is(data
     assert all(count == 1 for (count,) in pending)
 
 
+async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -> None:
+    """Nor is anything else once all up to the end is here, however long that takes to be settled."""
+    async with running(database) as backend:
+        await backend.subscribe("s", Flaky("before", "behind"), order="key", retry=FAR)
+        await backend.produce_many([make_event(id_, key=id_) for id_ in ("before", "behind", "good")])
+        await failed(backend, 2)
+        await alter(backend, order="key", end=2)
+
+        async def reads_no_more() -> bool:
+            worker = backend._worker
+            assert worker
+            assert worker._tail
+            return bool(worker._pumps) and not worker._tail._streams
+
+        await eventually("nothing is read for it", reads_no_more)
+        (status,) = (await backend.status()).subscriptions
+
+    assert not status.complete
+    assert (status.shards[0].position, status.shards[0].pending) == (3, 2)
+
+
 @pytest.mark.parametrize("order", ["none", "key"])
 async def test_an_earlier_end_completes_it_and_what_it_owes_behind_that_comes_when_the_end_is_later(
     database: str, order: Any
@@ -447,6 +482,30 @@ async def test_another_start_moves_it_there_and_the_same_one_again_does_not(data
         await settled(backend)
 
     assert catch.ids[7:] == ["5", "5"]
+
+
+async def test_who_alters_and_then_reconfigures_gives_the_old_dispatcher_nothing_of_the_new_start(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes to tell the other processes in between."""
+    notify = Notifier.notify_leases
+
+    async def slowly(self: Notifier) -> None:
+        await asyncio.sleep(0.3)
+        await notify(self)
+
+    old, new = Catch(), Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", old, start="earliest", order="strict")
+        await produce(backend, "1", "2", "3")
+        await settled(backend)
+        monkeypatch.setattr(Notifier, "notify_leases", slowly)
+        await alter(backend, order="strict", start=1)
+        await backend.reconfigure("s", new)
+        await settled(backend)
+
+    assert old.ids == ["1", "2", "3"]
+    assert new.ids == ["2", "3"]
 
 
 async def test_the_start_it_was_created_with_moves_nothing_nor_undoes_a_seek(database: str) -> None:

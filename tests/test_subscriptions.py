@@ -8,7 +8,7 @@ import pytest
 from pgbackend import Backend, ConfigError, SubscriptionMismatchError, SubscriptionNotFoundError
 from pgbackend.database import Database
 from pgbackend.facts import Recorder
-from tests.support.catch import Catch, make_event
+from tests.support.catch import Catch, Gate, make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 
@@ -196,6 +196,26 @@ async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_
         return not log._worker._tail._streams
 
     await eventually("nothing is read for it", reads_no_more)
+
+
+@pytest.mark.parametrize("key", ["h", "k"])
+async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database: str, key: str) -> None:
+    """Whichever of the two it is."""
+    gate = Gate()
+    async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
+        await backend.subscribe("s", gate, shards=2, end=2)
+        await backend.produce_many([make_event("a", key=key), make_event("behind")])
+
+        async def one_is_complete() -> bool:
+            assert backend._worker
+            return any(pump.shard.complete for pump, _ in backend._worker._pumps.values())
+
+        await eventually("one of them is complete", one_is_complete)
+        (status,) = (await backend.status()).subscriptions
+        gate.open()
+        await is_complete(backend)
+
+    assert (status.complete, status.state) == (False, "running")
 
 
 async def test_an_end_position_ahead_of_the_log_is_waited_for(log: Backend) -> None:
