@@ -10,7 +10,6 @@ What went wrong is kept with the failure as the three attributes under which Kna
 """
 
 import asyncio
-import logging
 import time
 from base64 import b64encode
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from pgbackend import codec, facts
+from pgbackend import codec
 from pgbackend.codec import Event
 from pgbackend.errors import EventError, Pause, Reject, RetryAfter
 from pgbackend.serve import egress
@@ -124,7 +123,6 @@ class Delivery:
         self._slots = asyncio.Semaphore(connections)
         self._metrics = metrics
         self._tracing = tracing
-        self._gone = False
 
     async def __call__(self, event: Event) -> None:
         """The target has the event, and the log what it replied. Raises as the module says when it is not so."""
@@ -223,9 +221,6 @@ class Delivery:
                 raise RetryAfter(reason, delay=delay, details=details)
             raise DeliveryError(reason, details=details, status=status)
         if status == 410:
-            if not self._gone:
-                self._gone = True
-                facts.emit("target is gone", level=logging.WARNING, trigger=self._trigger, url=self._shown, status=410)
             raise Pause(f"{reason}; change the URL of trigger {self._trigger} to go on", details=details)
         raise Reject(reason, details=details)
 

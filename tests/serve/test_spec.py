@@ -7,6 +7,7 @@ A class is a section, a docstring a rule. What other files show end to end alrea
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,6 @@ import pytest
 from aiohttp import web
 
 from pgbackend.codec import Event
-from pgbackend.facts import Recorder
 from pgbackend.model import DeadLetter, SubscriptionStatus
 from pgbackend.serve.config import load
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
@@ -553,30 +553,33 @@ class TestDelivery:
         assert all(wait >= 0.99 for wait in waits(target))
 
     async def test_410_pauses_the_trigger_and_says_so(
-        self, database: str, target: Target, other_target: Target
+        self, database: str, target: Target, other_target: Target, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Nothing more is sent there; other triggers go on; what waits is delivered once it is told another target."""
         refusing(target, *[410] * 100)
         two = one(target.url) + f"\n  other: {{target: {{url: '{other_target.url}other'}}}}"
         two = f"triggers:\n  t: {{target: {{url: '{target.url}'}}}}\n" + two.partition("\n")[2]
-        with Recorder() as recorder:
-            async with serving(database, config=two) as broker:
-                await send(broker, *range(10), source="/1")
-                await _until(lambda: len(_ids("/other", other_target)) == 10)
+        async with serving(database, config=two) as broker:
+            await send(broker, *range(10), source="/1")
+            await _until(lambda: len(_ids("/other", other_target)) == 10)
 
-                async def is_paused() -> bool:
-                    return (await status(broker)).state.startswith("paused")
+            async def is_paused() -> bool:
+                return (await status(broker)).state.startswith("paused")
 
-                await eventually("the trigger is paused", is_paused)
-                asked = len(target.requests)
-                await send(broker, *range(10, 20), source="/2")
-                await _until(lambda: len(_ids("/other", other_target)) == 20)
-                assert len(target.requests) == asked
-                assert await letters(broker) == []
-                assert recorder.all("target is gone", trigger="t")
+            await eventually("the trigger is paused", is_paused)
+            asked = len(target.requests)
+            await send(broker, *range(10, 20), source="/2")
+            await _until(lambda: len(_ids("/other", other_target)) == 20)
+            assert len(target.requests) == asked
+            assert await letters(broker) == []
+            # Of the broker's records one at WARNING, for both to be seen: the trigger and the URL.
+            said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+            assert len(said) == 1
+            assert said[0].startswith("subscription paused subscription=t ")
+            assert f"reason='{target.url} answered 410 Gone; change the URL of trigger t " in said[0]
 
-                await broker.triggers.apply(load(one(other_target.url + "new"), origin="test"))
-                await _until(lambda: len(_ids("/new", other_target)) >= 20)
+            await broker.triggers.apply(load(one(other_target.url + "new"), origin="test"))
+            await _until(lambda: len(_ids("/new", other_target)) >= 20)
         assert sorted(map(int, _ids("/new", other_target))) == list(range(20))
 
     async def test_the_timeout_is_that_of_one_request(self, database: str, target: Target) -> None:
