@@ -578,10 +578,11 @@ class Backend:
             altered = await self._in_this_life(
                 lambda: parts.subscriptions.alter(name, terms, patience=self._settings.drain_timeout)
             )
-            if altered:
-                facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
-                # Still at rest: nothing is awaited after that, so who reconfigures it next does so before anything of
-                # the new terms is dispatched.
+        if altered:
+            facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
+            # Who runs it here claims it now, and nothing is awaited before that: if it is reconfigured next, nothing of
+            # the new terms goes the old way. Nor does anybody else hear of it who may know the old way only.
+            if registration is None:
                 await parts.notifier.notify_leases()
 
     @asynccontextmanager
