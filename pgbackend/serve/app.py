@@ -29,7 +29,7 @@ from pgbackend import embedded, facts
 from pgbackend.backend import Backend
 from pgbackend.database import Backoff
 from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
-from pgbackend.serve import delivery, tracing
+from pgbackend.serve import delivery, egress, tracing
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.listener import TLS, Listener, Share, allow_many_connections, bind
@@ -117,6 +117,7 @@ async def run(
     """
     tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
+    egress.resolve_many_names()
     look_for_garbage_rarely()
     backend = _backend(settings)
     traces = tracing.from_environment(destination=settings.schema)

@@ -5,6 +5,7 @@ to it; and a connection gives each request its own answer, or an error.
 """
 
 import errno
+import os
 import socket
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
@@ -15,6 +16,15 @@ from aiohttp.client_proto import ResponseHandler
 
 _INTERIM_ANSWERS = 8
 """Informational (1xx) answers to one request; beyond that they are a flood. Go's client takes 5."""
+
+
+def resolve_many_names() -> None:
+    """From now on 32 names can be looked up at a time, unless the environment says otherwise.
+
+    To be called before the first is: uvloop's threads are started then, 4 as a rule, and half of them may wait for
+    names. Two that no name server answers for would keep every other target waiting for a new connection.
+    """
+    os.environ.setdefault("UV_THREADPOOL_SIZE", "64")
 
 
 class Connector(aiohttp.TCPConnector):

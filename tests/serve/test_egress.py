@@ -2,20 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from yarl import URL
 
-from pgbackend import codec
+from pgbackend import wire
 from pgbackend.serve import egress
 from pgbackend.serve.delivery import Delivery, DeliveryError, open_session
 from tests.serve.broker import envelope
+from tests.serve.process import post, running
 from tests.serve.target import Target, raw_server, read_request
 from tests.support.polling import eventually
 
-ORDER = codec.parse_structured(envelope("order"))
+ORDER = wire.parse_structured(envelope("order"))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,16 @@ class TestDenyPrivateTargets:
         async with open_session() as session:
             await Delivery(session, URL(target.url), trigger="billing")(ORDER)
         assert len(target.requests) == 1
+
+
+async def test_names_that_are_not_answered_leave_threads_for_others(database: str, target: Target) -> None:
+    """libuv lets half of its threads wait for names; with its own 4, two hanging names would stop all others."""
+    url = URL(target.url).with_host("localhost")
+    inline = f"triggers: {{billing: {{target: {{url: '{url}'}}}}}}"
+    async with running("--dsn", database, "--port", "0", "--config-inline", inline) as serve:
+        assert await post(await serve.listening()) == 202
+        await target.wait(1)
+        assert len(list(Path(f"/proc/{serve.process.pid}/task").iterdir())) > 64
 
 
 class TestConnections:
