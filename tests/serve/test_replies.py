@@ -1,6 +1,7 @@
 """What targets reply: which responses carry events, what becomes of them, and where chains of them end."""
 
 import asyncio
+import gzip
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
@@ -10,10 +11,10 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from pgbackend import codec
+from pgbackend import wire
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
 from pgbackend.errors import ConnectionLostError, EventError, PgBackendError, ProduceUncertainError
+from pgbackend.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.model import Failure
 from pgbackend.serve import replies
@@ -22,7 +23,7 @@ from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope
 from tests.serve.target import Target, raw_server, read_request
 from tests.support.catch import Catch
 
-ORDER = codec.parse_structured(envelope("order"))
+ORDER = wire.parse_structured(envelope("order"))
 
 
 class Log:
@@ -65,7 +66,7 @@ def replying(target: Target, body: bytes, headers: dict[str, str], status: int =
 
 
 def counted(hops: object) -> Event:
-    return codec.parse_structured(envelope("order", **{replies.HOPS: hops}))
+    return wire.parse_structured(envelope("order", **{replies.HOPS: hops}))
 
 
 class TestWhatIsAReply:
@@ -188,6 +189,26 @@ class TestWhenItCannotBeStored:
         with pytest.raises(DeliveryError, match=f"answered 200, but its reply has more than {limit} bytes") as caught:
             await delivery(target.url)(ORDER)
         assert caught.value.details["knativeerrorcode"] == "502"
+
+    @pytest.mark.parametrize("headers", [HEADERS, STRUCTURED, BATCH], ids=["binary", "structured", "batch"])
+    async def test_a_reply_that_is_compressed_fails(
+        self, headers: dict[str, str], target: Target, delivery: DeliveryMaker, log: Log
+    ) -> None:
+        """Nobody asked for that, and as it is its data would not be what its type says."""
+        replying(target, gzip.compress(b"{}"), headers | {"content-encoding": "gzip"})
+        with pytest.raises(
+            DeliveryError, match="answered 200, but its reply has the Content-Encoding 'gzip'"
+        ) as caught:
+            await delivery(target.url)(ORDER)
+        assert caught.value.details["knativeerrorcode"] == "502"
+        assert log.events == []
+
+    async def test_a_compressed_body_that_is_no_event_is_ignored(
+        self, target: Target, delivery: DeliveryMaker, log: Log
+    ) -> None:
+        replying(target, gzip.compress(b"thanks"), {"content-encoding": "gzip"})
+        await delivery(target.url)(ORDER)
+        assert log.events == []
 
     async def test_a_reply_at_the_limit_is_stored(self, target: Target, delivery: DeliveryMaker, log: Log) -> None:
         replying(target, b"x" * replies.EVENT_BYTES, HEADERS)
