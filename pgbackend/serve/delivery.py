@@ -26,8 +26,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from pgbackend import codec
-from pgbackend.codec import Event
 from pgbackend.errors import EventError, Pause, Reject, RetryAfter
+from pgbackend.event import Event, attributes_with
 from pgbackend.serve import egress
 from pgbackend.serve.egress import Connector, StaleConnectionError
 from pgbackend.serve.replies import Replies, Reply, ReplyError, Store
@@ -112,6 +112,7 @@ class Delivery:
         self._url = url
         self._shown = shown(url)
         self._trigger = trigger
+        self._seconds = timeout
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=None, sock_connect=None, sock_read=None)
         self._is_binary = mode == "binary"
         self._headers = tuple((headers or {}).items())
@@ -148,12 +149,12 @@ class Delivery:
         attempt = (ATTEMPT, str(event.attempt))
         if self._is_binary:
             try:
-                headers, body = codec.write_binary(event)
+                headers, body = wire.write_binary(event)
             except EventError:
                 pass  # names from plain SQL, content types: what only the structured mode can carry
             else:
                 return CIMultiDict((*headers, attempt, *self._headers)), body
-        return CIMultiDict((_STRUCTURED, attempt, *self._headers)), codec.write_structured(event)
+        return CIMultiDict((_STRUCTURED, attempt, *self._headers)), wire.write_structured(event)
 
     async def _attempt(
         self, event: Event, headers: CIMultiDict[str], body: bytes, answered: "Answered | None" = None
@@ -170,29 +171,32 @@ class Delivery:
             reason = f"{self._shown} {error}"
             raise DeliveryError(reason, details=self._details(error.code, str(error)), status=error.code) from error
 
-    async def _send(self, headers: CIMultiDict[str], body: bytes, *, again: bool = True) -> _Answer:
+    async def _send(self, headers: CIMultiDict[str], body: bytes) -> _Answer:
         """The target's answer. Raises DeliveryError without one, and Reject for what cannot be sent."""
-        try:
-            async with self._session.post(
-                self._url,
-                data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
-                headers=headers,
-                # No content type is invented where the event has none.
-                skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
-                timeout=self._timeout,
-                allow_redirects=False,
-            ) as response:
-                return await self._read(response)
-        except StaleConnectionError as error:
-            if again:
-                # No failed attempt: the target closed an idle connection just when it was used again.
-                return await self._send(headers, body, again=False)
-            raise self._unanswered(error) from None
-        except _BROKEN as error:
-            raise self._unanswered(error) from None
-        except ValueError as error:
-            # aiohttp writes no header that would break out of its line.
-            raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, "")) from None
+        began = monotonic()
+        while True:
+            try:
+                async with self._session.post(
+                    self._url,
+                    data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
+                    headers=headers,
+                    # No content type is invented where the event has none.
+                    skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                ) as response:
+                    return await self._read(response)
+            except StaleConnectionError as error:
+                # No failed attempt: the target closed an idle connection just when it was used again. The others to it
+                # may be as stale, after a restart behind a balancer all of them. Each is tried once and gone, and there
+                # are as many as requests were answered, so that this comes to an end.
+                if monotonic() - began >= self._seconds:
+                    raise self._unanswered(error) from None
+            except _BROKEN as error:
+                raise self._unanswered(error) from None
+            except ValueError as error:
+                # aiohttp writes no header that would break out of its line.
+                raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, "")) from None
 
     # What comes back.
 
@@ -231,7 +235,7 @@ class Delivery:
 
     def _why(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
-            return f"no response within {self._timeout.total:g} s"
+            return f"no response within {self._seconds:g} s"
         if isinstance(error, aiohttp.ServerDisconnectedError):
             return "the target closed the connection without an answer"
         text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
@@ -259,7 +263,7 @@ class DeadLetterDelivery:
         details = {} if failure is None else failure.details
         extra = {name: value for name, value in details.items() if name.startswith("knativeerror")}
         try:
-            await self._delivery(codec.attributes_with(event, extra))
+            await self._delivery(attributes_with(event, extra))
         except (Pause, EventError) as final:
             # Gone, or an event from plain SQL with names that no attribute has: `dead_letters` takes it.
             raise Reject(str(final), details=getattr(final, "details", None)) from None

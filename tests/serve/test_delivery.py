@@ -16,16 +16,16 @@ import trustme
 from aiohttp import web
 from yarl import URL
 
-from pgbackend import codec
+from pgbackend import wire
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
 from pgbackend.errors import Pause, Reject, RetryAfter
+from pgbackend.event import Event
 from pgbackend.model import Failure
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session, refuse_without_target
 from tests.serve.broker import envelope
 from tests.serve.target import Request, Target, raw_server, read_request
 
-ORDER = codec.parse_structured(
+ORDER = wire.parse_structured(
     b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","subject":"100% \xc3\xa9","time":'
     b'"2026-01-01T00:00:00.123456789Z","datacontenttype":"application/json","count":3,"data": {"b": 1.00, "a":[ ]} }'
 )
@@ -83,7 +83,7 @@ class TestOnTheWire:
     async def test_no_data_is_no_body_and_no_invented_content_type(
         self, target: Target, delivery: DeliveryMaker
     ) -> None:
-        await delivery(target.url)(codec.parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t"}'))
+        await delivery(target.url)(wire.parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t"}'))
 
         [request] = target.requests
         assert request.body == b""
@@ -94,7 +94,7 @@ class TestOnTheWire:
         self, target: Target, delivery: DeliveryMaker
     ) -> None:
         text = b'{"specversion":"1.0","id":"1","source":"/","type":"t","data_base64":"AP8="}'
-        await delivery(target.url)(codec.parse_structured(text))
+        await delivery(target.url)(wire.parse_structured(text))
 
         [request] = target.requests
         assert (request.body, request.header("content-type")) == (b"\x00\xff", None)
@@ -403,6 +403,49 @@ class TestTroubleOnTheWay:
             await billing(ORDER)
         assert connections == 2
 
+    async def test_nor_do_several_of_them(self, delivery: DeliveryMaker) -> None:
+        """The target was restarted behind a balancer, and none of its connections leads anywhere any more."""
+        connections = closed = 0
+        meeting = asyncio.Barrier(8)
+
+        async def answer_together(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections, closed
+            connections += 1
+            await read_request(reader)
+            if connections <= 8:
+                await meeting.wait()
+            writer.write(b"HTTP/1.1 204 No\r\n\r\n")
+            await read_request(reader)
+            closed += 1
+            writer.transport.abort()
+
+        async with raw_server(answer_together) as url:
+            billing = delivery(url)
+            await asyncio.gather(*(billing(ORDER) for _ in range(8)))
+            await billing(ORDER)
+        assert (connections, closed) == (9, 8)
+
+    async def test_one_attempt_sends_no_more_once_its_time_is_over(self, delivery: DeliveryMaker) -> None:
+        """Each idle connection is closed only after a while."""
+        requests = 0
+        meeting = asyncio.Barrier(8)
+
+        async def answer_then_think(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal requests
+            await read_request(reader)
+            await meeting.wait()
+            writer.write(b"HTTP/1.1 204 No\r\n\r\n")
+            await read_request(reader)
+            requests += 1
+            await asyncio.sleep(0.3)
+            writer.transport.abort()
+
+        async with raw_server(answer_then_think) as url:
+            await asyncio.gather(*(delivery(url)(ORDER) for _ in range(8)))
+            with pytest.raises(DeliveryError):
+                await delivery(url, timeout=0.5)(ORDER)
+        assert requests == 2
+
     async def test_a_new_connection_that_the_target_closes_is_a_failed_attempt(self, delivery: DeliveryMaker) -> None:
         connections = 0
 
@@ -520,7 +563,7 @@ class TestSlots:
 
         target.answer = slow
         await backend.subscribe("billing", delivery(target.url, connections=3), start="earliest", shards=4)
-        await backend.produce_many([codec.parse_structured(envelope(n)) for n in range(200)])
+        await backend.produce_many([wire.parse_structured(envelope(n)) for n in range(200)])
         running = asyncio.create_task(backend.start())
         await target.wait(200)
         await backend.stop()
