@@ -6,7 +6,7 @@ nothing older is replayed. For `latest` that takes the fence: positions up to th
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Literal
@@ -30,9 +30,8 @@ Place = int | datetime | Literal["earliest", "latest"]
 _SKEW = timedelta(seconds=60)
 """`recorded_at` follows positions but for how long an appender can be held up between drawing one and the other."""
 
-
-_PATIENCE = 0.25
-"""Seconds between looks at whether shards that run elsewhere are free, at most."""
+_IMPATIENCE, _PATIENCE = 0.01, 0.25
+"""Seconds between tries while shards run elsewhere, at first and at most."""
 _DEADLOCK = "40P01"
 _UNKNOWN = "unknown"
 """The start bound of subscriptions that are older than it (migration 0002)."""
@@ -150,9 +149,14 @@ class Subscriptions:
         """Move every shard to `place` under a new epoch, and drop what was waiting to be tried again."""
         if await self.find(name) is None:
             raise not_found(name)
-        position, pending, start_at = await self._locate(place)
-        if not await self._log.database.fetch(self._sql.move_subscription, name, position, str(pending), start_at):
-            raise not_found(name)
+        offset = await self._locate(place)
+        pause = _IMPATIENCE
+        while (stored := await self.find(name)) is not None:
+            if await self._change(stored, stored, offset, at_once=True):
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _PATIENCE)
+        raise not_found(name)
 
     async def compare(self, name: str, terms: Terms) -> Definition | None:
         """What is stored, if it is not what `terms` say. Raises ConfigError when it cannot be."""
@@ -172,31 +176,48 @@ class Subscriptions:
         taken from its owner, who commits nothing more. Several calls for the same do it once.
         """
         deadline = time.monotonic() + patience
-        pause = 0.01
+        pause = _IMPATIENCE
         while (stored := await self.compare(name, terms)) is not None:
             start_bound = bound(terms.start)
             if not terms.disturb(stored):
                 await self._log.database.execute(self._sql.note_start_bound, name, stored.version, start_bound)
                 continue
-            position, pending, start_at = (
-                await self._locate(terms.start) if terms.move(stored) else (None, RangeSet(), None)
-            )
-            try:
-                altered = await self._log.database.fetch(
-                    self._sql.alter_subscription,
-                    name, stored.version, time.monotonic() >= deadline, terms.order, terms.end_position, terms.end_at,
-                    start_bound, position, str(pending), start_at,
-                )  # fmt: skip
-            except DatabaseError as error:
-                # It locks the shards in their order; the commit of one who still runs them does not.
-                if error.sqlstate != _DEADLOCK:
-                    raise
-                altered = []
-            if altered:
+            wanted = replace(
+                stored,
+                order=terms.order, end_position=terms.end_position, end_at=terms.end_at, start_bound=start_bound,
+            )  # fmt: skip
+            offset = await self._locate(terms.start) if terms.move(stored) else None
+            if await self._change(stored, wanted, offset, at_once=time.monotonic() >= deadline):
                 return True
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _PATIENCE)
         return False
+
+    async def _change(
+        self,
+        stored: Definition,
+        wanted: Definition,
+        offset: tuple[int, RangeSet, datetime | None] | None,
+        *,
+        at_once: bool,
+    ) -> bool:
+        """What is stored is as wanted, all shards at `offset` unless that is None; or nothing has changed, try again.
+
+        `at_once`: whoever runs a shard is not waited for.
+        """
+        position, pending, start_at = offset or (None, RangeSet(), None)
+        try:
+            changed = await self._log.database.fetch(
+                self._sql.alter_subscription,
+                stored.name, stored.version, at_once, wanted.order, wanted.end_position, wanted.end_at,
+                wanted.start_bound, position, str(pending), start_at,
+            )  # fmt: skip
+        except DatabaseError as error:
+            # It locks the shards in their order; the commit of one who still runs them does not.
+            if error.sqlstate != _DEADLOCK:
+                raise
+            return False
+        return bool(changed)
 
     async def delete(self, name: str) -> None:
         if await self._log.database.fetchval(self._sql.delete_subscription, name) is None:

@@ -489,6 +489,34 @@ async def test_seek_drops_what_was_to_be_tried_again(log: Backend) -> None:
     assert (await log.status()).subscriptions[0].redeliveries == 0
 
 
+async def test_seek_overlooks_no_failure_that_is_committed_while_it_waits(log: Backend, database: str) -> None:
+    """The owner elsewhere has scheduled it, and its commit is under way: what seek had read of it is old."""
+    await log.subscribe("s", Catch())
+    await log.unsubscribe("s")
+    owner, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    await owner.execute("BEGIN")
+    await owner.execute("UPDATE pgbackend.offsets SET position = 10")
+    await owner.execute(
+        "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)"
+        " SELECT 's', position, key_hash, 1, now(), 'no' FROM pgbackend.events WHERE position IN (1, 9)"
+    )
+    seeking = asyncio.create_task(log.seek("s", 7))
+
+    async def waits() -> bool:
+        return bool(await other.fetch("SELECT FROM pg_locks WHERE NOT granted"))
+
+    await eventually("it waits for the row", waits)
+    await owner.execute("COMMIT")
+    await owner.close()
+    await other.close()
+    await seeking
+    catch = Catch()
+    await log.subscribe("s", catch)
+    await caught_up(log)
+
+    assert sorted(catch.ids) == ["7", "8", "9"]
+
+
 async def test_a_seek_that_is_refused_leaves_the_subscription_running(log: Backend) -> None:
     catch = Catch()
     await log.subscribe("s", catch)

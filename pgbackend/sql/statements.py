@@ -51,7 +51,6 @@ class RedeliverySql:
 class SubscriptionsSql:
     find_subscription: str
     create_subscription: str
-    move_subscription: str
     alter_subscription: str
     note_start_bound: str
     delete_subscription: str

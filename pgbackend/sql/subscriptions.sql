@@ -21,40 +21,11 @@ FROM created
 CROSS JOIN LATERAL generate_series(0, created.shards - 1) AS shard
 RETURNING shard;
 
--- name: move_subscription
--- Every shard to a new place, under new epochs: whoever runs them finds that they are not theirs any more. What was
--- waiting to be tried again belongs to the old place; dead letters stay. Rows are locked in key order.
-WITH locked AS (
-    SELECT subscription, shards, shard
-    FROM {schema}.offsets
-    WHERE subscription = $1
-    ORDER BY subscription, shards, shard
-    FOR UPDATE
-),
-dropped AS (
-    DELETE FROM {schema}.redeliveries
-    WHERE subscription = $1
-),
-bounded AS (
-    UPDATE {schema}.subscriptions
-    SET start_at = $4
-    WHERE name = $1
-)
-UPDATE {schema}.offsets AS stored
-SET position = $2,
-    pending = $3::text::int8multirange,
-    epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
-    owner = NULL,
-    completed_at = NULL
-FROM locked
-WHERE stored.subscription = locked.subscription
-    AND stored.shards = locked.shards
-    AND stored.shard = locked.shard
-RETURNING stored.shard;
-
 -- name: alter_subscription
--- Other terms ($4 to $7), and another place ($8 to $10) unless that is null; all shards get new epochs. Nothing happens
--- unless version $2 is still the one that counts and every shard is free (as `claim` has it), or $3 says not to wait.
+-- Other terms ($4 to $7), and another place ($8 to $10) unless that is null; all shards get new epochs, so that whoever
+-- runs them finds that they are not theirs any more. What was waiting to be tried again belongs to the old place; dead
+-- letters stay. Nothing happens unless version $2 is still the one that counts and every shard is free (as `claim` has
+-- it), or $3 says not to wait.
 -- Nothing happens either when a row is not what the snapshot shows once it is locked: then somebody committed, and what
 -- the snapshot shows of `redeliveries` is old. Every change there comes with one of the offset's row, so the same rows
 -- mean the same redeliveries, and whoever did the same a moment ago has left others.
