@@ -26,7 +26,7 @@ from cloudevents.core.v1.event import CloudEvent
 from yarl import URL
 
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.model import Position
 from pgbackend.serve.app import look_for_garbage_rarely
 from pgbackend.serve.delivery import Delivery, open_session

@@ -5,7 +5,6 @@ What can be imported from here is public; everything else may change without not
 
 from pgbackend import filters
 from pgbackend.backend import Backend, EventProducer, Interface, Subscribable
-from pgbackend.codec import Event
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -26,6 +25,7 @@ from pgbackend.errors import (
     SubscriptionMismatchError,
     SubscriptionNotFoundError,
 )
+from pgbackend.event import Event
 from pgbackend.model import (
     BlockingAppender,
     ConsumerDispatcher,

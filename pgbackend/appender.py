@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pgbackend import facts
-from pgbackend.codec import COLUMNS, Row
+from pgbackend.attributes import COLUMNS, Row
 from pgbackend.database import (
     Backoff,
     Connection,

@@ -31,7 +31,6 @@ from uuid import uuid4
 
 from pgbackend import facts, schema
 from pgbackend.appender import Appender
-from pgbackend.codec import encode
 from pgbackend.database import Backoff, Database, describe_dsn, normalize_dsn
 from pgbackend.errors import (
     ConfigError,
@@ -48,6 +47,7 @@ from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
 from pgbackend.registration import Registration
 from pgbackend.retry import Retry
+from pgbackend.sdk import encode
 from pgbackend.segments import Segments
 from pgbackend.sql import quote_ident
 from pgbackend.subscriptions import Definition, Place, Subscriptions, Terms, exists, not_found

@@ -29,9 +29,11 @@ from typing import Literal
 import asyncpg
 from cloudevents.core.v1.event import CloudEvent
 
+from pgbackend.attributes import COLUMNS, Row
 from pgbackend.backend import Backend
-from pgbackend.codec import COLUMNS, Event, Row, encode
 from pgbackend.errors import PgBackendError
+from pgbackend.event import Event
+from pgbackend.sdk import encode
 
 EVENT_BYTES = 500
 PAGE = 1_000

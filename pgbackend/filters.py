@@ -17,7 +17,8 @@ from pgbackend import cesql, facts
 from pgbackend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pgbackend.codec import Event, ExtensionValue
+    from pgbackend.attributes import ExtensionValue
+    from pgbackend.event import Event
     from pgbackend.model import EventFilter
 
 _Lookup = Callable[["Event"], str | None]
@@ -27,7 +28,7 @@ _Lookup = Callable[["Event"], str | None]
 class Exact:
     """Matches when each named attribute is exactly this text.
 
-    >>> from pgbackend.codec import parse_structured
+    >>> from pgbackend.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order.created","items":3}')
     >>> Exact({"type": "order.created", "items": "3"})(event)
     True
@@ -148,7 +149,7 @@ class Not:
 class CESQL:
     """Matches when this expression in CloudEvents SQL, version 1, is true; not when its evaluation fails anywhere.
 
-    >>> from pgbackend.codec import parse_structured
+    >>> from pgbackend.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order.created","items":3}')
     >>> CESQL("type LIKE 'order.%' AND items > 2")(event)
     True

@@ -8,7 +8,7 @@ order in which they came. An event without a key has no lane, and waits for nobo
 from collections import deque
 from collections.abc import Callable
 
-from pgbackend.codec import Event
+from pgbackend.event import Event
 
 
 class Lanes:

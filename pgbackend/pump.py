@@ -32,8 +32,8 @@ from datetime import datetime
 from time import monotonic
 
 from pgbackend import facts
-from pgbackend.codec import Event
 from pgbackend.errors import Pause, Reject, RetryAfter
+from pgbackend.event import Event
 from pgbackend.failures import describe, details_of, message_of
 from pgbackend.health import TargetHealth
 from pgbackend.lanes import Lanes, sift

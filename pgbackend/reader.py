@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from pgbackend.codec import Event
 from pgbackend.database import Database, Record
 from pgbackend.errors import PgBackendError
+from pgbackend.event import Event
 from pgbackend.holes import AppenderClock, Evidence, Gaps
 from pgbackend.model import BlockingAppender
 from pgbackend.ranges import Range, RangeSet

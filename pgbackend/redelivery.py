@@ -4,8 +4,8 @@ import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
-from pgbackend.codec import Event
 from pgbackend.database import Database, Record
+from pgbackend.event import Event
 from pgbackend.model import DeadLetter, Failure
 from pgbackend.shard import DueRequest, Lease
 from pgbackend.sql import load

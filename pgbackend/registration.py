@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from pgbackend import facts
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.health import TargetHealth
 from pgbackend.model import ConsumerDispatcher, EventFilter
 from pgbackend.retry import Retry

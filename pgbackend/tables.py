@@ -192,7 +192,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
 
 
 def _event_columns(defaults: dict[str, TextClause]) -> list[Column[object]]:
-    """The CloudEvent itself, in the order of `codec.COLUMNS`."""
+    """The CloudEvent itself, in the order of `attributes.COLUMNS`."""
     return [
         Column("specversion", TEXT, nullable=False, server_default=defaults.get("specversion")),
         Column("id", TEXT, nullable=False),

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from pgbackend.appender import _COPY_EVENTS, Appender
-from pgbackend.codec import Row
+from pgbackend.attributes import Row
 from pgbackend.database import Database
 from pgbackend.errors import (
     ConnectionLostError,

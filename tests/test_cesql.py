@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from pgbackend import cesql, facts, filters
 from pgbackend.cesql import Error, Failure
-from pgbackend.codec import Event, parse_structured
 from pgbackend.errors import ConfigError
+from pgbackend.event import Event
 from pgbackend.filters import CESQL
+from pgbackend.wire import parse_structured
 
 MATH, CAST, MISSING, FUNCTION = Error.MATH, Error.CAST, Error.MISSING_ATTRIBUTE, Error.FUNCTION_EVALUATION
 

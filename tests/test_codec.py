@@ -17,23 +17,21 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgbackend import codec
-from pgbackend.codec import (
-    COLUMNS,
+from pgbackend import sdk, wire
+from pgbackend.attributes import COLUMNS, size_of
+from pgbackend.errors import EventError
+from pgbackend.event import Event, attributes_with
+from pgbackend.sdk import encode
+from pgbackend.wire import (
     ContentTypeError,
-    Event,
-    attributes_with,
-    encode,
     mode_of,
     parse_batch,
     parse_binary,
     parse_structured,
-    size_of,
     write_batch,
     write_binary,
     write_structured,
 )
-from pgbackend.errors import EventError
 
 BARE: dict[str, Any] = {"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}
 
@@ -231,7 +229,7 @@ def test_the_short_way_of_plain_events_says_what_the_long_way_says(values: dict[
             return str(error)
 
     short = outcome()
-    with patch.object(codec, "_plain_texts", lambda _: None):
+    with patch.object(_sdk, "_plain_texts", lambda _: None):
         assert outcome() == short
 
 
@@ -592,10 +590,10 @@ def outcome(headers: list[tuple[bytes, bytes]], body: bytes) -> object:
 
 def test_most_headers_go_the_short_way() -> None:
     usual = [(b"host", b"x"), (b"ce-specversion", b"1.0"), (b"ce-id", b"1"), (b"ce-source", b"/"), (b"ce-type", b"t")]
-    assert codec._plain_row(usual, b"") is not None
+    assert wire._plain_row(usual, b"") is not None
     usual += [(b"ce-time", b"2026-01-02T03:04:05.678Z"), (b"content-type", b"text/plain; charset=utf-8")]
     usual += [(b"ce-partitionkey", b"eu"), (b"ce-traceparent", b"00-4bf9-00f0-01")]
-    assert codec._plain_row(usual, b"x") is not None
+    assert wire._plain_row(usual, b"x") is not None
 
 
 @given(st.binary() | st.text().map(str.encode) | json_text.map(str.encode))

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgbackend.codec import Event, parse_structured
 from pgbackend.errors import ConfigError
+from pgbackend.event import Event
 from pgbackend.filters import All, Any, Exact, Not, Prefix, Suffix
 from pgbackend.model import EventFilter
+from pgbackend.wire import parse_structured
 
 
 def event(**members: object) -> Event:

@@ -4,7 +4,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.lanes import Lanes, sift
 
 

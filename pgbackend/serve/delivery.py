@@ -25,7 +25,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from pgbackend import codec
+from pgbackend import wire
 from pgbackend.errors import EventError, Pause, Reject, RetryAfter
 from pgbackend.event import Event, attributes_with
 from pgbackend.serve import egress

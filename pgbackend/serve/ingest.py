@@ -34,8 +34,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from pgbackend import codec, facts
-from pgbackend.codec import ContentTypeError, Event
+from pgbackend import facts, wire
+from pgbackend.attributes import size_of
 from pgbackend.errors import (
     DatabaseError,
     EventError,
@@ -44,7 +44,9 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
+from pgbackend.event import Event
 from pgbackend.serve.config import IngestAuth
+from pgbackend.wire import ContentTypeError
 
 if TYPE_CHECKING:
     from pgbackend.backend import Backend
@@ -194,13 +196,10 @@ class Ingest:
         try:
             if self._authorize is not None:
                 self._authorize(headers, b"")
-            if (
-                b"cloudevents" not in content_type
-                or (mode := codec.mode_of(content_type.decode("latin-1"))) == "binary"
-            ):
-                event = codec.parse_binary(headers, body)
+            if b"cloudevents" not in content_type or (mode := wire.mode_of(content_type.decode("latin-1"))) == "binary":
+                event = wire.parse_binary(headers, body)
             elif mode == "structured":
-                event = codec.parse_structured(body)
+                event = wire.parse_structured(body)
             else:
                 return False
 
@@ -230,7 +229,7 @@ class Ingest:
         if self._authorize is not None:
             self._authorize(headers, scope["query_string"])
         try:
-            mode = codec.mode_of(content_type)
+            mode = wire.mode_of(content_type)
         except ContentTypeError as error:
             raise Problem(415, str(error)) from None
         limit = self._limits.batch_bytes if mode == "batch" else self._limits.event_bytes
@@ -265,10 +264,10 @@ class Ingest:
         event: Event | None = None
         try:
             if mode == "batch":
-                events: Sequence[Event] = codec.parse_batch(body)
+                events: Sequence[Event] = wire.parse_batch(body)
                 self._check_batch(events)
             else:
-                event = codec.parse_binary(headers, body) if mode == "binary" else codec.parse_structured(body)
+                event = wire.parse_binary(headers, body) if mode == "binary" else wire.parse_structured(body)
                 if len(body) + _ENVELOPE_BYTES > self._limits.event_bytes:
                     self._check_size(event, "The event")
                 events = (event,)
@@ -293,7 +292,7 @@ class Ingest:
             self._check_size(event, f"Batch, index {index}: the event")
 
     def _check_size(self, event: Event, which: str) -> None:
-        size = codec.size_of(event.row)
+        size = size_of(event.row)
         if size > self._limits.event_bytes:
             raise Problem(
                 413,

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pgbackend import codec
-from pgbackend.codec import Event
+from pgbackend.attributes import size_of
 from pgbackend.errors import ConfigError
+from pgbackend.event import Event, attributes_with
 
 Answered = Callable[[int], None]
 
@@ -164,8 +164,8 @@ class Tracing:
             del carrier["tracestate"]
         room = _EVENT_BYTES - sum(len(value) for value in carrier.values())
         return [
-            codec.attributes_with(event, carrier)
-            if event.attribute("traceparent") is None and codec.size_of(event.row) <= room
+            attributes_with(event, carrier)
+            if event.attribute("traceparent") is None and size_of(event.row) <= room
             else event
             for event in events
         ]

@@ -1,4 +1,4 @@
-"""I8. Bytes and attribute texts come out as they went in, through codec and database, over any mix of modes."""
+"""I8. Bytes and attribute texts come out as they went in, through wire formats and database, over any mix of modes."""
 
 import json
 
@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event
-from pgbackend.codec import parse_batch, parse_binary, parse_structured, write_batch, write_binary, write_structured
+from pgbackend.wire import parse_batch, parse_binary, parse_structured, write_batch, write_binary, write_structured
 from tests.support.polling import eventually
 
 ATTRIBUTES = {

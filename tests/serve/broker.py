@@ -11,9 +11,9 @@ from typing import NamedTuple
 import aiohttp
 import asyncpg
 
-from pgbackend import codec
+from pgbackend.attributes import COLUMNS
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.serve.config import load
 from pgbackend.serve.delivery import open_session
 from pgbackend.serve.ingest import Ingest, Limits
@@ -108,7 +108,7 @@ class Broker:
         """The events of the log, in its order."""
         connection = await asyncpg.connect(self.dsn)
         try:
-            columns = ", ".join(codec.COLUMNS)
+            columns = ", ".join(COLUMNS)
             records = await connection.fetch(f"select {columns} from pgbackend.events order by position")
             return [Event(tuple(record)) for record in records]
         finally:

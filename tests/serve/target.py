@@ -8,8 +8,8 @@ from time import monotonic
 
 from aiohttp import web
 
-from pgbackend import codec
-from pgbackend.codec import Event
+from pgbackend import wire
+from pgbackend.event import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,9 @@ class Request:
 
     def event(self) -> Event:
         """Its event, whatever the mode."""
-        if codec.mode_of(self.header("content-type")) == "structured":
-            return codec.parse_structured(self.body)
-        return codec.parse_binary(self.headers, self.body)
+        if wire.mode_of(self.header("content-type")) == "structured":
+            return wire.parse_structured(self.body)
+        return wire.parse_binary(self.headers, self.body)
 
 
 Answer = Callable[[Request], Awaitable[web.StreamResponse] | web.StreamResponse]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pgbackend.codec import Event, parse_structured
 from pgbackend.errors import ConfigError
+from pgbackend.event import Event
 from pgbackend.retry import Retry
 from pgbackend.serve.config import Configuration, Trigger, load, load_file
 from pgbackend.serve.values import seconds
+from pgbackend.wire import parse_structured
 
 EVERYTHING = """
     ingest:

@@ -29,8 +29,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pgbackend import codec
-from pgbackend.codec import Event
+from pgbackend.attributes import COLUMNS
+from pgbackend.event import Event
 from tests.support.figures import report
 
 Header = tuple[bytes, bytes]
@@ -544,7 +544,7 @@ class Fuzzed:
 
     def stored(self) -> list[Event]:
         """The events since the last call."""
-        columns = ", ".join(codec.COLUMNS)
+        columns = ", ".join(COLUMNS)
         query = f"select {columns}, position from pgbackend.events where position > $1 order by position"
         records = self.runner.run(self.connection.fetch(query, self.position))
         if records:

@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from pgbackend import codec
+from pgbackend import wire
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.retry import Retry
 from pgbackend.serve.delivery import Delivery, open_session
@@ -32,7 +32,7 @@ MEBIBYTE = 1 << 20
 
 
 def event(n: int, size: int = 10) -> Event:
-    return codec.parse_structured(envelope(f"{n:04}", data="x" * size))
+    return wire.parse_structured(envelope(f"{n:04}", data="x" * size))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import ClassVar
 import asyncpg
 import pytest
 
-from pgbackend import codec
+from pgbackend import wire
 from pgbackend.backend import Backend
 from pgbackend.errors import (
     ConnectionLostError,
@@ -587,7 +587,7 @@ class TestWholeRequests:
         def buggy(*_: object) -> None:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(codec, "parse_binary", buggy)
+        monkeypatch.setattr(wire, "parse_binary", buggy)
         answer = await broker.send(HEADERS)
         assert answer.status == 500
         assert "Its log says why" in answer.detail

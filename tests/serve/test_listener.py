@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
 from pgbackend.errors import ConfigError
+from pgbackend.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.serve import listener as listener_module
 from pgbackend.serve.ingest import Problem

@@ -20,10 +20,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 import pgbackend
 from pgbackend import Backend, facts
-from pgbackend.codec import Event, parse_structured
+from pgbackend.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.serve import metrics as metrics_module
 from pgbackend.serve.metrics import Metrics
+from pgbackend.wire import parse_structured
 from tests.serve.broker import HEADERS, serving
 from tests.serve.target import Target
 from tests.support.polling import eventually

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.model import DeadLetter, SubscriptionStatus
 from pgbackend.serve.config import load
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
@@ -748,11 +748,11 @@ class TestBounds:
 async def _positioned(broker: Broker) -> list[Event]:
     import asyncpg
 
-    from pgbackend import codec
+    from pgbackend.attributes import COLUMNS
 
     connection = await asyncpg.connect(broker.dsn)
     try:
-        columns = ", ".join(codec.COLUMNS)
+        columns = ", ".join(COLUMNS)
         rows = await connection.fetch(f"select {columns}, position from pgbackend.events order by position")
         return [Event(tuple(row)[:-1], position=row["position"]) for row in rows]
     finally:

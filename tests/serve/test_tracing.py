@@ -20,10 +20,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from pgbackend.codec import Event, parse_structured
 from pgbackend.errors import ConfigError
+from pgbackend.event import Event
 from pgbackend.serve import tracing
 from pgbackend.serve.tracing import Tracing
+from pgbackend.wire import parse_structured
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope, serving
 from tests.serve.target import Request, Target
 from tests.support.polling import eventually

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from pgbackend.codec import Event
+from pgbackend.event import Event
 
 
 @dataclass(frozen=True, slots=True)

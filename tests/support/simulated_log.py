@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from pgbackend.holes import AppenderClock, Evidence
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log, Reader

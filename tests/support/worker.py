@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pgbackend.backend import Backend
-from pgbackend.codec import Event
+from pgbackend.event import Event
 from tests.support.ledger import Ledger
 
 
