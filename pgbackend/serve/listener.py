@@ -478,7 +478,7 @@ class _Connection(HttpToolsProtocol):
     _piece = b""
     """The body of an undecided one."""
     _answering: RequestResponseCycle | None = None
-    """The one whose answer is next, of those that went uvicorn's way."""
+    """The one whose answer is next, of those that went uvicorn's way or have one behind them that did."""
     _queued_bytes = 0
     _offers_upgrade = False
     _refusal = HTTPStatus.BAD_REQUEST
@@ -502,7 +502,7 @@ class _Connection(HttpToolsProtocol):
         self._account_for_queue()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.parser is None or self.transport.is_closing():
             return
         size = len(data)
         self._received_bytes += size
@@ -616,17 +616,19 @@ class _Connection(HttpToolsProtocol):
 
     def _go_uvicorns_way(self) -> None:
         """Do what uvicorn would have done with the head and the body so far. Raises ValueError to refuse them."""
-        self._undecided = False
         if not self._is_answered() and len(self.pipeline) >= _MAX_QUEUED:
             raise ValueError("so many requests ahead of their answers")
         url, headers, expects, piece = self.url, self.headers, self.expect_100_continue, self._piece
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue, self._piece = url, headers, expects, b""
         self.scope["headers"] = headers
-        is_next = self._is_answered()
+        is_next, before = self._is_answered(), self.cycle
         super().on_headers_complete()
+        self._undecided = False
         if is_next:
             self._answering = self.cycle
+        elif len(self.pipeline) == 1:
+            self._answering = before
         if self._state.stopping:
             self.cycle.keep_alive = False
         if piece:
@@ -675,12 +677,6 @@ class _Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """The request that is being received is refused: it is no HTTP, or too much of it."""
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete and not cycle.more_body:
-            # An earlier request on this connection is being committed and gets its own answer, as the last one.
-            cycle.keep_alive = False
-            self.flow.pause_reading()
-            return
         said = "This is not HTTP as it should be."
         self._refuse(Problem(self._refusal, said if self._refusal is HTTPStatus.BAD_REQUEST else _HEAD_TOO_LARGE))
 
@@ -723,9 +719,25 @@ class _Connection(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer, unless an answer has begun, and close."""
-        self._ingest.count_refused(problem.status)
-        if self._is_answered() or not self.cycle.response_started:
+        """Take no more of what this client sends. What is being received is told why, unless its answer has begun.
+
+        Requests before it get their own answers, the last of them closes the connection, and this one gets none: read
+        in its place, it would be taken for theirs.
+        """
+        self.parser = None  # type: ignore[assignment]  # as uvicorn has it once a connection is lost
+        has_cycle = not (self._in_head or self._undecided)
+        self._receiving = False
+        if has_cycle and self.pipeline:
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else cast("RequestResponseCycle", self._answering)
+            has_cycle = False
+        if not has_cycle and not self._is_answered():
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+            self._account_for_queue()
+            return
+        if not has_cycle or not self.cycle.response_started:
+            self._ingest.count_refused(problem.status)
             self.transport.write(self._written(problem, keep_alive=False))
         self.transport.close()
 

@@ -175,6 +175,127 @@ async def test_a_good_request_before_garbage_gets_its_own_answer(broker: Broker)
     assert len(await broker.stored()) == 1
 
 
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> "Commits":
+    return Commits(monkeypatch)
+
+
+class Commits:
+    """Those of requests that are taken in one piece: they wait until they may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached = asyncio.Event()
+        self._monkeypatch = monkeypatch
+        self._held: list[Callable[[], None]] = []
+        monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: self._hold(partial(produce_soon, *arguments)))
+
+    def _hold(self, commit: Callable[[], None]) -> None:
+        self._held.append(commit)
+        self.reached.set()
+
+    def go_on(self) -> None:
+        self._monkeypatch.setattr(Backend, "produce_soon", produce_soon)
+        for commit in self._held:
+            commit()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\nGARBAGE\r\n",
+        HEAD + b"X: " + b"x" * 70_000,
+        HEAD + b"Content-Length: 10\r\n\r\n12345",
+        HEAD,
+    ],
+    ids=["a body that is none", "a large header", "half a body", "half a head"],
+)
+async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_it(
+    sent: bytes, broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_PATIENCE", 0.1)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+    await commits.reached.wait()
+    writer.write(sent)
+    (connection,) = broker.listener._server._connections()
+
+    async def given_up() -> bool:
+        return connection.parser is None
+
+    await eventually("the second one is given up", given_up)
+    commits.go_on()
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"connection: close") == 1
+    writer.close()
+    assert len(await broker.stored()) == 1
+
+
+async def test_a_stopping_broker_does_not_say_of_a_request_that_is_being_committed_that_nothing_was_stored(
+    broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_GRACE", 0.2)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+    await commits.reached.wait()
+    writer.write(HEAD + b"Content-Length: 10\r\n\r\n12345")
+    (connection,) = broker.listener._server._connections()
+    broker.listener.stop()
+
+    async def given_up() -> bool:
+        return connection.parser is None
+
+    await eventually("the second one is given up", given_up)
+    commits.go_on()
+    assert (await reader.read()).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert len(await broker.stored()) == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered", "later"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nContent-Length: 10\r\n\r\n12345", b"200", b""),
+        (HEAD + b"Content-Length: 99999999\r\n\r\n12345", b"413", b""),
+        (b"GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"200", b"GARBAGE\r\n"),
+    ],
+    ids=["half a body", "half a body that is too large", "a body that is none"],
+)
+async def test_a_request_that_was_answered_before_its_end_is_not_answered_again(
+    sent: bytes, answered: bytes, later: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_PATIENCE", 1.0)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(sent)
+    answer = await reader.readuntil(b"}")
+    assert answer.startswith(b"HTTP/1.1 " + answered)
+    writer.write(later)
+    assert await reader.read() == b""
+    writer.close()
+
+
+async def test_the_rest_of_a_request_that_was_not_taken_does_not_become_part_of_another(
+    broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    request = HEAD + b"Content-Length: 1\r\n\r\nx"
+    writer.write(request)
+    await commits.reached.wait()
+    writer.write(request * 100 + HEAD + b"Content-Length: 4\r\n\r\n")
+    (connection,) = broker.listener._server._connections()
+
+    async def one_too_many() -> bool:
+        return len(connection.pipeline) == 100
+
+    await eventually("there are so many that one is not taken", one_too_many)
+    writer.write(b"rest")
+    commits.go_on()
+    answer = await reader.read()
+    writer.close()
+    assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == 101
+    assert {event.data_bytes for event in await broker.stored()} == {b"x"}
+
+
 async def test_an_offer_to_upgrade_is_declined_and_the_event_is_taken(broker: Broker) -> None:
     """Java's client offers HTTP/2 with its first request."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
@@ -382,6 +503,26 @@ async def test_all_connections_together_hold_a_bounded_number_of_requests_that_w
         return state.queued_bytes == 0
 
     await eventually("nothing is queued", nothing_queued)
+
+
+async def test_requests_ahead_of_their_answers_are_counted_whatever_comes_behind_them(
+    broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    request = HEAD + b"Content-Length: 1000\r\n\r\n" + b"x" * 1000
+    writer.write(request)
+    await commits.reached.wait()
+    writer.write(request * 20 + b"GARBAGE\r\n\r\n")
+    state = broker.listener._server.server_state
+
+    async def counted() -> bool:
+        return state.queued_bytes > 20_000
+
+    await eventually("they are counted", counted)
+    commits.go_on()
+    assert (await reader.read()).count(b"HTTP/1.1 202 ") == 21
+    assert state.queued_bytes == 0
+    writer.close()
 
 
 async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing_behind(broker: Broker) -> None:
