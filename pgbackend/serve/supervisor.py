@@ -171,7 +171,11 @@ class Supervisor:
         """A new worker, once it listens. Raises PgBackendError when it cannot."""
         taken = {worker.number for worker in self._alive}
         number = next(number for number in range(len(self._connections)) if number not in taken)
-        worker = _Worker(self._settings, self._bound, Share(self._connections, number), number)
+        try:
+            worker = _Worker(self._settings, self._bound, Share(self._connections, number), number)
+        except OSError as error:
+            # Out of memory, processes or files. That may pass, and the other workers go on.
+            raise PgBackendError(f"A worker process cannot be made: {error.strerror}.") from error
         self._alive.add(worker)
         worker.end.add_done_callback(lambda _: self._forget(worker))
         try:
@@ -186,7 +190,10 @@ class Supervisor:
         self._alive.discard(worker)
         # One that was killed has not said so itself: others would wait for it to take connections.
         self._connections[worker.number] = Share.NOBODY
-        metrics.worker_gone(worker.pid)
+        try:
+            metrics.worker_gone(worker.pid)
+        except OSError as error:
+            facts.emit("worker process not counted out", level=logging.WARNING, pid=worker.pid, error=str(error))
 
     async def _drain(self) -> int:
         """Return once no worker lives: how many did not end as they should."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import tempfile
@@ -430,6 +431,27 @@ class TestLoss:
             assert await owner(database, "billing") != killed
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
+
+    async def test_while_none_can_be_made_the_others_go_on(self, database: str) -> None:
+        """The supervisor may open no more files: as bad for it as no memory for a process."""
+        async with workers("--dsn", database) as serve:
+            url = await serve.listening()
+            killed, other = await pids(serve)
+            supervisor = serve.process.pid
+            open_now = len(list(Path(f"/proc/{supervisor}/fd").iterdir()))
+            before = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (open_now, before[1]))
+            os.kill(killed, signal.SIGKILL)
+            (fact,) = await facts(serve, "worker process cannot start")
+            assert fact["error"] == "A worker process cannot be made: Too many open files."
+            serve.send(signal.SIGHUP)
+            assert await post(url) == 202
+            assert Path(f"/proc/{other}").exists()
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, before)
+            await facts(serve, "workers restarted")
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+            assert "Traceback" not in await serve.complaint()
 
     @pytest.mark.slow
     async def test_a_worker_that_is_frozen_holds_up_no_new_client(
