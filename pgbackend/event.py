@@ -52,7 +52,7 @@ class Event:
 
     _row: Row
     _extensions: dict[str, ExtensionValue] | None
-    """As they were parsed for the first filter that asked: the next one gets its answer in a tenth of the time."""
+    """Parsed for the first who asked: several filters may, and the next one has its answer in 0.2 µs instead of 1."""
 
     # Stores and nothing else: a reader makes more than 100,000 of these a second, most of them for a filter's glance.
     def __init__(

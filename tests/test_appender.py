@@ -31,7 +31,7 @@ def row(id_: str, *, time: str | None = None, data: bytes | None = None) -> Row:
 
 
 BAD = "not a time"
-"""What the log's CHECK refuses: a value that no codec would let through."""
+"""What the log's CHECK refuses: a value that no producer of ours lets through."""
 
 
 async def nothing_to_extend() -> None:
