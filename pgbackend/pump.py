@@ -145,21 +145,16 @@ class Pump:
                 await asyncio.get_running_loop().create_future()
             finally:
                 # Before its workers are cancelled: one whose dispatcher swallows that finds it here, and ends.
-                self._stopping = True
+                self._begin_no_more()
 
     async def drain(self, timeout: float) -> None:
         """Begin nothing more; return once nothing is being dispatched, after `timeout` seconds at the latest.
 
         Async dispatchers that are still at work by then are cancelled. Threads cannot be: they are named in the log.
         """
-        self._stopping = True
+        self._begin_no_more()
         if self._feeder is not None:
             self._feeder.cancel()
-        self._ready.clear()
-        self._again.clear()
-        self._letters.clear()
-        for timer in self._timers:
-            timer.cancel()
         if self._active:
             self._quiet.clear()
             try:
@@ -174,6 +169,15 @@ class Pump:
                     threads=self.registration.threads is not None,
                 )
         self._cursor.close()
+
+    def _begin_no_more(self) -> None:
+        self._stopping = True
+        self._ready.clear()
+        self._again.clear()
+        self._letters.clear()
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
 
     def reconfigured(self) -> int:
         """Go on as the registration says now; how many of the events that wait here are let go, as it refuses them."""
@@ -546,7 +550,8 @@ class Pump:
             if not future.done():
                 future.set_result(None)
                 return
-        if self._spare > 0 and self._tasks is not None:
+        # Its tasks may be ending by now, and take in no more.
+        if self._spare > 0 and self._tasks is not None and not self._stopping:
             self._spare -= 1
             self._tasks.create_task(self._work(), name=f"deliver {self.shard.name}")
 

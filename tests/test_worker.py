@@ -1,10 +1,12 @@
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import asyncpg
 import pytest
 
-from pgbackend import Backend, Event
+from pgbackend import Backend, Event, Retry
 from pgbackend.facts import Recorder
 from pgbackend.leases import Leases
 from tests.support.catch import Catch, make_event
@@ -43,6 +45,44 @@ async def test_unsubscribing_a_subscription_whose_lease_has_just_been_given_up_h
             await backend.produce(make_event("a"))
             await catch.has("a")
     assert backend._worker is None
+
+
+async def test_what_waited_to_be_tried_again_in_a_former_life_of_the_server_is_nobodys_any_more(database: str) -> None:
+    """Its time comes when its pump is long gone."""
+    observer = await asyncpg.connect(database)
+    catch = Catch(fails=lambda event: event.attempt == 1)
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", catch, order="key", retry=Retry(delay=0.4))
+            await backend.produce(make_event("a", key="k"))
+            await recorder.wait("retry scheduled")
+            assert backend._worker is not None
+            ((pump, _),) = backend._worker._pumps.values()
+            # As a crash leaves it.
+            await observer.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+            await recorder.wait("incarnation changed")
+            assert not pump._timers
+            await catch.has("a")
+    await observer.close()
+
+
+async def test_a_dispatcher_that_swallows_its_cancellation_harms_nobody(database: str) -> None:
+    """It makes way for the next event of its key when nothing may begin any more."""
+    begun = asyncio.Event()
+
+    async def stubborn(_: Event) -> None:
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    catch = Catch()
+    async with Backend(database, drain_timeout=0.1, **SETTINGS) as backend:
+        await backend.subscribe("s", stubborn, order="key")
+        await backend.produce_many([make_event("a", key="k"), make_event("b", key="k")])
+        await begun.wait()
+        await backend.unsubscribe("s")
+        await backend.subscribe("s", catch, order="key")
+        await catch.has("b")
 
 
 async def test_a_dispatcher_that_is_cancelled_has_ended_before_its_shard_is_given_up(
