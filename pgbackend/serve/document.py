@@ -20,6 +20,7 @@ _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map", "null", "bool", "int", "float", "timestamp")
 )
+_NAMED = re.compile(r"\b(alias|anchor|tag handle) (['\"]).*?\2")
 _DEPTH = 64
 # An alias repeats what it names: a few lines can stand for billions of values.
 _VALUES = 100_000
@@ -47,7 +48,8 @@ class Document:
             self.value: Value = None if self._root is None else self._read(self._root, 0)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            said = ", ".join(part for part in (error.context, error.problem) if part)
+            # Without names: what looks like one may be a password that nobody quoted.
+            said = ", ".join(_NAMED.sub(r"\1", part) for part in (error.context, error.problem) if part)
             raise ConfigError(f"{origin}:{line}: not valid YAML: {said}.") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}.") from None
@@ -79,17 +81,20 @@ class Document:
         return line
 
     def _read(self, node: yaml.Node, depth: int) -> Value:
-        self._values += 1
-        if depth > _DEPTH or self._values > _VALUES:
-            limit = f"at most {_DEPTH} levels" if depth > _DEPTH else f"at most {_VALUES} values"
-            raise ConfigError(self._at(node, f"expected {limit}, aliases written out"))
+        self._count(node, depth)
         if node.tag not in _TAGS:
-            self._note(node, f"expected plain YAML, found the tag {node.tag}")
+            self._note(node, "expected plain YAML, found a tag: text that begins with ! needs quotes")
         if isinstance(node, yaml.ScalarNode):
             return None if node.style is None and node.value in _NULLS else _whole(node.value)
         if isinstance(node, yaml.SequenceNode):
             return [self._read(below, depth + 1) for below in node.value]
         return self._read_mapping(node, depth)
+
+    def _count(self, node: yaml.Node, depth: int) -> None:
+        self._values += 1
+        if depth > _DEPTH or self._values > _VALUES:
+            limit = f"at most {_DEPTH} levels" if depth > _DEPTH else f"at most {_VALUES} values"
+            raise ConfigError(self._at(node, f"expected {limit}, aliases written out"))
 
     def _read_mapping(self, node: yaml.Node, depth: int) -> dict[str, Value]:
         mapping: dict[str, Value] = {}
@@ -111,6 +116,7 @@ class Document:
     def _merged(self, node: yaml.Node, depth: int) -> Iterator[dict[str, Value]]:
         for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if isinstance(source, yaml.MappingNode):
+                self._count(source, depth + 1)
                 yield self._read_mapping(source, depth + 1)
             else:
                 self._note(source, "expected a mapping, or a list of mappings, to merge")

@@ -156,7 +156,8 @@ def _instant(value: object, *, up: bool) -> datetime:
         date, time, fraction, zone = matched.groups()
         nanoseconds = int((fraction or "").ljust(9, "0"))
         moment = datetime.fromisoformat(f"{date}T{time}{zone.upper().replace('Z', '+00:00')}")
-        return moment + timedelta(microseconds=-(-nanoseconds // 1000) if up else nanoseconds // 1000)
+        # As PostgreSQL is told it: next to the first and the last year there is not every one in every zone.
+        return moment.astimezone(UTC) + timedelta(microseconds=-(-nanoseconds // 1000) if up else nanoseconds // 1000)
     except (ValueError, OverflowError):
         raise refuse(f"expected a time such as 2026-01-01T00:00:00Z, found {described(value)}") from None
 
@@ -173,8 +174,9 @@ def _url(value: object) -> URL:
     except ValueError:
         good = None
     if not good:
-        # A URL may carry a password: only its beginning is shown.
-        raise refuse(f"{wanted}, found {described(text.split('?')[0].split('@')[-1])}")
+        # It may carry a password, and an @ says that it does; nobody knows where in a URL that is none.
+        found = "one that is none" if "@" in text else described(text.split("?")[0])
+        raise refuse(f"{wanted}, found {found}")
     return url
 
 
@@ -219,6 +221,9 @@ def printable(secret: str) -> str:
     """The secret, which can stand in a header."""
     if re.search(r"[\x00-\x1f\x7f-\x9f]", secret):
         raise refuse("expected a value of one line, without control characters")
+    if re.search(r"[\ud800-\udfff]", secret):
+        # That is how Python reads a variable that is something else.
+        raise refuse("expected a value in UTF-8")
     return secret
 
 

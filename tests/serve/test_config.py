@@ -1,5 +1,6 @@
 """What a configuration file may say, what it means, and how its mistakes are named."""
 
+import os
 import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
@@ -326,6 +327,11 @@ class TestBounds:
         assert only.start == datetime(2026, 1, 1, 0, 0, 0, 1, tzinfo=UTC)
         assert only.end == datetime(2026, 1, 1, 0, 0, 0, 3, tzinfo=UTC)
 
+    def test_a_time_that_there_is_not_in_every_zone_is_no_bound(self) -> None:
+        for bound in ("start: 0001-01-01T00:00:00+00:01", "end: 9999-12-31T23:59:59-00:01"):
+            assert "expected a time such as" in complaint(f"triggers: {{a: {{bounds: {{byDate: {{{bound}}}}}}}}}")
+        assert trigger("bounds: {byDate: {start: 0001-01-01T00:00:00Z}}").start == datetime(1, 1, 1, tzinfo=UTC)
+
 
 class TestSecrets:
     def test_a_file_is_relative_to_the_configuration_and_loses_its_last_line_break(self, tmp_path: Path) -> None:
@@ -339,12 +345,24 @@ class TestSecrets:
         said = complaint("triggers: {a: {target: {url: http://h/, headers: {X: {env: HIDDEN}}}}}")
         said += complaint("triggers: {a: {target: {url: 'http://me:hunter2@ h/?token=hunter2'}}}")
         said += complaint("triggers: {a: {target: {url: 'http://me:hunter2@/'}}}")
+        said += complaint("triggers: {a: {target: {url: 'http://me:hunter2?x@h/'}}}")
         said += complaint("ingest: {user: u, password: {hunter2: x}}")
+        # Nobody quoted what YAML has a meaning for.
+        said += complaint("ingest: {user: u, password: *hunter2}")
+        said += complaint("ingest: {user: u, password: !hunter2 }")
+        said += complaint("ingest: {user: u, password: !hunter2!x }")
+        said += complaint("{ingest: &hunter2 {}, triggers: &hunter2 {}}")
         monkeypatch.setenv("HIDDEN", "hunter2")
         said += repr(loaded("ingest: {user: u, password: hunter2, token: {env: HIDDEN}}"))
         said += repr(trigger("target: {url: 'http://me:hunter2@h/', headers: {X: {env: HIDDEN}}}"))
         said += repr(trigger("deliveryOptions: {deadLetterURL: 'http://h/?token=hunter2'}"))
         assert "ter2" not in said
+
+    def test_what_is_no_text_cannot_be_sent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(os.environ, "LATIN", os.fsdecode(b"caf\xe9"))
+        assert "ingest.token: expected a value in UTF-8" in complaint("ingest: {token: {env: LATIN}}")
+        with_header = "triggers: {a: {target: {url: http://h/, headers: {X: {env: LATIN}}}}}"
+        assert "target.headers.X: expected a value in UTF-8" in complaint(with_header)
 
     def test_empty_user_and_password_as_triggermesh_writes_them_ask_nobody(self) -> None:
         ingest = loaded('ingest: {user: "", password: ""}').ingest
@@ -444,7 +462,7 @@ MISTAKES = [
     ("a: b: c", "not valid YAML"),
     ("a: 1\n--- \nb: 2", "not valid YAML"),
     ("a: \x00", "not valid YAML"),
-    ("triggers: !!python/object/apply:os.system {}", "expected plain YAML, found the tag"),
+    ("triggers: !!python/object/apply:os.system {}", "expected plain YAML, found a tag"),
     ("triggers: {a: {<<: b}}", "expected a mapping, or a list of mappings, to merge"),
     ("triggers: {[a]: {}}", "expected text as the key"),
     ("&a [*a]", "expected at most 64 levels"),
@@ -539,9 +557,10 @@ def test_what_an_alias_repeats_is_one_mistake() -> None:
     assert complaint("triggers: {a: &a {order: x, order: y}, b: *a}").count("stands twice") == 1
 
 
-def test_aliases_cannot_blow_up_a_file() -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+@pytest.mark.parametrize(("first", "others"), [("[x, x]", "[{}]"), ("{}", "{{<<: [{}]}}")], ids=["lists", "merges"])
+def test_aliases_cannot_blow_up_a_file(first: str, others: str) -> None:
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{n}: &a{n} {others.format(', '.join([f'*a{n - 1}'] * 10))}" for n in range(1, 10)]
     assert "expected at most 100000 values" in complaint("\n".join(lines))
 
 
