@@ -107,7 +107,8 @@ class SubscriptionStatus:
     Rolled-back positions count until they are passed."""
     lag_seconds: float | None
     """Age of the oldest event that is not settled, by the server's clock; 0.0 when there is none. As of the last offset
-    commit: under load it does not go below `commit_interval`. None for a complete subscription, which owes nothing."""
+    commit: under load it does not go below `commit_interval`. None for a complete subscription: what it has to try
+    again all the same is among `redeliveries`."""
     redeliveries: int
     dead_letters: int
     last_error: str | None

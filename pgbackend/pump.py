@@ -50,6 +50,7 @@ from pgbackend.shard import (
     Outcome,
     Scheduled,
     Shard,
+    Waiting,
 )
 from pgbackend.tail import Cursor
 
@@ -84,14 +85,11 @@ class Pump:
         shard: Shard,
         cursor: Cursor,
         note: Callable[[Shard], None],
-        waiting: dict[int, tuple[int, float, Failure | None]],
+        waiting: dict[int, Waiting],
         seconds_until: Callable[[datetime], Awaitable[float]],
         prove_end: Callable[[], Awaitable[int]],
     ) -> None:
-        """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position.
-
-        That is the attempts made, when the next one is due in monotonic seconds, and why it was given up, if it was.
-        """
+        """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position."""
         self.registration = registration
         self.shard = shard
         self._cursor = cursor
@@ -355,10 +353,9 @@ class Pump:
         """Whether the event has failed under a former owner: then it comes when it is due."""
         if not self._waiting or (before := self._waiting.pop(event.position, None)) is None:
             return False
-        attempt, due_at, failure = before
-        again = _Again(event.with_delivery(attempt=attempt + 1, failure=failure), handed_over=False)
+        again = _Again(event.with_delivery(attempt=before.attempt + 1, failure=before.failure), handed_over=False)
         # What is left of it: one behind others of its lane may have waited there for long.
-        self._later(due_at - monotonic(), again)
+        self._later(before.due_at - monotonic(), again)
         return True
 
     def _let_go(self) -> int:

@@ -1,13 +1,14 @@
 """Failed events that are due again, and dead letters: read here, changed with the offsets (pgbackend/offsets.py)."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 from pgbackend.database import Database, Record
 from pgbackend.event import Event
 from pgbackend.model import DeadLetter, Failure
-from pgbackend.shard import DueRequest, Lease
+from pgbackend.shard import DueRequest, Lease, Waiting
 from pgbackend.sql import load
 from pgbackend.sql.statements import RedeliverySql
 
@@ -23,15 +24,6 @@ class DueEvent:
     epoch: int
     letter: int | None
     """The dead letter that it comes from, if it does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """What a position in an ordered mode has behind it."""
-
-    attempt: int
-    delay: float
-    failure: Failure | None
 
 
 class Redelivery:
@@ -64,7 +56,8 @@ class Redelivery:
     async def find_attempts(self, lease: Lease) -> dict[int, Waiting]:
         """By position: what a former owner noted of this shard's failed events."""
         rows = await self._database.fetch(self._sql.find_attempts, lease.subscription, lease.shard, lease.shards)
-        return {row["position"]: Waiting(row["attempt"], row["delay"], _failure(row["failure"])) for row in rows}
+        now = time.monotonic()
+        return {row["position"]: Waiting(row["attempt"], now + row["delay"], _failure(row["failure"])) for row in rows}
 
     async def letters(self, subscription: str | None) -> AsyncIterator[DeadLetter]:
         """All dead letters, or one subscription's, in the order of their ids."""

@@ -109,6 +109,18 @@ class Lease:
     """Events recorded at or after it are not for this subscription."""
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a failed event of an ordered shard has behind it: a new owner goes on from there."""
+
+    attempt: int
+    """Attempts made."""
+    due_at: float
+    """When the next one is due, in monotonic seconds."""
+    failure: Failure | None
+    """Why it was given up, if it was."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueRequest:
     """What a shard would take of its failed events whose time has come."""

@@ -253,13 +253,7 @@ class Worker:
     async def _begin(self, lease: Lease, registration: Registration) -> None:
         assert self._tail is not None  # noqa: S101 - rounds run inside run()
         assert self._tasks is not None  # noqa: S101
-        waiting = {}
-        if lease.order != "none":
-            found = await self._redelivery.find_attempts(lease)
-            now = time.monotonic()
-            waiting = {
-                position: (before.attempt, now + before.delay, before.failure) for position, before in found.items()
-            }
+        waiting = await self._redelivery.find_attempts(lease) if lease.order != "none" else {}
         shard = Shard(
             lease=lease,
             window=Window(
