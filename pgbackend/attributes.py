@@ -183,6 +183,8 @@ def read_extensions(text: str) -> dict[str, ExtensionValue]:
     >>> read_extensions('{"a": "x", "b": 7, "c": 9876543210, "d": [true], "e": 1e999, "f": null}')
     {'a': 'x', 'b': 7, 'c': '9876543210', 'd': '[true]', 'e': '1e999'}
     """
+    if text == "{}":
+        return {}
     try:
         values, _ = _extension_decoder.raw_decode(text.lstrip())
         return {

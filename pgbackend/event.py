@@ -147,7 +147,7 @@ class Event:
         return texts
 
     def attribute(self, name: str) -> str | None:
-        """The text of one attribute as in `attributes_text`; None when it is absent. Without reading the others."""
+        """The text of one attribute as in `attributes_text`; None when it is absent."""
         value = self.value(name)
         return value if value is None or isinstance(value, str) else canonical(value)
 
@@ -159,7 +159,7 @@ class Event:
             return row[index]  # type: ignore[return-value]  # the first nine are text
         if name == "schemaurl" and row[0] == "0.3":
             return row[7]
-        return None if row[9] == "{}" else self._parsed_extensions().get(name)
+        return self._parsed_extensions().get(name) if row[9] != "{}" else None  # not even a dict for the many without
 
     def with_delivery(self, *, attempt: int | None = None, failure: "Failure | None" = None) -> "Event":
         """A copy with this attempt and this failure; what is not given stays."""
@@ -232,8 +232,7 @@ class Event:
     def _parsed_extensions(self) -> dict[str, ExtensionValue]:
         extensions = self._extensions
         if extensions is None:
-            text = self._row[9]
-            extensions = self._extensions = {} if text == "{}" else read_extensions(text)
+            extensions = self._extensions = read_extensions(self._row[9])
         return extensions
 
     def __eq__(self, other: object) -> bool:
@@ -270,7 +269,7 @@ def attributes_with(event: Event, extra: Mapping[str, str]) -> Event:
     """
     row = event.row
     core = COLUMNS[:8] if row[0] != "0.3" else (*COLUMNS[:8], "schemaurl")
-    extensions: dict[str, ExtensionValue] = read_extensions(row[9])
+    extensions = read_extensions(row[9])
     for name, value in extra.items():
         if name in core:
             raise EventError(f"{whose(row[1], row[2])}: {name!r} is not an extension attribute.")

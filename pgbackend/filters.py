@@ -7,13 +7,13 @@ that could never mean anything raises `ConfigError` when it is made.
 """
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from pgbackend import cesql, facts
+from pgbackend.attributes import is_name
 from pgbackend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,14 +180,11 @@ class CESQL:
         return self._evaluate(event) is True
 
 
-_name = re.compile(r"[a-z0-9]+").fullmatch
-
-
 def _checked(dialect: str, attributes: object) -> dict[str, str]:
     if not isinstance(attributes, Mapping) or not attributes:
         raise ConfigError(f'{dialect} takes at least one attribute, as in {dialect}({{"type": "…"}}).')
     for name, text in attributes.items():
-        if not isinstance(name, str) or not _name(name) or name == "data":
+        if not isinstance(name, str) or not is_name(name) or name == "data":
             raise ConfigError(f"{dialect}: {name!r} is no attribute name. Use lower-case letters and digits.")
         if not isinstance(text, str) or not text:
             raise ConfigError(f"{dialect}: {name} is compared to {text!r}. Use a string that is not empty.")

