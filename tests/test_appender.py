@@ -406,6 +406,18 @@ async def test_who_has_no_task_is_told_when_time_is_up(database: str) -> None:
         assert [type(error) for error in told] == [ProduceUncertainError, ProduceTimeoutError]
 
 
+async def test_a_bug_in_who_is_told_harms_nobody_else(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    def buggy(_: Exception | None) -> None:
+        raise RuntimeError("a bug")
+
+    async with appending(database) as appender:
+        for id_, time in (("good", None), ("bad", BAD)):
+            appender.append_soon(row(id_, time=time), buggy)
+            await appender.append([row("next")])
+    assert await stored(database) == ["good", "next", "next"]
+    assert [record.exc_info is not None for record in caplog.records] == [True, True]
+
+
 async def test_a_call_that_is_cancelled_as_its_commit_comes_back_is_only_cancelled(database: str) -> None:
     """The future is cancelled at once, the coroutine learns of it a turn later: the appender may answer in between."""
     async with appending(database) as appender:
