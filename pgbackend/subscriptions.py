@@ -26,12 +26,14 @@ from pgbackend.sql import load
 from pgbackend.sql.statements import SubscriptionsSql
 
 Place = int | datetime | Literal["earliest", "latest"]
+_Offset = tuple[int, RangeSet, datetime | None]
+"""A position, what is pending below it, and the date behind which events were recorded that are delivered."""
 
 _SKEW = timedelta(seconds=60)
 """`recorded_at` follows positions but for how long an appender can be held up between drawing one and the other."""
 
 _IMPATIENCE, _PATIENCE = 0.01, 0.25
-"""Seconds between tries while shards run elsewhere, at first and at most."""
+"""Seconds between two tries at shards that run elsewhere, at first and at most."""
 _DEADLOCK = "40P01"
 _UNKNOWN = "unknown"
 """The start bound of subscriptions that are older than it (migration 0002)."""
@@ -147,12 +149,9 @@ class Subscriptions:
 
     async def seek(self, name: str, place: Place) -> None:
         """Move every shard to `place` under a new epoch, and drop what was waiting to be tried again."""
-        if await self.find(name) is None:
-            raise not_found(name)
-        offset = await self._locate(place)
         pause = _IMPATIENCE
         while (stored := await self.find(name)) is not None:
-            if await self._change(stored, stored, offset, at_once=True):
+            if await self._change(stored, stored, await self._locate(place), at_once=True):
                 return
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _PATIENCE)
@@ -193,14 +192,7 @@ class Subscriptions:
             pause = min(pause * 1.5, _PATIENCE)
         return False
 
-    async def _change(
-        self,
-        stored: Definition,
-        wanted: Definition,
-        offset: tuple[int, RangeSet, datetime | None] | None,
-        *,
-        at_once: bool,
-    ) -> bool:
+    async def _change(self, stored: Definition, wanted: Definition, offset: _Offset | None, *, at_once: bool) -> bool:
         """What is stored is as wanted, all shards at `offset` unless that is None; or nothing has changed, try again.
 
         `at_once`: whoever runs a shard is not waited for.
@@ -223,8 +215,8 @@ class Subscriptions:
         if await self._log.database.fetchval(self._sql.delete_subscription, name) is None:
             raise not_found(name)
 
-    async def _locate(self, place: Place) -> tuple[int, RangeSet, datetime | None]:
-        """An offset for a place: position, what is pending below it, and the date that bounds what is delivered."""
+    async def _locate(self, place: Place) -> _Offset:
+        """Where the offsets are put for a place."""
         if place == "earliest":
             return 0, RangeSet(), None
         if place == "latest":
