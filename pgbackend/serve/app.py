@@ -34,7 +34,7 @@ from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.listener import TLS, Listener, Share, allow_many_connections, bind
 from pgbackend.serve.metrics import Metrics
-from pgbackend.serve.reload import changes
+from pgbackend.serve.reload import changes, says_once
 from pgbackend.serve.triggers import Triggers
 
 PRODUCE_TIMEOUT = 10.0
@@ -272,7 +272,10 @@ class _Following:
     async def _read_again(self) -> None:
         if self._tls is not None:
             self._tls.reload()
+        if self._settings.config is not None and says_once(self._settings.config):
+            return
         try:
+            # Not in a thread: an older one must not come into force after what `changes()` finds meanwhile.
             configuration = configuration_of(self._settings)
         except ConfigError as error:
             self._refuse(error)

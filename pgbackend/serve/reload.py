@@ -48,10 +48,14 @@ def changes(
     force is yielded once more; without a `path`, or with one that leads to a pipe, only then. Never ends by itself;
     close it, with `aclosing()`, to free what it watches.
     """
-    if path is not None and path.exists() and not path.is_file():
-        # What a pipe says it says once. Who reads on waits for ever, in a thread that nobody can end.
+    if path is not None and says_once(path):
         path = None
     return _follow(_Following(path, current, frozenset(extra)))
+
+
+def says_once(path: Path) -> bool:
+    """Whether it is a pipe or the like. Who reads on waits for ever, in a thread that nobody can end."""
+    return path.exists() and not path.is_file()
 
 
 async def _follow(following: "_Following") -> AsyncGenerator[Configuration]:

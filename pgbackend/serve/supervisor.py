@@ -39,6 +39,7 @@ from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.serve import app, logs, metrics
 from pgbackend.serve.app import Orders, Settings
 from pgbackend.serve.listener import Share, bind
+from pgbackend.serve.reload import says_once
 
 DRAIN_TIMEOUT = 50.0
 """Seconds that a worker may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries, 5 to hand
@@ -54,7 +55,7 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
 
     Raises PgBackendError, before any of them has been said to listen, with what the first said that could not.
     """
-    if settings.config is not None and settings.config.exists() and not settings.config.is_file():
+    if settings.config is not None and says_once(settings.config):
         raise ConfigError(
             f"{settings.config} can be read only once, and each worker reads it: give a file, or --config-inline."
         )

@@ -256,6 +256,20 @@ class TestReload:
             await serve.complains("configuration refused")
             assert await post(url, token="new") == 202
 
+    async def test_sighup_does_not_wait_for_what_a_pipe_has_said_already(self, database: str, tmp_path: Path) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        async with running("--dsn", database, "--port", "0", "--config", str(pipe), *INFORMED) as serve:
+            await asyncio.to_thread(pipe.write_text, "ingest: {token: secret}")
+            url = await serve.listening()
+            serve.send(signal.SIGHUP)
+            assert await post(url, token="secret") == 202
+            serve.send(signal.SIGHUP)
+            assert await post(url, token="none") == 401
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+            assert "refused" not in await serve.complaint()
+
 
 class TestTerminal:
     async def test_a_terminal_that_is_closed_takes_its_broker_along(self, database: str) -> None:
