@@ -186,6 +186,7 @@ class Ingest:
         if (
             len(fields) != len(headers)
             or b"content-encoding" in fields
+            or (b"transfer-encoding" in fields and fields[b"transfer-encoding"].lower() != b"chunked")
             or size > self._whole_bytes
             or self._held_bytes + size > self._limits.held_bytes
             or self._stopping
@@ -389,12 +390,17 @@ def _framing(headers: _Headers) -> tuple[str | None, int]:
     length = 0
     for name, value in headers:
         if name == b"content-type":
+            if content_type is not None:
+                raise Problem(400, "Header Content-Type stands there twice.")
             content_type = value.decode("latin-1")
         elif name == b"content-length":
             # The HTTP parser has let through digits only.
             length = int(value)
         elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise Problem(415, "Content-Encoding is not supported. Send the body as it is.", (b"accept-encoding", b""))
+        elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            # The parser takes the chunks apart, and would leave what is in them as it is.
+            raise Problem(501, "Of transfer codings only `chunked` is supported.")
     return content_type, length
 
 

@@ -548,7 +548,9 @@ class TestWholeRequests:
     async def test_however_a_request_is_cut_it_is_stored_or_refused_alike(self, broker: Broker) -> None:
         head = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in HEADERS.items())
         length = b"Content-Length: 4\r\n\r\nbody"
+        chunked = b"\r\n4\r\nbody\r\n0\r\n\r\n"
         structured = envelope(data={"n": 1})
+        twice = b"Content-Type: text/plain\r\nContent-Type: application/cloudevents+json\r\n"
         requests = [
             (b"POST / HTTP/1.1\r\n" + head + length, 202),
             (b"POST /a/b?c=%ff HTTP/1.1\r\n" + head + length, 202),
@@ -557,9 +559,16 @@ class TestWholeRequests:
             (b"POST / HTTP/1.1\r\n" + head + b"Content-Encoding: identity\r\n" + length, 202),
             (b"POST / HTTP/1.1\r\n" + head + b"Content-Encoding: gzip\r\n" + length, 415),
             (b"POST / HTTP/1.1\r\n" + head + b"Content-Type: application/cloudevents+xml\r\n" + length, 415),
+            (b"POST / HTTP/1.1\r\n" + head + twice + b"Content-Length: %d\r\n\r\n" % len(structured) + structured, 400),
+            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: gzip, chunked\r\n" + chunked, 501),
+            (
+                b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n" + chunked,
+                501,
+            ),
+            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: Chunked\r\n" + chunked, 202),
             (b"POST / HTTP/1.1\r\n" + head + b"ce-data: x\r\n" + length, 400),
             (b"POST / HTTP/1.1\r\n" + head + b"ce-id: 2\r\n" + length, 400),
-            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 202),
+            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: chunked\r\n" + chunked, 202),
             (b"POST / HTTP/1.1\r\n" + head + b"\r\n", 202),
             (
                 b"POST / HTTP/1.1\r\nContent-Type: Application/CloudEvents+JSON\r\nContent-Length: %d\r\n\r\n%b"
