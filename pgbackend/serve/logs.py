@@ -66,6 +66,7 @@ class _Flood(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._seen: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._forgot_in = -1
 
     def filter(self, record: logging.LogRecord) -> bool:
         fields: Mapping[str, object] = getattr(record, "fields", {})
@@ -76,8 +77,10 @@ class _Flood(logging.Filter):
         if before == second:
             self._seen[key] = (second, count + 1)
             return count < _A_SECOND
-        if len(self._seen) > _TEXTS:
-            self._seen.clear()
+        if len(self._seen) > _TEXTS and self._forgot_in != second:
+            # Not those of now, however many: with hundreds of triggers there are more than that in a bad second.
+            self._forgot_in = second
+            self._seen = {key: seen for key, seen in self._seen.items() if seen[0] >= second - 1}
         self._seen[key] = (second, 1)
         if count > _A_SECOND:
             record.fields = {**fields, "not_shown": count - _A_SECOND}
@@ -86,7 +89,7 @@ class _Flood(logging.Filter):
 
 _A_SECOND = 10
 _TEXTS = 1000
-"""Texts that are remembered: facts have constant ones, but not every library."""
+"""Texts that are remembered longer than for some seconds: facts have constant ones, but not every library."""
 
 
 def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:

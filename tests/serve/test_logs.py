@@ -234,6 +234,22 @@ class TestConfigure:
             assert flood.filter(logging.makeLogRecord({"msg": f"text {number}", "created": float(number)}))
         assert len(flood._seen) <= 1001
 
+    def test_a_bad_second_of_very_many_triggers_is_limited_for_each(self) -> None:
+        flood = logs._Flood()
+
+        def shown(second: float) -> list[logging.LogRecord]:
+            records = [
+                logging.makeLogRecord({"msg": "event buried", "created": second, "fields": {"subscription": str(name)}})
+                for _ in range(12)
+                for name in range(1500)
+            ]
+            return [record for record in records if flood.filter(record)]
+
+        assert len(shown(1.0)) == 15_000
+        again = shown(2.0)
+        assert len(again) == 15_000
+        assert all(vars(record)["fields"]["not_shown"] == 2 for record in again[:1500])
+
     def test_debug_tells_everything(self) -> None:
         done = run(
             "logs.configure('json', 'debug')\nfor n in range(100): facts.emit('event buried', event_id=str(n))\n"
