@@ -112,7 +112,6 @@ class Delivery:
         self._url = url
         self._shown = shown(url)
         self._trigger = trigger
-        self._seconds = timeout
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=None, sock_connect=None, sock_read=None)
         self._is_binary = mode == "binary"
         self._headers = tuple((headers or {}).items())
@@ -171,32 +170,31 @@ class Delivery:
             reason = f"{self._shown} {error}"
             raise DeliveryError(reason, details=self._details(error.code, str(error)), status=error.code) from error
 
-    async def _send(self, headers: CIMultiDict[str], body: bytes) -> _Answer:
+    async def _send(self, headers: CIMultiDict[str], body: bytes, *, again: bool = True) -> _Answer:
         """The target's answer. Raises DeliveryError without one, and Reject for what cannot be sent."""
-        began = monotonic()
-        while True:
-            try:
-                async with self._session.post(
-                    self._url,
-                    data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
-                    headers=headers,
-                    # No content type is invented where the event has none.
-                    skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
-                    timeout=self._timeout,
-                    allow_redirects=False,
-                ) as response:
-                    return await self._read(response)
-            except StaleConnectionError as error:
-                # No failed attempt: the target closed an idle connection just when it was used again. The others to it
-                # may be as stale, after a restart behind a balancer all of them. Each is tried once and gone, and there
-                # are as many as requests were answered, so that this comes to an end.
-                if monotonic() - began >= self._seconds:
-                    raise self._unanswered(error) from None
-            except _BROKEN as error:
-                raise self._unanswered(error) from None
-            except ValueError as error:
-                # aiohttp writes no header that would break out of its line.
-                raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, "")) from None
+        try:
+            async with self._session.post(
+                self._url,
+                data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
+                headers=headers,
+                # No content type is invented where the event has none.
+                skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
+                timeout=self._timeout,
+                allow_redirects=False,
+            ) as response:
+                return await self._read(response)
+        except StaleConnectionError as error:
+            if again:
+                # No failed attempt: the target closed an idle connection just when it was used again. Once, and over a
+                # new one: its others may be as stale; or this event is what it dies of, one process after the other.
+                with egress.new_connection():
+                    return await self._send(headers, body, again=False)
+            raise self._unanswered(error) from None
+        except _BROKEN as error:
+            raise self._unanswered(error) from None
+        except ValueError as error:
+            # aiohttp writes no header that would break out of its line.
+            raise Reject(f"{self._shown}: cannot be sent: {error}", details=self._details(400, "")) from None
 
     # What comes back.
 
@@ -235,7 +233,7 @@ class Delivery:
 
     def _why(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
-            return f"no response within {self._seconds:g} s"
+            return f"no response within {self._timeout.total:g} s"
         if isinstance(error, aiohttp.ServerDisconnectedError):
             return "the target closed the connection without an answer"
         text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)

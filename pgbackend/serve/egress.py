@@ -7,6 +7,9 @@ to it; and a connection gives each request its own answer, or an error.
 import errno
 import os
 import socket
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
@@ -41,6 +44,27 @@ class Connector(aiohttp.TCPConnector):
         )
         # aiohttp's own has no bounds for interim answers and takes what comes unasked for the next request's answer.
         self._factory = partial(_TargetConnection, loop=self._loop)  # type: ignore[assignment]  # is one of its kind
+
+    def _get(self, *of: Any) -> Coroutine[Any, Any, aiohttp.connector.Connection | None]:
+        """An idle connection, if there is one and it may be used."""
+        return _none() if _only_new.get() else super()._get(*of)
+
+
+_only_new = ContextVar("only_new", default=False)
+
+
+@contextmanager
+def new_connection() -> Iterator[None]:
+    """Requests within it are sent over connections that were not used before."""
+    token = _only_new.set(True)
+    try:
+        yield
+    finally:
+        _only_new.reset(token)
+
+
+async def _none() -> None:
+    pass
 
 
 class StaleConnectionError(aiohttp.ServerDisconnectedError):
