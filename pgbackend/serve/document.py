@@ -15,6 +15,7 @@ from pgbackend.errors import ConfigError
 
 Value = str | None | list["Value"] | dict[str, "Value"]
 Path = tuple[str | int, ...]
+_Keys = dict[str, tuple[yaml.Node, yaml.Node]]
 
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _TAGS = frozenset(
@@ -43,6 +44,7 @@ class Document:
         self.mistakes: list[tuple[int, str]] = []
         """Line and message of each."""
         self._values = 0
+        self._looked_up: dict[int, _Keys] = {}
         try:
             self._root = yaml.compose(_without_tabs(text), Loader=yaml.BaseLoader)
             self.value: Value = None if self._root is None else self._read(self._root, 0)
@@ -67,9 +69,7 @@ class Document:
         for step in path:
             below: yaml.Node | None = None
             if isinstance(node, yaml.MappingNode):
-                # As it is written there, else in another case: that is how the models find it.
-                keys = {str(key.value): (key, value) for key, value in reversed(node.value)}
-                keys = {name.lower(): found for name, found in reversed(keys.items())} | keys
+                keys = self._keys(node)
                 if found := keys.get(str(step)) or keys.get(str(step).lower()):
                     below, line = found[1], found[0].start_mark.line + 1
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
@@ -79,6 +79,16 @@ class Document:
                 break
             node = below
         return line
+
+    def _keys(self, node: yaml.MappingNode) -> _Keys:
+        """Each key with its value: as it is written there, else in another case: that is how the models find it."""
+        keys = self._looked_up.get(id(node))
+        if keys is None:
+            keys = {str(key.value): (key, value) for key, value in reversed(node.value)}
+            keys = {name.lower(): found for name, found in reversed(keys.items())} | keys
+            # Kept, for a mapping of thousands may have as many mistakes.
+            self._looked_up[id(node)] = keys
+        return keys
 
     def _read(self, node: yaml.Node, depth: int) -> Value:
         self._count(node, depth)
