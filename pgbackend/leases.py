@@ -53,6 +53,7 @@ class Leases:
                 place=row["ctid"],
                 complete=row["completed_at"] is not None,
                 order=row["ordering"],
+                start_position=row["start_position"],
                 start_at=row["start_at"],
                 end_position=row["end_position"],
                 end_at=row["end_at"],

@@ -104,7 +104,7 @@ class SubscriptionStatus:
     shards: tuple[ShardStatus, ...]
     lag: int
     """Positions between the slowest shard's offset and the head of the log, pending ones included.
-    Rolled-back positions count until they are passed."""
+    Rolled-back positions count until they are passed. 0 for a complete subscription: it wants nothing more."""
     lag_seconds: float | None
     """Age of the oldest event that is not settled, by the server's clock; 0.0 when there is none. As of the last offset
     commit: under load it does not go below `commit_interval`. None for a complete subscription: what it has to try

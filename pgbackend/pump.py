@@ -245,11 +245,12 @@ class Pump:
         """Take on each event of the batch that is for this shard, waiting for room as need be."""
         window, registration, end = self.shard.window, self.registration, self._lease.end_position
         shards, shard = self._lease.shards, self._lease.shard
-        dated = self._lease.start_at is not None or self._lease.end_at is not None
+        lease = self._lease
+        bounded = not (lease.start_position is None and lease.start_at is None and lease.end_at is None)
         start = 0
-        if not dated and shards == 1 and end is None and not self._ordered and not batch.opened:
+        if not bounded and shards == 1 and end is None and not self._ordered and not batch.opened:
             start = await self._admit_runs(batch)
-        picky = shards > 1 or dated or registration.filter is not None
+        picky = shards > 1 or bounded or registration.filter is not None
         for index in range(start, len(batch.events)):
             event, position = batch.events[index], batch.positions[index]
             if end is not None and position >= end:
@@ -257,13 +258,13 @@ class Pump:
                 continue
             if position <= window.position and position not in window.holes:
                 continue
-            if dated and self._is_behind_end(event):
+            if bounded and self._is_behind_end(event):
                 # Whichever shard it is for: what lies behind the end is one range, then.
                 window.put_off(position)
                 continue
             refused = picky and (
                 (shards > 1 and event.key_hash % shards != shard)
-                or (dated and self._is_before_start(event))
+                or (bounded and self._is_before_start(event))
                 or (registration.filter is not None and not self._passes(event))
             )
             if not refused and not window.fits(batch.sizes[index]):
@@ -305,8 +306,10 @@ class Pump:
         return health is self.registration.health or self._passes(event)
 
     def _is_before_start(self, event: Event) -> bool:
-        at = event.recorded_at
-        return at is not None and self._lease.start_at is not None and at <= self._lease.start_at
+        at, lease = event.recorded_at, self._lease
+        return (lease.start_position is not None and event.position <= lease.start_position) or (
+            at is not None and lease.start_at is not None and at <= lease.start_at
+        )
 
     def _is_behind_end(self, event: Event) -> bool:
         at = event.recorded_at

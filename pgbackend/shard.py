@@ -101,6 +101,8 @@ class Lease:
     """The offset row's ctid."""
     complete: bool
     order: Order
+    start_position: int | None
+    """Events at or below it are not for this subscription: its start was ahead of the log."""
     start_at: datetime | None
     """Events recorded at or before it are not for this subscription."""
     end_position: int | None

@@ -6,7 +6,7 @@ nothing older is replayed. For `latest` that takes the fence: positions up to th
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Literal
@@ -26,8 +26,19 @@ from pgbackend.sql import load
 from pgbackend.sql.statements import SubscriptionsSql
 
 Place = int | datetime | Literal["earliest", "latest"]
-_Offset = tuple[int, RangeSet, datetime | None]
-"""A position, what is pending below it, and the date behind which events were recorded that are delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Offset:
+    """Where offsets are put, and what is not to be delivered from there on."""
+
+    position: int
+    pending: RangeSet = field(default_factory=RangeSet)
+    start_position: int | None = None
+    """Events at or below it are not delivered."""
+    start_at: datetime | None = None
+    """Nor those recorded at or before it."""
+
 
 _SKEW = timedelta(seconds=60)
 """`recorded_at` follows positions but for how long an appender can be held up between drawing one and the other."""
@@ -105,11 +116,11 @@ class Subscriptions:
         """
         found = await self.find(wanted.name)
         if found is None:
-            position, pending, start_at = await self._locate(start)
+            offset = await self._locate(start)
             created = await self._log.database.fetchval(
                 self._sql.create_subscription,
-                wanted.name, wanted.order, wanted.shards, start_at, wanted.end_position, wanted.end_at, position,
-                str(pending), bound(start),
+                wanted.name, wanted.order, wanted.shards, offset.start_at, wanted.end_position, wanted.end_at,
+                offset.position, str(offset.pending), bound(start), offset.start_position,
             )  # fmt: skip
             found = await self.find(wanted.name)
             if found is None:
@@ -197,12 +208,13 @@ class Subscriptions:
 
         `at_once`: whoever runs a shard is not waited for.
         """
-        position, pending, start_at = offset or (None, RangeSet(), None)
+        position, pending = (None, RangeSet()) if offset is None else (offset.position, offset.pending)
+        start_at, start_position = (None, None) if offset is None else (offset.start_at, offset.start_position)
         try:
             changed = await self._log.database.fetch(
                 self._sql.alter_subscription,
                 stored.name, stored.version, at_once, wanted.order, wanted.end_position, wanted.end_at,
-                wanted.start_bound, position, str(pending), start_at,
+                wanted.start_bound, position, str(pending), start_at, start_position,
             )  # fmt: skip
         except DatabaseError as error:
             # It locks the shards in their order; the commit of one who still runs them does not.
@@ -218,20 +230,18 @@ class Subscriptions:
     async def _locate(self, place: Place) -> _Offset:
         """Where the offsets are put for a place."""
         if place == "earliest":
-            return 0, RangeSet(), None
+            return _Offset(0)
         if place == "latest":
-            position, pending = await self._latest()
-            return position, pending, None
+            return _Offset(*await self._latest())
         if isinstance(place, datetime):
-            return await self._position_before(place), RangeSet(), place
-        if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+            return _Offset(await self._position_before(place), start_at=place)
+        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < 1 << 63:
             raise ConfigError(
                 f"{place!r} is no place in the log: expected 'earliest', 'latest', a position, or an aware datetime."
             )
         head = (await self._log.check()).upto
-        if place > head:
-            raise ConfigError(f"Position {place} is ahead of the log, whose head is {head}: give one that exists.")
-        return place, RangeSet(), None
+        # No offset stands ahead of the log: it would look as if the log had been set back.
+        return _Offset(place) if place <= head else _Offset(head, start_position=place)
 
     async def _latest(self) -> tuple[int, RangeSet]:
         """The log's head, and what at or below it may still appear: those events are acknowledged after this."""
@@ -307,7 +317,7 @@ class Subscriptions:
             name=name,
             order=rows[0]["ordering"],
             shards=shards,
-            lag=max(max(0, head - shard.position) + shard.pending for shard in shards),
+            lag=0 if complete else max(max(0, head - shard.position) + shard.pending for shard in shards),
             lag_seconds=None if complete else max(0.0, *(row["lag_seconds"] or 0.0 for row in rows)),
             redeliveries=rows[0]["redeliveries"],
             dead_letters=rows[0]["dead_letters"],

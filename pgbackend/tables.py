@@ -114,6 +114,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("end_at", _TIMESTAMPTZ),
         Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
         Column("start_bound", TEXT),
+        Column("start_position", BIGINT),
         PrimaryKeyConstraint("name", name="subscriptions_pkey"),
         CheckConstraint("name <> ''", name="subscriptions_name_not_empty"),
         CheckConstraint("ordering IN ('none', 'key', 'strict')", name="subscriptions_ordering_known"),

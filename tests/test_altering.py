@@ -537,15 +537,15 @@ async def test_a_subscription_older_than_start_bounds_is_taken_at_its_word(datab
     assert catch.ids == ["2", "3", "3"]
 
 
-async def test_a_start_ahead_of_the_log_is_refused_and_nothing_is_altered(database: str) -> None:
+async def test_a_start_ahead_of_the_log_is_waited_for(database: str) -> None:
     catch = Catch()
     async with running(database) as backend:
         await backend.subscribe("s", catch)
-        with pytest.raises(ConfigError, match="ahead"):
-            await alter(backend, order="key", start=1000)
-        await produce(backend, "a")
-        await catch.has("a")
-        assert (await backend.status()).subscriptions[0].order == "none"
+        await alter(backend, order="key", start=2)
+        await produce(backend, "1", "2", "3", "4")
+        await catch.has("4")
+
+    assert catch.ids == ["3", "4"]
 
 
 async def test_what_waited_to_be_tried_again_is_dropped_with_the_place_it_came_from(database: str) -> None:

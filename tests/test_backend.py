@@ -627,6 +627,7 @@ async def test_a_subscription_is_behind_by_the_age_of_its_oldest_event_that_is_n
     assert 300 <= (await lag_seconds(backend) or 0) < 330
     await execute(database, "UPDATE pgbackend.offsets SET completed_at = now()")
     assert await lag_seconds(backend) is None
+    assert (await backend.status()).subscriptions[0].lag == 0
 
 
 # Outages.

@@ -98,10 +98,32 @@ async def test_a_date_before_the_log_is_its_beginning_and_one_ahead_waits_for_it
     assert late.ids == ["after"]
 
 
-@pytest.mark.parametrize("start", [11, 10**18])
-async def test_a_position_ahead_of_the_log_is_refused(log: Backend, start: int) -> None:
-    with pytest.raises(ConfigError, match="ahead"):
-        await log.subscribe("s", print, start=start)
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_a_start_position_ahead_of_the_log_is_waited_for(log: Backend, shards: int) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, start=12, end=15, shards=shards)
+    await produce(log, "10", "11", "12", "13", "14")
+    await is_complete(log)
+    await log.probe()
+
+    assert sorted(catch.ids) == ["12", "13"]
+
+
+async def test_a_seek_ahead_of_the_log_counts_until_the_next_one(log: Backend) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, order="strict")
+    await log.seek("s", 11)
+    await produce(log, "10", "11")
+    await catch.has("11")
+    await log.seek("s", 9)
+    await caught_up(log)
+
+    assert catch.ids == ["11", "9", "10", "11"]
+
+
+async def test_a_position_that_no_log_has_is_refused(log: Backend) -> None:
+    with pytest.raises(ConfigError, match="no place in the log"):
+        await log.subscribe("s", print, start=1 << 63)
     assert (await log.status()).subscriptions == ()
 
 
@@ -521,7 +543,7 @@ async def test_a_seek_that_is_refused_leaves_the_subscription_running(log: Backe
     catch = Catch()
     await log.subscribe("s", catch)
     with pytest.raises(ConfigError):
-        await log.seek("s", 10**9)
+        await log.seek("s", 1 << 63)
     await produce(log, "10")
     await catch.has("10")
 

@@ -97,12 +97,6 @@ class Triggers:
                     f"triggers.{name}.shards: expected {stored[name]}, as the log has it, found {trigger.shards}. Keep "
                     "the number, or give the trigger another name."
                 )
-            start = trigger.start
-            if isinstance(start, int) and start > status.head and (name not in before or before[name].start != start):
-                problems.append(
-                    f"triggers.{name}.bounds.byId.start: expected a position that the log has, which ends at "
-                    f"{status.head}, found {start}."
-                )
         if problems:
             raise ConfigError(*problems)
 

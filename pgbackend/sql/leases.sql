@@ -26,7 +26,8 @@ WHERE owner = $1;
 -- For the same reason the subscription's terms are those of the epoch that was found: who changes them gives a new one.
 WITH free AS MATERIALIZED (
     SELECT stored.subscription, stored.shards, stored.shard, stored.epoch,
-        subscription.ordering, subscription.start_at, subscription.end_position, subscription.end_at
+        subscription.ordering, subscription.start_position, subscription.start_at, subscription.end_position,
+        subscription.end_at
     FROM {schema}.offsets AS stored
     JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
     LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
@@ -45,7 +46,7 @@ WITH free AS MATERIALIZED (
 ),
 locked AS (
     SELECT stored.subscription, stored.shards, stored.shard,
-        free.ordering, free.start_at, free.end_position, free.end_at
+        free.ordering, free.start_position, free.start_at, free.end_position, free.end_at
     FROM {schema}.offsets AS stored
     JOIN free USING (subscription, shards, shard, epoch)
     ORDER BY stored.subscription, stored.shards, stored.shard
@@ -61,7 +62,7 @@ WHERE stored.subscription = locked.subscription
     AND (SELECT id FROM {schema}.incarnation) = $3
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
     stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at,
-    locked.ordering, locked.start_at, locked.end_position, locked.end_at;
+    locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at;
 
 -- name: held
 -- Which of this worker's leases are still its own.

@@ -9,8 +9,9 @@ WHERE name = $1;
 -- name: create_subscription
 -- The definition and its offsets at once; nothing when somebody else was first.
 WITH created AS (
-    INSERT INTO {schema}.subscriptions (name, ordering, shards, start_at, end_position, end_at, start_bound)
-    VALUES ($1, $2, $3, $4, $5, $6, $9)
+    INSERT INTO {schema}.subscriptions
+        (name, ordering, shards, start_at, end_position, end_at, start_bound, start_position)
+    VALUES ($1, $2, $3, $4, $5, $6, $9, $10)
     ON CONFLICT (name) DO NOTHING
     RETURNING name, shards
 )
@@ -22,7 +23,7 @@ CROSS JOIN LATERAL generate_series(0, created.shards - 1) AS shard
 RETURNING shard;
 
 -- name: alter_subscription
--- Other terms ($4 to $7), and another place ($8 to $10) unless that is null; all shards get new epochs, so that whoever
+-- Other terms ($4 to $7), and another place ($8 to $11) unless that is null; all shards get new epochs, so that whoever
 -- runs them finds that they are not theirs any more. What was waiting to be tried again belongs to the old place; dead
 -- letters stay. Nothing happens unless version $2 is still the one that counts and every shard is free (as `claim` has
 -- it), or $3 says not to wait.
@@ -86,7 +87,8 @@ altered AS (
         end_position = $5,
         end_at = $6,
         start_bound = $7,
-        start_at = CASE WHEN $8::bigint IS NULL THEN start_at ELSE $10::timestamptz END
+        start_at = CASE WHEN $8::bigint IS NULL THEN start_at ELSE $10::timestamptz END,
+        start_position = CASE WHEN $8::bigint IS NULL THEN start_position ELSE $11::bigint END
     WHERE name = $1
         AND EXISTS (SELECT FROM unchanged)
 ),

@@ -338,19 +338,14 @@ class TestRefusing:
             async with serving(database, config=config(billing=to(target))):
                 pass
 
-    async def test_a_start_that_the_log_has_not_reached_is_refused(self, database: str, target: Target) -> None:
-        async with serving(database, config=config(a=to(target))) as broker:
-            with pytest.raises(ConfigError) as caught:
-                await broker.configure(
-                    config(
-                        a=to(target, "bounds: {byId: {start: 900}}"),
-                        b=to(target, "shards: 2, bounds: {byId: {start: 1000}}"),
-                    )
-                )
-            assert [problem.split(": expected")[0] for problem in caught.value.problems] == [
-                "triggers.a.bounds.byId.start",
-                "triggers.b.bounds.byId.start",
-            ]
+    async def test_bounds_that_the_log_has_not_reached_are_waited_for(self, database: str, target: Target) -> None:
+        bounds = "order: strict, bounds: {byId: {start: 2, end: 5}}"
+        async with serving(database, config=config(billing=to(target, bounds))) as broker:
+            for number in range(1, 7):
+                await send(broker, number)
+            await target.wait(2)
+            await complete(broker)
+        assert target.ids() == ["3", "4"]
 
 
 class TestFailing:
