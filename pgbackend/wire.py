@@ -422,12 +422,14 @@ def _read_header(name: str, octets: bytes) -> str:
 # ── HTTP's binary mode, written ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_binary(event: Event) -> tuple[list[tuple[str, str]], bytes]:
+def write_binary(event: Event, *, coded: bool = True) -> tuple[list[tuple[str, str]], bytes]:
     """The headers and the body of a binary-mode message. No data is an empty body, and no content type is invented.
 
     JSON data without a content type is given the one that its absence stands for, since a body has no such default.
-    Raises `EventError` for content types that HTTP would read as another message: line breaks (from plain SQL),
-    and `application/cloudevents…`, which says "structured" to whoever reads it. Send that one in structured mode.
+    `coded=False` is for receivers that do not undo percent-codes: values stand as they are, in UTF-8.
+    Raises `EventError` for values that cannot stand so (white space at their ends), and for content types that HTTP would
+    read as another message: line breaks (from plain SQL), and `application/cloudevents…`, which says "structured" to
+    whoever reads it. Send those in structured mode.
 
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"100%","data":[1]}')
     >>> write_binary(event)[0][3:]
@@ -437,7 +439,7 @@ def write_binary(event: Event) -> tuple[list[tuple[str, str]], bytes]:
     names = _HEADERS if row[0] != "0.3" else _HEADERS_03
     texts: tuple[str | None, ...] = row[:9]
     headers = [
-        (name, text if _plain_header(text) else _write_header(text))
+        (name, text if _plain_header(text) else _write_header(text, coded=coded))
         for name, text in zip(names, texts, strict=True)
         if text is not None and name
     ]
@@ -448,7 +450,7 @@ def write_binary(event: Event) -> tuple[list[tuple[str, str]], bytes]:
             if not is_name(name):
                 raise EventError(f"{whose(row[1], row[2])} has an attribute name that no header can have.")
             if name != left_out:
-                headers.append((f"ce-{name}", _write_header(canonical(value))))
+                headers.append((f"ce-{name}", _write_header(canonical(value), coded=coded)))
     content_type = row[6] or ("application/json" if row[11] == "json" else None)
     if content_type is not None:
         if not kind_of(content_type) or content_type.lower().startswith("application/cloudevents"):
@@ -467,5 +469,11 @@ _plain_header = re.compile(r"[!#-$&-~]*+").fullmatch
 _PLAIN = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
 
 
-def _write_header(text: str) -> str:
-    return text if _plain_header(text) else quote(text, safe=_PLAIN)
+def _write_header(text: str, *, coded: bool) -> str:
+    if _plain_header(text):
+        return text
+    if coded:
+        return quote(text, safe=_PLAIN)
+    if text != text.strip() or not text.isprintable():
+        raise EventError(f"A header cannot hold {short(text)} as it is. Use structured mode.")
+    return text

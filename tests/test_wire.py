@@ -412,6 +412,13 @@ def test_headers_are_percent_coded_as_the_binding_says() -> None:
     assert (headers["ce-flag"], headers["ce-number"]) == ("true", "-5")
 
 
+def test_headers_are_not_coded_for_who_cannot_decode() -> None:
+    event = parse_structured(structured(custom='100% "é" 😀'))
+    assert dict(write_binary(event, coded=False)[0])["ce-custom"] == '100% "é" 😀'
+    with pytest.raises(EventError, match="Use structured mode"):
+        write_binary(parse_structured(structured(custom=" é")), coded=False)
+
+
 @given(text)
 def test_every_legal_text_survives_a_header(value: str) -> None:
     event = parse_structured(structured(custom=value))

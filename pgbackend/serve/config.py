@@ -299,6 +299,8 @@ class Target(_Section):
     """Added to each request to the target, not to deadLetterURL."""
     mode: Literal["binary", "structured"] = "binary"
     """The content mode of the CloudEvents HTTP binding."""
+    header_coding: Literal["percent", "none"] = Field(default="percent", alias="headerCoding")
+    """How binary mode writes attributes: none is for targets that do not undo the binding's percent-codes."""
     delivery_options: DeliveryOptions | None = Field(
         default=None, alias="deliveryOptions", json_schema_extra={"deprecated": True}
     )

@@ -96,6 +96,7 @@ class Delivery:
         trigger: str,
         timeout: float = 30.0,
         mode: Literal["binary", "structured"] = "binary",
+        header_coding: Literal["percent", "none"] = "percent",
         headers: Mapping[str, str] | None = None,
         reply: Store | None = None,
         hops: int = 255,
@@ -114,6 +115,7 @@ class Delivery:
         self._trigger = trigger
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=None, sock_connect=None, sock_read=None)
         self._is_binary = mode == "binary"
+        self._is_coded = header_coding == "percent"
         self._headers = tuple((headers or {}).items())
         self._replies: Replies | None = None
         if reply is not None:
@@ -148,7 +150,7 @@ class Delivery:
         attempt = (ATTEMPT, str(event.attempt))
         if self._is_binary:
             try:
-                headers, body = wire.write_binary(event)
+                headers, body = wire.write_binary(event, coded=self._is_coded)
             except EventError:
                 pass  # names from plain SQL, content types: what only the structured mode can carry
             else:

@@ -197,6 +197,7 @@ class Triggers:
             trigger=name,
             timeout=trigger.delivery_options.timeout,
             mode=trigger.target.mode,
+            header_coding=trigger.target.header_coding if is_target else "percent",
             # The target's alone: they may hold its secrets, and the other is another party. Its numbers as well.
             headers=trigger.target.headers if is_target else None,
             metrics=self._metrics.trigger(name) if is_target and self._metrics is not None else None,

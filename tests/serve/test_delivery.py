@@ -19,7 +19,7 @@ from yarl import URL
 from pgbackend import wire
 from pgbackend.backend import Backend
 from pgbackend.errors import Pause, Reject, RetryAfter
-from pgbackend.event import Event
+from pgbackend.event import Event, attributes_with
 from pgbackend.model import Failure
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session, refuse_without_target
 from tests.serve.broker import envelope
@@ -68,6 +68,17 @@ class TestOnTheWire:
         assert request.header("ce-count") == "3"
         assert request.header("ce-datacontenttype") is None
         assert request.event().attributes_text == ORDER.attributes_text
+
+    async def test_a_target_that_cannot_decode_gets_attributes_as_they_are(
+        self, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        send = delivery(target.url, header_coding="none")
+        await send(ORDER)
+        await send(attributes_with(ORDER, {"note": "é "}))
+
+        plain, padded = target.requests
+        assert plain.header("ce-subject") == "100% é"
+        assert padded.event().attribute("note") == "é "  # no header keeps that: it came in structured mode
 
     async def test_structured_mode_is_one_json_object_with_the_data_as_its_very_text(
         self, target: Target, delivery: DeliveryMaker
