@@ -427,9 +427,9 @@ def write_binary(event: Event, *, coded: bool = True) -> tuple[list[tuple[str, s
 
     JSON data without a content type is given the one that its absence stands for, since a body has no such default.
     `coded=False` is for receivers that do not undo percent-codes: values stand as they are, in UTF-8.
-    Raises `EventError` for values that cannot stand so (white space at their ends), and for content types that HTTP would
-    read as another message: line breaks (from plain SQL), and `application/cloudevents…`, which says "structured" to
-    whoever reads it. Send those in structured mode.
+    Raises `EventError` for values that cannot stand so (white space at their ends), and for content types that HTTP
+    would read as another message: line breaks (from plain SQL), and `application/cloudevents…`, which says "structured"
+    to whoever reads it. Send those in structured mode.
 
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"100%","data":[1]}')
     >>> write_binary(event)[0][3:]

@@ -44,6 +44,7 @@ SHOWN_ELSEWHERE = {
         "configured_headers_go_with_each_event",
         "a_header_says_which_attempt_it_is",
         "no_attribute_breaks_out_of_its_header",
+        "a_target_that_cannot_decode_gets_attributes_as_they_are",
         "2xx_is_delivered",
         "a_dead_letter_target_that_is_gone_pauses_nothing",
         "no_more_requests_are_open_than_connections_and_waiting_uses_up_no_timeout",
