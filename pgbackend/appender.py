@@ -112,9 +112,32 @@ class Appender:
         self._unconfirmed = False
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._broken: PgBackendError | None = None
+        """What is told to everybody once the task has died of a bug."""
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="append")
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        facts.emit("appender died", level=logging.ERROR, exc_info=error)
+        self._drop_connection()
+        self._broken = PgBackendError(
+            f"This backend takes no events any more: its appender died of a bug ({type(error).__name__}: {error}). "
+            "Restart it; the log has the traceback."
+        )
+        self._calls.clear()
+        waiting, self._waiting = self._waiting, deque()
+        for call in waiting:
+            if call.sent:
+                self._fail([call], ProduceUncertainError(
+                    f"The appender died of a bug while this was being committed ({type(error).__name__}: {error}): "
+                    "the event may or may not be stored."
+                ))  # fmt: skip
+            else:
+                self._fail([call], self._broken)
 
     async def append(self, rows: Sequence[Row]) -> None:
         """Return once the rows are committed, all of them in one transaction.
@@ -141,6 +164,8 @@ class Appender:
         self._submit((row,), done)
 
     def _submit(self, rows: Sequence[Row], done: Done) -> _Call:
+        if self._broken is not None:
+            raise _copy(self._broken)
         if self._task is None or self._closing:
             raise NotRunningError("This backend does not take events: call `init()` first, and not after `stop()`.")
         loop = asyncio.get_running_loop()
@@ -212,8 +237,6 @@ class Appender:
         await asyncio.wait({task})
         if self._alarm is not None:
             self._alarm.cancel()
-        if not task.cancelled():
-            task.result()
 
     async def _run(self) -> None:
         backoff = Backoff(cap=1.0)
@@ -323,6 +346,10 @@ class Appender:
             if len(batch) > 1:
                 # One bad event fails only its own caller: each call by itself, in order.
                 while batch:
+                    # Whose time was up meanwhile has no rows any more, and was told.
+                    if batch[0].done is None:
+                        batch.pop(0)
+                        continue
                     if connection.is_closed():
                         # Nothing of the rest is stored, and none of it is in doubt: with the next connection.
                         for call in batch:

@@ -7,7 +7,7 @@ from functools import partial
 import asyncpg
 import pytest
 
-from pgbackend.appender import _COPY_EVENTS, Appender
+from pgbackend.appender import _COPY_EVENTS, Appender, _Call
 from pgbackend.attributes import Row
 from pgbackend.database import Database
 from pgbackend.errors import (
@@ -432,3 +432,52 @@ async def test_a_call_that_is_cancelled_as_its_commit_comes_back_is_only_cancell
         await asyncio.wait(calls)
         assert all(call.cancelled() for call in calls[:-1])
         assert calls[-1].exception() is None
+
+
+async def test_a_call_whose_time_is_up_when_its_batch_is_refused_is_not_sent_again(database: str) -> None:
+    told: dict[str, Exception | None] = {}
+    async with appending(database) as appender:
+        async with log_locked(database):
+            for id_, time in (("expired", None), ("bad", BAD), ("good", None)):
+                appender.append_soon(row(id_, time=time), partial(told.__setitem__, id_))
+            first = appender._calls[0]
+            await is_sent(appender)
+            appender._expire(first)
+        with Recorder() as recorder:
+            await appender.append([row("last")])
+        assert recorder.all("append is uncertain") == []
+        assert [type(told[id_]) for id_ in ("expired", "bad", "good")] == [
+            ProduceUncertainError, EventError, type(None),
+        ]  # fmt: skip
+    assert await stored(database) == ["good", "last"]
+
+
+async def test_when_the_appender_dies_of_a_bug_every_call_is_told_and_so_is_who_comes_later(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    going_on = asyncio.Event()
+
+    async def buggy(_: object, batch: list[_Call]) -> None:
+        for call in batch:
+            call.sent = True
+        await going_on.wait()
+        raise RuntimeError("a bug")
+
+    async with appending(database) as appender:
+        await appender.append([row("before")])
+        appender._send = buggy  # type: ignore[method-assign] # no bug is known
+        first = asyncio.create_task(appender.append([row("sent")]))
+        await is_sent(appender)
+        second = asyncio.create_task(appender.append([row("waiting")]))
+        await asyncio.sleep(0)
+        going_on.set()
+        async with asyncio.timeout(1.0):
+            with pytest.raises(ProduceUncertainError, match="RuntimeError: a bug"):
+                await first
+            with pytest.raises(PgBackendError, match="Restart it"):
+                await second
+        with pytest.raises(PgBackendError, match="died of a bug"):
+            await appender.append([row("later")])
+    (record,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert record.exc_info is not None
+    assert await stored(database) == ["before"]
