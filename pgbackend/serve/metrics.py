@@ -253,10 +253,13 @@ def worker_gone(pid: int) -> None:
     """A process has ended: its gauges are gone, its counts stay. For the supervisor that made the directory.
 
     The counts of all that ended are kept together: a broker that runs for years would have thousands of files.
+
+    Raises BlockingIOError at once while somebody reads them: it may be a worker that is frozen, and the supervisor has
+    signals to obey.
     """
     directory = _directory()
     assert directory is not None  # noqa: S101 - who has several processes has one
-    with _locked(directory, fcntl.LOCK_EX):
+    with _locked(directory, fcntl.LOCK_EX | fcntl.LOCK_NB):
         for file in directory.glob(f"*_{pid}.db"):
             kind = file.name.partition("_")[0]
             if kind != "gauge":

@@ -46,6 +46,10 @@ DRAIN_TIMEOUT = 50.0
 over the last traces."""
 _STEADY = 60.0
 """Seconds after which a worker that died is replaced as if it were the first."""
+_READ_PAUSE = 0.1
+"""Seconds between tries at metrics that somebody reads just now."""
+_LONG_READ = 20
+"""Tries after which it is told that somebody still does."""
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -191,10 +195,19 @@ class Supervisor:
         self._alive.discard(worker)
         # One that was killed has not said so itself: others would wait for it to take connections.
         self._connections[worker.number] = Share.NOBODY
+        self._count_out(worker.pid)
+
+    def _count_out(self, pid: int, tries: int = 1) -> None:
+        """Its counts stay and its gauges go, now or as soon as nobody reads them."""
         try:
-            metrics.worker_gone(worker.pid)
+            metrics.worker_gone(pid)
+        except BlockingIOError:
+            # A read takes milliseconds. Who reads for longer is frozen, and may be for ever.
+            if tries == _LONG_READ:
+                facts.emit("worker process not counted out yet", level=logging.WARNING, pid=pid)
+            asyncio.get_running_loop().call_later(_READ_PAUSE, self._count_out, pid, tries + 1)
         except OSError as error:
-            facts.emit("worker process not counted out", level=logging.WARNING, pid=worker.pid, error=str(error))
+            facts.emit("worker process not counted out", level=logging.WARNING, pid=pid, error=str(error))
 
     async def _drain(self) -> int:
         """Return once no worker lives: how many did not end as they should."""

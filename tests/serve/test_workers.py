@@ -1,6 +1,7 @@
 """`pgbackend serve --workers N`: one port, several processes, and what happens when some of them go."""
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -321,6 +322,30 @@ class TestMetrics:
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
             assert not left_behind(serve)
+
+    async def test_a_worker_that_is_frozen_while_it_reads_them_does_not_freeze_the_supervisor(
+        self, database: str
+    ) -> None:
+        async with workers("--dsn", database) as serve:
+            await serve.listening()
+            killed, _ = await pids(serve)
+            (directory,) = left_behind(serve)
+            with (directory / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                os.kill(killed, signal.SIGKILL)
+                await pids(serve, 3)
+                (fact,) = await facts(serve, "worker process not counted out yet")
+                assert fact["pid"] == killed
+            assert list(directory.glob("*.db"))
+
+            async def look() -> bool:
+                return not list(directory.glob(f"*_{killed}.db"))
+
+            await eventually("it is counted out", look)
+            with (directory / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                serve.send(signal.SIGTERM)
+                assert await serve.ended() == 0
 
 
 class TestStop:
