@@ -54,6 +54,9 @@ from pgbackend.serve.values import (
     refuse,
 )
 
+_FILE_BYTES = 8 << 20
+"""Of a configuration. Thousands of triggers are one; what is larger is another file, and YAML would take minutes."""
+
 
 def load(
     text: str, *, origin: str, directory: FilePath | None = None, files: set[FilePath] | None = None
@@ -84,7 +87,11 @@ def load(
 def load_file(path: FilePath, *, files: set[FilePath] | None = None) -> "Configuration":
     """The configuration in the file at `path`, as `load()`. Raises ConfigError, also when it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_FILE_BYTES + 1)
+        if len(content) > _FILE_BYTES:
+            raise ConfigError(f"{path}: too large: expected at most {_FILE_BYTES >> 20} MiB of YAML or JSON.")
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: expected YAML or JSON text.") from None
     except OSError as error:

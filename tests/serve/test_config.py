@@ -579,3 +579,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"triggers: {\xe9: {}}")
     with pytest.raises(ConfigError, match="not UTF-8 at byte 11"):
         load_file(tmp_path / "latin")
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    """What was meant is another one: a dump, a device that has no end."""
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"triggers: {}\n#" + b"x" * (8 << 20))
+    for path in (large, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"{path}: too large: expected at most 8 MiB"):
+            load_file(path)
