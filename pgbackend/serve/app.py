@@ -31,10 +31,12 @@ from pgbackend.database import Backoff
 from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
 from pgbackend.serve import delivery, egress, tracing
 from pgbackend.serve.config import Configuration, load, load_file
+from pgbackend.serve.connection import allow_many_connections
 from pgbackend.serve.ingest import Ingest
-from pgbackend.serve.listener import TLS, Listener, Share, allow_many_connections, bind
+from pgbackend.serve.listener import Listener, Share, bind
 from pgbackend.serve.metrics import Metrics
 from pgbackend.serve.reload import changes, says_once
+from pgbackend.serve.tls import TLS
 from pgbackend.serve.triggers import Triggers
 
 PRODUCE_TIMEOUT = 10.0

@@ -4,9 +4,9 @@ A request is answered 202 only after its events are committed; anything else say
 that the outcome is unknown. What a client can make the broker hold is bounded three ways: per request, by count of
 events in a batch, and over all requests together. Bodies that are too large are refused while they arrive.
 
-An event whose request is there in one piece, as nearly all are, needs no task and none of ASGI's messages: the listener
-hands it to `take_whole()`. That way is for what is beyond doubt; all else goes through `__call__`, which also finds the
-words for what is wrong.
+An event whose request is there in one piece, as nearly all are, needs no task and none of ASGI's messages: its
+`connection` hands it to `take_whole()`. That way is for what is beyond doubt; all else goes through `__call__`, which
+also finds the words for what is wrong.
 
 | method     | path       | answer                                                                      |
 |------------|------------|-----------------------------------------------------------------------------|

@@ -3,13 +3,15 @@
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import aiohttp
 import asyncpg
+import pytest
 
 from pgbackend.attributes import COLUMNS
 from pgbackend.backend import Backend
@@ -17,13 +19,17 @@ from pgbackend.event import Event
 from pgbackend.serve.config import load
 from pgbackend.serve.delivery import open_session
 from pgbackend.serve.ingest import Ingest, Limits
-from pgbackend.serve.listener import TLS, Listener, bind
+from pgbackend.serve.listener import Listener, bind
 from pgbackend.serve.metrics import Metrics
+from pgbackend.serve.tls import TLS
 from pgbackend.serve.tracing import Tracing
 from pgbackend.serve.triggers import Triggers
 
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
 """Of a valid event in binary mode."""
+
+HEAD = b"POST / HTTP/1.1\r\n" + b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
+"""A request with them, but for its last lines."""
 
 STRUCTURED = {"content-type": "application/cloudevents+json"}
 BATCH = {"content-type": "application/cloudevents-batch+json"}
@@ -113,6 +119,28 @@ class Broker:
             return [Event(tuple(record)) for record in records]
         finally:
             await connection.close()
+
+
+_produce_soon = Backend.produce_soon
+
+
+class Commits:
+    """Those of requests that are taken in one piece: they wait until they may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached = asyncio.Event()
+        self._monkeypatch = monkeypatch
+        self._held: list[Callable[[], None]] = []
+        monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: self._hold(partial(_produce_soon, *arguments)))
+
+    def _hold(self, commit: Callable[[], None]) -> None:
+        self._held.append(commit)
+        self.reached.set()
+
+    def go_on(self) -> None:
+        self._monkeypatch.setattr(Backend, "produce_soon", _produce_soon)
+        for commit in self._held:
+            commit()
 
 
 @asynccontextmanager

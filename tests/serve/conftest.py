@@ -6,10 +6,18 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import pytest
 import uvloop
 
-from tests.serve.broker import Broker, serving
+from tests.serve.broker import Broker, Commits, serving
 from tests.serve.target import Target, listening
 
-_ON_UVLOOP = {"test_delivery", "test_egress", "test_hostile_targets", "test_ingest", "test_listener", "test_tls"}
+_ON_UVLOOP = {
+    "test_connection",
+    "test_delivery",
+    "test_egress",
+    "test_hostile_targets",
+    "test_ingest",
+    "test_listener",
+    "test_tls",
+}
 """Connections are the loop's, TLS too: what is said of them is tested on the loop that the broker runs on."""
 
 
@@ -38,3 +46,8 @@ async def broker(database: str) -> AsyncIterator[Broker]:
     """A broker that takes events in and has no trigger."""
     async with serving(database) as running:
         yield running
+
+
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> Commits:
+    return Commits(monkeypatch)

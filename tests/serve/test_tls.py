@@ -13,9 +13,11 @@ import trustme
 
 from pgbackend.errors import ConfigError
 from pgbackend.facts import Recorder
+from pgbackend.serve import connection as connection_module
 from pgbackend.serve import listener as listener_module
-from pgbackend.serve.listener import TLS
-from tests.serve.broker import HEADERS, Broker, serving
+from pgbackend.serve.tls import TLS
+from tests.serve.broker import HEADERS, Broker, Commits, serving
+from tests.support.polling import eventually
 
 REQUEST = (
     b"POST / HTTP/1.1\r\n"
@@ -152,6 +154,25 @@ class TestProtocol:
         assert b"HTTP" not in await broker.talk(REQUEST)
         assert (await ask(broker, files.client(known_by=files.clients))).startswith(b"HTTP/1.1 202 ")
 
+    async def test_who_sends_no_more_is_cut_off_and_leaves_no_trace(
+        self, broker: Broker, files: Files, commits: Commits, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Unlike without TLS: a loop keeps no such connection, and would warn of each that it is asked to keep."""
+        plain = socket.create_connection((broker.host, broker.port), timeout=10)
+        context = files.client(known_by=files.clients)
+        connection = await asyncio.to_thread(context.wrap_socket, plain, server_hostname=broker.host)
+        await asyncio.to_thread(connection.sendall, REQUEST)
+        await commits.reached.wait()
+        ending = asyncio.create_task(asyncio.to_thread(connection.unwrap))
+
+        async def cut_off() -> bool:
+            return not broker.listener._server.server_state.connections
+
+        await eventually("it is cut off", cut_off)
+        commits.go_on()
+        (await ending).close()
+        assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
     async def test_a_large_event_in_one_connection_after_another(self, broker: Broker, files: Files) -> None:
         body = b"x" * 1_000_000
         request = REQUEST.replace(b"Content-Length: 4", b"Content-Length: 1000000")[:-4] + body
@@ -179,7 +200,7 @@ class TestSlowClients:
     async def test_handshakes_count_among_the_connections(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(listener_module._Connection, "limit", 3)
+        monkeypatch.setattr(connection_module.Connection, "limit", 3)
         with Recorder() as recorder:
             silent = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
             assert await is_refused(broker, files.client(known_by=files.clients))
@@ -190,7 +211,7 @@ class TestSlowClients:
     async def test_a_request_has_to_arrive_in_time_over_tls_too(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(listener_module, "_PATIENCE", 0.5)
+        monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
         answer = await ask(broker, files.client(known_by=files.clients), REQUEST[:-1])
         assert answer.startswith(b"HTTP/1.1 408 ")
 

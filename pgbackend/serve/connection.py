@@ -1,0 +1,394 @@
+"""One client's connection: uvicorn's HTTP, and the limits on it that uvicorn does not have.
+
+`listener` makes one of each client that it accepts, and looks after all of them each second; what a request says goes
+to `ingest`.
+
+A client that sends slowly, or headers without end, or says nothing, or does not read what it is answered, is cut off,
+and told so where that is possible; what it can cost is a place among the connections for some seconds. Requests get
+their answers in order, each its own.
+
+A connection, told apart by `Connection.look_after`:
+
+    receiving   from its start, or the first byte of a request, to that request's last byte: 408 when that takes long
+    committing  until the answer is written: the backend's `produce_timeout` bounds it
+    unread      its client does not read: aborted after a while
+    idle        between two requests: closed after a while
+    closing     the last answer is on its way: aborted after a while
+
+A request that is there in one piece is taken by `Ingest.take_whole()`: no ASGI scope, cycle, event and task, which are
+two thirds of what uvicorn costs. Any other goes uvicorn's way as soon as that is known.
+"""
+
+import asyncio
+import resource
+from http import HTTPStatus
+from typing import cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from pgbackend.serve.ingest import STOPPING, Ingest, Problem, come_back
+
+_HEAD_BYTES = 1 << 16
+_HEAD_TOO_LARGE = f"The request's headers are too large: expected at most {_HEAD_BYTES} bytes."
+_PATIENCE = 20.0
+"""Seconds that a request may take to arrive, a longer one has to bring `_BYTES_A_SECOND` meanwhile; and seconds that
+an answer may take to be read."""
+_BYTES_A_SECOND = 4096
+_KEEP_ALIVE = 75.0
+_MAX_CONNECTIONS = 10_000
+_MAX_QUEUED = 100
+"""Requests that a connection may send ahead of its answers."""
+_QUEUED_BYTES = 64 << 20
+"""Of all such requests together."""
+_QUEUED_REQUEST = 2_500
+"""Bytes of memory that such a request takes besides its body."""
+
+
+class State(ServerState):
+    """What the connections of a server share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopping = False
+        self.refused = 0
+        """Connections that were refused since somebody looked, for there were too many."""
+        self.queued_bytes = 0
+        """What is held of requests that were sent ahead of answers."""
+        self.tell_date(b"")
+
+    def tell_date(self, date: bytes) -> None:
+        """From now on answers have this header line."""
+        accepted = b"HTTP/1.1 202 Accepted\r\n" + date + b"content-length: 0\r\n"
+        self.accepted = accepted + b"\r\n"
+        self.accepted_and_closed = accepted + b"connection: close\r\n\r\n"
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection."""
+
+    limit = min(_MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+    _state: State
+    _receiving = True
+    _since = 0.0
+    """When it began to receive, to be unread, to be idle."""
+    _closing_since: float | None = None
+    _received_bytes = 0
+    _body_bytes = 0
+    _head_bytes = 0
+    _in_head = True
+    _undecided = False
+    """The head is there, and which way the request goes is open until its last byte or the next silence."""
+    _piece = b""
+    """The body of an undecided one."""
+    _answering: RequestResponseCycle | None = None
+    """The one whose answer is next, of those that went uvicorn's way or have one behind them that did."""
+    _queued_bytes = 0
+    _offers_upgrade = False
+    _refusal = HTTPStatus.BAD_REQUEST
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._state = cast("State", self.server_state)
+        self._ingest = cast("Ingest", self.config.app)
+        self._since = self.loop.time()
+        if len(self.connections) > self.limit:
+            self._state.refused += 1
+            self._refuse(come_back("Too many connections. Come back later."))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._answering is not None:
+            # Uvicorn told only the newest, which may be queued behind this one.
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        self.pipeline.clear()
+        self._account_for_queue()
+
+    def data_received(self, data: bytes) -> None:
+        if self.parser is None or self.transport.is_closing():
+            return
+        size = len(data)
+        self._received_bytes += size
+        if self._in_head:
+            self._head_bytes += size
+        try:
+            self.parser.feed_data(data)
+            if self._undecided:
+                self._go_uvicorns_way()
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+            return
+        except (httptools.HttpParserError, ValueError):
+            self.send_400_response("")
+            return
+        if self.pipeline:
+            self._account_for_queue()
+        if self._in_head:
+            too_large = self._head_bytes > _HEAD_BYTES
+        else:
+            # Chunks of one byte have five around it; trailers, which nobody reads, would be kept by the parser.
+            around = self._received_bytes - self._body_bytes
+            too_large = self._receiving and around > 2 * _HEAD_BYTES + 8 * self._body_bytes
+        if too_large and not self.transport.is_closing():
+            self._refuse(Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _HEAD_TOO_LARGE))
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's says None, which asyncio takes for False
+        """Whether the connection stays: for the answers to whole requests, if the client sends nothing behind them."""
+        if self._receiving or self._is_answered() or self.scheme == "https":  # TLS cannot be half closed, says the loop
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    def on_message_begin(self) -> None:
+        # What uvicorn makes here is made if its way is gone.
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._receiving = True
+        self._since = self.loop.time()
+        self._received_bytes = 0
+        self._body_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Fields after the body are no headers: nobody authorized them, and they must not become attributes.
+        if self._in_head:
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._offers_upgrade = True
+            return
+        if self._head_bytes > _HEAD_BYTES:
+            # The bytes counted may include some of the body, or of a request before.
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > _HEAD_BYTES:
+                self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                raise ValueError(_HEAD_TOO_LARGE)
+        self._in_head = False
+        self._head_bytes = 0
+        self._undecided = True
+        self._piece = b""
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._undecided:
+            if not self._piece:
+                self._piece = body
+                return
+            self._go_uvicorns_way()
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._offers_upgrade:
+            return
+        self._in_head = True
+        self._receiving = False
+        if self._undecided:
+            if self._take_whole():
+                return
+            self._go_uvicorns_way()
+        super().on_message_complete()
+
+    def _take_whole(self) -> bool:
+        url, parser = self.url, self.parser
+        if (
+            not self._is_answered()
+            or parser.get_method() != b"POST"
+            or parser.get_http_version() != "1.1"
+            or self.flow.write_paused
+            # What else stands there uvicorn checks.
+            or not url.startswith(b"/")
+            or b"?" in url
+            or not url.isascii()
+        ):
+            return False
+        exchange = _Exchange(self, keep_alive=parser.should_keep_alive() and not self._state.stopping)
+        if not self._ingest.take_whole(self.headers, self._piece, exchange.answer):
+            return False
+        self._undecided = False
+        self.cycle = cast("RequestResponseCycle", exchange)
+        return True
+
+    def send_whole(self, problem: Problem | None, *, keep_alive: bool) -> None:
+        """Answer what was taken whole."""
+        if self.transport.is_closing():
+            return
+        if problem is None:
+            self.transport.write(self._state.accepted if keep_alive else self._state.accepted_and_closed)
+        else:
+            self.transport.write(self._written(problem, keep_alive=keep_alive))
+        if not keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _go_uvicorns_way(self) -> None:
+        """Do what uvicorn would have done with the head and the body so far. Raises ValueError to refuse them."""
+        if not self._is_answered() and len(self.pipeline) >= _MAX_QUEUED:
+            raise ValueError("so many requests ahead of their answers")
+        url, headers, expects, piece = self.url, self.headers, self.expect_100_continue, self._piece
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue, self._piece = url, headers, expects, b""
+        self.scope["headers"] = headers
+        is_next, before = self._is_answered(), self.cycle
+        super().on_headers_complete()
+        self._undecided = False
+        if is_next:
+            self._answering = self.cycle
+        elif len(self.pipeline) == 1:
+            self._answering = before
+        if self._state.stopping:
+            self.cycle.keep_alive = False
+        if piece:
+            super().on_body(piece)
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        if self.pipeline:
+            self._answering, _ = self.pipeline[-1]
+            super().on_response_complete()
+            self._account_for_queue()
+        elif not self.transport.is_closing():
+            # Uvicorn would have a timer for each answer; a connection that is idle for long is found by looking.
+            self.flow.resume_reading()
+
+    def _account_for_queue(self) -> None:
+        """Requests that were sent ahead of answers are bounded together, whoever sent them."""
+        held = sum(len(cycle.body) + _QUEUED_REQUEST for cycle, _ in self.pipeline)
+        self._state.queued_bytes += held - self._queued_bytes
+        self._queued_bytes = held
+        if held and self._state.queued_bytes > _QUEUED_BYTES:
+            self._state.refused += 1
+            self.transport.abort()
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Go on as if the request had not offered another protocol, as Java's client does with every first one.
+
+        The parser takes such a request to be without a body; uvicorn would lose the event's data.
+        """
+        self._offers_upgrade = False
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(Problem(HTTPStatus.METHOD_NOT_ALLOWED, "This is no proxy.", (b"allow", b"OPTIONS, POST")))
+            return
+        head = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                is_last = b"close" in [token.strip() for token in value.lower().split(b",")]
+                head += [b"connection: close"] if is_last else []
+            elif name not in (b"upgrade", b"http2-settings"):
+                head.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self._in_head = True
+        self._head_bytes = 0
+        self.data_received(b"\r\n".join(head) + b"\r\n\r\n" + rest)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
+        """The request that is being received is refused: it is no HTTP, or too much of it."""
+        said = "This is not HTTP as it should be."
+        self._refuse(Problem(self._refusal, said if self._refusal is HTTPStatus.BAD_REQUEST else _HEAD_TOO_LARGE))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._since = self.loop.time()
+
+    def look_after(self, now: float) -> None:
+        """Cut off a client that takes too long, whatever it is that it does."""
+        if self.transport.is_closing():
+            if self._closing_since is None:
+                self._closing_since = now
+            elif now - self._closing_since > _PATIENCE:
+                self.transport.abort()
+        elif self.flow.write_paused:
+            if now - self._since > _PATIENCE:
+                self.transport.abort()
+        elif self._receiving:
+            if now - self._since > _PATIENCE + self._received_bytes / _BYTES_A_SECOND:
+                self._refuse(Problem(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
+        elif self._is_answered() and now - self._since > _KEEP_ALIVE:
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """The broker stops: the request in progress is the last one. An idle connection stays for a moment."""
+        if not self._is_answered():
+            self.cycle.keep_alive = False
+
+    def close_if_idle(self) -> None:
+        has_begun = self.headers is not None  # a request, ever
+        if self._is_answered() and not (self._receiving and has_begun):
+            self.transport.close()
+
+    def abandon_unfinished(self) -> None:
+        """A request that has not arrived by now is not waited for."""
+        if self._receiving and not self.transport.is_closing():
+            self._refuse(come_back(STOPPING))
+
+    def _is_answered(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _refuse(self, problem: Problem) -> None:
+        """Take no more of what this client sends. What is being received is told why, unless its answer has begun.
+
+        Requests before it get their own answers, the last of them closes the connection, and this one gets none: read
+        in its place, it would be taken for theirs.
+        """
+        self.parser = None  # type: ignore[assignment]  # as uvicorn has it once a connection is lost
+        has_cycle = not (self._in_head or self._undecided)
+        self._receiving = False
+        if has_cycle and self.pipeline:
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else cast("RequestResponseCycle", self._answering)
+            has_cycle = False
+        if not has_cycle and not self._is_answered():
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+            self._account_for_queue()
+            return
+        if not has_cycle or not self.cycle.response_started:
+            self._ingest.count_refused(problem.status)
+            self.transport.write(self._written(problem, keep_alive=False))
+        self.transport.close()
+
+    def _written(self, problem: Problem, *, keep_alive: bool) -> bytes:
+        body = problem.body()
+        headers = [*self.server_state.default_headers, *problem.headers, (b"content-length", b"%d" % len(body))]
+        if not keep_alive:
+            headers.append((b"connection", b"close"))
+        lines = [b"HTTP/1.1 %d %b" % (problem.status, HTTPStatus(problem.status).phrase.encode())]
+        lines += [b"%b: %b" % header for header in headers]
+        return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+class _Exchange:
+    """A request that was taken whole, until it is answered. Looks to uvicorn as one of its cycles does."""
+
+    __slots__ = ("_connection", "disconnected", "keep_alive", "response_complete")
+
+    more_body = False
+    response_started = False
+    message_event = asyncio.Event()  # nobody waits for it
+
+    def __init__(self, connection: Connection, *, keep_alive: bool) -> None:
+        self._connection = connection
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
+
+    def answer(self, problem: Problem | None) -> None:
+        self.response_complete = True
+        self._connection.send_whole(problem, keep_alive=self.keep_alive)
+
+
+def allow_many_connections() -> None:
+    """This process may open as many files as it is allowed to, up to what the broker can use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * _MAX_CONNECTIONS
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        Connection.limit = min(_MAX_CONNECTIONS, wanted // 2)
