@@ -251,7 +251,7 @@ class Appender:
                 connection = await self._connected()
             except DatabaseError as error:
                 # Nothing was sent: whoever has patience left waits for the server to come back.
-                facts.emit("append cannot connect", level=logging.WARNING, error=str(error))
+                facts.emit("append cannot connect", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 if self._closing or not isinstance(error, ConnectionLostError):
                     self._fail(list(self._calls), error)
                     self._calls.clear()

@@ -323,7 +323,7 @@ class Backend:
             try:
                 await self._worker.run(self._stop)
             except ConnectionLostError as error:
-                facts.emit("worker cannot start", level=logging.WARNING, error=str(error))
+                facts.emit("worker cannot start", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 await backoff.wait()
             except IncarnationChanged as error:
                 facts.emit("incarnation changed", level=logging.WARNING, error=str(error))

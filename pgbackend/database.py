@@ -6,7 +6,9 @@ lost socket) is thrown away, never reused.
 """
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -75,15 +77,36 @@ def _shown(dsn: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else "…"
 
 
+_TELL_AGAIN = 30.0
+"""Seconds after which a failure that goes on is told again."""
+
+
 class Backoff:
     """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`."""
 
     def __init__(self, *, cap: float = 2.0) -> None:
         self._cap = cap
         self._next = 0.05
+        self._told_at = 0.0
+        self.failures = 0
+        """Since it worked last."""
 
     def reset(self) -> None:
+        """It worked."""
         self._next = 0.05
+        self.failures = 0
+
+    def failed(self) -> int:
+        """A try has failed. The level to tell it at: WARNING the first time and each 30 s, DEBUG in between.
+
+        Tries go on each second or so, in every loop of every worker: that it began is news, and how long it lasts.
+        """
+        self.failures += 1
+        now = time.monotonic()
+        if self.failures > 1 and now < self._told_at + _TELL_AGAIN:
+            return logging.DEBUG
+        self._told_at = now
+        return logging.WARNING
 
     async def wait(self) -> None:
         # Jitter: workers that lost the same server must not come back in step.

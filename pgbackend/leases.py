@@ -172,7 +172,9 @@ class Presence:
                 if not first.done():
                     self._tell(first, translate(error))
                     return
-                facts.emit("presence lost", level=logging.WARNING, error=str(translate(error)))
+                facts.emit(
+                    "presence lost", level=backoff.failed(), failures=backoff.failures, error=str(translate(error))
+                )
             finally:
                 # Before the connection goes: others may take over from then on.
                 self._doubts += 1

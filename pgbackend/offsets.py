@@ -58,7 +58,7 @@ class Committer:
             except SchemaError:
                 raise
             except DatabaseError as error:
-                facts.emit("commit failed", level=logging.WARNING, error=str(error))
+                facts.emit("commit failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 await backoff.wait()
                 continue
             backoff.reset()

@@ -171,7 +171,7 @@ class Stream:
             except SchemaError:
                 raise
             except DatabaseError as error:
-                facts.emit("read failed", level=logging.WARNING, error=str(error))
+                facts.emit("read failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 await backoff.wait()
                 continue
             finally:

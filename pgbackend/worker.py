@@ -215,7 +215,7 @@ class Worker:
             except SchemaError:
                 raise
             except DatabaseError as error:
-                facts.emit("claim failed", level=logging.WARNING, error=str(error))
+                facts.emit("claim failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 await backoff.wait()
                 continue
             backoff.reset()
@@ -348,7 +348,7 @@ class Worker:
             except SchemaError:
                 raise
             except DatabaseError as error:
-                facts.emit("redelivery failed", level=logging.WARNING, error=str(error))
+                facts.emit("redelivery failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 await backoff.wait()
                 continue
             backoff.reset()
@@ -382,7 +382,9 @@ class Worker:
                     "SELECT extract(epoch FROM $1::timestamptz - clock_timestamp())::float8", date
                 )
             except DatabaseError as error:
-                facts.emit("asking for the time failed", level=logging.WARNING, error=str(error))
+                facts.emit(
+                    "asking for the time failed", level=backoff.failed(), failures=backoff.failures, error=str(error)
+                )
                 await backoff.wait()
             else:
                 return float(left)
@@ -394,7 +396,9 @@ class Worker:
             try:
                 return (await self._log.check()).upto
             except DatabaseError as error:
-                facts.emit("proving the end failed", level=logging.WARNING, error=str(error))
+                facts.emit(
+                    "proving the end failed", level=backoff.failed(), failures=backoff.failures, error=str(error)
+                )
                 await backoff.wait()
 
     async def _run_segments(self) -> None:
