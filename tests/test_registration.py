@@ -239,16 +239,23 @@ async def test_a_probe_that_finds_the_target_gone_pauses_and_nothing_is_probed_a
         asked.append(event.id)
         raise Pause("gone") if recorder.all("target is down") else RuntimeError("no")
 
+    async def refuse(_event: Event) -> None:
+        raise RuntimeError("no")
+
     asked: list[str] = []
     ids = [str(number) for number in range(2 * FAILURES_IN_A_ROW)]
     with Recorder() as recorder:
         async with running(database) as backend:
-            await backend.subscribe("s", dispatch, concurrency=2, retry=Retry(delay=0.02, max_delay=0.02))
+            retry = Retry(attempts=1000, delay=0.02, max_delay=0.02)
+            await backend.subscribe("s", dispatch, concurrency=2, retry=retry)
             await produce(backend, *ids)
             await recorder.wait("subscription paused")
             before = len(asked)
-            await asyncio.sleep(0.2)  # ten probes' worth of time
+            # Another one whose target is down, and stays so: that it is probed on and on shows that this one is not.
+            await backend.subscribe("down", refuse, start="earliest", concurrency=2, retry=retry)
+            await recorder.wait("dispatch failed", subscription="down", count=FAILURES_IN_A_ROW + 10)
             assert len(asked) == before
+            await backend.delete_subscription("down")
             catch = Catch()
             await backend.reconfigure("s", catch)
             await catch.has(*ids)
@@ -271,8 +278,13 @@ async def test_a_paused_pump_sleeps(database: str, order: Any, monkeypatch: pyte
             await produce(backend, *map(str, range(100)))
             await recorder.wait("subscription paused")
             before = waits
-            await asyncio.sleep(0.3)  # a worker that spins would come by thousands of times
-            assert waits - before < 50
+            # While another one handles events one by one, a worker that spins would come by thousands of times.
+            catch = Catch()
+            await backend.subscribe("other", catch, order="strict")
+            for number in range(50):
+                await produce(backend, f"other {number}")
+                await catch.has(f"other {number}")
+            assert waits - before < 300
 
 
 async def test_a_pause_outlives_a_seek_and_a_new_owner_here(database: str) -> None:
