@@ -218,15 +218,15 @@ async def test_a_call_that_was_not_sent_in_time_is_not_stored_and_says_so(databa
         proxy.restore()
 
         async def is_taken() -> bool:
-            # The next try to connect may be further away than a call's patience.
-            with suppress(ProduceTimeoutError):
+            # The next try to connect may be further away than a call's patience, and a busy machine's commit slower.
+            with suppress(ProduceTimeoutError, ProduceUncertainError):
                 await appender.append([row("after")])
                 return True
             return False
 
         await eventually("events are taken again", is_taken)
 
-    assert await stored(database) == ["after"]
+    assert set(await stored(database)) == {"after"}
 
 
 async def test_a_call_that_was_sent_and_not_confirmed_in_time_is_uncertain(database: str) -> None:

@@ -126,5 +126,8 @@ async def refused(url: str, timeout: float = 20.0) -> None:
                 _, writer = await asyncio.open_connection(parts.hostname, parts.port)
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:
+                # It stopped listening before this one was accepted.
+                continue
             writer.close()
             await asyncio.sleep(0.02)
