@@ -39,7 +39,7 @@ async def nothing_to_extend() -> None:
 
 
 @asynccontextmanager
-async def appending(dsn: str, *, timeout: float = 5.0) -> AsyncIterator[Appender]:
+async def appending(dsn: str, *, timeout: float = 30.0) -> AsyncIterator[Appender]:
     database = Database(dsn)
     appender = Appender(
         database,
@@ -53,7 +53,7 @@ async def appending(dsn: str, *, timeout: float = 5.0) -> AsyncIterator[Appender
     try:
         yield appender
     finally:
-        async with asyncio.timeout(timeout + 5):
+        async with asyncio.timeout(timeout + 15):
             await appender.close()
 
 
@@ -66,6 +66,13 @@ async def is_sent(appender: Appender) -> None:
         return not appender._calls
 
     await eventually("all calls are sent", none_wait)
+
+
+def time_is_up(appender: Appender) -> None:
+    """For every call that waits. One that is really short may be up before a call is sent or a connection there."""
+    for call in appender._waiting:
+        call.deadline = 0.0
+    appender._look_at_clock()
 
 
 async def stored(dsn: str) -> list[str]:
@@ -214,7 +221,7 @@ async def test_a_call_that_was_not_sent_in_time_is_not_stored_and_says_so(databa
         began = time.monotonic()
         with pytest.raises(ProduceTimeoutError):
             await appender.append([row("late")])
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         proxy.restore()
 
         async def is_taken() -> bool:
@@ -230,13 +237,17 @@ async def test_a_call_that_was_not_sent_in_time_is_not_stored_and_says_so(databa
 
 
 async def test_a_call_that_was_sent_and_not_confirmed_in_time_is_uncertain(database: str) -> None:
-    async with appending(database, timeout=0.3) as appender:
+    async with appending(database) as appender:
+        await appender.append([row("before")])
         async with log_locked(database):
+            call = asyncio.create_task(appender.append([row("slow")]))
+            await is_sent(appender)
+            time_is_up(appender)
             with pytest.raises(ProduceUncertainError):
-                await appender.append([row("slow")])
+                await call
 
         async def is_stored() -> bool:
-            return await stored(database) == ["slow"]
+            return await stored(database) == ["before", "slow"]
 
         await eventually("it was stored in the end", is_stored)
 
@@ -282,10 +293,14 @@ async def test_a_backend_that_is_terminated_costs_at_most_the_batch_it_had(datab
                 call = asyncio.create_task(appender.append([row("lost")]))
                 await is_sent(appender)
                 connection = await asyncpg.connect(database)
-                await connection.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE datname = current_database() AND wait_event_type = 'Lock'"
-                )
+
+                async def is_terminated() -> object:
+                    return await connection.fetch(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                    )
+
+                await eventually("it waits for the lock, and is terminated", is_terminated)
                 await connection.close()
                 with pytest.raises(ProduceUncertainError):
                     await call
@@ -360,7 +375,7 @@ async def test_close_does_not_wait_longer_than_callers_do(database: str) -> None
         await asyncio.sleep(0)
         began = time.monotonic()
         await appender.close()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 20
         with pytest.raises(PgBackendError):
             await call
 
@@ -401,16 +416,12 @@ async def test_who_has_no_task_is_told_of_the_commit_and_of_each_refusal(databas
 
 
 async def test_who_has_no_task_is_told_when_time_is_up(database: str) -> None:
-    async with appending(database, timeout=0.3) as appender, log_locked(database):
+    async with appending(database) as appender, log_locked(database):
         told: list[Exception | None] = []
         appender.append_soon(row("sent"), told.append)
         await is_sent(appender)
         appender.append_soon(row("waiting"), told.append)
-
-        async def both() -> bool:
-            return len(told) == 2
-
-        await eventually("both are told", both)
+        time_is_up(appender)
         assert [type(error) for error in told] == [ProduceUncertainError, ProduceTimeoutError]
 
 
@@ -488,7 +499,7 @@ async def test_when_the_appender_dies_of_a_bug_every_call_is_told_and_so_is_who_
         second = asyncio.create_task(appender.append([row("waiting")]))
         await asyncio.sleep(0)
         going_on.set()
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(10):
             with pytest.raises(ProduceUncertainError, match="RuntimeError: a bug"):
                 await first
             with pytest.raises(PgBackendError, match="Restart it"):

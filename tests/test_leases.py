@@ -162,14 +162,15 @@ async def test_another_worker_takes_over_at_once_when_one_stops(database: str) -
             await other.subscribe("s", second)
             await one.stop()
             await other.produce(make_event("b"))
-            await second.has("b", timeout=3)
+            await second.has("b")
 
     assert (first.ids, second.ids) == (["a"], ["b"])
 
 
 async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
-    async with Worker(database, ledger, subscription="s", settings=SETTINGS) as worker:  # noqa: SIM117 - its exit
+    settings = {**SETTINGS, "lease_timeout": 60.0}
+    async with Worker(database, ledger, subscription="s", settings=settings) as worker:  # noqa: SIM117 - its exit
         async with Backend(database, **SETTINGS) as backend:
 
             async def is_claimed() -> bool:
@@ -179,11 +180,9 @@ async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_p
             catch = Catch()
             await backend.subscribe("s", catch)
             worker.kill()
-            began = time.monotonic()
             await backend.produce(make_event("a"))
-            await catch.has("a", timeout=8)
-
-    assert time.monotonic() - began < 8, "not after lease_timeout, which is 15 s: its backend is gone"
+            # Not after its lease of 60 s: its backend is gone.
+            await catch.has("a", timeout=30)
 
 
 async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_does_nothing_when_it_wakes(
@@ -193,10 +192,10 @@ async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_do
     import signal
 
     ledger = Ledger(tmp_path / "ledger")
-    settings = {**SETTINGS, "lease_timeout": 1.0}
     async with (
-        Worker(database, ledger, subscription="s", settings=settings) as worker,
-        Backend(database, **settings) as backend,
+        Worker(database, ledger, subscription="s", settings={**SETTINGS, "lease_timeout": 1.0}) as worker,
+        # Patient: a machine that stands still for a second must not give the shard back.
+        Backend(database, **SETTINGS) as backend,
     ):
 
         async def is_claimed() -> bool:
@@ -207,7 +206,7 @@ async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_do
         catch = Catch()
         await backend.subscribe("s", catch)
         await backend.produce(make_event("a"))
-        await catch.has("a", timeout=8)
+        await catch.has("a")
         os.kill(worker.pid, signal.SIGCONT)
         await backend.produce(make_event("b"))
         await catch.has("b")
@@ -217,7 +216,7 @@ async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_do
 
 
 async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(database: str) -> None:
-    blocked = 2.5
+    lease_timeout, blocked = 3.0, 4.0
     second = Catch()
     handled: list[str] = []
 
@@ -226,7 +225,7 @@ async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(d
             time.sleep(blocked)  # noqa: ASYNC251 - the point
         handled.append(event.id)
 
-    settings = {**SETTINGS, "lease_timeout": 1.0}
+    settings = {**SETTINGS, "lease_timeout": lease_timeout}
     with Recorder() as recorder:
         async with Backend(database, **settings) as one:
             await one.subscribe("s", block)
@@ -252,14 +251,14 @@ async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(d
 async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_registered_again(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
-        async with Backend(database, **SETTINGS) as backend:
+        async with Backend(database, **SETTINGS, lease_timeout=90.0) as backend:
             await backend.subscribe("s", catch)
             await recorder.wait("lease claimed")
             assert backend._worker
             tenure = backend._worker._tenure
             assert await terminate(database, PRESENCE)
-            # At once, not when the next heartbeat fails in five seconds: others may take over from now on.
-            await recorder.wait("presence lost", timeout=1)
+            # At once, not when the next heartbeat fails in thirty seconds: others may take over from now on.
+            await recorder.wait("presence lost")
 
             async def is_registered() -> bool:
                 return tenure.valid_until > time.monotonic()
@@ -278,7 +277,7 @@ async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_
                 await backend.produce(make_event("a"))
                 await catch.has("a")
                 proxy.stall()
-                await recorder.wait("presence lost", timeout=5)
+                await recorder.wait("presence lost")
                 assert backend._worker
                 assert backend._worker._tenure.valid_until < time.monotonic()
                 proxy.cut()
@@ -338,4 +337,4 @@ async def test_hints_reach_a_worker_whose_loop_was_busy(database: str) -> None:
             await recorder.wait("lease claimed")
             async with Backend(database) as producer:
                 await producer.produce(make_event("a"))
-                await catch.has("a", timeout=3)
+                await catch.has("a")

@@ -284,27 +284,33 @@ async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: s
 
 async def test_commits_are_at_least_an_interval_apart_and_the_first_goes_at_once(ask: Ask, database: str) -> None:
     async with owning(database) as owner:
-        owner.committer._interval = 0.2
         (shard,) = await owner.claim()
-        running = asyncio.create_task(owner.committer.run())
         loop = asyncio.get_running_loop()
         times: list[float] = []
         owner.committer.on_committed = lambda *_: times.append(loop.time())
-        began = loop.time()
         position = 0
 
-        async def three_commits() -> bool:
-            nonlocal position
-            position += 1
-            owner.settle(shard, position)
-            return len(times) >= 3
+        async def commits(count: int, *, interval: float) -> list[float]:
+            async def have_come() -> bool:
+                nonlocal position
+                position += 1
+                owner.settle(shard, position)
+                return len(times) >= count
 
-        await eventually("three commits", three_commits, interval=0.01)
-        running.cancel()
-        await asyncio.wait({running})
+            times.clear()
+            owner.committer._interval = interval
+            running = asyncio.create_task(owner.committer.run())
+            try:
+                await eventually(f"{count} commits", have_come, interval=0.01)
+            finally:
+                running.cancel()
+                await asyncio.wait({running})
+            return times[:count]
 
-    assert times[0] - began < 0.2
-    assert min(times[1] - times[0], times[2] - times[1]) >= 0.19
+        await commits(1, interval=600.0)
+        first, second, third = await commits(3, interval=0.2)
+
+    assert min(second - first, third - second) >= 0.19
 
 
 async def test_a_range_set_of_a_thousand_holes_is_committed(ask: Ask, database: str) -> None:

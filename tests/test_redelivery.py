@@ -5,7 +5,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry
+from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry, worker
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 
@@ -62,7 +62,11 @@ async def test_an_event_that_waits_to_be_tried_again_is_tried_after_a_restart_an
     assert sorted(got) == [(str(number), 2, b"x" * number) for number in range(5)]
 
 
-async def test_an_event_is_not_tried_again_before_its_time(database: str) -> None:
+async def test_an_event_is_tried_again_at_its_time_and_not_before(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The time of a due event is known where it was scheduled: no waiting for the next look.
+    monkeypatch.setattr(worker, "_ROUND", 600.0)
     at: list[float] = []
     loop = asyncio.get_running_loop()
 
@@ -71,15 +75,13 @@ async def test_an_event_is_not_tried_again_before_its_time(database: str) -> Non
         raise RuntimeError
 
     retry = Retry(attempts=3, delay=0.2, backoff="linear")
-    async with Backend(database, **SETTINGS) as backend:
+    async with Backend(database, commit_interval=0.01, poll_interval=600.0) as backend:
         await backend.subscribe("s", fail, retry=retry)
         await backend.produce(make_event("a"))
         await letters(backend, 1)
 
     assert at[1] - at[0] >= 0.2
     assert at[2] - at[1] >= 0.4
-    # The time of a due event is known where it was scheduled: no waiting for the next poll.
-    assert at[1] - at[0] < 0.4
 
 
 async def test_under_failures_of_every_kind_each_event_is_tried_just_as_often_as_it_needs(database: str) -> None:

@@ -171,7 +171,7 @@ async def test_a_paused_subscription_drains_and_the_next_one_goes_on_with_what_i
             await backend.subscribe("s", gone, order=order, retry=Retry(delay=0.01))
             await produce(backend, "a", "b", key="k")
             await recorder.wait("subscription paused")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await backend.unsubscribe("s")
             catch = Catch()
             await backend.subscribe("s", catch, order=order)

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from typing import Any
 
 import asyncpg
@@ -9,7 +10,7 @@ from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from pgbackend.sql import load
 from pgbackend.sql.statements import LogSql
-from pgbackend.wakeup import Hints, Notifier, channel
+from pgbackend.wakeup import _INTERVALS, Hints, Notifier, channel
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 from tests.support.proxy import Proxy
@@ -20,7 +21,7 @@ async def test_a_stroke_before_the_wait_is_not_missed() -> None:
     known = hints.strokes
     hints.ring()
 
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         await hints.wait(since=known, timeout=60)
 
 
@@ -29,7 +30,7 @@ async def test_all_who_wait_hear_a_stroke_and_nobody_waits_longer_than_said() ->
     waiting = [asyncio.create_task(hints.wait(since=hints.strokes, timeout=60)) for _ in range(3)]
     await asyncio.sleep(0)
     hints.ring()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         await asyncio.gather(*waiting)
         await hints.wait(since=hints.strokes, timeout=0.01)
         await hints.wait(since=hints.strokes, timeout=-1.0)
@@ -69,6 +70,7 @@ async def test_many_appends_make_few_notifications_and_the_last_is_not_lost(data
         opened, channel=channel("pgbackend"), statement=load(LogSql, "log", schema="pgbackend").notify, sender="me"
     )
     running = asyncio.create_task(notifier.run())
+    began = time.monotonic()
     for _ in range(100):
         notifier.notify()
         await asyncio.sleep(0.001)
@@ -79,12 +81,14 @@ async def test_many_appends_make_few_notifications_and_the_last_is_not_lost(data
         return len(heard) > before
 
     await eventually("the last one is heard", one_more)
+    took = time.monotonic() - began
     running.cancel()
     await asyncio.wait({running})
     await opened.close()
 
     assert set(heard) == {"me"}
-    assert len(heard) < 30
+    # A few at first, and then one each so often, however long the machine took for all this.
+    assert len(heard) < 20 + took / _INTERVALS[1]
 
 
 async def test_a_notification_that_cannot_be_sent_stops_nothing(database: str, heard: list[object]) -> None:
@@ -119,7 +123,7 @@ async def test_an_event_of_another_process_is_noticed_long_before_the_next_poll(
             await recorder.wait("lease claimed")
             for number in range(5):
                 await other.produce(make_event(str(number)))
-                await catch.has(str(number), timeout=2)
+                await catch.has(str(number))
 
 
 async def test_without_any_notification_polling_finds_events(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +132,7 @@ async def test_without_any_notification_polling_finds_events(database: str, monk
     async with Backend(database, poll_interval=0.1) as backend, Backend(database) as other:
         await backend.subscribe("s", catch)
         await other.produce(make_event("a"))
-        await catch.has("a", timeout=3)
+        await catch.has("a")
 
 
 async def test_anything_may_be_said_on_the_channel(database: str) -> None:
@@ -141,5 +145,5 @@ async def test_anything_may_be_said_on_the_channel(database: str) -> None:
             for payload in ("", "leases", "echo of somebody", "x" * 7000, "🦆"):
                 await connection.execute("SELECT pg_notify($1, $2)", channel("pgbackend"), payload)
             await backend.produce(make_event("a"))
-            await catch.has("a", timeout=3)
+            await catch.has("a")
     await connection.close()
