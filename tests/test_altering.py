@@ -29,7 +29,7 @@ from tests.support.producers import INSERT
 SOON = Retry(delay=0.2, backoff="constant", attempts=50)
 FAR = Retry(delay=60.0)
 LATER = 2.5
-"""Seconds in which a failure is seen to wait and something is done meanwhile, though the machine stand still a while."""
+"""Seconds in which a failure is seen to wait and something is done meanwhile, also by a machine that stands still."""
 
 
 @asynccontextmanager

@@ -56,7 +56,7 @@ async def _answers(dsn: str, timeout: float = 20.0) -> None:
         while True:
             try:
                 await _query(dsn, "select 1")
-            except (OSError, asyncpg.PostgresError):
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 await asyncio.sleep(0.02)
             else:
                 return
@@ -248,7 +248,8 @@ async def test_no_server_is_left_when_user_and_keeper_are_killed(tmp_path: Path)
         await _write(user.dsn, 1)
         user.kill()
         for keeper in keepers(tmp_path):
-            os.kill(keeper, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was faster
+                os.kill(keeper, signal.SIGKILL)
         await _no_server_is_left(tmp_path)
     async with _server(tmp_path) as server:
         assert await _kept(server.dsn) == [1]
@@ -307,15 +308,31 @@ async def test_a_server_that_somebody_else_runs_there_is_left_alone(tmp_path: Pa
 
 
 async def test_an_initialization_that_was_killed_is_begun_anew(tmp_path: Path) -> None:
-    starting = asyncio.create_task(_server(tmp_path).start())
-    await _until("initdb works", lambda: any((tmp_path / "postgresql").glob("data.new-*/base")))
-    for keeper in keepers(tmp_path):
-        os.kill(keeper, signal.SIGKILL)
-    with pytest.raises(EmbeddedServerError, match="its keeper ended with status -9"):
-        await starting
-    async with _server(tmp_path) as server:
+    for attempt in range(10):
+        directory = tmp_path / str(attempt)
+        server = _server(directory)
+        starting = asyncio.create_task(server.start())
+
+        def is_at_work(directory: Path = directory, starting: asyncio.Task[str] = starting) -> bool:
+            return any((directory / "postgresql").glob("data.new-*/base")) or starting.done()
+
+        await _until("initdb works", is_at_work)
+        for keeper in keepers(directory):
+            os.kill(keeper, signal.SIGKILL)
+        killed_in_time = any((directory / "postgresql").glob("data.new-*/base"))
+        try:
+            await starting
+        except EmbeddedServerError as error:
+            assert "its keeper ended with status -9" in str(error)  # noqa: PT017 - it need not be raised
+        else:
+            await server.stop()
+        if killed_in_time:
+            break
+    else:
+        pytest.fail("initdb was never seen at work")
+    async with _server(directory) as server:
         await _write(server.dsn, 1)
-    assert not list((tmp_path / "postgresql").glob("data.new-*"))
+    assert not list((directory / "postgresql").glob("data.new-*"))
 
 
 async def test_interrupting_a_user_leaves_the_server_alone(tmp_path: Path) -> None:
@@ -402,9 +419,11 @@ async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
 
 
 async def _kill_and_see_it_come_back(directory: Path, dsn: str) -> None:
+    victims = {*keepers(directory), *processes(directory)}
     for victim in (*keepers(directory), postmaster(directory)):
         os.kill(victim, signal.SIGKILL)
-    await _until("it is gone", lambda: not processes(directory))
+    # Another one may be there before anybody has looked.
+    await _until("it is gone", lambda: victims.isdisjoint(processes(directory)))
     await _answers(dsn)
 
 

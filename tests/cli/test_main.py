@@ -44,7 +44,7 @@ async def test_a_server_that_does_not_answer_is_one_clear_line_within_seconds(ru
         port = silent.sockets[0].getsockname()[1]
         begun = time.monotonic()
         result = await run(*command, "--dsn", f"postgresql://nobody@127.0.0.1:{port}/nowhere?sslmode=disable")
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 30
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
     assert "did not answer" in result.stderr

@@ -1,6 +1,7 @@
 """A receiving target for tests: a real HTTP server that keeps what it got and answers what it is told to."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -73,15 +74,15 @@ class Target:
 
 
 @asynccontextmanager
-async def listening(port: int = 0) -> AsyncIterator[Target]:
-    """A target that listens on a port of this machine."""
+async def listening(bound: socket.socket | None = None) -> AsyncIterator[Target]:
+    """A target that listens on a port of this machine: on any, or on this one, which it closes in the end."""
     target = Target()
     application = web.Application(client_max_size=1 << 26)
     application.router.add_route("*", "/{path:.*}", target._take)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", port)
+        site = web.TCPSite(runner, "127.0.0.1", 0) if bound is None else web.SockSite(runner, bound)
         await site.start()
         target.url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
         yield target

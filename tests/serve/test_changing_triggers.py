@@ -87,7 +87,7 @@ class TestAddingAndRemoving:
             with Recorder() as recorder:
                 began = monotonic()
                 await broker.triggers.apply(load(config(other=to(other_target)), origin="test"))
-                assert monotonic() - began < 5
+                assert monotonic() - began < 20  # the backend drains for 30 s
                 await send(broker, 2)
                 await other_target.wait(1)
                 assert not recorder.all("trigger removed")
@@ -124,7 +124,7 @@ class TestAddingAndRemoving:
             await target.wait(1)
             began = monotonic()
             await broker.configure("{}")
-            assert 0.4 < monotonic() - began < 10
+            assert 0.4 < monotonic() - began < 20
             # Nobody has settled it: it is dispatched again where the trigger is told to go next.
             await broker.configure(config(billing=to(other_target)))
             await other_target.wait(1)
@@ -356,7 +356,7 @@ class TestFailing:
             await broker.backend.subscribe("billing", print)  # by somebody else in this process
             with Recorder() as recorder:
                 file = load(config(billing=to(target), other=to(target)), origin="test")
-                await asyncio.wait_for(broker.triggers.apply(file), 10)
+                await asyncio.wait_for(broker.triggers.apply(file), 30)
                 await recorder.wait("trigger change failed", trigger="billing", count=2)
                 assert recorder.all("trigger added", trigger="other")
                 await broker.backend.unsubscribe("billing")

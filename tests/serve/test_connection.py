@@ -117,14 +117,15 @@ async def test_who_sends_too_slowly_is_told_and_cut_off(
 async def test_a_connection_between_requests_is_not_cut_off_for_slowness(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
     request = HEAD + b"Content-Length: 0\r\n\r\n"
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(request)
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(2):
             await reader.read(1)
+    monkeypatch.undo()
     writer.write(request)
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
     writer.close()
@@ -258,10 +259,10 @@ async def test_a_good_request_before_garbage_gets_its_own_answer(broker: Broker)
 async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_it(
     sent: bytes, broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 0.1)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
     await commits.reached.wait()
+    monkeypatch.setattr(connection_module, "_PATIENCE", 0.1)
     writer.write(sent)
     (connection,) = broker.listener._server._connections()
 
@@ -289,11 +290,11 @@ async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_
 async def test_a_request_that_was_answered_before_its_end_is_not_answered_again(
     sent: bytes, answered: bytes, later: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(sent)
     answer = await reader.readuntil(b"}")
     assert answer.startswith(b"HTTP/1.1 " + answered)
+    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
     writer.write(later)
     assert await reader.read() == b""
     writer.close()
@@ -402,11 +403,11 @@ async def test_who_does_not_read_its_last_answer_is_cut_off(
 
 
 async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "_KEEP_ALIVE", 0.5)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n"):
         writer.write(request)
         await reader.readuntil(b"\r\n\r\n")
+    monkeypatch.setattr(connection_module, "_KEEP_ALIVE", 0.5)
     async with asyncio.timeout(10):
         await reader.read()
     writer.close()

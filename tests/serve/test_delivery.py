@@ -223,11 +223,11 @@ class TestRetryAfter:
         assert caught.value.details["knativeerrorcode"] == str(status)
 
     async def test_a_date_is_obeyed(self, target: Target, delivery: DeliveryMaker) -> None:
-        later = datetime.now(UTC) + timedelta(seconds=60)
+        later = datetime.now(UTC) + timedelta(seconds=600)
         answering(target, 503, Retry_After=format_datetime(later, usegmt=True))
         with pytest.raises(RetryAfter) as caught:
             await delivery(target.url)(ORDER)
-        assert 55 < caught.value.delay <= 60
+        assert 500 < caught.value.delay <= 600
 
     async def test_a_date_that_has_passed_is_no_wait(self, target: Target, delivery: DeliveryMaker) -> None:
         answering(target, 503, Retry_After="Sun, 06 Nov 1994 08:49:37 GMT")
@@ -258,10 +258,10 @@ class TestRetryAfter:
 class TestTroubleOnTheWay:
     async def test_a_refused_connection_is_retried(self, delivery: DeliveryMaker) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind(("127.0.0.1", 0))  # and does not listen
             port = free.getsockname()[1]
-        with pytest.raises(DeliveryError, match=f"http://127.0.0.1:{port}/: .*onnect") as caught:
-            await delivery(f"http://127.0.0.1:{port}/")(ORDER)
+            with pytest.raises(DeliveryError, match=f"http://127.0.0.1:{port}/: .*onnect") as caught:
+                await delivery(f"http://127.0.0.1:{port}/")(ORDER)
         # As Knative has it where no status arrived.
         assert caught.value.details["knativeerrorcode"] == "500"
         assert b64decode(caught.value.details["knativeerrordata"]).startswith(b"dispatch error: ")
@@ -278,7 +278,7 @@ class TestTroubleOnTheWay:
             began = monotonic()
             with pytest.raises(DeliveryError, match=r"no response within 0\.2 s"):
                 await delivery(url, timeout=0.2)(ORDER)
-        assert 0.2 <= monotonic() - began < 2
+        assert 0.2 <= monotonic() - began < 20
 
     async def test_a_target_that_trickles_a_header_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
         async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -308,11 +308,11 @@ class TestTroubleOnTheWay:
         async with raw_server(trickle) as url:
             began = monotonic()
             if is_delivered:
-                await delivery(url, timeout=0.3)(ORDER)
+                await delivery(url, timeout=2.0)(ORDER)
             else:
                 with pytest.raises(DeliveryError, match="answered 503"):
-                    await delivery(url, timeout=0.3)(ORDER)
-        assert monotonic() - began < 2
+                    await delivery(url, timeout=2.0)(ORDER)
+        assert monotonic() - began < 20
 
     async def test_of_a_huge_body_a_bounded_part_is_read(self, delivery: DeliveryMaker) -> None:
         written = 0
@@ -350,7 +350,7 @@ class TestTroubleOnTheWay:
 
         async with raw_server(talk) as url:
             with pytest.raises(DeliveryError):
-                await delivery(url, timeout=5.0)(ORDER)
+                await delivery(url, timeout=30.0)(ORDER)
 
     @pytest.mark.parametrize(
         ("status", "outcome"), [(b"413 Too Large", DeliveryError), (b"204 No Content", type(None))]
@@ -369,8 +369,8 @@ class TestTroubleOnTheWay:
 
         large = Event((*ORDER.row[:10], b"x" * size, None))
         async with raw_server(answer_early) as url:
-            billing = delivery(url, timeout=20.0)
-            [said] = await asyncio.wait_for(asyncio.gather(billing(large), return_exceptions=True), 10)
+            billing = delivery(url, timeout=60.0)
+            [said] = await asyncio.wait_for(asyncio.gather(billing(large), return_exceptions=True), 30)
             done.set()
         assert type(said) is outcome
 
@@ -393,7 +393,7 @@ class TestTroubleOnTheWay:
         async with await asyncio.start_server(nobody, "127.0.0.1", 0, ssl=context) as server:
             port = server.sockets[0].getsockname()[1]
             with pytest.raises(DeliveryError, match="certificate"):
-                await delivery(f"https://127.0.0.1:{port}/", timeout=5.0)(ORDER)
+                await delivery(f"https://127.0.0.1:{port}/", timeout=30.0)(ORDER)
 
     async def test_an_idle_connection_that_the_target_closed_costs_no_attempt(self, delivery: DeliveryMaker) -> None:
         """The target closes after its answer without having said so; the next request meets the closing."""
@@ -549,14 +549,14 @@ class TestSlots:
             nonlocal most, opened
             opened += 1
             most = max(most, opened)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.15)
             opened -= 1
             return web.Response(status=204)
 
         target.answer = slow
-        billing = delivery(target.url, connections=2, timeout=0.35)
-        # In all it takes 0.6 s: more than a request may.
-        await asyncio.gather(*(billing(ORDER) for _ in range(12)))
+        billing = delivery(target.url, connections=2, timeout=2.5)
+        # In all it takes 3 s: more than a request may.
+        await asyncio.gather(*(billing(ORDER) for _ in range(40)))
         assert most == 2
 
     async def test_they_are_shared_by_all_shards(
@@ -593,7 +593,7 @@ class TestSlots:
         hanging = delivery(target.url + "hang", connections=1)
         waiting = [asyncio.create_task(hanging(ORDER)) for _ in range(3)]
         await target.wait(1)
-        await asyncio.wait_for(delivery(target.url, connections=1)(ORDER), 5)
+        await asyncio.wait_for(delivery(target.url, connections=1)(ORDER), 20)
         assert [request.path for request in target.requests] == ["/hang", "/"]
         hang.set()
         await asyncio.gather(*waiting)
@@ -616,4 +616,4 @@ class TestSlots:
             with pytest.raises(asyncio.CancelledError):
                 await task
         release.set()
-        await asyncio.wait_for(billing(ORDER), 5)
+        await asyncio.wait_for(billing(ORDER), 20)

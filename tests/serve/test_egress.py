@@ -127,7 +127,7 @@ class TestDenyPrivateTargets:
     ) -> None:
         url = URL(target.url).with_host(host)
         with pytest.raises(DeliveryError, match="is not a public address, and --deny-private-targets is on") as caught:
-            await Delivery(session, url, trigger="billing", timeout=5.0)(ORDER)
+            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
         assert caught.value.status is None
         assert target.requests == []
 
@@ -137,7 +137,7 @@ class TestDenyPrivateTargets:
     ) -> None:
         url = URL(target.url.replace("127.0.0.1", host), encoded=True)
         with pytest.raises(DeliveryError):
-            await Delivery(session, url, trigger="billing", timeout=5.0)(ORDER)
+            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
         assert target.requests == []
 
     async def test_what_a_name_resolved_to_before_does_not_matter(
@@ -148,7 +148,7 @@ class TestDenyPrivateTargets:
         await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # the check that this goes around
         url = URL(target.url).with_host("rebinding.example")
         with pytest.raises(DeliveryError, match=r"127\.0\.0\.1 is not a public address"):
-            await Delivery(session, url, trigger="billing", timeout=5.0)(ORDER)
+            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
         assert target.requests == []
 
     async def test_of_several_addresses_the_private_ones_are_left_out(
@@ -167,7 +167,7 @@ class TestDenyPrivateTargets:
         monkeypatch.setattr(egress, "is_public", lambda host: host == "127.0.0.2")
         resolving(monkeypatch, "two.example", ["127.0.0.1", "127.0.0.2"])
         async with await asyncio.start_server(talk, "127.0.0.2", port):
-            await Delivery(session, URL(target.url).with_host("two.example"), trigger="billing", timeout=5.0)(ORDER)
+            await Delivery(session, URL(target.url).with_host("two.example"), trigger="billing", timeout=30.0)(ORDER)
         assert taken.is_set()
         assert target.requests == []
 

@@ -1,8 +1,10 @@
 """The examples run as they stand there."""
 
 import asyncio
+import random
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,9 +37,16 @@ def test_the_example_configuration_is_valid() -> None:
     assert str(load_file(EXAMPLES / "broker.yaml").triggers["everything"].target.url) == "http://127.0.0.1:8888/"
 
 
+def unasked_port() -> int:
+    """A port that is free, and that nobody gets who asks for any: the system gives those from 32,768 on."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 async def test_the_receiver_ends_with_the_command_beside_it_and_as_that_did() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = unasked_port()
     post = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], b'hello', {'ce-type': 't'})); sys.exit(7)"
     url = f"http://127.0.0.1:{port}/x"
     code, out, _ = await run("examples/receiver.py", "--port", str(port), "--", sys.executable, "-c", post, url)

@@ -60,6 +60,10 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
     await reached.wait()
     talking = asyncio.create_task(broker.talk(HEAD + b"Content-Length: 10\r\n\r\n12345"))
 
+    async def has_begun() -> bool:
+        return any(connection._body_bytes == 5 for connection in broker.listener._server._connections())
+
+    await eventually("half a request is there", has_begun)
     broker.listener.stop()
     assert (await talking).startswith(b"HTTP/1.1 503 ")
     release[0]()
@@ -70,7 +74,8 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
 async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_closes_their_connections(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_LINGER", 2.0)
+    monkeypatch.setattr(listener_module, "_LINGER", 4.0)
+    monkeypatch.setattr(listener_module, "_GRACE", 12.0)
     request = HEAD + b"Content-Length: 0\r\n\r\n"
     connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(4)]
     for reader, writer in connections[:3]:
@@ -112,7 +117,7 @@ async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
 
 
 async def test_a_stopped_broker_is_alive_until_it_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "_LINGER", 2.0)
+    monkeypatch.setattr(listener_module, "_LINGER", 10.0)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
     await reader.readuntil(b"}")

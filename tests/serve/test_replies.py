@@ -231,8 +231,8 @@ class TestWhenItCannotBeStored:
         async with raw_server(talk) as url:
             began = monotonic()
             with pytest.raises(DeliveryError, match="answered 200, but its reply broke off: ") as caught:
-                await delivery(url, timeout=0.3)(ORDER)
-        assert monotonic() - began < 3
+                await delivery(url, timeout=2.0 if ending == "slow" else 30.0)(ORDER)
+        assert monotonic() - began < 20
         assert caught.value.details["knativeerrorcode"] == "502"
         assert log.events == []
 

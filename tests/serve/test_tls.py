@@ -186,11 +186,17 @@ class TestSlowClients:
     async def test_a_handshake_that_does_not_end_is_ended_and_holds_up_nobody(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(listener_module, "_HANDSHAKE", 1.0)
+        monkeypatch.setattr(listener_module, "_HANDSHAKE", 2.0)
         hello = first_hello()
         silent = [await asyncio.open_connection(broker.host, broker.port) for _ in range(20)]
         for number, (_, writer) in enumerate(silent):
             writer.write(hello[: number * 3])
+
+        async def all_have_begun() -> bool:
+            return len(broker.listener._server._handshakes) == 20
+
+        await eventually("20 handshakes have begun", all_have_begun, interval=0.001)
+        monkeypatch.setattr(listener_module, "_HANDSHAKE", 30.0)
         assert (await ask(broker, files.client(known_by=files.clients))).startswith(b"HTTP/1.1 202 ")
         async with asyncio.timeout(10):
             for reader, writer in silent:
