@@ -24,7 +24,7 @@ async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_ope
     # An xid and a snapshot: what holds back every fence that looks at transactions and not at locks.
     await unrelated.execute("INSERT INTO unrelated VALUES (1)")
     plain, keyed, strict = Catch(), Catch(), Catch()
-    async with Backend(database) as backend:
+    async with Backend(database, hole_wait=60.0) as backend:
         await backend.subscribe("plain", plain)
         await backend.subscribe("keyed", keyed, order="key", shards=2)
         await backend.subscribe("strict", strict, order="strict")
@@ -46,7 +46,7 @@ async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_ope
         f"median {median * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms, max {delays[-1] * 1000:.1f} ms"
     )
     # Far below hole_wait: nobody waited for the unrelated transaction. The promise is 0.1 s, on a quiet machine.
-    assert median < 0.5
+    assert median < 5
 
 
 async def test_events_committed_against_the_order_of_their_positions_all_arrive(database: str) -> None:

@@ -44,7 +44,8 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
         former.freeze()
         at_freeze = len(ledger.handled())
         former_owner = await observer.fetchval("SELECT owner FROM pgbackend.offsets")
-        async with Worker(database, ledger, settings=settings, delay=0.0, **options) as other:
+        # Patient: a machine that stands still for a second must not give the shard back.
+        async with Worker(database, ledger, delay=0.0, **options) as other:
 
             async def is_settled() -> bool:
                 row = await observer.fetchrow(ROW)
@@ -191,9 +192,9 @@ async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(d
 
     async def block(_: object) -> None:
         # Past the lease; nothing else runs in this process meanwhile.
-        time.sleep(2.5)  # noqa: ASYNC251 - what a user may do
+        time.sleep(4.0)  # noqa: ASYNC251 - what a user may do
 
-    async with Backend(database, lease_timeout=1.0) as backend:
+    async with Backend(database, lease_timeout=3.0) as backend:
         await backend.subscribe("billing", block, concurrency=1)
 
         async def is_claimed() -> bool:
@@ -201,7 +202,7 @@ async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(d
 
         await eventually("the shard is claimed", is_claimed)
         before = await observer.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
-        async with Worker(database, ledger, subscription="billing", settings={"lease_timeout": 1.0}):
+        async with Worker(database, ledger, subscription="billing"):
             await backend.produce(make_event("slow"))
 
             async def is_settled() -> bool:

@@ -32,7 +32,7 @@ async def test_only_what_the_offset_row_does_not_settle_is_dispatched_again_afte
             position = await observer.fetchval("SELECT position FROM pgbackend.offsets")
             return position > 0 and len(ledger.handled()) > 200
 
-        await eventually("200 events are handled, some of them durably", is_on_its_way, 20)
+        await eventually("200 events are handled, some of them durably", is_on_its_way, 60)
         worker.kill()
         await worker.process.wait()
     row = await observer.fetchrow("SELECT position, pending::text FROM pgbackend.offsets")
@@ -44,7 +44,7 @@ async def test_only_what_the_offset_row_does_not_settle_is_dispatched_again_afte
             left = await observer.fetchval("SELECT position FROM pgbackend.offsets WHERE isempty(pending)")
             return bool(left == len(ledger.produced))
 
-        await eventually("everything is settled", is_settled, 20)
+        await eventually("everything is settled", is_settled, 60)
         await worker.stop()
     await producer.stop()
     await observer.close()

@@ -44,7 +44,7 @@ async def test_a_hint_comes_far_sooner_than_the_next_poll(database: str) -> None
         await backend.subscribe("billing", catch)
         for number in range(5):
             await producer.produce(make_event(str(number)))
-            await catch.has(str(number), timeout=10)
+            await catch.has(str(number))
     await producer.stop()
 
 
@@ -55,7 +55,7 @@ async def test_plain_sql_that_never_notifies_is_found_by_polling(database: str) 
         await backend.subscribe("billing", catch)
         for number in range(5):
             await connection.execute(INSERT, str(number))
-            await catch.has(str(number), timeout=5)
+            await catch.has(str(number))
     await connection.close()
 
 

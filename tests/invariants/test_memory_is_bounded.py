@@ -34,11 +34,11 @@ async def is_taken_in(connection: "asyncpg.Connection[asyncpg.Record]", pid: int
 
     async def rests() -> bool:
         seen.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
-        return len(seen) > 12 and len(set(seen[-12:])) == 1 and await connection.fetchval(
+        return len(seen) > 40 and len(set(seen[-40:])) == 1 and await connection.fetchval(
             "SELECT bool_and(owner IS NOT NULL) FROM pgbackend.offsets"
         )  # fmt: skip
 
-    await eventually("its memory rests", rests, 30, interval=0.05)
+    await eventually("its memory rests", rests, 60, interval=0.05)
 
 
 @pytest.mark.slow
