@@ -69,7 +69,7 @@ async def test_cursors_that_move_between_streams_lose_double_and_misorder_nothin
                 takers.append(taker)
                 following.append(tasks.create_task(follow(taker, (1, 10, 60)[number // 2])))
             await act()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 for taker in takers:
                     while not await taker.has_all():
                         await asyncio.sleep(0.001)
@@ -91,7 +91,7 @@ async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await asyncio.gather(*(taker.take() for taker in takers))
         assert len(tail._streams) == 1
         for taker in takers:
@@ -111,7 +111,7 @@ async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None
         async with asyncio.TaskGroup() as tasks:
             tail = make_tail(log, tasks, buffer_events=6)
             quick, slow = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await asyncio.gather(slow.take(), quick.take())
                 while not await quick.has_all():
                     await quick.take()
@@ -138,7 +138,7 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
         log.draw(appender)
     log.commit(brief)
     log.unlock(brief)
-    async with asyncio.TaskGroup() as tasks, asyncio.timeout(5):
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(30):
         tail = make_tail(log, tasks)
         first = Taker(tail, log, after=0, holes=RangeSet(), patient=False)
 
@@ -184,7 +184,7 @@ async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_
         async with asyncio.TaskGroup() as tasks:
             tail = make_tail(log, tasks, buffer_events=6)
             quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await asyncio.gather(idle.take(), quick.take())
                 while not await quick.has_all():
                     await quick.take()
@@ -207,7 +207,7 @@ async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
         async with asyncio.TaskGroup() as tasks:
             tail = make_tail(log, tasks, buffer_events=6)
             quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await asyncio.gather(idle.take(), quick.take())
                 while not await quick.has_all():
                     await quick.take()

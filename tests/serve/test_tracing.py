@@ -469,14 +469,14 @@ class TestEnvironment:
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-            monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3")
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
             traced = tracing.from_environment()
             assert traced
             with traced.receive([order()], []):
                 pass
             began = time.monotonic()
             traced.shutdown(0.3)
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 20
 
 
 class TestWithoutTheExtra:
