@@ -31,7 +31,7 @@ def _server(directory: Path, *, version: int | None = None, start_timeout: float
     return EmbeddedServer(directory, version=version, settings={"fsync": "off"}, start_timeout=start_timeout)
 
 
-async def _until(what: str, happened: Callable[[], bool], timeout: float = 20.0) -> None:
+async def _until(what: str, happened: Callable[[], bool], timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < deadline, f"waited {timeout} s: {what}"
@@ -50,7 +50,7 @@ async def _query(dsn: str, statement: str) -> object:
         await connection.close()
 
 
-async def _answers(dsn: str, timeout: float = 20.0) -> None:
+async def _answers(dsn: str, timeout: float = 60.0) -> None:
     """Connect as a pool would that lost its connections."""
     async with asyncio.timeout(timeout):
         while True:
@@ -182,7 +182,7 @@ async def test_a_killed_server_is_started_again_under_the_same_dsn(tmp_path: Pat
             await _write(server.dsn, 1)
             killed = postmaster(tmp_path)
             os.kill(killed, signal.SIGKILL)
-            await facts.wait("embedded server restarted", 20.0)
+            await facts.wait("embedded server restarted", 60.0)
             await _answers(server.dsn)
             assert postmaster(tmp_path) != killed
             assert await _kept(server.dsn) == [1]
@@ -234,7 +234,7 @@ def test_a_killed_keeper_is_replaced_without_an_event_loop(tmp_path: Path) -> No
     dsn = asyncio.run(server.start())
     [killed] = keepers(tmp_path)
     os.kill(killed, signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not set(keepers(tmp_path)) - {killed}:
         assert time.monotonic() < deadline
         time.sleep(0.02)

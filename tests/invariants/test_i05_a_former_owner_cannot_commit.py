@@ -36,7 +36,7 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
         async def reached() -> bool:
             return sum(handling.worker == pid for handling in ledger.handled()) >= count
 
-        await eventually(f"{count} events are handled by {pid}", reached, 20)
+        await eventually(f"{count} events are handled by {pid}", reached, 60)
 
     async with Worker(database, ledger, settings=settings, delay=0.01, **options) as former:
         await producer.produce_many([make_event(id_, key=id_) for id_ in ids])
@@ -51,7 +51,7 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
                 row = await observer.fetchrow(ROW)
                 return bool(row and row["position"] >= len(ids) and row["pending"] == "{}")
 
-            await eventually("the other worker has settled everything", is_settled, 20)
+            await eventually("the other worker has settled everything", is_settled, 60)
             before = await observer.fetchrow(ROW)
             assert before and before["owner"] != former_owner
             thawed_at = await observer.fetchval("SELECT clock_timestamp()")
@@ -67,13 +67,13 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
                     )
                 )
 
-            await eventually("the former owner is back", has_renewed, 20)
+            await eventually("the former owner is back", has_renewed, 60)
             # It drains, commits what it may, and gives up what it has.
             await former.stop()
             after = await observer.fetchrow(ROW)
             by_former = sum(handling.worker == former.pid for handling in ledger.handled()[at_freeze:])
             await producer.produce(make_event("more"))
-            await eventually("the other worker goes on", lambda: _has(ledger, "more"), 10)
+            await eventually("the other worker goes on", lambda: _has(ledger, "more"))
             assert other.process.returncode is None
     await producer.stop()
     await observer.close()
@@ -150,7 +150,11 @@ async def test_a_worker_that_ran_nothing_during_a_crash_takes_over_afterwards(da
     ledger = Ledger(tmp_path / "ledger")
     observer = await asyncpg.connect(database)
     with facts.Recorder() as recorder:
-        async with Worker(database, ledger, subscription="billing") as owner, Backend(database) as standby:
+        settings: dict[str, object] = {"lease_timeout": 90.0}
+        async with (
+            Worker(database, ledger, subscription="billing", settings=settings) as owner,
+            Backend(database) as standby,
+        ):
 
             async def is_owned() -> bool:
                 return bool(await observer.fetchval("SELECT count(owner) FROM pgbackend.offsets"))

@@ -87,7 +87,7 @@ class Broker:
         """The answer to a POST."""
         return await self.request("POST", path, headers=headers, body=body)
 
-    async def talk(self, *parts: bytes, timeout: float = 10.0) -> bytes:
+    async def talk(self, *parts: bytes, timeout: float = 30.0) -> bytes:
         """What comes back on a connection of its own until the broker closes it, after these bytes were sent.
 
         Empty when the broker closed without an answer.

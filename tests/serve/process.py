@@ -117,7 +117,7 @@ def config(target: Target, name: str = "billing", options: str = "") -> str:
     return f"triggers: {{{name}: {{target: {{url: '{target.url}'}}{options}}}}}"
 
 
-async def refused(url: str, timeout: float = 20.0) -> None:
+async def refused(url: str, timeout: float = 60.0) -> None:
     """Return once nobody listens there any more."""
     parts = urlsplit(url)
     async with asyncio.timeout(timeout):

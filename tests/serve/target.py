@@ -49,7 +49,7 @@ class Target:
         self.answer: Answer = lambda request: web.Response(status=204)
         self._arrived = asyncio.Condition()
 
-    async def wait(self, count: int, timeout: float = 20.0) -> list[Request]:
+    async def wait(self, count: int, timeout: float = 60.0) -> list[Request]:
         """The requests, once there are `count` of them."""
         try:
             async with asyncio.timeout(timeout), self._arrived:

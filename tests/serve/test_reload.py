@@ -37,11 +37,11 @@ class Follower:
             async for configuration in changes:
                 self._found.put_nowait(configuration)
 
-    async def next(self, timeout: float = 10.0) -> Configuration:
+    async def next(self, timeout: float = 30.0) -> Configuration:
         async with asyncio.timeout(timeout):
             return await self._found.get()
 
-    async def names(self, timeout: float = 10.0) -> list[str]:
+    async def names(self, timeout: float = 30.0) -> list[str]:
         return list((await self.next(timeout)).triggers)
 
     @property

@@ -423,7 +423,7 @@ async def _new_trigger_gets(url: str, targets: Sequence[Target], marker: str) ->
     await eventually("the new trigger gets events", arrives, interval=0.05)
 
 
-async def _until(is_so: Any, timeout: float = 20.0) -> None:
+async def _until(is_so: Any, timeout: float = 60.0) -> None:
     async def check() -> bool:
         return bool(is_so())
 

@@ -32,7 +32,7 @@ async def send(broker: Broker, *ids: object, **attributes: str) -> None:
     assert answer.status == 202
 
 
-async def settled(broker: Broker, name: str = "billing", timeout: float = 20.0) -> SubscriptionStatus:
+async def settled(broker: Broker, name: str = "billing", timeout: float = 60.0) -> SubscriptionStatus:
     """The subscription's status once it owes nothing."""
     try:
         async with asyncio.timeout(timeout):
@@ -354,7 +354,7 @@ class TestStartAndBounds:
         assert target.ids() == ["new"]
 
 
-async def complete(broker: Broker, timeout: float = 20.0) -> None:
+async def complete(broker: Broker, timeout: float = 60.0) -> None:
     async with asyncio.timeout(timeout):
         while not subscription(await broker.backend.status(), "billing").complete:
             await asyncio.sleep(0.02)

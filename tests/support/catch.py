@@ -30,7 +30,7 @@ class Catch:
         self.positions.append(event.position)
         self.at.setdefault(event.id, time.monotonic())
 
-    async def has(self, *ids: str, timeout: float = 15.0) -> None:
+    async def has(self, *ids: str, timeout: float = 30.0) -> None:
         """Return once these were handled."""
 
         async def caught() -> bool:

@@ -45,7 +45,7 @@ class EmbeddedUser:
             start_new_session=True,  # a process group to kill
         )
         assert self._process.stdout
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             self.dsn = (await self._process.stdout.readline()).decode().strip()
         assert self.dsn, "it did not start; see its stderr"
         return self
@@ -70,7 +70,7 @@ class EmbeddedUser:
         """What the terminal does at Ctrl-C. The process itself takes no notice."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    async def stop(self, timeout: float = 30.0) -> None:
+    async def stop(self, timeout: float = 60.0) -> None:
         """Return once it has called `stop()` and ended."""
         assert self.process.stdin
         self.process.stdin.write(b"stop\n")

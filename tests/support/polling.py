@@ -8,7 +8,7 @@ Value = TypeVar("Value")
 
 
 async def eventually(
-    what: str, condition: Callable[[], Awaitable[Value]], timeout: float = 10.0, *, interval: float = 0.02
+    what: str, condition: Callable[[], Awaitable[Value]], timeout: float = 30.0, *, interval: float = 0.02
 ) -> Value:
     """The first true value of `condition`; TimeoutError that says `what` was waited for, and what was seen last."""
     loop = asyncio.get_running_loop()

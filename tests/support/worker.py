@@ -67,7 +67,7 @@ class Worker:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(self._job).encode() + b"\n")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             line = await self._process.stdout.readline()
         assert line == b"ready\n", "the worker did not start; see its stderr"
         return self
@@ -91,7 +91,7 @@ class Worker:
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
-    async def stop(self, timeout: float = 30.0) -> None:
+    async def stop(self, timeout: float = 60.0) -> None:
         """Return once it has drained, committed and ended; fails when it ended otherwise."""
         self.process.terminate()
         async with asyncio.timeout(timeout):
