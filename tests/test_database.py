@@ -34,7 +34,7 @@ async def test_an_outage_of_postgresql_is_a_few_warnings(database: str, caplog: 
             await recorder.wait("lease claimed")
             proxy.cut()
             for name in ("presence lost", "claim failed"):
-                await recorder.wait(name, count=5)
+                await recorder.wait(name, timeout=25, count=5)
             proxy.restore()
         warnings = [record.getMessage().partition(" failures=")[0] for record in caplog.records]
         assert {name: warnings.count(name) for name in ("presence lost", "claim failed")} == {

@@ -81,7 +81,7 @@ async def test_a_subscription_begins_behind_a_date(log: Backend, database: str) 
 async def test_a_date_before_the_log_is_its_beginning_and_one_ahead_waits_for_it(log: Backend, database: str) -> None:
     early, late = Catch(), Catch()
     await log.subscribe("early", early, start=datetime(2000, 1, 1, tzinfo=UTC), order="strict")
-    soon = await clock(database) + timedelta(seconds=0.5)
+    soon = await clock(database) + timedelta(seconds=2.5)
     await log.subscribe("late", late, start=soon)
     await produce(log, "before")
 
@@ -254,7 +254,7 @@ async def test_an_end_position_ahead_of_the_log_is_waited_for(log: Backend) -> N
 
 async def test_an_end_date_is_reached_by_the_clock_on_a_quiet_log(log: Backend, database: str) -> None:
     catch = Catch()
-    end = await clock(database) + timedelta(seconds=0.7)
+    end = await clock(database) + timedelta(seconds=2.5)
     await log.subscribe("s", catch, start="earliest", end=end)
     await catch.has("9")
     assert not (await log.status()).subscriptions[0].complete

@@ -203,7 +203,7 @@ async def test_what_changes_every_50_ms_loses_nothing_repeats_nothing_and_keeps_
         loop = asyncio.get_running_loop()
         until, count = loop.time() + seconds, 0
         with Recorder() as recorder:
-            while loop.time() < until:
+            while loop.time() < until or count < 20:
                 await changes.one()
                 count += 1
                 await asyncio.sleep(0.05)
@@ -226,5 +226,4 @@ async def test_what_changes_every_50_ms_loses_nothing_repeats_nothing_and_keeps_
     log = [(row[0], row[1]) for row in await connection.fetch("SELECT position, id FROM pgbackend.events ORDER BY 1")]
     await connection.close()
 
-    assert count > 10, "nothing was changed"
     diary.check(log)

@@ -698,7 +698,7 @@ class TestBounds:
         """Dates are those of recording, by the server's clock, not the events' own `time`."""
         async with serving(database) as broker:
             await send(broker, *range(1, 6), time="1999-01-01T00:00:00Z")
-            between = datetime.now(UTC) + timedelta(seconds=0)
+            between = datetime.now(UTC)
             positions = [event.position for event in await _positioned(broker)]
         for bounds, expected in (
             (f'{{byId: {{start: "{positions[0]}", end: "{positions[3]}"}}}}', "23"),
@@ -739,9 +739,10 @@ class TestBounds:
         self, database: str, target: Target
     ) -> None:
         """No event past the end is needed for it, and none that comes later undoes it."""
-        end = (datetime.now(UTC) + timedelta(seconds=2)).isoformat()
-        config = self.bounded(target.url, f"{{byDate: {{end: '{end}'}}}}")
-        async with serving(database, config=config) as broker:
+        async with serving(database) as broker:
+            end = (datetime.now(UTC) + timedelta(seconds=4)).isoformat()
+            config = self.bounded(target.url, f"{{byDate: {{end: '{end}'}}}}")
+            await broker.configure(config)
             await send(broker, "in time")
             await target.wait(1)
             await _is_complete(broker)
