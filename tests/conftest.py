@@ -13,10 +13,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+import hypothesis
 import pytest
 
 from pgbackend import Backend, schema
 from pgbackend.embedded import EmbeddedServer
+
+# How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -65,7 +65,7 @@ class Follower:
 steps = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 9)), max_size=150)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(steps)
 @example([(9, 0), (9, 1), (9, 1), (9, 0), (8, 1), (8, 1), (8, 9), (0, 0), (0, 0), (0, 0), (0, 0), (9, 6), (9, 9)])
 def test_no_interleaving_of_appenders_and_readers_loses_doubles_or_misorders_an_event(
@@ -90,7 +90,7 @@ def test_no_interleaving_of_appenders_and_readers_loses_doubles_or_misorders_an_
         follower.account.verify()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=80), st.integers(1, 8))
 def test_once_every_open_appender_is_overdue_nothing_visible_is_held_back(
     script: list[tuple[int, int]], waits: int

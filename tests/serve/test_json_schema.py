@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -155,7 +155,7 @@ def _below(shape: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
 
 
 @given(section() | FILES)
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500)
 def test_whatever_a_file_says_it_is_refused_in_words_or_right_for_an_editor_too(file: Any) -> None:
     try:
         load(json.dumps(file), origin="broker.yaml")
