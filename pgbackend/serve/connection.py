@@ -20,6 +20,7 @@ two thirds of what uvicorn costs. Any other goes uvicorn's way as soon as that i
 """
 
 import asyncio
+import re
 import resource
 from http import HTTPStatus
 from typing import cast
@@ -31,7 +32,9 @@ from uvicorn.server import ServerState
 from pgbackend.serve.ingest import STOPPING, Ingest, Problem, come_back
 
 _HEAD_BYTES = 1 << 16
-_HEAD_TOO_LARGE = f"The request's headers are too large: expected at most {_HEAD_BYTES} bytes."
+_HEADERS = 500
+"""In one request. Each takes a hundred bytes besides its own: 64 KiB of tiny ones would be 2 MB."""
+_HEAD_TOO_LARGE = f"The request's headers are too large: expected at most {_HEAD_BYTES} bytes, in {_HEADERS} headers."
 _PATIENCE = 20.0
 """Seconds that a request may take to arrive, a longer one has to bring `_BYTES_A_SECOND` meanwhile; and seconds that
 an answer may take to be read."""
@@ -44,6 +47,9 @@ _QUEUED_BYTES = 64 << 20
 """Of all such requests together."""
 _QUEUED_REQUEST = 2_500
 """Bytes of memory that such a request takes besides its body."""
+
+# `http://host` for `http://host/`, which uvicorn does not know.
+_add_path = re.compile(rb"^([a-z]+://[^/?#]*)(?=[?#]|$)", re.IGNORECASE).sub
 
 
 class State(ServerState):
@@ -136,11 +142,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _HEAD_TOO_LARGE))
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's says None, which asyncio takes for False
-        """Whether the connection stays: for the answers to whole requests, if the client sends nothing behind them."""
-        if self._receiving or self._is_answered() or self.scheme == "https":  # TLS cannot be half closed, says the loop
-            return False
-        self.cycle.keep_alive = False
-        return True
+        """Whether the connection stays: for the answers to whole requests. Nobody waits for one that is not."""
+        return self.scheme != "https" and self._take_no_more()  # TLS cannot be half closed, says the loop
 
     def on_message_begin(self) -> None:
         # What uvicorn makes here is made if its way is gone.
@@ -159,6 +162,9 @@ class Connection(HttpToolsProtocol):
             if name == b"expect" and value.lower() == b"100-continue":
                 self.expect_100_continue = True
             self.headers.append((name, value))
+            if len(self.headers) > _HEADERS:
+                self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                raise ValueError(_HEAD_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -231,7 +237,7 @@ class Connection(HttpToolsProtocol):
         """Do what uvicorn would have done with the head and the body so far. Raises ValueError to refuse them."""
         if not self._is_answered() and len(self.pipeline) >= _MAX_QUEUED:
             raise ValueError("so many requests ahead of their answers")
-        url, headers, expects, piece = self.url, self.headers, self.expect_100_continue, self._piece
+        url, headers, expects, piece = _add_path(rb"\1/", self.url), self.headers, self.expect_100_continue, self._piece
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue, self._piece = url, headers, expects, b""
         self.scope["headers"] = headers
@@ -334,25 +340,38 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Take no more of what this client sends. What is being received is told why, unless its answer has begun.
 
-        Requests before it get their own answers, the last of them closes the connection, and this one gets none: read
-        in its place, it would be taken for theirs.
+        With requests before it that wait for theirs it gets none: read in its place, it would be taken for theirs.
         """
-        self.parser = None  # type: ignore[assignment]  # as uvicorn has it once a connection is lost
-        has_cycle = not (self._in_head or self._undecided)
-        self._receiving = False
-        if has_cycle and self.pipeline:
-            self.pipeline.popleft()
-            self.cycle = self.pipeline[0][0] if self.pipeline else cast("RequestResponseCycle", self._answering)
-            has_cycle = False
-        if not has_cycle and not self._is_answered():
-            self.cycle.keep_alive = False
-            self.flow.pause_reading()
-            self._account_for_queue()
+        if self._take_no_more():
             return
-        if not has_cycle or not self.cycle.response_started:
+        if not self._has_cycle() or not self.cycle.response_started:
             self._ingest.count_refused(problem.status)
             self.transport.write(self._written(problem, keep_alive=False))
+        self._receiving = False
         self.transport.close()
+
+    def _take_no_more(self) -> bool:
+        """Nothing more is read. Whether requests before what is being received are still to be answered.
+
+        Then that is forgotten, and the last of their answers closes the connection.
+        """
+        self.parser = None  # type: ignore[assignment]  # as uvicorn has it once a connection is lost
+        if self._has_cycle():
+            if not self.pipeline:
+                return False
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else cast("RequestResponseCycle", self._answering)
+        elif self._is_answered():
+            return False
+        self._receiving = False
+        self.cycle.keep_alive = False
+        self.flow.pause_reading()
+        self._account_for_queue()
+        return True
+
+    def _has_cycle(self) -> bool:
+        """Whether what is being received has gone uvicorn's way."""
+        return self._receiving and not (self._in_head or self._undecided)
 
     def _written(self, problem: Problem, *, keep_alive: bool) -> bytes:
         body = problem.body()

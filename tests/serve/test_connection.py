@@ -94,6 +94,13 @@ async def test_headers_that_are_too_large_are_refused(sent: bytes, broker: Broke
     assert answer == b"" or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")), answer
 
 
+async def test_headers_that_are_too_many_are_refused_however_small_they_are(broker: Broker) -> None:
+    answer = await broker.talk(HEAD + b"a:\r\n" * 501 + b"Content-Length: 0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 431 "), answer
+    answer = await broker.talk(HEAD + b"a:\r\n" * 400 + b"Connection: close\r\nContent-Length: 0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 202 "), answer
+
+
 async def test_a_large_body_does_not_count_as_headers(broker: Broker) -> None:
     await broker.send(HEADERS, b"x" * 500_000)
     await broker.send(HEADERS, b"x" * 500_000)
@@ -195,6 +202,28 @@ async def test_who_sends_no_more_between_requests_or_in_the_middle_of_one_is_not
         writer.close()
     assert len(await broker.stored()) == 1
     await _is_forgotten(broker)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [b"PO", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345", HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"],
+    ids=["line", "head", "body", "chunk"],
+)
+@pytest.mark.parametrize("whole", [1, 5])
+async def test_who_sends_no_more_in_the_middle_of_a_request_gets_the_answers_to_those_before_it(
+    whole: int, half: bytes, broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write((HEAD + b"Content-Length: 1\r\n\r\nx") * whole + half)
+    writer.write_eof()
+    await commits.reached.wait()
+    commits.go_on()
+    answer = await reader.read()
+    writer.close()
+    assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == whole
+    assert [event.data_bytes for event in await broker.stored()] == [b"x"] * whole
+    await _is_forgotten(broker)
+    assert broker.listener._server.server_state.queued_bytes == 0
 
 
 async def test_who_goes_away_while_its_event_is_stored_is_forgotten_after_that(
@@ -363,6 +392,17 @@ async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
     writer.close()
     assert [event.data_bytes for event in await broker.stored()] == [b"old", b"careful"]
+
+
+@pytest.mark.parametrize("body", [(b"x",), (b"", b"x")], ids=["in one piece", "with a body that comes later"])
+@pytest.mark.parametrize("target", [b"http://host", b"HTTP://host:80?a=b", b"http://host/path"])
+async def test_a_target_that_is_a_whole_url_is_understood(
+    target: bytes, body: tuple[bytes, ...], broker: Broker
+) -> None:
+    head = HEAD.replace(b"POST /", b"POST " + target, 1) + b"Connection: close\r\nContent-Length: 1\r\n\r\n"
+    answer = await broker.talk(head + body[0], *body[1:])
+    assert answer.startswith(b"HTTP/1.1 202 "), answer
+    assert [event.data_bytes for event in await broker.stored()] == [b"x"]
 
 
 async def test_it_is_no_proxy(broker: Broker) -> None:
