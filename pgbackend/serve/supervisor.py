@@ -16,19 +16,18 @@ in which connections wait for a worker that is frozen, or gone.
 """
 
 import asyncio
-import fcntl
 import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from socket import socket
 
 import uvloop
@@ -36,7 +35,7 @@ import uvloop
 from pgbackend import facts
 from pgbackend.database import Backoff
 from pgbackend.errors import ConfigError, PgBackendError
-from pgbackend.serve import app, logs, metrics
+from pgbackend.serve import app, counted, logs, metrics
 from pgbackend.serve.app import Orders, Settings
 from pgbackend.serve.listener import Share, bind
 from pgbackend.serve.reload import says_once
@@ -66,29 +65,18 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
     configuration = app.configuration_of(settings)
     bound = bind(settings.host, settings.port)
     supervisor = Supervisor(settings, bound)
-    counted = tempfile.TemporaryDirectory(prefix=f"pgbackend-metrics-{os.getpid()}-", ignore_cleanup_errors=True)
-    # Before the first worker starts: that they count together is decided when they import `metrics`.
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = counted.name
+    with bound, counted.new_directory() as directory:
+        # Before the first worker starts: that they count together is decided when they import `metrics`.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
 
-    def at_once() -> None:
-        supervisor.kill()
-        counted.cleanup()
+        def at_once() -> None:
+            supervisor.kill()
+            shutil.rmtree(directory, ignore_errors=True)
 
-    with bound, counted, _locked(counted.name), app.obeying_signals(at_once=at_once) as orders:
-        if settings.dsn is None:
-            say(app.embedded_notice(settings))
-        await supervisor.run(orders, lambda: app.announce(settings, configuration, bound, say))
-
-
-@contextmanager
-def _locked(directory: str) -> Iterator[None]:
-    """While it is open, systemd-tmpfiles does not take what is in there for forgotten."""
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(file)
+        with app.obeying_signals(at_once=at_once) as orders:
+            if settings.dsn is None:
+                say(app.embedded_notice(settings))
+            await supervisor.run(orders, lambda: app.announce(settings, configuration, bound, say))
 
 
 class Supervisor:
@@ -313,16 +301,14 @@ def _work(settings: Settings, bound: socket, share: Share, reports: Connection) 
     logs.configure(settings.log_format, settings.log_level)
     reporting = _Reporting(reports)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with (
+            counted.held(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])),
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
             runner.run(_serve(settings, bound, share, reporting))
     except PgBackendError as error:
         reporting.problem(error)
         sys.exit(1)
-    finally:
-        supervisor = multiprocessing.parent_process()
-        if supervisor is not None and not supervisor.is_alive():
-            # Nobody else will.
-            shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
 
 
 class _Reporting:

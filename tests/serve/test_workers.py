@@ -438,6 +438,24 @@ class TestStop:
             await target.wait(2)
         assert target.ids() == ["1", "2"]
 
+    async def test_when_all_are_killed_the_next_broker_removes_what_they_counted_in(self, database: str) -> None:
+        async with workers("--dsn", database) as serve:
+            await serve.listening()
+            started = await pids(serve)
+            serve.send(signal.SIGSTOP)  # so that it replaces none
+            for pid in started:
+                os.kill(pid, signal.SIGKILL)
+            serve.send(signal.SIGKILL)
+            await serve.ended()
+            assert left_behind(serve)
+            async with workers("--dsn", database) as successor:
+                await successor.listening()
+                assert not left_behind(serve)
+                assert left_behind(successor)
+                async with workers("--dsn", database) as other:
+                    await other.listening()
+                    assert left_behind(successor)
+
 
 class TestLoss:
     @pytest.mark.slow
