@@ -11,8 +11,9 @@ guess types and invent missing attributes.
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import count
 from json.encoder import encode_basestring
 from typing import Literal
 from urllib.parse import quote, unquote_to_bytes
@@ -73,27 +74,31 @@ def parse_structured(body: bytes) -> Event:
 
 def parse_batch(body: bytes) -> list[Event]:
     """All events of a batch, or `EventError` that names the index of the first bad one."""
+    return list(read_batch(body))
+
+
+def read_batch(body: bytes) -> Iterator[Event]:
+    """As `parse_batch`, one by one, for who will not take just any number of them."""
     text = _utf8_text(body)
     pos = _skip(text, 0)
     if not text.startswith("[", pos):
         raise EventError("A batch is a JSON array of events; this is something else.")
-    events: list[Event] = []
     pos = _skip(text, pos + 1)
     if text.startswith("]", pos):
         _end_of(text, pos + 1)
-        return events
-    while True:
+        return
+    for index in count():
         try:
             row, pos = _read_event(text, pos)
         except EventError as error:
-            raise EventError(f"Batch, index {len(events)}: {error}") from error.__cause__
-        events.append(Event(row))
+            raise EventError(f"Batch, index {index}: {error}") from error.__cause__
+        yield Event(row)
         pos = _skip(text, pos)
         if text.startswith("]", pos):
             _end_of(text, pos + 1)
-            return events
+            return
         if not text.startswith(",", pos):
-            raise EventError(f"Not JSON: expected ',' or ']' at character {pos}, after index {len(events) - 1}.")
+            raise EventError(f"Not JSON: expected ',' or ']' at character {pos}, after index {index}.")
         pos = _skip(text, pos + 1)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import pairwise
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
+from pgbackend.event import Event
 from pgbackend.serve import ingest as ingest_module
 from pgbackend.serve.config import load
 from pgbackend.serve.ingest import Limits
@@ -209,9 +210,29 @@ class TestLimits:
             three = b"[%b]" % b",".join([envelope()] * 3)
             assert (await broker.send(BATCH, three)).status == 202
             answer = await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 4))
-            assert (answer.status, "4 events" in answer.detail) == (413, True)
+            assert (answer.status, "too many events" in answer.detail) == (413, True)
+            # What stands behind those that there may be is not even read.
+            assert (await broker.send(BATCH, b"[%b" % b",".join([envelope()] * 4 + [b"]"]))).status == 413
             assert (await broker.send(BATCH, three + b" " * 1000)).status == 413
             assert len(await broker.stored()) == 3
+
+    async def test_a_large_batch_leaves_others_their_turns(
+        self, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        others: list[str] = []
+        seen: list[int] = []
+        read = wire.read_batch
+
+        def reading(body: bytes) -> Iterator[Event]:
+            for event in read(body):
+                seen.append(len(others))
+                asyncio.get_running_loop().call_soon(others.append, event.id)
+                yield event
+
+        monkeypatch.setattr(wire, "read_batch", reading)
+        monkeypatch.setattr(ingest_module, "_BREATH", 0.0)
+        assert (await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 3))).status == 202
+        assert seen == [0, 1, 2]
 
     async def test_all_requests_together_hold_a_bounded_number_of_bytes(self, database: str) -> None:
         """Slow clients that each stay below the limit of one request cannot exhaust memory together."""
