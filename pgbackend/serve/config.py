@@ -54,7 +54,7 @@ from pgbackend.serve.values import (
     refuse,
 )
 
-_FILE_BYTES = 8 << 20
+FILE_BYTES = 8 << 20
 """Of a configuration. Thousands of triggers are one; what is larger is another file, and YAML would take minutes."""
 
 
@@ -88,9 +88,9 @@ def load_file(path: FilePath, *, files: set[FilePath] | None = None) -> "Configu
     """The configuration in the file at `path`, as `load()`. Raises ConfigError, also when it cannot be read."""
     try:
         with path.open("rb") as file:
-            content = file.read(_FILE_BYTES + 1)
-        if len(content) > _FILE_BYTES:
-            raise ConfigError(f"{path}: too large: expected at most {_FILE_BYTES >> 20} MiB of YAML or JSON.")
+            content = file.read(FILE_BYTES + 1)
+        if len(content) > FILE_BYTES:
+            raise ConfigError(f"{path}: too large: expected at most {FILE_BYTES >> 20} MiB of YAML or JSON.")
         text = content.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: expected YAML or JSON text.") from None

@@ -26,7 +26,7 @@ from watchfiles import awatch
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError
-from pgbackend.serve.config import Configuration, load_file
+from pgbackend.serve.config import FILE_BYTES, Configuration, load_file
 
 _LOOK = 1.0
 """Seconds between looks when nothing is said to have happened."""
@@ -181,8 +181,12 @@ def _ways(path: Path) -> Iterator[Path]:
         path = link.parent / link.readlink() / path.relative_to(link)
 
 
-def _digest(file: Path) -> bytes | None:
+def _digest(path: Path) -> bytes | None:
+    """Of as much of a file as is ever read: what stands in the place of a configuration may be a database's dump."""
     try:
-        return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else None
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(FILE_BYTES + 1)).digest()
     except OSError:
         return None

@@ -24,6 +24,7 @@ _MAX_CONCURRENCY = 10_000
 _MAX_SHARDS = 1024
 _MAX_NAME = 200
 _LONGEST = 36_525 * 86_400.0  # a century, in seconds: what PostgreSQL and the event loop can surely wait
+_SECRET_BYTES = 1 << 16  # more than a header may have; what is larger is another file, or one without end
 _SHOWN = 60
 
 
@@ -202,10 +203,14 @@ def _secret(value: object, info: ValidationInfo) -> str:
     path = surroundings.directory / name
     surroundings.files.add(path)
     try:
-        secret = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+        with path.open("rb") as file:
+            content = file.read(_SECRET_BYTES + 1)
+        secret = content.decode().removesuffix("\n").removesuffix("\r")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise refuse(f"the file {name} cannot be read: {reason}", key=source) from None
+    if len(content) > _SECRET_BYTES:
+        raise refuse(f"the file {name} has more than {_SECRET_BYTES} bytes: expected a secret", key=source)
     if not secret:
         raise refuse(f"the file {name} is empty", key=source)
     return secret

@@ -429,6 +429,10 @@ MISTAKES = [
         "triggers: {a: {target: {headers: {X: {file: /not/there}}}}}",
         "headers.X.file: the file /not/there cannot be read",
     ),
+    (
+        "triggers: {a: {target: {headers: {X: {file: /dev/zero}}}}}",
+        "headers.X.file: the file /dev/zero has more than 65536 bytes: expected a secret",
+    ),
     ("triggers: {a: {target: {headers: {X: {vault: x}}}}}", "headers.X: expected text, {env: NAME} or {file: PATH}"),
     ('triggers: {a: {target: {headers: {X: "a\\r\\nY: b"}}}}', "headers.X: expected a value of one line"),
     ('triggers: {a: {target: {headers: {"X: a": b}}}}', "expected the name of an HTTP header"),

@@ -234,6 +234,16 @@ async def test_a_configuration_that_is_not_valid_is_reported_and_changes_nothing
             assert await follower.names() == ["second"]
 
 
+async def test_a_file_larger_than_memory_is_reported_and_changes_nothing(file: Path) -> None:
+    with Recorder() as recorder:
+        async with following(file) as follower:
+            os.truncate(file, 1 << 42)
+            fact = await recorder.wait("configuration refused")
+            assert "too large: expected at most 8 MiB" in str(fact["error"])
+            rename_over(file, naming("second"))
+            assert await follower.names() == ["second"]
+
+
 async def test_the_same_problem_is_reported_once(file: Path) -> None:
     following = reload._Following(file, load_file(file), frozenset())
     with Recorder() as recorder:
