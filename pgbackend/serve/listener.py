@@ -43,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"Host {host!r} is no address of this machine: {error.strerror}.") from None
+        raise ConfigError(f"Host {host!r} is no address: {error.strerror}. Choose another with --host.") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -55,6 +55,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _no_port(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(f"Host {host!r} is no address of this machine. Choose another with --host.")
     reason = "it is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error)).lower()
     return ConfigError(f"Cannot listen on port {port} of {host}: {reason}. Choose another with --port.")
 

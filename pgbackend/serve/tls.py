@@ -62,13 +62,13 @@ def _context(cert: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLCon
         if key is None and _has_certificate(cert):
             raise ConfigError(f"TLS: {cert} has no private key. Give one with --tls-key.") from None
         culprit, what = (cert, "certificate") if not _has_certificate(cert) else (where, "private key")
-        raise ConfigError(f"TLS: {culprit} has no {what} in PEM form ({error.reason or error}).") from None
+        raise ConfigError(f"TLS: {culprit} has no {what} in PEM form{_reason(error)}.") from None
     if client_ca is not None:
         _read("client CA", client_ca)
         try:
             context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
-            said = f"TLS: the client CA {client_ca} has no certificate in PEM form ({error.reason or error})."
+            said = f"TLS: the client CA {client_ca} has no certificate in PEM form{_reason(error)}."
             raise ConfigError(said) from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
@@ -79,6 +79,11 @@ def _read(what: str, path: Path) -> None:
         path.read_bytes()
     except OSError as error:
         raise ConfigError(f"TLS: the {what} {path} cannot be read: {error.strerror}.") from None
+
+
+def _reason(error: ssl.SSLError) -> str:
+    # Without one its text is a line of OpenSSL's own source.
+    return f" ({error.reason})" if error.reason else ""
 
 
 def _has_certificate(path: Path) -> bool:

@@ -300,6 +300,8 @@ class TestMistakes:
                 TLS(files.cert, other)
             with pytest.raises(ConfigError, match=r"client CA .*other has no certificate in PEM form"):
                 TLS(files.cert, files.key, other)
+            with pytest.raises(ConfigError, match=r"PEM form( \([A-Z_ ]+\))?\.$"):
+                TLS(other, files.key)
 
     def test_a_key_that_is_missing_or_belongs_to_another_certificate(self, files: Files) -> None:
         with pytest.raises(ConfigError, match=r"tls\.crt has no private key\. Give one with --tls-key\."):
