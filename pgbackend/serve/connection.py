@@ -133,7 +133,7 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self._account_for_queue()
         if self._in_head:
-            too_large = self._head_bytes > _HEAD_BYTES
+            too_large = self._head_bytes > _HEAD_BYTES or len(self.headers or ()) > _HEADERS
         else:
             # Chunks of one byte have five around it; trailers, which nobody reads, would be kept by the parser.
             around = self._received_bytes - self._body_bytes
@@ -162,20 +162,18 @@ class Connection(HttpToolsProtocol):
             if name == b"expect" and value.lower() == b"100-continue":
                 self.expect_100_continue = True
             self.headers.append((name, value))
-            if len(self.headers) > _HEADERS:
-                self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                raise ValueError(_HEAD_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             self._offers_upgrade = True
             return
+        too_large = len(self.headers) > _HEADERS
         if self._head_bytes > _HEAD_BYTES:
             # The bytes counted may include some of the body, or of a request before.
-            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if size > _HEAD_BYTES:
-                self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                raise ValueError(_HEAD_TOO_LARGE)
+            too_large |= len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES
+        if too_large:
+            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise ValueError(_HEAD_TOO_LARGE)
         self._in_head = False
         self._head_bytes = 0
         self._undecided = True
