@@ -5,35 +5,31 @@ whatever that ends of: so the last to leave removes the directory, and where the
 same user does. systemd-tmpfiles heeds the same lock, and does not take for forgotten what seldom changes.
 """
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pgbackend.errors import ConfigError
 
 _PREFIX = "pgbackend-metrics-"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @contextmanager
 def new_directory() -> Iterator[Path]:
     """One of one's own, held; those that nobody holds any more are gone. Raises ConfigError where none can be made."""
-    with ExitStack() as holding:
-        try:
-            for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-                _remove_unless_held(left)
-            while True:
-                directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-                # Another broker that looks just now may have found it before it was held.
-                with suppress(FileNotFoundError):
-                    holding.enter_context(held(directory))
-                    break
-        except OSError as error:
-            said = f"Workers count in a temporary directory, and none can be made: {error.strerror}. Set TMPDIR."
-            raise ConfigError(said) from None
+    try:
+        for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            _remove_unless_held(left)
+        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    except OSError as error:
+        raise _no_directory(error) from None
+    with held(directory):
         yield directory
 
 
@@ -41,23 +37,50 @@ def new_directory() -> Iterator[Path]:
 def held(directory: Path) -> Iterator[None]:
     """Nobody removes it while this is open; who is the last to hold it does then.
 
-    Raises FileNotFoundError when it is gone.
+    It is made again where it is gone: who tidies up temporary files must not keep workers from being replaced. Raises
+    ConfigError when that cannot be.
     """
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(file, fcntl.LOCK_SH)  # waits, for milliseconds, for who removes it
-        directory.stat()
+        file = _hold(directory)
+    except OSError as error:
+        raise _no_directory(error) from None
+    try:
         yield
     finally:
         os.close(file)
         _remove_unless_held(directory)
 
 
+def _hold(directory: Path) -> int:
+    while True:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):  # another broker has removed it, just before it was held
+            file = os.open(directory, _DIRECTORY)
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits, for milliseconds, for who removes it
+            if not _is_ours(file):
+                os.close(file)
+                raise PermissionError(errno.EPERM, f"{directory} is another user's")
+            if os.path.samestat(os.fstat(file), directory.stat()):
+                return file
+            os.close(file)
+
+
+def _no_directory(error: OSError) -> ConfigError:
+    return ConfigError(
+        f"Workers count in a temporary directory, and there can be none: {error.strerror}. Set TMPDIR to another place."
+    )
+
+
+def _is_ours(file: int) -> bool:
+    """Root may open everybody's, and everybody may make one in a directory for all."""
+    return os.fstat(file).st_uid == os.geteuid()
+
+
 def _remove_unless_held(directory: Path) -> None:
     with suppress(OSError):  # it is held, or gone, or no directory, or another user's
-        file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        file = os.open(directory, _DIRECTORY)
         try:
-            if os.fstat(file).st_uid == os.geteuid():  # root may open everybody's
+            if _is_ours(file):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(directory, ignore_errors=True)
         finally:

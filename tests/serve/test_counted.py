@@ -38,8 +38,25 @@ def test_the_last_to_leave_removes_it() -> None:
     assert directory.is_dir()
     holding.__exit__(None, None, None)
     assert not directory.exists()
-    with pytest.raises(FileNotFoundError), held(directory):
+
+
+def test_one_that_somebody_has_tidied_up_is_made_again() -> None:
+    with new_directory() as directory:
+        directory.rmdir()
+        with held(directory):
+            assert directory.stat().st_mode & 0o777 == 0o700
+            with new_directory():
+                assert directory.is_dir()
+    assert not directory.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make something another user's")
+def test_another_users_in_its_place_is_not_counted_in(temporary: Path) -> None:
+    theirs = left_by_the_dead(temporary)
+    os.chown(theirs, 20_551, 20_551)
+    with pytest.raises(ConfigError, match="is another user's"), held(theirs):
         pass
+    assert (theirs / "counter_1.db").exists()
 
 
 def test_those_of_the_dead_are_removed_and_those_of_the_living_stay(temporary: Path) -> None:
@@ -88,7 +105,9 @@ def test_another_users_stays(temporary: Path) -> None:
 def test_where_none_can_be_made_it_is_one_clear_line(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "not there"))
     with (
-        pytest.raises(ConfigError, match=r"none can be made: No such file or directory. Set TMPDIR\.$"),
+        pytest.raises(
+            ConfigError, match=r"there can be none: No such file or directory\. Set TMPDIR to another place\.$"
+        ),
         new_directory(),
     ):
         pass

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import tempfile
@@ -482,6 +483,19 @@ class TestLoss:
             assert await owner(database, "billing") != killed
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
+
+    async def test_one_is_replaced_although_somebody_has_removed_all_temporary_files(self, database: str) -> None:
+        async with workers("--dsn", database) as serve:
+            await serve.listening()
+            killed, _ = await pids(serve)
+            for directory in left_behind(serve):
+                shutil.rmtree(directory)
+            os.kill(killed, signal.SIGKILL)
+            await pids(serve, 3)
+            assert left_behind(serve)
+            serve.send(signal.SIGTERM)
+            assert await serve.ended() == 0
+            assert not left_behind(serve)
 
     async def test_while_none_can_be_made_the_others_go_on(self, database: str) -> None:
         """The supervisor may open no more files: as bad for it as no memory for a process."""
