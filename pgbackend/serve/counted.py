@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pgbackend.errors import ConfigError
@@ -54,15 +54,16 @@ def held(directory: Path) -> Iterator[None]:
 def _hold(directory: Path) -> int:
     while True:
         directory.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileNotFoundError):  # another broker has removed it, just before it was held
+        # Another broker may remove it, just before it is held.
+        with suppress(FileNotFoundError), ExitStack() as opened:
             file = os.open(directory, _DIRECTORY)
-            fcntl.flock(file, fcntl.LOCK_SH)  # waits, for milliseconds, for who removes it
+            opened.callback(os.close, file)
             if not _is_ours(file):
-                os.close(file)
                 raise PermissionError(errno.EPERM, f"{directory} is another user's")
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits, for milliseconds, for who removes it
             if os.path.samestat(os.fstat(file), directory.stat()):
+                opened.pop_all()
                 return file
-            os.close(file)
 
 
 def _no_directory(error: OSError) -> ConfigError:
