@@ -452,13 +452,7 @@ class Backend:
         if name in self._registrations:
             raise exists(name)
         self._registrations[name] = Registration(
-            name,
-            shards=shards,
-            dispatcher=dispatcher,
-            dead_letter=dead_letter,
-            filter=filter,
-            concurrency=concurrency,
-            retry=retry,
+            name, dispatcher=dispatcher, dead_letter=dead_letter, filter=filter, concurrency=concurrency, retry=retry
         )
         if self._worker is not None:
             self._worker.claim_soon()
@@ -584,6 +578,34 @@ class Backend:
             # the new terms goes the old way. Nor does anybody else hear of it who may know the old way only.
             if registration is None:
                 await parts.notifier.notify_leases()
+
+    async def reshard(self, name: str, shards: int) -> None:
+        """Return once the subscription has that many shards. It goes on wherever it runs; nobody restarts for it.
+
+        Nothing is lost, and events of one key stay in their order. It rests for a moment: every worker that runs it
+        lets what is at work end, within `drain_timeout`; then its shards are taken, and only what is at work there may
+        be dispatched again. Shards that lag behind others go on by themselves to where the farthest one stands, before
+        the new ones begin. `subscribe()` wants the new number from then on.
+
+        Raises SubscriptionNotFoundError when there is none, ConfigError for a number that cannot be,
+        SubscriptionMismatchError while an earlier change is on its way.
+        """
+        _check_terms(name, start="latest", end=None, order="none", shards=shards)
+        parts = self._use()
+        changed = await self._in_this_life(
+            lambda: parts.subscriptions.reshard(
+                name, shards, patience=self._settings.drain_timeout, on_rest=self._tell_workers
+            )
+        )
+        if changed:
+            facts.emit("subscription resharded", subscription=name, shards=shards)
+            await self._tell_workers()
+
+    async def _tell_workers(self) -> None:
+        """There are shards to claim or to give up, here or elsewhere."""
+        if self._worker is not None:
+            self._worker.claim_soon()
+        await self._use().notifier.notify_leases()
 
     @asynccontextmanager
     async def _at_rest(self, registration: Registration) -> AsyncIterator[None]:

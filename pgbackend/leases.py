@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from uuid import UUID
 
 from pgbackend import facts
@@ -24,11 +25,37 @@ from pgbackend.model import Epoch, Position
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
 from pgbackend.shard import Lease, Tenure
+from pgbackend.sharing import Peer, ShardKey
 from pgbackend.sql import load
 from pgbackend.sql.statements import LeasesSql
 
 _ECHO_TIMEOUT = 5.0
 """Seconds in which a NOTIFY to itself must come back, before a listener is called deaf."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyedShard:
+    """A shard as all workers see it."""
+
+    key: ShardKey
+    epoch: int
+    owner: UUID | None
+    free: bool
+    """Whether it is nobody's, or a dead worker's."""
+    resting: bool
+    """Whether nobody is to run it for now: somebody is about to change its subscription."""
+    old: bool
+    """Whether it ends, and others take over from there: its subscription's number of shards changes."""
+    over: bool
+    """Whether it has come to that end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What all workers see."""
+
+    peers: Sequence[Peer]
+    shards: Sequence[SurveyedShard]
 
 
 class Leases:
@@ -39,15 +66,48 @@ class Leases:
         self._sql = load(LeasesSql, "leases", schema=schema)
         self._worker = worker
 
-    async def claim(self, subscriptions: Sequence[str]) -> list[Lease]:
-        """Take every shard of these subscriptions that is free now."""
-        rows = await self._log.database.fetch(self._sql.claim, subscriptions, self._worker, self._log.incarnation)
+    async def survey(self) -> "Survey":
+        """Who is alive, and who has which shard."""
+        # Workers first: of a shard's owner that is not among them, nothing is known yet but that it lives.
+        workers = await self._log.database.fetch(self._sql.survey_workers)
+        shards = await self._log.database.fetch(self._sql.survey_shards)
+        return Survey(
+            peers=[Peer(row["id"], frozenset(row["subscriptions"]), row["asks"]) for row in workers],
+            shards=[
+                SurveyedShard(
+                    key=(row["subscription"], row["shards"], row["shard"]),
+                    epoch=row["epoch"],
+                    owner=row["owner"],
+                    free=row["free"],
+                    resting=row["resting"],
+                    old=row["old"],
+                    over=row["over"],
+                )
+                for row in shards
+            ],
+        )
+
+    async def announce(self, subscriptions: Sequence[str], *, asks: bool) -> None:
+        """Tell the others what this worker runs, and whether it has room for more."""
+        await self._log.database.execute(self._sql.announce, self._worker, subscriptions, asks)
+
+    async def claim(self, shards: Sequence[ShardKey]) -> list[Lease]:
+        """Take these shards, those of them that are free now."""
+        rows = await self._log.database.fetch(
+            self._sql.claim,
+            [subscription for subscription, _, _ in shards],
+            [count for _, count, _ in shards],
+            [shard for _, _, shard in shards],
+            self._worker,
+            self._log.incarnation,
+        )
         return [
             Lease(
                 subscription=row["subscription"],
                 shard=row["shard"],
                 shards=row["shards"],
                 epoch=Epoch(row["epoch"]),
+                until=row["until"],
                 position=Position(row["position"]),
                 pending=RangeSet.parse(row["pending"]),
                 place=row["ctid"],
@@ -60,10 +120,6 @@ class Leases:
             )
             for row in rows
         ]
-
-    async def held(self) -> set[int]:
-        """The epochs that are still this worker's."""
-        return {row["epoch"] for row in await self._log.database.fetch(self._sql.held, self._worker)}
 
     async def release(self, epochs: Sequence[int]) -> None:
         """Give these shards up; others may claim them from now on."""

@@ -101,6 +101,7 @@ class Pump:
         self._strict = lease.order == "strict"
         self._ordered = lease.order != "none"
         self._ended = lease.complete
+        self._stop = lease.stop
         self._ready: deque[Event] = deque()
         self._again: deque[_Again] = deque()
         self._letters: deque[_Again] = deque()
@@ -137,7 +138,9 @@ class Pump:
             self._tasks = tasks
             if not self._ended:
                 self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
-                if self._lease.end_position is not None or self._lease.end_at is not None:
+                bounded = self._lease.end_position is not None or self._lease.end_at is not None
+                # A shard that ends for good does not speak for those that take over from it.
+                if bounded and self._lease.until is None:
                     tasks.create_task(self._finish(), name=f"finish {name}")
             try:
                 await asyncio.get_running_loop().create_future()
@@ -167,6 +170,10 @@ class Pump:
                     threads=self.registration.threads is not None,
                 )
         self._cursor.close()
+        if self.shard.is_over:
+            # Those that take over find in its offset what is left: nobody reads for this shard again.
+            self.shard.window.seal()
+            self._note(self.shard)
 
     def _begin_no_more(self) -> None:
         self._stopping = True
@@ -227,33 +234,34 @@ class Pump:
             await self._admit(batch)
             for hole in batch.closed:
                 window.close_hole(hole)
-            end = self._lease.end_position
-            upto = batch.upto if end is None else min(batch.upto, end - 1)
+            stop = self._stop
+            upto = batch.upto if stop is None else min(batch.upto, stop - 1)
             if upto > window.position or batch.closed or batch.opened:
                 window.advance(upto)
                 self._note(self.shard)
             cursor.advance(batch.upto)
-            self._ended = end is not None and batch.upto >= end - 1 and not window.holes.below(end - 1)
+            self._ended = self.shard.is_over or (
+                stop is not None and batch.upto >= stop - 1 and not window.holes.below(stop - 1)
+            )
         # Or its stream would keep for it, up to the whole buffer, what it never takes.
         cursor.close()
 
     def _before_end(self, hole: tuple[int, int]) -> tuple[int, int]:
-        end = self._lease.end_position
-        return hole if end is None else (hole[0], min(hole[1], end))
+        return hole if self._stop is None else (hole[0], min(hole[1], self._stop))
 
     async def _admit(self, batch: Batch) -> None:
         """Take on each event of the batch that is for this shard, waiting for room as need be."""
-        window, registration, end = self.shard.window, self.registration, self._lease.end_position
+        window, registration, stop = self.shard.window, self.registration, self._stop
         shards, shard = self._lease.shards, self._lease.shard
         lease = self._lease
         bounded = not (lease.start_position is None and lease.start_at is None and lease.end_at is None)
         start = 0
-        if not bounded and shards == 1 and end is None and not self._ordered and not batch.opened:
+        if not bounded and shards == 1 and stop is None and not self._ordered and not batch.opened:
             start = await self._admit_runs(batch)
         picky = shards > 1 or bounded or registration.filter is not None
         for index in range(start, len(batch.events)):
             event, position = batch.events[index], batch.positions[index]
-            if end is not None and position >= end:
+            if stop is not None and position >= stop:
                 # Should it be in a hole, from a time when the end was another: it stays pending.
                 continue
             if position <= window.position and position not in window.holes:

@@ -40,7 +40,6 @@ class Registration:
         self,
         name: str,
         *,
-        shards: int,
         dispatcher: ConsumerDispatcher,
         dead_letter: ConsumerDispatcher | None,
         filter: EventFilter | None,  # noqa: A002 - the word that everybody uses
@@ -48,7 +47,6 @@ class Registration:
         retry: Retry,
     ) -> None:
         self.name = name
-        self.shards = shards
         self.resting = 0
         """How many calls are at work on what is stored of it: none of its shards is claimed meanwhile."""
         self._configure(dispatcher, dead_letter, filter, concurrency, retry)

@@ -14,6 +14,7 @@ from datetime import datetime
 
 from pgbackend.model import Epoch, Failure, Order, Position
 from pgbackend.ranges import RangeSet
+from pgbackend.sharing import ShardKey
 from pgbackend.window import Window
 
 
@@ -95,6 +96,8 @@ class Lease:
     shard: int
     shards: int
     epoch: Epoch
+    until: int | None
+    """Where it ends for good, and shards of another number take over: the last position that is its own."""
     position: Position
     pending: RangeSet
     place: tuple[int, int]
@@ -109,6 +112,16 @@ class Lease:
     """Events at or behind it are not for this subscription."""
     end_at: datetime | None
     """Events recorded at or after it are not for this subscription."""
+
+    @property
+    def key(self) -> ShardKey:
+        return self.subscription, self.shards, self.shard
+
+    @property
+    def stop(self) -> int | None:
+        """The first position that is not this lease's; None while there is no such place."""
+        bounds = [self.end_position, None if self.until is None else self.until + 1]
+        return min((bound for bound in bounds if bound is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +181,12 @@ class Shard:
     @property
     def name(self) -> str:
         return f"{self.lease.subscription}/{self.lease.shard}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has read up to where it ends for good. What is at work, or pending, is not in the way."""
+        stop = self.lease.stop
+        return self.lease.until is not None and stop is not None and self.window.position >= stop - 1
 
     def may_dispatch(self) -> bool:
         return not self.lost and time.monotonic() < self.tenure.valid_until

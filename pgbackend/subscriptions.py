@@ -6,6 +6,7 @@ nothing older is replayed. For `latest` that takes the fence: positions up to th
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -45,6 +46,8 @@ _SKEW = timedelta(seconds=60)
 
 _IMPATIENCE, _PATIENCE = 0.01, 0.25
 """Seconds between two tries at shards that run elsewhere, at first and at most."""
+_REST = 5.0
+"""Seconds beyond its patience that somebody who had a subscription rest may need to say that it need not any more."""
 _DEADLOCK = "40P01"
 _UNKNOWN = "unknown"
 """The start bound of subscriptions that are older than it (migration 0002)."""
@@ -63,6 +66,8 @@ class Definition:
     """The position or date that it was told to start at last; None for the log's beginning or end."""
     version: str = ""
     """Of its row: another one when anything else in it is another."""
+    changes_shards: bool = False
+    """Whether shards of another number have not come to their end yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +145,8 @@ class Subscriptions:
         if differences:
             raise SubscriptionMismatchError(
                 f"Subscription {wanted.name!r} exists, and {', '.join(differences)}. "
-                "Subscribe with what is stored, alter its order or end with `alter_subscription()`, or delete it first."
+                "Subscribe with what is stored, or change that first: order and end with `alter_subscription()`, the "
+                "shard count with `reshard()`."
             )
         return found
 
@@ -156,6 +162,7 @@ class Subscriptions:
             end_at=row["end_at"],
             start_bound=row["start_bound"],
             version=row["version"],
+            changes_shards=row["changes_shards"],
         )
 
     async def seek(self, name: str, place: Place) -> None:
@@ -210,18 +217,74 @@ class Subscriptions:
         """
         position, pending = (None, RangeSet()) if offset is None else (offset.position, offset.pending)
         start_at, start_position = (None, None) if offset is None else (offset.start_at, offset.start_position)
+        return await self._exclusively(
+            self._sql.alter_subscription,
+            stored.name, stored.version, at_once, wanted.order, wanted.end_position, wanted.end_at,
+            wanted.start_bound, position, str(pending), start_at, start_position,
+        )  # fmt: skip
+
+    async def _exclusively(self, statement: str, *args: object) -> bool:
+        """Run a statement that locks all shards of a subscription; whether it changed anything."""
         try:
-            changed = await self._log.database.fetch(
-                self._sql.alter_subscription,
-                stored.name, stored.version, at_once, wanted.order, wanted.end_position, wanted.end_at,
-                wanted.start_bound, position, str(pending), start_at, start_position,
-            )  # fmt: skip
+            return bool(await self._log.database.fetch(statement, *args))
         except DatabaseError as error:
             # It locks the shards in their order; the commit of one who still runs them does not.
             if error.sqlstate != _DEADLOCK:
                 raise
             return False
-        return bool(changed)
+
+    async def reshard(self, name: str, shards: int, *, patience: float, on_rest: Callable[[], Awaitable[None]]) -> bool:
+        """The subscription has that many shards; whether it was this call that made it so.
+
+        Whoever runs it is asked to let what is at work end and to give its shards up, and waited for up to `patience`
+        seconds; then they are taken. `on_rest` is awaited once they are asked. Should the old ones still have a way to
+        go, they run on to the barrier before the new ones begin: see `switch()`.
+
+        Raises SubscriptionNotFoundError, ConfigError when it is strict, SubscriptionMismatchError while an earlier
+        change has not come to its end.
+        """
+        if (stored := await self._of_other_shards(name, shards)) is None:
+            return False
+        deadline = time.monotonic() + patience
+        pause = _IMPATIENCE
+        # A little longer than this call waits; it ends by itself, whatever becomes of this call.
+        await self._log.database.execute(self._sql.rest, name, patience + _REST)
+        changed = False
+        try:
+            await on_rest()
+            while not changed and (stored := await self._of_other_shards(name, shards)) is not None:
+                changed = await self._exclusively(
+                    self._sql.reshard, name, stored.version, time.monotonic() >= deadline, shards
+                )
+                if not changed:
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 1.5, _PATIENCE)
+        finally:
+            if not changed:
+                await self._log.database.execute(self._sql.rest, name, 0.0)
+        if changed:
+            await self.switch(name)
+        return changed
+
+    async def _of_other_shards(self, name: str, shards: int) -> Definition | None:
+        """What is stored, if its number of shards is another one. Raises what keeps it from being changed."""
+        stored = await self.find(name)
+        if stored is None:
+            raise not_found(name)
+        if stored.shards == shards:
+            return None
+        if stored.order == "strict":
+            raise ConfigError(f"Subscription {name!r} is strict: log order needs a single shard, not {shards}.")
+        if stored.changes_shards:
+            raise SubscriptionMismatchError(
+                f"Subscription {name!r} is on its way to {stored.shards} shards: those that it had have not come to "
+                "where the new ones begin. Try again when they have; it has to run for that, see `pgbackend status`."
+            )
+        return stored
+
+    async def switch(self, name: str) -> bool:
+        """The new shards may be claimed; or nothing has changed: the old ones are not over, or somebody has one."""
+        return await self._exclusively(self._sql.switch_shards, name)
 
     async def delete(self, name: str) -> None:
         if await self._log.database.fetchval(self._sql.delete_subscription, name) is None:

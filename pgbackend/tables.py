@@ -19,6 +19,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import (
+    ARRAY,
     BIGINT,
     BOOLEAN,
     BYTEA,
@@ -115,6 +116,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
         Column("start_bound", TEXT),
         Column("start_position", BIGINT),
+        Column("resting_until", _TIMESTAMPTZ),
         PrimaryKeyConstraint("name", name="subscriptions_pkey"),
         CheckConstraint("name <> ''", name="subscriptions_name_not_empty"),
         CheckConstraint("ordering IN ('none', 'key', 'strict')", name="subscriptions_ordering_known"),
@@ -149,6 +151,8 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("lease_timeout", INTERVAL, nullable=False),
         Column("started_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
         Column("heartbeat_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        Column("subscriptions", ARRAY(TEXT), nullable=False, server_default=text("'{}'")),
+        Column("asked_at", _TIMESTAMPTZ),
         PrimaryKeyConstraint("id", name="workers_pkey"),
         CheckConstraint("lease_timeout > interval '0'", name="workers_lease_timeout_positive"),
         postgresql_with=_HOT,

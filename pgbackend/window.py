@@ -104,6 +104,10 @@ class Window:
         """Everything up to here has been opened, skipped, or is a hole."""
         self.position = max(self.position, upto)
 
+    def seal(self) -> None:
+        """From now on the offset speaks of all that was read: what is in flight is pending."""
+        self._top = self.position
+
     def mark(self) -> tuple[int, RangeSet]:
         """The offset as it may be committed now: a position, and what at or below it is pending.
 

@@ -8,9 +8,11 @@ everything it holds in memory is void and a new worker must begin from the durab
 import asyncio
 import logging
 import os
+import random
 import socket
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import uuid4
@@ -18,7 +20,7 @@ from uuid import uuid4
 from pgbackend import facts
 from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, SchemaError
-from pgbackend.leases import Leases, Presence
+from pgbackend.leases import Leases, Presence, Survey, SurveyedShard
 from pgbackend.offsets import Committer
 from pgbackend.pump import Pump
 from pgbackend.reader import IncarnationChanged, Log
@@ -26,12 +28,18 @@ from pgbackend.redelivery import Redelivery
 from pgbackend.registration import Registration
 from pgbackend.segments import Segments
 from pgbackend.shard import Lease, Mark, Shard, Tenure
+from pgbackend.sharing import Peer, ShardKey, share
+from pgbackend.subscriptions import Subscriptions
 from pgbackend.tail import Tail
 from pgbackend.wakeup import LEASES, Hints, Notifier
 from pgbackend.window import Window
 
 _ROUND = 1.0
 """Seconds between two rounds of claiming, at most: a dead worker's shards do not wait for a long `poll_interval`."""
+_JITTER = 0.05
+"""Seconds by which workers that hear the same wake-up look at different times, at most."""
+_LEFT_LYING = 1.5
+"""Seconds after which a free shard is anybody's: two rounds, in which whoever should have it has not taken it."""
 _CANCEL_TIMEOUT = 1.0
 """Seconds that dispatchers which are cancelled have to end, before their events go to the next owner."""
 _COMMIT_TIMEOUT = 5.0
@@ -86,9 +94,14 @@ class Worker:
         self._id = uuid4()
         self._tenure = Tenure()
         self._pumps: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
-        self._retiring: dict[str, int] = {}
+        self._retiring: Counter[ShardKey] = Counter()
+        """Shards whose pumps are ending here."""
+        self._leaving: set[int] = set()
+        """Epochs of the shards that this worker is giving up so that others have their share."""
+        self._free_since: dict[ShardKey, float] = {}
         self._due = asyncio.Event()
         self._leases = Leases(log, schema=settings.schema, worker=self._id)
+        self._subscriptions = Subscriptions(log, schema=settings.schema)
         self._redelivery = Redelivery(log.database, schema=settings.schema)
         self._committer = Committer(
             log, schema=settings.schema, worker=self._id, commit_interval=settings.commit_interval
@@ -220,29 +233,86 @@ class Worker:
                 continue
             backoff.reset()
             await self._rounds.wait(since=strokes, timeout=min(self._settings.poll_interval, _ROUND))
+            # Also bounds the rounds of a time in which many shards change hands, each with a wake-up for all.
+            await asyncio.sleep(_JITTER * random.random())  # noqa: S311 - not a secret
 
     async def run_round(self) -> None:
-        """Drop what others have taken over, claim what is free."""
+        """Drop what others have taken over, then do this worker's part of sharing the shards out."""
         # Who runs nothing has nobody else to tell it that the server lives another life, in which it can claim nothing.
         await self._log.verify_incarnation()
         known = set(self._pumps)
-        held = await self._leases.held()
+        survey = await self._leases.survey()
+        held = {shard.epoch for shard in survey.shards if shard.owner == self._id}
         for epoch in known - held:
             if epoch in self._pumps:
                 self._on_lost(self._pumps[epoch][0].shard)
         # Claimed, but the connection broke before its pump began.
         await self._leases.release([epoch for epoch in held if epoch not in known])
-        owned: dict[str, int] = {}
-        for pump, _ in self._pumps.values():
-            owned[pump.registration.name] = owned.get(pump.registration.name, 0) + 1
-        wanted = [
-            name
-            for name, registration in self._registrations.items()
-            if not registration.resting and not self._retiring.get(name) and owned.get(name, 0) < registration.shards
+        await self._switch_shards(survey)
+        self._give_up(self._to_rest(survey))
+
+        me = Peer(self._id, self._able(), asks=True)
+        peers = {peer.id: peer for peer in survey.peers} | {self._id: me}
+        open_now = {shard.key: shard for shard in _to_be_run(survey)}
+        plan = share(
+            {
+                key: None if shard.free or shard.epoch in self._leaving else shard.owner
+                for key, shard in open_now.items()
+            },
+            list(peers.values()),
+        )
+        wanted = [key for key, worker in plan.items() if worker == self._id and open_now[key].owner != self._id]
+        await self._announce(survey, me, asks=any(not open_now[key].free for key in wanted))
+        self._give_up(
+            shard.epoch
+            for key, shard in open_now.items()
+            if shard.owner == self._id and key in plan and plan[key] != self._id and peers[plan[key]].asks
+        )
+        await self._claim([key for key in wanted if open_now[key].free] + self._left_lying(open_now, me))
+
+    def _able(self) -> frozenset[str]:
+        """The subscriptions whose shards this worker can run now."""
+        return frozenset(name for name, registration in self._registrations.items() if not registration.resting)
+
+    async def _switch_shards(self, survey: Survey) -> None:
+        """Where the number of shards changes and the old ones are over, let the new ones begin."""
+        old: dict[str, bool] = {}
+        for shard in survey.shards:
+            if shard.old:
+                subscription = shard.key[0]
+                old[subscription] = old.get(subscription, True) and shard.over and shard.free
+        for subscription in (name for name, are_over in old.items() if are_over and name in self._registrations):
+            if await self._subscriptions.switch(subscription):
+                facts.emit("shards switched", subscription=subscription)
+                self._rounds.ring()
+                await self._notifier.notify_leases()
+
+    def _to_rest(self, survey: Survey) -> list[int]:
+        """What this worker has to give up whoever gets it: somebody wants it at rest, or it is over."""
+        resting = {shard.epoch for shard in survey.shards if shard.resting}
+        return [epoch for epoch, (pump, _) in self._pumps.items() if epoch in resting or pump.shard.is_over]
+
+    async def _announce(self, survey: Survey, me: Peer, *, asks: bool) -> None:
+        """Have the others know what this worker runs, and that it asks for some of theirs, as long as it does."""
+        told = next((peer for peer in survey.peers if peer.id == self._id), None)
+        if told is not None and (asks or told.asks or told.subscriptions != me.subscriptions):
+            await self._leases.announce(sorted(me.subscriptions), asks=asks)
+            if asks and not told.asks:
+                # Once: who has just been told, looks.
+                await self._notifier.notify_leases()
+
+    def _left_lying(self, shards: Mapping[ShardKey, SurveyedShard], me: Peer) -> list[ShardKey]:
+        """Shards that are free for long: whoever should have them does not take them, so this worker does."""
+        now = time.monotonic()
+        self._free_since = {key: self._free_since.get(key, now) for key, shard in shards.items() if shard.free}
+        return [
+            key for key, since in self._free_since.items() if now - since > _LEFT_LYING and key[0] in me.subscriptions
         ]
-        if not wanted:
-            return
-        for lease in await self._leases.claim(wanted):
+
+    async def _claim(self, keys: Sequence[ShardKey]) -> None:
+        # One whose pump is still ending here would run twice in this process.
+        free = [key for key in dict.fromkeys(keys) if not self._retiring[key]]
+        for lease in await self._leases.claim(free) if free else ():
             registration = self._registrations.get(lease.subscription)
             if registration is None or registration.resting:
                 # Unsubscribed in this moment, or it is being moved.
@@ -284,12 +354,26 @@ class Worker:
             position=lease.position, pending=lease.pending.count(),
         )  # fmt: skip
 
+    def _give_up(self, epochs: Iterable[int]) -> None:
+        """Begin to give these shards up, each as soon as what is at work there has ended."""
+        assert self._tasks is not None  # noqa: S101 - rounds run inside run()
+        for epoch in set(epochs) & set(self._pumps) - self._leaving:
+            self._leaving.add(epoch)
+            self._tasks.create_task(self._hand_over(epoch), name=f"give up {self._pumps[epoch][0].shard.name}")
+
+    async def _hand_over(self, epoch: int) -> None:
+        try:
+            await self._retire([epoch])
+        finally:
+            self._leaving.discard(epoch)
+        self._rounds.ring()
+        await self._notifier.notify_leases()
+
     async def _retire(self, epochs: Iterable[int]) -> None:
         """Drain these pumps together, commit, and give their shards up."""
         # One may just have gone: two reasons to give a shard up, an end of the lease and of the subscription, may meet.
         leaving = [(epoch, *self._pumps[epoch]) for epoch in epochs if epoch in self._pumps]
-        for _, pump, _ in leaving:
-            self._retiring[pump.registration.name] = self._retiring.get(pump.registration.name, 0) + 1
+        self._retiring.update(pump.shard.lease.key for _, pump, _ in leaving)
         try:
             await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for _, pump, _ in leaving))
             for _, _, task in leaving:
@@ -310,8 +394,7 @@ class Worker:
                 facts.emit("lease released", subscription=pump.registration.name, shard=pump.shard.lease.shard)
             await asyncio.gather(*(task for _, _, task in leaving), return_exceptions=True)
         finally:
-            for _, pump, _ in leaving:
-                self._retiring[pump.registration.name] -= 1
+            self._retiring.subtract(pump.shard.lease.key for _, pump, _ in leaving)
 
     def _on_lost(self, shard: Shard) -> None:
         """Somebody else has the shard, or it was moved: end its pump; what is at work there may finish first."""
@@ -334,9 +417,13 @@ class Worker:
 
     def _on_committed(self, shard: Shard, mark: Mark) -> None:
         entry = self._pumps.get(shard.lease.epoch)
-        if entry is not None and mark.outcomes:
+        if entry is None:
+            return
+        if mark.outcomes:
             entry[0].committed(mark)
             self._due.set()
+        if shard.is_over and shard.lease.epoch not in self._leaving:
+            self._rounds.ring()
 
     async def _run_redelivery(self) -> None:
         backoff = Backoff()
@@ -410,6 +497,16 @@ class Worker:
             strokes = self._hints.strokes
             await asyncio.sleep(_SEGMENT_PAUSE)
             await self._hints.wait(since=strokes, timeout=_EXTEND)
+
+
+def _to_be_run(survey: Survey) -> list[SurveyedShard]:
+    """The shards that somebody may have now. As `claim` has it: new ones wait for the old ones, which end."""
+    changing = {shard.key[0] for shard in survey.shards if shard.old}
+    return [
+        shard
+        for shard in survey.shards
+        if not shard.resting and not (shard.over if shard.old else shard.key[0] in changing)
+    ]
 
 
 def _first(group: BaseExceptionGroup[BaseException] | None) -> BaseException:

@@ -17,6 +17,7 @@ from pgbackend.leases import Leases, Presence
 from pgbackend.reader import Log
 from pgbackend.shard import Tenure
 from tests.support.catch import Catch, make_event
+from tests.support.claims import claim_free
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.proxy import Proxy
@@ -82,7 +83,7 @@ async def test_of_workers_that_claim_at_once_each_shard_goes_to_one_and_stays_th
         logs = [await stack.enter_async_context(opened(database)) for _ in workers]
         claimers = [Leases(log, schema="pgbackend", worker=worker) for log, worker in zip(logs, workers, strict=True)]
         for _ in range(40):
-            claims = await asyncio.gather(*(claimer.claim(["s"]) for claimer in claimers))
+            claims = await asyncio.gather(*(claim_free(claimer, "s") for claimer in claimers))
             taken = [(lease.shard, lease.epoch) for leases in claims for lease in leases]
             assert sorted(shard for shard, _ in taken) == [0, 1, 2, 3], "a shard was taken from whoever had just got it"
             await connection.execute("UPDATE pgbackend.offsets SET owner = NULL")
@@ -104,7 +105,7 @@ async def test_a_shard_is_free_when_its_owner_is_dead(
     await connection.execute("UPDATE pgbackend.offsets SET owner = $1", other)
     await connection.close()
     async with opened(database) as log:
-        leases = await Leases(log, schema="pgbackend", worker=uuid4()).claim(["s"])
+        leases = await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")
 
     assert bool(leases) == is_free
 
@@ -120,7 +121,7 @@ async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Ba
     )  # fmt: skip
     await connection.execute("UPDATE pgbackend.offsets SET owner = $1", other)
     async with opened(database) as log:
-        assert await Leases(log, schema="pgbackend", worker=uuid4()).claim(["s"])
+        assert await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")
     await connection.close()
 
 
@@ -128,7 +129,7 @@ async def test_nothing_can_be_claimed_in_another_life_of_the_server(backend: Bac
     await backend.subscribe("s", Catch())
     async with opened(database) as log:
         await log.database.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
-        assert await Leases(log, schema="pgbackend", worker=uuid4()).claim(["s"]) == []
+        assert await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s") == []
 
 
 async def test_a_worker_without_shards_notices_another_life_of_the_server(database: str) -> None:

@@ -18,13 +18,15 @@ from pgbackend.tables import metadata
 
 ROOT = Path(__file__).parent.parent
 
-# Everything that PostgreSQL says about the tables of a schema, as text that does not name the schema.
+# Everything that PostgreSQL says about the tables of a schema, as text that does not name the schema. SQLAlchemy's
+# metadata has no place for views.
 CATALOG = {
     "relations": """
         SELECT relname::text, relkind::text, relpersistence::text, array_to_string(reloptions, ' '),
                pg_get_partkeydef(oid)
         FROM pg_class
         WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname NOT LIKE 'alembic_version%'
+            AND relkind <> 'v'
         ORDER BY 1""",
     "columns": """
         SELECT relname::text, attnum, attname::text, format_type(atttypid, atttypmod), attnotnull, attidentity::text,

@@ -18,6 +18,7 @@ from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.shard import Buried, Forgotten, Mark, Scheduled, Shard, Tenure
 from pgbackend.window import Window
 from tests.support.catch import make_event
+from tests.support.claims import claim_free
 from tests.support.polling import eventually
 from tests.support.proxy import Proxy
 
@@ -51,7 +52,7 @@ class Owner:
                 place=lease.place,
                 committed=(lease.position, str(lease.pending)),
             )
-            for lease in await self.leases.claim(names or ("s",))
+            for lease in await claim_free(self.leases, *(names or ("s",)))
         ]
 
     def settle(self, shard: Shard, *positions: int) -> None:

@@ -17,10 +17,34 @@ SELECT coalesce(array_agg(epoch), '{}') AS epochs
 FROM {schema}.offsets
 WHERE owner = $1;
 
+-- name: announce
+-- What this worker runs, and whether it has room for more: that is forgotten after a moment if it is not said again.
+UPDATE {schema}.workers
+SET subscriptions = $2::text[],
+    asked_at = CASE WHEN $3::boolean THEN clock_timestamp() END
+WHERE id = $1;
+
+-- name: survey_workers
+-- Who is alive, what it runs, and whether it has asked for more within the last three rounds.
+SELECT id, subscriptions, coalesce(asked_at > clock_timestamp() - interval '3 s', false) AS asks
+FROM {schema}.living_workers;
+
+-- name: survey_shards
+-- Every shard, with who has it. Free: nobody's, or a dead worker's. While a subscription's number of shards changes it
+-- has the old ones, which end at `until`, and the new ones, which wait for them.
+SELECT
+    stored.subscription, stored.shards, stored.shard, stored.epoch, stored.owner,
+    worker.id IS NULL AS free,
+    coalesce(subscription.resting_until > clock_timestamp(), false) AS resting,
+    stored.until IS NOT NULL AS old,
+    coalesce(stored.position >= least(stored.until, subscription.end_position - 1), false) AS over
+FROM {schema}.offsets AS stored
+JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
+LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner;
+
 -- name: claim
--- Take every free shard of these subscriptions, each under a new epoch. Free: nobody's, or a dead worker's. Dead: no
--- heartbeat for its own `lease_timeout`, or the backend it registered is gone; a start time that this role may not see
--- proves nothing. One statement in autocommit: no client can stop between the lock and the commit.
+-- Take these shards, as far as they are free, each under a new epoch. One statement in autocommit: no client can stop
+-- between the lock and the commit.
 -- Found first and locked by epoch after: a row that another worker claims in between has a new epoch and drops out. The
 -- lock's recheck of the whole condition let it pass, because the new owner's row in `workers` is not joined anew.
 -- For the same reason the subscription's terms are those of the epoch that was found: who changes them gives a new one.
@@ -28,21 +52,21 @@ WITH free AS MATERIALIZED (
     SELECT stored.subscription, stored.shards, stored.shard, stored.epoch,
         subscription.ordering, subscription.start_position, subscription.start_at, subscription.end_position,
         subscription.end_at
-    FROM {schema}.offsets AS stored
+    FROM unnest($1::text[], $2::int[], $3::int[]) AS wanted (subscription, shards, shard)
+    JOIN {schema}.offsets AS stored USING (subscription, shards, shard)
     JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
-    LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
-    WHERE stored.subscription = ANY ($1::text[])
-        AND (
-            stored.owner IS NULL
-            OR worker.id IS NULL
-            OR worker.heartbeat_at < clock_timestamp() - worker.lease_timeout
-            OR worker.backend_pid IS NOT NULL AND NOT EXISTS (
+    LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
+    WHERE worker.id IS NULL
+        AND (subscription.resting_until IS NULL OR subscription.resting_until <= clock_timestamp())
+        AND CASE
+            WHEN stored.until IS NOT NULL THEN stored.position < least(stored.until, subscription.end_position - 1)
+            ELSE NOT EXISTS (
                 SELECT
-                FROM pg_catalog.pg_stat_activity AS activity
-                WHERE activity.pid = worker.backend_pid
-                    AND (activity.backend_start = worker.backend_start OR activity.backend_start IS NULL)
+                FROM {schema}.offsets AS old
+                WHERE old.subscription = stored.subscription
+                    AND old.until IS NOT NULL
             )
-        )
+        END
 ),
 locked AS (
     SELECT stored.subscription, stored.shards, stored.shard,
@@ -53,22 +77,16 @@ locked AS (
     FOR UPDATE OF stored SKIP LOCKED
 )
 UPDATE {schema}.offsets AS stored
-SET owner = $2,
+SET owner = $4,
     epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
 FROM locked
 WHERE stored.subscription = locked.subscription
     AND stored.shards = locked.shards
     AND stored.shard = locked.shard
-    AND (SELECT id FROM {schema}.incarnation) = $3
+    AND (SELECT id FROM {schema}.incarnation) = $5
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
     stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at,
     locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at;
-
--- name: held
--- Which of this worker's leases are still its own.
-SELECT epoch
-FROM {schema}.offsets
-WHERE owner = $1;
 
 -- name: release
 -- Give shards up, so that the next round of any worker may claim them.
@@ -78,6 +96,7 @@ WHERE owner = $1
     AND epoch = ANY ($2::bigint[]);
 
 -- name: leave
+-- Also those who died long ago: a process that dies each second must not fill the table that all look at.
 DELETE FROM {schema}.workers
 WHERE id = $1
-    OR heartbeat_at < clock_timestamp() - greatest(lease_timeout, interval '1 day');
+    OR heartbeat_at < clock_timestamp() - greatest(lease_timeout * 2, interval '5 minutes');

@@ -32,8 +32,10 @@ class OffsetsSql:
 @dataclass(frozen=True, slots=True)
 class LeasesSql:
     renew: str
+    announce: str
+    survey_workers: str
+    survey_shards: str
     claim: str
-    held: str
     release: str
     leave: str
 
@@ -53,6 +55,9 @@ class SubscriptionsSql:
     create_subscription: str
     alter_subscription: str
     note_start_bound: str
+    rest: str
+    reshard: str
+    switch_shards: str
     delete_subscription: str
     list_status: str
     find_places: str

@@ -2,7 +2,10 @@
 
 -- name: find_subscription
 -- With the version of its row, to be named when it is altered.
-SELECT name, ordering, shards, start_at, end_position, end_at, start_bound, xmin::text AS version
+SELECT name, ordering, shards, start_at, end_position, end_at, start_bound, xmin::text AS version,
+    EXISTS (
+        SELECT FROM {schema}.offsets AS stored WHERE stored.subscription = name AND stored.until IS NOT NULL
+    ) AS changes_shards
 FROM {schema}.subscriptions
 WHERE name = $1;
 
@@ -29,7 +32,8 @@ RETURNING shard;
 -- it), or $3 says not to wait.
 -- Nothing happens either when a row is not what the snapshot shows once it is locked: then somebody committed, and what
 -- the snapshot shows of `redeliveries` is old. Every change there comes with one of the offset's row, so the same rows
--- mean the same redeliveries, and whoever did the same a moment ago has left others.
+-- mean the same redeliveries, and whoever did the same a moment ago has left others. Nor while the number of shards
+-- changes, but for another place: that ends the old shards.
 -- In order "none" a failed event is settled and lives in `redeliveries`; in the others it is pending, and may lie above
 -- the offset, and the row there is its count and its time. So a change between them adds those positions to what is
 -- pending, or takes them out, and the offset up to the last of them with the rest pending.
@@ -37,18 +41,11 @@ WITH found AS MATERIALIZED (
     SELECT stored.shards, stored.shard, stored.ctid AS place,
         subscription.ordering = 'none' AND $4 <> 'none' AS to_ordered,
         subscription.ordering <> 'none' AND $4 = 'none' AS to_none,
-        stored.owner IS NULL
-        OR worker.id IS NULL
-        OR worker.heartbeat_at < clock_timestamp() - worker.lease_timeout
-        OR worker.backend_pid IS NOT NULL AND NOT EXISTS (
-            SELECT
-            FROM pg_catalog.pg_stat_activity AS activity
-            WHERE activity.pid = worker.backend_pid
-                AND (activity.backend_start = worker.backend_start OR activity.backend_start IS NULL)
-        ) AS free
+        worker.id IS NULL AS free,
+        stored.until IS NOT NULL AS old
     FROM {schema}.subscriptions AS subscription
     JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
-    LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
+    LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
     WHERE subscription.name = $1
         AND subscription.xmin = $2::text::xid
 ),
@@ -66,6 +63,7 @@ unchanged AS MATERIALIZED (
     HAVING count(*) > 0
         AND count(*) = count(locked.place)
         AND (bool_and(found.free) OR $3::boolean)
+        AND (NOT bool_or(found.old) OR $8::bigint IS NOT NULL)
 ),
 owed AS (
     SELECT found.shards, found.shard, found.to_ordered, found.to_none,
@@ -97,6 +95,12 @@ dropped AS (
     WHERE subscription = $1
         AND $8::bigint IS NOT NULL
         AND EXISTS (SELECT FROM unchanged)
+),
+ended AS (
+    DELETE FROM {schema}.offsets
+    WHERE subscription = $1
+        AND until IS NOT NULL
+        AND EXISTS (SELECT FROM unchanged)
 )
 UPDATE {schema}.offsets AS stored
 SET position = CASE
@@ -120,6 +124,127 @@ FROM owed
 WHERE stored.subscription = $1
     AND stored.shards = owed.shards
     AND stored.shard = owed.shard
+    AND stored.until IS NULL
+RETURNING stored.shard;
+
+-- name: rest
+-- Who runs its shards lets what is at work end and gives them up, and nobody claims one, for $2 seconds; 0 ends that.
+UPDATE {schema}.subscriptions
+SET resting_until = CASE WHEN $2::float8 > 0 THEN clock_timestamp() + make_interval(secs => $2) END
+WHERE name = $1;
+
+-- name: reshard
+-- Another number of shards ($4), from a barrier on: the highest offset of those there are, which go on to there and no
+-- further. The new ones begin there, and wait until `switch_shards` has found the old ones over.
+-- Nothing happens unless version $2 is still the one that counts, no such change is under way, and every shard is free,
+-- or $3 says not to wait. Nor when a row is not what the snapshot shows once it is locked: see `alter_subscription`.
+WITH found AS MATERIALIZED (
+    SELECT stored.shards, stored.shard, stored.ctid AS place, stored.position,
+        worker.id IS NULL AS free,
+        stored.until IS NOT NULL AS old
+    FROM {schema}.subscriptions AS subscription
+    JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
+    LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
+    WHERE subscription.name = $1
+        AND subscription.xmin = $2::text::xid
+),
+locked AS MATERIALIZED (
+    SELECT shards, shard, ctid AS place
+    FROM {schema}.offsets
+    WHERE subscription = $1
+    ORDER BY subscription, shards, shard
+    FOR UPDATE
+),
+barrier AS MATERIALIZED (
+    SELECT max(found.position) AS position
+    FROM found
+    LEFT JOIN locked USING (shards, shard, place)
+    HAVING count(*) > 0
+        AND count(*) = count(locked.place)
+        AND NOT bool_or(found.old)
+        AND (bool_and(found.free) OR $3::boolean)
+),
+altered AS (
+    UPDATE {schema}.subscriptions
+    SET shards = $4,
+        resting_until = NULL
+    WHERE name = $1
+        AND EXISTS (SELECT FROM barrier)
+),
+ending AS (
+    UPDATE {schema}.offsets AS stored
+    SET until = barrier.position,
+        epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
+        owner = NULL,
+        completed_at = NULL
+    FROM barrier
+    WHERE stored.subscription = $1
+)
+INSERT INTO {schema}.offsets (subscription, shard, shards, position, epoch)
+SELECT $1, shard, $4, barrier.position, nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
+FROM barrier
+CROSS JOIN LATERAL generate_series(0, $4 - 1) AS shard
+RETURNING shard;
+
+-- name: switch_shards
+-- The old shards are over and gone, and the new ones may be claimed; nothing when the old ones are not over, or somebody
+-- still has one. What they leave pending goes to each of the new ones, since the key of an open hole is not known before
+-- it appears; but what an old shard had settled while it was pending for another (a hole, to that one) is settled.
+-- Nothing happens when a row is not what the snapshot shows once it is locked, as above.
+WITH found AS MATERIALIZED (
+    SELECT stored.shards, stored.shard, stored.ctid AS place, stored.pending, stored.until IS NOT NULL AS old,
+        stored.until IS NULL
+        OR (worker.id IS NULL AND stored.position >= least(stored.until, subscription.end_position - 1)) AS is_over
+    FROM {schema}.offsets AS stored
+    JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
+    LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
+    WHERE stored.subscription = $1
+),
+locked AS MATERIALIZED (
+    SELECT shards, shard, ctid AS place
+    FROM {schema}.offsets
+    WHERE subscription = $1
+    ORDER BY subscription, shards, shard
+    FOR UPDATE
+),
+left_over AS MATERIALIZED (
+    SELECT
+        (
+            SELECT coalesce(range_agg(open), '{}')
+            FROM found AS ended
+            CROSS JOIN LATERAL unnest(ended.pending) AS open
+            WHERE ended.old
+        ) AS any_shard,
+        range_intersect_agg(found.pending) FILTER (WHERE found.old) AS every_shard
+    FROM found
+    LEFT JOIN locked USING (shards, shard, place)
+    HAVING count(*) = count(locked.place)
+        AND bool_or(found.old)
+        AND bool_and(found.is_over)
+),
+settled AS (
+    SELECT coalesce(range_agg(int8range(event.position, event.position + 1)), '{}') AS positions
+    FROM left_over
+    CROSS JOIN LATERAL unnest(left_over.any_shard - left_over.every_shard) AS doubtful
+    JOIN {schema}.events AS event
+        ON event.position >= lower(doubtful)
+        AND event.position < upper(doubtful)
+    JOIN found ON found.old AND event.key_hash % found.shards = found.shard
+    WHERE NOT found.pending @> event.position
+),
+ended AS (
+    DELETE FROM {schema}.offsets
+    WHERE subscription = $1
+        AND until IS NOT NULL
+        AND EXISTS (SELECT FROM left_over)
+)
+UPDATE {schema}.offsets AS stored
+SET pending = left_over.any_shard - settled.positions,
+    epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
+FROM left_over
+CROSS JOIN settled
+WHERE stored.subscription = $1
+    AND stored.until IS NULL
 RETURNING stored.shard;
 
 -- name: note_start_bound

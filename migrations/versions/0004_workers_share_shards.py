@@ -1,0 +1,62 @@
+"""Workers share the shards fairly, and the number of shards can be changed.
+
+Revision ID: 0004
+Revises: 0003
+"""
+
+from alembic import op
+
+revision = "0004"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    for statement in UPGRADE:
+        _run(statement)
+
+
+def downgrade() -> None:
+    for statement in DOWNGRADE:
+        _run(statement)
+
+
+UPGRADE: tuple[str, ...] = (
+    # What a worker runs, and when it last had room for more.
+    "ALTER TABLE {schema}.workers ADD COLUMN subscriptions text[] NOT NULL DEFAULT '{}'",
+    "ALTER TABLE {schema}.workers ADD COLUMN asked_at timestamptz",
+    # Until then nobody runs it: who is about to change its shards waits for those at work to come to an end.
+    "ALTER TABLE {schema}.subscriptions ADD COLUMN resting_until timestamptz",
+    # Dead is who has not been heard of for its own `lease_timeout`, or whose registered backend is gone; a start time
+    # that this role may not see proves nothing.
+    """
+    CREATE VIEW {schema}.living_workers AS
+    SELECT worker.id, worker.name, worker.subscriptions, worker.asked_at
+    FROM {schema}.workers AS worker
+    WHERE worker.heartbeat_at >= clock_timestamp() - worker.lease_timeout
+        AND (
+            worker.backend_pid IS NULL
+            OR EXISTS (
+                SELECT
+                FROM pg_catalog.pg_stat_activity AS activity
+                WHERE activity.pid = worker.backend_pid
+                    AND (activity.backend_start = worker.backend_start OR activity.backend_start IS NULL)
+            )
+        )""",
+)
+
+DOWNGRADE: tuple[str, ...] = (
+    "DROP VIEW {schema}.living_workers",
+    "ALTER TABLE {schema}.subscriptions DROP COLUMN resting_until",
+    "ALTER TABLE {schema}.workers DROP COLUMN asked_at, DROP COLUMN subscriptions",
+)
+
+
+def _run(statement: str) -> None:
+    context = op.get_context()
+    schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
+    statement = statement.replace("{schema}", schema)
+    # Not op.execute: it would read a colon in the schema's name as a parameter.
+    if context.as_sql:
+        context.impl.static_output(f"{statement};")
+    else:
+        op.get_bind().exec_driver_sql(statement)
