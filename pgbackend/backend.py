@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 
 _LIFE_POLL = 0.05
+_HAND_OVER = 5.0
+"""Seconds beyond its own bounds that a worker may need to give a shard up."""
 _Result = TypeVar("_Result")
 
 
@@ -582,19 +584,23 @@ class Backend:
     async def reshard(self, name: str, shards: int) -> None:
         """Return once the subscription has that many shards. It goes on wherever it runs; nobody restarts for it.
 
-        Nothing is lost, and events of one key stay in their order. It rests for a moment: every worker that runs it
-        lets what is at work end, within `drain_timeout`; then its shards are taken, and only what is at work there may
-        be dispatched again. Shards that lag behind others go on by themselves to where the farthest one stands, before
-        the new ones begin. `subscribe()` wants the new number from then on.
+        Nothing is lost or repeated, and events of one key stay in their order. It rests for a moment: every worker that
+        runs it lets what is at work end, within its `drain_timeout`, and gives its shards up. Those that lag behind go
+        on by themselves to where the farthest one stands, before the new ones begin. `subscribe()` wants the new number
+        from then on.
 
         Raises SubscriptionNotFoundError when there is none, ConfigError for a number that cannot be,
-        SubscriptionMismatchError while an earlier change is on its way.
+        SubscriptionBusyError when a worker does not give a shard up: nothing has changed then.
         """
         _check_terms(name, start="latest", end=None, order="none", shards=shards)
         parts = self._use()
         changed = await self._in_this_life(
             lambda: parts.subscriptions.reshard(
-                name, shards, patience=self._settings.drain_timeout, on_rest=self._tell_workers
+                name,
+                shards,
+                # A worker that is frozen is not waited for longer than its lease.
+                patience=max(self._settings.drain_timeout, self._settings.lease_timeout) + _HAND_OVER,
+                on_rest=self._tell_workers,
             )
         )
         if changed:

@@ -15,11 +15,12 @@ Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; mes
     ├── SubscriptionExistsError
     ├── SubscriptionNotFoundError (LookupError)
     ├── SubscriptionMismatchError
+    ├── SubscriptionBusyError
     ├── LeaseLostError
     └── ProbeError
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class PgBackendError(Exception):
@@ -92,6 +93,14 @@ class SubscriptionNotFoundError(PgBackendError, LookupError):
 
 class SubscriptionMismatchError(PgBackendError):
     """The stored subscription has another order, shard count or end than the call asks for."""
+
+
+class SubscriptionBusyError(PgBackendError):
+    """A worker that runs the subscription does not let go of it in time. `workers` names it, by host and process."""
+
+    def __init__(self, message: str, *, workers: Sequence[str]) -> None:
+        super().__init__(message)
+        self.workers = tuple(workers)
 
 
 class LeaseLostError(PgBackendError):

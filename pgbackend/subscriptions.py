@@ -15,6 +15,7 @@ from typing import Literal
 from pgbackend.errors import (
     ConfigError,
     DatabaseError,
+    SubscriptionBusyError,
     SubscriptionExistsError,
     SubscriptionMismatchError,
     SubscriptionNotFoundError,
@@ -66,8 +67,6 @@ class Definition:
     """The position or date that it was told to start at last; None for the log's beginning or end."""
     version: str = ""
     """Of its row: another one when anything else in it is another."""
-    changes_shards: bool = False
-    """Whether shards of another number have not come to their end yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +161,6 @@ class Subscriptions:
             end_at=row["end_at"],
             start_bound=row["start_bound"],
             version=row["version"],
-            changes_shards=row["changes_shards"],
         )
 
     async def seek(self, name: str, place: Place) -> None:
@@ -236,51 +234,43 @@ class Subscriptions:
     async def reshard(self, name: str, shards: int, *, patience: float, on_rest: Callable[[], Awaitable[None]]) -> bool:
         """The subscription has that many shards; whether it was this call that made it so.
 
-        Whoever runs it is asked to let what is at work end and to give its shards up, and waited for up to `patience`
-        seconds; then they are taken. `on_rest` is awaited once they are asked. Should the old ones still have a way to
-        go, they run on to the barrier before the new ones begin: see `switch()`.
-
-        Raises SubscriptionNotFoundError, ConfigError when it is strict, SubscriptionMismatchError while an earlier
-        change has not come to its end.
+        Whoever runs it is asked to let what is at work end and to give its shards up; `on_rest` is awaited once that is
+        asked. Should some still have a way to go to where the farthest one is, they go on to there before the new ones
+        begin: see `switch()`. Raises SubscriptionBusyError when somebody has not given one up in `patience` seconds.
         """
-        if (stored := await self._of_other_shards(name, shards)) is None:
+        if await self._of_other_shards(name, shards) is None:
             return False
         deadline = time.monotonic() + patience
         pause = _IMPATIENCE
         # A little longer than this call waits; it ends by itself, whatever becomes of this call.
         await self._log.database.execute(self._sql.rest, name, patience + _REST)
-        changed = False
         try:
             await on_rest()
-            while not changed and (stored := await self._of_other_shards(name, shards)) is not None:
-                changed = await self._exclusively(
-                    self._sql.reshard, name, stored.version, time.monotonic() >= deadline, shards
-                )
-                if not changed:
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.5, _PATIENCE)
+            while (stored := await self._of_other_shards(name, shards)) is not None:
+                if await self._exclusively(self._sql.reshard, name, stored.version, shards):
+                    await self.switch(name)
+                    return True
+                if time.monotonic() > deadline:
+                    owners = [row["name"] for row in await self._log.database.fetch(self._sql.find_owners, name)]
+                    raise SubscriptionBusyError(
+                        f"Subscription {name!r} is still run by {', '.join(owners) or 'somebody'} after "
+                        f"{patience:g} s. Its shards are as they were: try again, or end that process first.",
+                        workers=owners,
+                    )
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, _PATIENCE)
+            return False
         finally:
-            if not changed:
-                await self._log.database.execute(self._sql.rest, name, 0.0)
-        if changed:
-            await self.switch(name)
-        return changed
+            await self._log.database.execute(self._sql.rest, name, 0.0)
 
     async def _of_other_shards(self, name: str, shards: int) -> Definition | None:
-        """What is stored, if its number of shards is another one. Raises what keeps it from being changed."""
+        """What is stored, if its number of shards is another one. Raises ConfigError when it cannot be changed."""
         stored = await self.find(name)
         if stored is None:
             raise not_found(name)
-        if stored.shards == shards:
-            return None
-        if stored.order == "strict":
+        if stored.order == "strict" and shards != 1:
             raise ConfigError(f"Subscription {name!r} is strict: log order needs a single shard, not {shards}.")
-        if stored.changes_shards:
-            raise SubscriptionMismatchError(
-                f"Subscription {name!r} is on its way to {stored.shards} shards: those that it had have not come to "
-                "where the new ones begin. Try again when they have; it has to run for that, see `pgbackend status`."
-            )
-        return stored
+        return stored if stored.shards != shards else None
 
     async def switch(self, name: str) -> bool:
         """The new shards may be claimed; or nothing has changed: the old ones are not over, or somebody has one."""

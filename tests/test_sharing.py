@@ -1,6 +1,7 @@
 """The fair share: even where it can be, the same for all, and at rest once it is reached."""
 
 from collections import Counter
+from random import Random
 from uuid import UUID
 
 import pytest
@@ -90,7 +91,7 @@ def _situations(draw: st.DrawFn) -> tuple[dict[ShardKey, UUID | None], list[Peer
 
 @given(_situations(), st.randoms())
 def test_a_plan_is_the_same_for_all_and_at_rest_and_even(
-    situation: tuple[dict[ShardKey, UUID | None], list[Peer]], random: "st.random.Random"
+    situation: tuple[dict[ShardKey, UUID | None], list[Peer]], random: Random
 ) -> None:
     owners, peers = situation
     plan = share(owners, peers)

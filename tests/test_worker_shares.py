@@ -217,24 +217,25 @@ async def test_failed_events_follow_their_shard(database: str) -> None:
 
         return handle
 
+    # Fewer than it takes for a target to count as down.
     retry = Retry(delay=0.5, backoff="constant")
-    keys = [str(number) for number in range(20)]
+    keys = [str(number) for number in range(8)]
     async with Backend(database, **SETTINGS) as one, Backend(database, **SETTINGS) as two:
         await one.subscribe("s", dispatcher("one"), start="earliest", shards=4, order="key", retry=retry)
         await one.produce_many([make_event(key, key=key) for key in keys])
 
         async def all_failed() -> bool:
-            return bool(await observer.fetchval("SELECT count(*) = 20 FROM pgbackend.redeliveries"))
+            return bool(await observer.fetchval("SELECT count(*) = 8 FROM pgbackend.redeliveries"))
 
         await eventually("all have failed once", all_failed)
         await two.subscribe("s", dispatcher("two"), shards=4, order="key", retry=retry)
 
         async def all_settled() -> bool:
             return bool(
-                await observer.fetchval("SELECT bool_and(position = 20 AND isempty(pending)) FROM pgbackend.offsets")
+                await observer.fetchval("SELECT bool_and(position = 8 AND isempty(pending)) FROM pgbackend.offsets")
             )
 
         await eventually("all are settled", all_settled)
     await observer.close()
 
-    assert Counter(attempt for _, attempt in seen) == {1: 20, 2: 20}
+    assert Counter(attempt for _, attempt in seen) == {1: 8, 2: 8}

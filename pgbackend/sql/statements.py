@@ -56,6 +56,7 @@ class SubscriptionsSql:
     alter_subscription: str
     note_start_bound: str
     rest: str
+    find_owners: str
     reshard: str
     switch_shards: str
     delete_subscription: str

@@ -2,10 +2,7 @@
 
 -- name: find_subscription
 -- With the version of its row, to be named when it is altered.
-SELECT name, ordering, shards, start_at, end_position, end_at, start_bound, xmin::text AS version,
-    EXISTS (
-        SELECT FROM {schema}.offsets AS stored WHERE stored.subscription = name AND stored.until IS NOT NULL
-    ) AS changes_shards
+SELECT name, ordering, shards, start_at, end_position, end_at, start_bound, xmin::text AS version
 FROM {schema}.subscriptions
 WHERE name = $1;
 
@@ -32,11 +29,11 @@ RETURNING shard;
 -- it), or $3 says not to wait.
 -- Nothing happens either when a row is not what the snapshot shows once it is locked: then somebody committed, and what
 -- the snapshot shows of `redeliveries` is old. Every change there comes with one of the offset's row, so the same rows
--- mean the same redeliveries, and whoever did the same a moment ago has left others. Nor while the number of shards
--- changes, but for another place: that ends the old shards.
+-- mean the same redeliveries, and whoever did the same a moment ago has left others.
 -- In order "none" a failed event is settled and lives in `redeliveries`; in the others it is pending, and may lie above
 -- the offset, and the row there is its count and its time. So a change between them adds those positions to what is
 -- pending, or takes them out, and the offset up to the last of them with the rest pending.
+-- While the number of shards changes all that is owed is the old ones'; another place ends them.
 WITH found AS MATERIALIZED (
     SELECT stored.shards, stored.shard, stored.ctid AS place,
         subscription.ordering = 'none' AND $4 <> 'none' AS to_ordered,
@@ -57,13 +54,12 @@ locked AS MATERIALIZED (
     FOR UPDATE
 ),
 unchanged AS MATERIALIZED (
-    SELECT count(*) AS shards
+    SELECT bool_or(found.old) AS changes_shards
     FROM found
     LEFT JOIN locked USING (shards, shard, place)
     HAVING count(*) > 0
         AND count(*) = count(locked.place)
         AND (bool_and(found.free) OR $3::boolean)
-        AND (NOT bool_or(found.old) OR $8::bigint IS NOT NULL)
 ),
 owed AS (
     SELECT found.shards, found.shard, found.to_ordered, found.to_none,
@@ -77,6 +73,7 @@ owed AS (
     LEFT JOIN {schema}.redeliveries AS waiting
         ON waiting.subscription = $1
         AND waiting.key_hash % found.shards = found.shard
+        AND found.old = unchanged.changes_shards
     GROUP BY found.shards, found.shard, found.to_ordered, found.to_none
 ),
 altered AS (
@@ -100,6 +97,7 @@ ended AS (
     DELETE FROM {schema}.offsets
     WHERE subscription = $1
         AND until IS NOT NULL
+        AND $8::bigint IS NOT NULL
         AND EXISTS (SELECT FROM unchanged)
 )
 UPDATE {schema}.offsets AS stored
@@ -124,7 +122,7 @@ FROM owed
 WHERE stored.subscription = $1
     AND stored.shards = owed.shards
     AND stored.shard = owed.shard
-    AND stored.until IS NULL
+    AND (stored.until IS NULL OR $8::bigint IS NULL)
 RETURNING stored.shard;
 
 -- name: rest
@@ -133,15 +131,23 @@ UPDATE {schema}.subscriptions
 SET resting_until = CASE WHEN $2::float8 > 0 THEN clock_timestamp() + make_interval(secs => $2) END
 WHERE name = $1;
 
+-- name: find_owners
+-- The workers that are alive and have a shard of this subscription, by their names.
+SELECT DISTINCT worker.name
+FROM {schema}.offsets AS stored
+JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
+WHERE stored.subscription = $1
+ORDER BY worker.name;
+
 -- name: reshard
--- Another number of shards ($4), from a barrier on: the highest offset of those there are, which go on to there and no
--- further. The new ones begin there, and wait until `switch_shards` has found the old ones over.
--- Nothing happens unless version $2 is still the one that counts, no such change is under way, and every shard is free,
--- or $3 says not to wait. Nor when a row is not what the snapshot shows once it is locked: see `alter_subscription`.
+-- Another number of shards ($3), from a barrier on: the highest offset of those there are, which go on to there and no
+-- further. The new ones begin there, and wait until `switch_shards` has found the old ones over. While that is under way
+-- only the number of those that wait is changed; should it be the old number again, the old ones just go on.
+-- Nothing happens unless version $2 is still the one that counts and every shard is free. Nor when a row is not what the
+-- snapshot shows once it is locked: see `alter_subscription`.
 WITH found AS MATERIALIZED (
-    SELECT stored.shards, stored.shard, stored.ctid AS place, stored.position,
-        worker.id IS NULL AS free,
-        stored.until IS NOT NULL AS old
+    SELECT stored.shards, stored.shard, stored.ctid AS place, stored.position, stored.until,
+        worker.id IS NULL AS free
     FROM {schema}.subscriptions AS subscription
     JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
     LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
@@ -156,35 +162,47 @@ locked AS MATERIALIZED (
     FOR UPDATE
 ),
 barrier AS MATERIALIZED (
-    SELECT max(found.position) AS position
+    SELECT
+        coalesce(max(found.until), max(found.position)) AS position,
+        count(found.until) > 0 AS changes_shards,
+        coalesce(max(found.shards) FILTER (WHERE found.until IS NOT NULL) = $3, false) AS is_back
     FROM found
     LEFT JOIN locked USING (shards, shard, place)
     HAVING count(*) > 0
         AND count(*) = count(locked.place)
-        AND NOT bool_or(found.old)
-        AND (bool_and(found.free) OR $3::boolean)
+        AND (count(found.until) > 0 OR bool_and(found.free))
 ),
-altered AS (
-    UPDATE {schema}.subscriptions
-    SET shards = $4,
-        resting_until = NULL
-    WHERE name = $1
-        AND EXISTS (SELECT FROM barrier)
+dropped AS (
+    DELETE FROM {schema}.offsets AS stored
+    USING barrier
+    WHERE stored.subscription = $1
+        AND stored.until IS NULL
+        AND barrier.changes_shards
 ),
 ending AS (
     UPDATE {schema}.offsets AS stored
-    SET until = barrier.position,
+    SET until = CASE WHEN NOT barrier.is_back THEN barrier.position END,
         epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
         owner = NULL,
         completed_at = NULL
     FROM barrier
     WHERE stored.subscription = $1
+        AND (barrier.is_back OR NOT barrier.changes_shards)
+        AND (barrier.is_back = (stored.until IS NOT NULL))
+),
+begun AS (
+    INSERT INTO {schema}.offsets (subscription, shard, shards, position, epoch)
+    SELECT $1, shard, $3, barrier.position, nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
+    FROM barrier
+    CROSS JOIN LATERAL generate_series(0, $3 - 1) AS shard
+    WHERE NOT barrier.is_back
 )
-INSERT INTO {schema}.offsets (subscription, shard, shards, position, epoch)
-SELECT $1, shard, $4, barrier.position, nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
-FROM barrier
-CROSS JOIN LATERAL generate_series(0, $4 - 1) AS shard
-RETURNING shard;
+UPDATE {schema}.subscriptions
+SET shards = $3,
+    resting_until = NULL
+WHERE name = $1
+    AND EXISTS (SELECT FROM barrier)
+RETURNING name;
 
 -- name: switch_shards
 -- The old shards are over and gone, and the new ones may be claimed; nothing when the old ones are not over, or somebody

@@ -82,9 +82,13 @@ class Diary:
 class Changes:
     """Two backends, what they are told, and when."""
 
-    def __init__(self, backends: list[Backend], diary: Diary, *, orders: tuple[str, ...], seed: int) -> None:
+    def __init__(
+        self, backends: list[Backend], diary: Diary, *, orders: tuple[str, ...], seed: int, counts: tuple[int, ...]
+    ) -> None:
         self.backends = backends
         self.orders = orders
+        self.counts = counts
+        """Numbers of shards that there may be."""
         self.diary = diary
         self.chance = random.Random(seed)
         self.order = "none"
@@ -133,7 +137,7 @@ class Changes:
     async def one(self) -> None:
         """One change, of what runs or of what is stored."""
         chance = self.chance
-        match chance.randrange(8):
+        match chance.randrange(8 if len(self.counts) == 1 else 11):
             case 0:
                 self.options["filter"] = chance.choice([None, filters.Exact({"type": "real"}), _not_chaff])
             case 1:
@@ -154,6 +158,10 @@ class Changes:
                     [None, None, max(1, self.produced - 20), self.produced + 20, now, now + timedelta(seconds=0.1)]
                 )
                 await self.alter()
+                return
+            case 8 | 9 | 10:
+                count = chance.choice(self.counts)
+                await asyncio.gather(*(one.reshard("s", count) for one in self.backends[: chance.choice([1, 2])]))
                 return
         await self.reconfigure()
 
@@ -187,18 +195,23 @@ def _not_chaff(event: Event) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("seed", "shards", "orders"),
-    [(0, 1, ("none", "key", "strict")), (1, 1, ("none", "key", "strict")), (2, 4, ("none", "key"))],
+    ("seed", "counts", "orders"),
+    [
+        (0, (1,), ("none", "key", "strict")),
+        (1, (1,), ("none", "key", "strict")),
+        (2, (4,), ("none", "key")),
+        (3, (1, 2, 3, 4, 8), ("none", "key")),
+    ],
 )
 async def test_what_changes_every_50_ms_loses_nothing_repeats_nothing_and_keeps_its_order(
-    database: str, seed: int, shards: int, orders: tuple[str, ...], long: bool
+    database: str, seed: int, counts: tuple[int, ...], orders: tuple[str, ...], long: bool
 ) -> None:
     seconds = 60.0 if long else 4.0
     diary, enough = Diary(), asyncio.Event()
     async with Backend(database, **SETTINGS) as first, Backend(database, **SETTINGS) as second:
-        changes = Changes([first, second], diary, orders=orders, seed=seed)
+        changes = Changes([first, second], diary, orders=orders, seed=seed, counts=counts)
         for backend in changes.backends:
-            await backend.subscribe("s", changes.dispatcher, start="earliest", shards=shards, **changes.options)
+            await backend.subscribe("s", changes.dispatcher, start="earliest", shards=counts[0], **changes.options)
         producing = [asyncio.create_task(changes.produce(number, enough)) for number in range(4)]
         loop = asyncio.get_running_loop()
         until, count = loop.time() + seconds, 0
