@@ -93,6 +93,9 @@ class ShardStatus:
     epoch: Epoch
     owner: str | None
     owner_name: str | None
+    """Host and process of the worker that has it; None when nobody who is alive does."""
+    until: Position | None = None
+    """Where it ends, while the subscription is on its way to another number of shards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -361,6 +361,7 @@ class Subscriptions:
                 epoch=Epoch(row["epoch"]),
                 owner=str(row["owner"]) if row["owner"] else None,
                 owner_name=row["owner_name"],
+                until=None if row["until"] is None else Position(row["until"]),
             )
             for row in rows
         )

@@ -8,7 +8,7 @@ from json import dumps
 import click
 
 from pgbackend.cli.options import backend_options, connected, table
-from pgbackend.model import Info, Status
+from pgbackend.model import Info, Status, SubscriptionStatus
 
 
 @click.command()
@@ -23,6 +23,12 @@ def status(dsn: str, listen_dsn: str | None, schema: str, *, json: bool) -> None
 
     info, found = asyncio.run(ask())
     click.echo(dumps(asdict(found), indent=2) if json else _render(info, found))
+
+
+def _shards(subscription: SubscriptionStatus) -> str:
+    """How many, and how many there are to be, where that changes."""
+    counts = [sum(1 for shard in subscription.shards if (shard.until is None) is new) for new in (False, True)]
+    return " → ".join(str(count) for count in counts if count)
 
 
 def _duration(seconds: float | None) -> str:
@@ -74,7 +80,7 @@ def _render(info: Info, status: Status) -> str:
             (
                 subscription.name,
                 subscription.order,
-                len(subscription.shards),
+                _shards(subscription),
                 subscription.lag,
                 _duration(subscription.lag_seconds),
                 sum(shard.pending for shard in subscription.shards),

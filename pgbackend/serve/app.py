@@ -280,23 +280,15 @@ class _Following:
             # Not in a thread: an older one must not come into force after what `changes()` finds meanwhile.
             configuration = configuration_of(self._settings)
         except ConfigError as error:
-            self._refuse(error)
+            facts.emit("configuration refused", level=logging.ERROR, file=str(self._settings.config), error=str(error))
         else:
             await self._put_in_force(configuration)
 
     async def _put_in_force(self, configuration: Configuration) -> None:
-        try:
-            await self._triggers.apply(configuration)
-        except ConfigError as error:
-            self._refuse(error)
-        else:
-            # Only now: of a configuration that is refused nothing comes into force. The newest, not this one: a signal
-            # and the file may have been heeded at once, and this one have waited longer.
-            self._ingest.authorize_by(self._triggers.configuration.ingest)
-            facts.emit("configuration reloaded", file=str(self._settings.config))
-
-    def _refuse(self, error: ConfigError) -> None:
-        facts.emit("configuration refused", level=logging.ERROR, file=str(self._settings.config), error=str(error))
+        await self._triggers.apply(configuration)
+        # The newest, not this one: a signal and the file may have been heeded at once, and this one have waited longer.
+        self._ingest.authorize_by(self._triggers.configuration.ingest)
+        facts.emit("configuration reloaded", file=str(self._settings.config))
 
 
 @contextmanager

@@ -4,12 +4,12 @@ Each trigger that differs from what is wanted has a task until it no longer does
 
     not there ── alter what the log has of it, subscribe ──▶ in force ── unsubscribe ──▶ not there, its place is kept
                                                               │    ▲
-                      another order, end or start: alter it; ─┴────┘
+           another order, end, start or number of shards: alter it; ─┴────┘
                       anything: reconfigure, without a pause
 
-The promises: a configuration that the log cannot have is refused before anything has changed. One that was accepted
-comes into force, trigger by trigger, whatever fails on the way: what failed is tried again, always towards the newest
-configuration. No trigger waits for another. No event is lost or repeated: a trigger keeps its place in the log.
+The promises: a configuration comes into force, trigger by trigger, whatever fails on the way: what failed is tried
+again, always towards the newest configuration. No trigger waits for another. No event is lost or repeated: a trigger
+keeps its place in the log.
 """
 
 import asyncio
@@ -24,8 +24,7 @@ from yarl import URL
 from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.database import Backoff
-from pgbackend.errors import ConfigError, DatabaseError, NotRunningError, SubscriptionNotFoundError
-from pgbackend.model import Status
+from pgbackend.errors import DatabaseError, NotRunningError, SubscriptionBusyError, SubscriptionNotFoundError
 from pgbackend.serve.config import Configuration, Trigger
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, refuse_without_target
 
@@ -51,7 +50,7 @@ class Triggers:
     ) -> None:
         """`hops`: how long a chain of replies may be. `target_connections`: requests open at a time to one target."""
         self.configuration = Configuration()
-        """What is wanted: the last that `apply()` has accepted."""
+        """What is wanted: the last that `apply()` was given."""
         self._backend = backend
         self._session = session
         self._metrics = metrics
@@ -61,18 +60,14 @@ class Triggers:
         self._in_force: dict[str, Trigger] = {}
         """What the backend runs, and as what."""
         self._changes: dict[str, _Change] = {}
-        self._one_check = asyncio.Lock()
 
     async def apply(self, configuration: Configuration) -> None:
         """Return once the triggers are what `configuration` says, but for those that wait for their events in flight.
 
         These follow by themselves. Triggers that are the same stay untouched. PostgreSQL's absence is waited out. What
-        was begun goes on when this call is cancelled, until the backend is stopped. Raises ConfigError, and nothing
-        has changed, when the log has a trigger in a way that no configuration changes.
+        was begun goes on when this call is cancelled, until the backend is stopped.
         """
-        async with self._one_check:
-            await self._check(configuration)
-            self.configuration = configuration
+        self.configuration = configuration
         names = {**self._in_force, **configuration.triggers}
         for change in [self._change(name) for name in names if self._differs(name)]:
             await change.on_its_way.wait()
@@ -81,33 +76,6 @@ class Triggers:
         """Return once no trigger is changing, those included that waited for their events in flight."""
         while self._changes:
             await asyncio.wait({change.task for change in self._changes.values()})
-
-    async def _check(self, configuration: Configuration) -> None:
-        """Raise ConfigError for what the log cannot have. Everything is looked at before anything is changed."""
-        before = self.configuration.triggers
-        new = {name: trigger for name, trigger in configuration.triggers.items() if trigger != before.get(name)}
-        if not new:
-            return
-        status = await self._status()
-        stored = {one.name: len(one.shards) for one in status.subscriptions}
-        problems = []
-        for name, trigger in new.items():
-            if trigger.shards != stored.get(name, trigger.shards):
-                problems.append(
-                    f"triggers.{name}.shards: expected {stored[name]}, as the log has it, found {trigger.shards}. Keep "
-                    "the number, or give the trigger another name."
-                )
-        if problems:
-            raise ConfigError(*problems)
-
-    async def _status(self) -> Status:
-        backoff = Backoff()
-        while True:
-            try:
-                return await self._backend.status()
-            except DatabaseError as error:
-                facts.emit("configuration not checked yet", level=logging.WARNING, error=str(error))
-            await backoff.wait()
 
     # One trigger.
 
@@ -132,7 +100,10 @@ class Triggers:
                 except NotRunningError:
                     return
                 except Exception as error:  # noqa: BLE001 - whatever it is, no trigger may stay unsubscribed for it
-                    if isinstance(error, DatabaseError):
+                    if isinstance(error, SubscriptionBusyError):
+                        # What another process has at work may take long; nobody need wait for it here.
+                        change.on_its_way.set()
+                    if isinstance(error, DatabaseError | SubscriptionBusyError):
                         facts.emit("trigger not changed yet", level=logging.WARNING, trigger=name, error=str(error))
                     else:
                         facts.emit("trigger change failed", level=logging.ERROR, trigger=name, exc_info=error)
@@ -163,7 +134,11 @@ class Triggers:
             # What is new here may be in the log, from before a restart. Altered first: what it is told to do now goes
             # for events that it gets in the new way.
             with suppress(SubscriptionNotFoundError):
+                if new.order == "strict":
+                    # It can become so with a single shard only.
+                    await self._backend.reshard(name, new.shards)
                 await self._backend.alter_subscription(name, order=new.order, end=new.end, start=new.start)
+                await self._backend.reshard(name, new.shards)
         if old is None:
             await self._backend.subscribe(
                 name, order=new.order, end=new.end, start=new.start, shards=new.shards, **self._dispatching(name, new)
@@ -227,6 +202,7 @@ class _Dispatching(TypedDict):
     retry: "Retry"
 
 
-def _terms(trigger: Trigger) -> tuple[str, int | datetime | None, int | datetime | None]:
-    """What the log keeps of a trigger and can change: its order, its end and the bound it began at."""
-    return trigger.order, trigger.end, trigger.start if isinstance(trigger.start, int | datetime) else None
+def _terms(trigger: Trigger) -> tuple[str, int, int | datetime | None, int | datetime | None]:
+    """What the log keeps of a trigger: its order, its shards, its end and the bound it began at."""
+    start = trigger.start if isinstance(trigger.start, int | datetime) else None
+    return trigger.order, trigger.shards, trigger.end, start

@@ -294,7 +294,8 @@ RETURNING name;
 -- PostgreSQL 15 made that a merge, which reads the log from its beginning.
 SELECT
     subscription.name, subscription.ordering, stored.shard, stored.shards, stored.position,
-    stored.pending::text AS pending, stored.epoch, stored.owner, worker.name AS owner_name, stored.completed_at,
+    stored.until, stored.pending::text AS pending, stored.epoch, stored.owner, worker.name AS owner_name,
+    stored.completed_at,
     (
         SELECT count(*) FROM {schema}.redeliveries AS waiting WHERE waiting.subscription = subscription.name
     ) AS redeliveries,
@@ -344,7 +345,7 @@ SELECT
     ) AS lag_seconds
 FROM {schema}.subscriptions AS subscription
 JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
-LEFT JOIN {schema}.workers AS worker ON worker.id = stored.owner
+LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
 ORDER BY subscription.name, stored.shards, stored.shard;
 
 -- name: find_places

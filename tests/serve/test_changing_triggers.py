@@ -5,10 +5,8 @@ import itertools
 from collections import Counter
 from time import monotonic
 
-import pytest
 from aiohttp import web
 
-from pgbackend.errors import ConfigError
 from pgbackend.facts import Recorder
 from pgbackend.serve.config import load
 from pgbackend.serve.delivery import open_session
@@ -312,32 +310,38 @@ class TestChanging:
                 assert '"billing"' not in (await metrics.exposition(None))[0].decode()
 
 
-class TestRefusing:
-    async def test_another_number_of_shards_is_refused_before_anything_has_changed(
-        self, database: str, target: Target, other_target: Target
-    ) -> None:
-        before = {"a": to(target), "billing": to(target, "shards: 2")}
-        async with serving(database, config=config(**before)) as broker:
-            with pytest.raises(ConfigError, match=r"^triggers\.billing\.shards: expected 2, .*found 3") as caught:
-                await broker.configure(config(b=to(target), billing=to(other_target, "shards: 3")))
-            assert len(caught.value.problems) == 1
-            assert broker.triggers.configuration == load(config(**before), origin="test")
-            await running(broker, "a", "billing")
-            await send(broker, 1)
-            await target.wait(2)
-        assert other_target.requests == []
+class TestShards:
+    async def test_their_number_can_change_while_events_are_delivered(self, database: str, target: Target) -> None:
+        """Also in two processes, which are told at about the same time."""
+        before = config(billing=to(target, "order: key"))
+        async with serving(database, config=before) as one, serving(database, config=before) as other:
+            count = 0
+            for options in ("order: key, shards: 4", "shards: 3", "order: strict", "order: key, shards: 2"):
+                await send(one, *range(count, count + 20))
+                count += 20
+                file = config(billing=to(target, options))
+                await asyncio.gather(one.configure(file), other.configure(file))
+                await one.triggers.settled()
+                await other.triggers.settled()
+                [billing] = (await one.backend.status()).subscriptions
+                assert f"shards: {len([s for s in billing.shards if s.until is None])}" in f"shards: 1, {options}"
+            await target.wait(count)
+            await settled(one)
+        assert sorted(map(int, target.ids())) == list(range(count))
 
-    async def test_it_is_refused_at_the_start_as_well_also_for_a_trigger_that_was_removed(
-        self, database: str, target: Target
-    ) -> None:
+    async def test_it_can_be_another_one_at_the_start(self, database: str, target: Target) -> None:
         async with serving(database, config=config(billing=to(target, "shards: 2"))) as broker:
-            await broker.configure("{}")
-            with pytest.raises(ConfigError, match="shards: expected 2"):
-                await broker.configure(config(billing=to(target)))
-        with pytest.raises(ConfigError, match="shards: expected 2"):
-            async with serving(database, config=config(billing=to(target))):
-                pass
+            await send(broker, 1)
+            await target.wait(1)
+        async with serving(database, config=config(billing=to(target))) as broker:
+            await send(broker, 2)
+            await target.wait(2)
+            [billing] = (await broker.backend.status()).subscriptions
+            assert len(billing.shards) == 1
+        assert target.ids() == ["1", "2"]
 
+
+class TestBounds:
     async def test_bounds_that_the_log_has_not_reached_are_waited_for(self, database: str, target: Target) -> None:
         bounds = "order: strict, bounds: {byId: {start: 2, end: 5}}"
         async with serving(database, config=config(billing=to(target, bounds))) as broker:
@@ -404,7 +408,7 @@ class TestWithoutPostgres:
                     proxy.cut()
                     new = config(new=to(other_target), same=to(target), moved=to(other_target, "order: strict"))
                     applying = asyncio.create_task(broker.triggers.apply(load(new, origin="test")))
-                    await recorder.wait("configuration not checked yet", count=2)
+                    await recorder.wait("trigger not changed yet", count=2)
                     assert not applying.done()
                     proxy.restore()
                     await applying
@@ -432,7 +436,7 @@ class TestWithoutPostgres:
         async with Proxy(database) as proxy, serving(proxy.dsn, config=config(a=to(target))) as broker:
             with Recorder() as recorder:
                 await broker.configure(config(a=to(target), b=to(target)))
-                stop_at = asyncio.create_task(recorder.wait("configuration not checked yet"))
+                stop_at = asyncio.create_task(recorder.wait("trigger not changed yet"))
                 proxy.cut()
                 applying = asyncio.create_task(broker.triggers.apply(load(config(c=to(target)), origin="test")))
                 await stop_at

@@ -347,6 +347,7 @@ class TestOfABroker:
         async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
             url = await serve.listening()
             assert await sent(url, "old-token") == 202
+            await target.wait(1)
             secrets.swap(token="new-token", key="new-key")
 
             async def in_force() -> bool:
@@ -369,10 +370,6 @@ class TestOfABroker:
             [refused] = await serve.complains("configuration refused")
             assert "broker.yaml:2: triggers.a.order" in refused
             assert "broker.yaml:3: triggers.b.url" in refused
-            # Valid, but not for this log.
-            file.write_text(f"triggers: {{b: {{{body}}}, a: {{{body}, shards: 3}}}}")
-            refused = (await serve.complains("configuration refused", count=2))[1]
-            assert "triggers.a.shards: expected 2" in refused
             assert await sent(url, "") == 202
             await target.wait(1)
             file.write_text(f"triggers: {{b: {{{body}}}, a: {{{body}, shards: 2}}}}")

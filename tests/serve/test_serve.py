@@ -234,8 +234,6 @@ class TestReload:
             file.write_text("triggers: 1")
             (said,) = await serve.complains("configuration refused")
             assert f"{file}:1: triggers" in said
-            file.write_text(config(target, options=", shards: 2"))
-            await serve.complains("triggers.billing.shards")
             assert await post(url) == 202
             await target.wait(1)
 
@@ -454,14 +452,6 @@ class TestFailures:
             said = await one_line("--port", "0", "--dsn", dsn, "--startup-timeout", "0")
         assert "cannot be reached" in said
         assert "hunter2" not in said
-
-    async def test_a_trigger_that_does_not_fit_the_log_is_said(self, database: str, target: Target) -> None:
-        async with running("--dsn", database, "--port", "0", "--config-inline", config(target)) as serve:
-            await serve.listening()
-        said = await one_line(
-            "--dsn", database, "--port", "0", "--config-inline", config(target, options=", shards: 2")
-        )
-        assert "triggers.billing.shards: expected 1" in said
 
     @pytest.mark.parametrize(
         "args",
