@@ -112,6 +112,8 @@ class Leases:
                 pending=RangeSet.parse(row["pending"]),
                 place=row["ctid"],
                 complete=row["completed_at"] is not None,
+                crashes=row["crashes"],
+                head=row["head"],
                 order=row["ordering"],
                 start_position=row["start_position"],
                 start_at=row["start_at"],

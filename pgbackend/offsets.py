@@ -86,7 +86,9 @@ class Committer:
                 raise
 
     async def _commit(self, marks: dict[Shard, Mark]) -> None:
-        plain = {shard: mark for shard, mark in marks.items() if not mark.outcomes and shard.committed[0] >= 0}
+        plain = {
+            shard: mark for shard, mark in marks.items() if not (mark.outcomes or mark.calm) and shard.committed[0] >= 0
+        }
         by_key = {shard: mark for shard, mark in marks.items() if shard not in plain}
         if plain:
             by_key.update(await self._commit_plain(plain))
@@ -155,6 +157,7 @@ class Committer:
                         "position": mark.position,
                         "pending": mark.pending,
                         "complete": mark.complete,
+                        "calm": mark.calm,
                     }
                     for shard, mark in marks.items()
                 ]
@@ -170,6 +173,7 @@ class Committer:
                         "delay": outcome.delay,
                         "error": outcome.error,
                         "failure": asdict(outcome.failure) if outcome.failure else None,
+                        "begun": outcome.begun,
                     }
                     for epoch, outcome in outcomes
                     if isinstance(outcome, Scheduled)
@@ -211,6 +215,7 @@ class Committer:
                         "delay": outcome.delay,
                         "error": outcome.error,
                         "details": dict(outcome.details),
+                        "begun": outcome.begun,
                     }
                     for epoch, outcome in outcomes
                     if isinstance(outcome, LetterFailed)

@@ -14,8 +14,9 @@ States of an event in a pump, with what moves it on:
                                                       are durable
                                                 ├── none left, or Reject ──▶ the dead-letter dispatcher's turn, if
                                                 │     there is one, else buried
-                                                └── Pause ──▶ back to where it was taken from, and nothing is taken
-                                                      from there until the subscription is reconfigured
+                                                ├── Pause ──▶ back to where it was taken from, and nothing is taken
+                                                │     from there until the subscription is reconfigured
+                                                └── (the process dies) ──▶ the next owner's, see care.py
 
 The pump's promises: no more is in flight than the window's bounds; nothing begins while the lease is in doubt; no
 transaction is open while a dispatcher runs (I4); a position is settled only after what became of it is on its way into
@@ -32,7 +33,9 @@ from datetime import datetime
 from time import monotonic
 
 from pgbackend import facts
-from pgbackend.errors import Pause, Reject, RetryAfter
+from pgbackend.care import Care, ProcessDied
+from pgbackend.database import Backoff
+from pgbackend.errors import DatabaseError, Pause, Reject, RetryAfter
 from pgbackend.event import Event
 from pgbackend.failures import describe, details_of, message_of
 from pgbackend.health import TargetHealth
@@ -73,6 +76,13 @@ class _Again:
     handed_over: bool
     """Whether it left the window, so that its settling is an outcome and not a position."""
     letter: int | None = None
+    begun: bool = False
+    """Whether its last attempt killed the process that made it."""
+
+    @property
+    def slot(self) -> int:
+        """Its key among what is being dispatched: after a seek an event may be at work as itself and as a letter."""
+        return self.event.position if self.letter is None else -self.letter
 
 
 class Pump:
@@ -85,15 +95,24 @@ class Pump:
         shard: Shard,
         cursor: Cursor,
         note: Callable[[Shard], None],
+        commit: Callable[[], Awaitable[None]],
+        alone: asyncio.Lock,
         waiting: dict[int, Waiting],
         seconds_until: Callable[[datetime], Awaitable[float]],
         prove_end: Callable[[], Awaitable[int]],
     ) -> None:
-        """`note`: tells the committer. `waiting`: what a former owner of an ordered shard had waiting, by position."""
+        """`note`: tells the committer, and `commit` has it commit at once.
+
+        `alone`: held by whoever dispatches with care. `waiting`: what a former owner of an ordered shard had waiting,
+        by position.
+        """
         self.registration = registration
         self.shard = shard
         self._cursor = cursor
         self._note = note
+        self._commit = commit
+        self._alone = alone
+        self._care = Care(crashes=shard.lease.crashes, most=shard.window.max_events)
         self._waiting = waiting
         self._seconds_until = seconds_until
         self._prove_end = prove_end
@@ -118,8 +137,7 @@ class Pump:
         self._timers: dict[asyncio.TimerHandle, _Again] = {}
         self._due_times: list[float] = []
         self._active: dict[int, Event] = {}
-        """What is being dispatched: by position, and letters by their negative ids, because after a seek an event may
-        be at work as both."""
+        """What is being dispatched, by slot."""
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
         self._feeder: asyncio.Task[None] | None = None
@@ -204,6 +222,19 @@ class Pump:
     def retiring(self) -> bool:
         """Whether it has been told to end."""
         return self._stopping
+
+    def look_whether_calm(self) -> None:
+        """Have the crashes of former owners forgotten, once all that these had open is settled."""
+        shard = self.shard
+        if (
+            shard.crashes
+            and not (shard.calm or self._handed_over or self._letters_out)
+            and self._care.is_past()
+            and shard.window.is_settled(self._lease.head)
+        ):
+            shard.calm = True
+            self._care.taken = False
+            self._note(shard)
 
     def state(self) -> str:
         """What it is doing, in a word or two, for `status()`."""
@@ -364,7 +395,11 @@ class Pump:
         """Whether the event has failed under a former owner: then it comes when it is due."""
         if not self._waiting or (before := self._waiting.pop(event.position, None)) is None:
             return False
-        again = _Again(event.with_delivery(attempt=before.attempt + 1, failure=before.failure), handed_over=False)
+        again = _Again(
+            event.with_delivery(attempt=before.attempt + 1, failure=before.failure),
+            handed_over=False,
+            begun=before.begun,
+        )
         # What is left of it: one behind others of its lane may have waited there for long.
         self._later(before.due_at - monotonic(), again)
         return True
@@ -425,16 +460,19 @@ class Pump:
         """When something that this pump scheduled is due, in monotonic seconds."""
         return self._due_times[0] if self._due_times else None
 
-    def take_due(self, event: Event, letter: int | None) -> None:
-        """Take an event that is due again; one that does not pass the filter any more is let go."""
+    def take_due(self, event: Event, letter: int | None, *, begun: bool) -> None:
+        """Take an event that is due again; one that does not pass the filter any more is let go.
+
+        `begun`: its last attempt killed the process that made it.
+        """
         if self._stopping or (letter is None and event.position in self._handed_over):
             return
         if letter is not None:
             self._letters_out[letter] = size_of(event)
-            self._again.append(_Again(event, handed_over=True, letter=letter))
+            self._again.append(_Again(event, handed_over=True, letter=letter, begun=begun))
         else:
             self._handed_over[event.position] = size_of(event)
-            again = _Again(event, handed_over=True)
+            again = _Again(event, handed_over=True, begun=begun)
             if not self._passes(event):
                 self._done(again, Forgotten(position=event.position))
                 return
@@ -446,6 +484,8 @@ class Pump:
         now = monotonic()
         for outcome in mark.outcomes.values():
             match outcome:
+                case Scheduled(begun=True) | LetterFailed(begun=True):
+                    pass  # at work
                 case Scheduled(position=position, delay=delay):
                     self._handed_over.pop(position, None)
                     if not self._ordered:
@@ -489,6 +529,8 @@ class Pump:
                 again = self._again.popleft()
                 self._wake_if_more()
                 await self._retry(again, probe=False)
+            elif self._care.taken:
+                await self._retry(_Again(ready.popleft(), handed_over=False), probe=False)
             else:
                 await self._deliver()
 
@@ -595,7 +637,79 @@ class Pump:
                 health.probing = False
 
     async def _retry(self, again: _Again, *, probe: bool) -> None:
-        """Dispatch an event that is not in the straight way from the log: again, as a probe, or as a dead letter."""
+        """Dispatch an event that is not in the straight way from the log: again, as a probe, as a letter, with care."""
+        if not (again.begun or self._care.taken):
+            await self._dispatch(again, probe=probe)
+            return
+        async with self._alone:
+            if self._stopping:
+                return
+            # At work from here on: who drains waits for its end.
+            self._active[again.slot] = again.event
+            try:
+                noted = await self._note_attempt(again)
+                if noted is not None:
+                    await self._dispatch(noted, probe=probe)
+                    self._care.handled(concurrency=self.registration.concurrency)
+            finally:
+                self._active.pop(again.slot, None)
+                if self._stopping and not self._active:
+                    self._quiet.set()
+
+    async def _note_attempt(self, again: _Again) -> _Again | None:
+        """The event, once it is durable that its next attempt has begun; None when it or the shard was given up."""
+        event, retry = again.event, self.registration.retry
+        if event.attempt > retry.attempts:
+            # What it did to the process that made its last attempt, nobody could say at the time.
+            self._fail(event.with_delivery(attempt=retry.attempts, failure=event.failure), ProcessDied(), again=again)
+            return None
+        self._record(again, attempt=event.attempt, begun=True)
+        if not (self._ordered or again.handed_over):
+            # It has left the window with that, and is at work as one of those that are due again.
+            self._handed_over[event.position] = size_of(event)
+            self.shard.window.settle(event.position)
+            self._make_room()
+            again = replace(again, handed_over=True)
+        backoff = Backoff(cap=1.0)
+        while not self.shard.lost:
+            try:
+                await self._commit()
+                break
+            except DatabaseError as error:
+                facts.emit("attempt not noted", level=backoff.failed(), shard=self.shard.name, error=str(error))
+            await backoff.wait()
+        while not self._stopping:
+            if self.shard.may_dispatch():
+                return again
+            await asyncio.sleep(_LEASE_POLL)
+        self._record(again, attempt=event.attempt - 1, begun=again.begun)
+        return None
+
+    def _record(self, again: _Again, *, attempt: int, begun: bool) -> None:
+        """Note how many attempts the event has behind it, and whether the last of them has only begun."""
+        if self.shard.lost:
+            return
+        event, error = again.event, describe(ProcessDied())
+        delay = min(self.registration.retry.wait_before(max(attempt, 1)), _LONGEST) if begun else 0.0
+        if again.letter is not None:
+            self.shard.note(
+                LetterFailed(letter=again.letter, attempt=attempt, delay=delay, error=error, details={}, begun=begun)
+            )
+        else:
+            self.shard.note(
+                Scheduled(
+                    position=event.position,
+                    attempt=attempt,
+                    delay=delay,
+                    error=error,
+                    failure=event.failure,
+                    begun=begun,
+                )
+            )
+        self._note(self.shard)
+
+    async def _dispatch(self, again: _Again, *, probe: bool) -> None:
+        """Dispatch it, and note what becomes of it."""
         event, health = again.event, self.registration.health
         dispatch = self.registration.dispatch if event.failure is None else self.registration.dispatch_dead
         if dispatch is None:
@@ -603,8 +717,7 @@ class Pump:
             assert event.failure is not None  # noqa: S101 - only those have none
             self._done(again, Buried(position=event.position, failure=event.failure))
             return
-        slot = event.position if again.letter is None else -again.letter
-        self._active[slot] = event
+        self._active[again.slot] = event
         try:
             await dispatch(event)
         except asyncio.CancelledError:
@@ -621,7 +734,7 @@ class Pump:
             else:
                 self._done(again, Forgotten(position=event.position))
         finally:
-            del self._active[slot]
+            del self._active[again.slot]
             if self._stopping and not self._active:
                 self._quiet.set()
 
@@ -635,13 +748,17 @@ class Pump:
         self,
         event: Event,
         error: BaseException,
-        health: TargetHealth,
+        health: TargetHealth | None = None,
         *,
         probe: bool = False,
         again: _Again | None = None,
     ) -> None:
-        """Decide what becomes of an event that failed, and have it committed. `health`: of the target that it had."""
+        """Decide what becomes of an event that failed, and have it committed.
+
+        `health`: of the target that it had, if that is not the one of now.
+        """
         registration, retry = self.registration, self.registration.retry
+        health = health or registration.health
         if health.retired and (again is None or again.letter is None) and not self._passes(event):
             # Reconfigured while it was at work: it is not wanted any more.
             self._done(again or _Again(event, handed_over=False), Forgotten(position=event.position))

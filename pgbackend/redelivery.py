@@ -16,7 +16,7 @@ _POSITION, _RECORDED_AT = 12, 13
 _LETTERS_PAGE = 100
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DueEvent:
     """An event to be dispatched again, with the attempt that it is about to make."""
 
@@ -24,6 +24,8 @@ class DueEvent:
     epoch: int
     letter: int | None
     """The dead letter that it comes from, if it does."""
+    begun: bool
+    """Whether its last attempt killed the process that made it."""
 
 
 class Redelivery:
@@ -41,7 +43,12 @@ class Redelivery:
                 self._sql.find_due, *_asked(from_log), *_at_work((one.lease.epoch, one.positions) for one in from_log)
             )
             found += [
-                DueEvent(_event(row, attempt=row["attempt"] + 1, failure=_failure(row["failure"])), row["epoch"], None)
+                DueEvent(
+                    event=_event(row, attempt=row["attempt"] + 1, failure=_failure(row["failure"])),
+                    epoch=row["epoch"],
+                    letter=None,
+                    begun=row["begun"],
+                )
                 for row in rows
             ]
         if requests:
@@ -50,14 +57,27 @@ class Redelivery:
                 *_asked(requests),
                 *_at_work((one.lease.epoch, one.letters) for one in requests),
             )
-            found += [DueEvent(_event(row, attempt=row["attempt"] + 1), row["epoch"], row["letter_id"]) for row in rows]
+            found += [
+                DueEvent(
+                    event=_event(row, attempt=row["attempt"] + 1),
+                    epoch=row["epoch"],
+                    letter=row["letter_id"],
+                    begun=row["begun"],
+                )
+                for row in rows
+            ]
         return found
 
     async def find_attempts(self, lease: Lease) -> dict[int, Waiting]:
         """By position: what a former owner noted of this shard's failed events."""
         rows = await self._database.fetch(self._sql.find_attempts, lease.subscription, lease.shard, lease.shards)
         now = time.monotonic()
-        return {row["position"]: Waiting(row["attempt"], now + row["delay"], _failure(row["failure"])) for row in rows}
+        return {
+            row["position"]: Waiting(
+                attempt=row["attempt"], due_at=now + row["delay"], failure=_failure(row["failure"]), begun=row["begun"]
+            )
+            for row in rows
+        }
 
     async def letters(self, subscription: str | None) -> AsyncIterator[DeadLetter]:
         """All dead letters, or one subscription's, in the order of their ids."""

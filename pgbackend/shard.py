@@ -29,6 +29,8 @@ class Scheduled:
     error: str
     failure: Failure | None
     """Set once the main dispatcher has given up and the dead-letter dispatcher has its turn."""
+    begun: bool = False
+    """Whether the attempt is only about to be made: if nothing more is heard of it, it killed its process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class LetterFailed:
     delay: float | None
     error: str
     details: Mapping[str, str]
+    begun: bool = False
+    """As of `Scheduled`."""
 
 
 Outcome = Scheduled | Forgotten | Buried | LetterDelivered | LetterFailed
@@ -103,6 +107,10 @@ class Lease:
     place: tuple[int, int]
     """The offset row's ctid."""
     complete: bool
+    crashes: int
+    """How many owners in a row have died with it before they had settled what was open when they took it."""
+    head: int
+    """The highest position given out when it was claimed: what a former owner had at work is at or below it."""
     order: Order
     start_position: int | None
     """Events at or below it are not for this subscription: its start was ahead of the log."""
@@ -124,7 +132,7 @@ class Lease:
         return min((bound for bound in bounds if bound is not None), default=None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
     """What a failed event of an ordered shard has behind it: a new owner goes on from there."""
 
@@ -134,6 +142,8 @@ class Waiting:
     """When the next one is due, in monotonic seconds."""
     failure: Failure | None
     """Why it was given up, if it was."""
+    begun: bool
+    """Whether the last attempt killed the process that made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +168,8 @@ class Mark:
     position: int
     pending: str
     complete: bool
+    calm: bool
+    """Whether what was open when the shard was claimed from a dead worker is settled."""
     outcomes: Mapping[OutcomeKey, Outcome]
 
 
@@ -173,6 +185,10 @@ class Shard:
     lost: bool = False
     """Whether another worker has it, or may have: nothing is dispatched or committed any more."""
     complete: bool = False
+    crashes: int = 0
+    """As its row has it."""
+    calm: bool = False
+    """Whether its row may forget them."""
     noted: bool = False
     """Whether the committer knows that there may be something to commit."""
     outcomes: dict[OutcomeKey, Outcome] = field(default_factory=dict)
@@ -200,9 +216,10 @@ class Shard:
         position, pending = self.window.mark()
         text = str(pending)
         outcomes, self.outcomes = self.outcomes, {}
-        if not outcomes and not self.complete and (position, text) == self.committed:
+        calm = self.calm and self.crashes > 0
+        if not (outcomes or self.complete or calm) and (position, text) == self.committed:
             return None
-        return Mark(position, text, self.complete, outcomes)
+        return Mark(position, text, self.complete, calm, outcomes)
 
     def give_back(self, mark: Mark) -> None:
         """The commit did not happen, or nobody knows: commit it again with the next."""
@@ -213,3 +230,5 @@ class Shard:
         """The row says it now."""
         self.place = place
         self.committed = (mark.position, mark.pending)
+        if mark.calm:
+            self.crashes = 0

@@ -45,6 +45,10 @@ class Window:
         count = len(self._in_flight)
         return not count or (count < self.max_events and self.bytes + size <= self.max_bytes)
 
+    def is_settled(self, upto: int) -> bool:
+        """Whether everything up to a position was read, and nothing of it is in flight."""
+        return self.position >= upto and all(position > upto for position in self._in_flight)
+
     def admits(self, position: int) -> bool:
         """Whether an event has not been seen by this shard: it is further on, or fills a hole."""
         return position > self.position or position in self.holes

@@ -98,6 +98,8 @@ class Worker:
         """Shards whose pumps are ending here."""
         self._leaving: set[int] = set()
         """Epochs of the shards that this worker is giving up so that others have their share."""
+        self._alone = asyncio.Lock()
+        """Held by the one pump that dispatches an event with care."""
         self._free_since: dict[ShardKey, float] = {}
         self._due = asyncio.Event()
         self._leases = Leases(log, schema=settings.schema, worker=self._id)
@@ -246,6 +248,8 @@ class Worker:
         for epoch in known - held:
             if epoch in self._pumps:
                 self._on_lost(self._pumps[epoch][0].shard)
+        for pump, _ in self._pumps.values():
+            pump.look_whether_calm()
         # Claimed, but the connection broke before its pump began.
         await self._leases.release([epoch for epoch in held if epoch not in known])
         await self._switch_shards(survey)
@@ -335,6 +339,7 @@ class Worker:
             tenure=self._tenure,
             place=lease.place,
             complete=lease.complete,
+            crashes=lease.crashes,
             committed=(lease.position, str(lease.pending)),
         )
         pump = Pump(
@@ -342,6 +347,8 @@ class Worker:
             shard=shard,
             cursor=self._tail.cursor(after=lease.position, patient=lease.order == "strict"),
             note=self._committer.note,
+            commit=self._committer.run_once,
+            alone=self._alone,
             waiting=waiting,
             seconds_until=self._seconds_until,
             prove_end=self._prove_end,
@@ -351,7 +358,7 @@ class Worker:
         self._due.set()
         facts.emit(
             "lease claimed", subscription=lease.subscription, shard=lease.shard, epoch=lease.epoch,
-            position=lease.position, pending=lease.pending.count(),
+            position=lease.position, pending=lease.pending.count(), crashes=lease.crashes,
         )  # fmt: skip
 
     def _give_up(self, epochs: Iterable[int]) -> None:
@@ -456,7 +463,7 @@ class Worker:
         requests = [request for pump in pumps if (request := pump.ask_due()) is not None]
         for due in await self._redelivery.find_due(requests):
             if due.epoch in self._pumps:
-                self._pumps[due.epoch][0].take_due(due.event, due.letter)
+                self._pumps[due.epoch][0].take_due(due.event, due.letter, begun=due.begun)
 
     # What the pumps ask of the server.
 

@@ -1,4 +1,4 @@
-"""Workers share the shards fairly, and the number of shards can be changed.
+"""Workers share the shards fairly, their number can be changed, and events that kill workers are found.
 
 Revision ID: 0004
 Revises: 0003
@@ -26,6 +26,11 @@ UPGRADE: tuple[str, ...] = (
     "ALTER TABLE {schema}.workers ADD COLUMN asked_at timestamptz",
     # Until then nobody runs it: who is about to change its shards waits for those at work to come to an end.
     "ALTER TABLE {schema}.subscriptions ADD COLUMN resting_until timestamptz",
+    # How many owners in a row died with the shard before all that was open when they took it was settled.
+    "ALTER TABLE {schema}.offsets ADD COLUMN crashes integer NOT NULL DEFAULT 0",
+    # Whether the last attempt is only known to have begun: seen by another process, it killed the one that made it.
+    "ALTER TABLE {schema}.redeliveries ADD COLUMN begun boolean NOT NULL DEFAULT false",
+    "ALTER TABLE {schema}.dead_letters ADD COLUMN begun boolean NOT NULL DEFAULT false",
     # Dead is who has not been heard of for its own `lease_timeout`, or whose registered backend is gone; a start time
     # that this role may not see proves nothing.
     """
@@ -46,6 +51,9 @@ UPGRADE: tuple[str, ...] = (
 
 DOWNGRADE: tuple[str, ...] = (
     "DROP VIEW {schema}.living_workers",
+    "ALTER TABLE {schema}.dead_letters DROP COLUMN begun",
+    "ALTER TABLE {schema}.redeliveries DROP COLUMN begun",
+    "ALTER TABLE {schema}.offsets DROP COLUMN crashes",
     "ALTER TABLE {schema}.subscriptions DROP COLUMN resting_until",
     "ALTER TABLE {schema}.workers DROP COLUMN asked_at, DROP COLUMN subscriptions",
 )

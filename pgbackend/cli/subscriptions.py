@@ -89,8 +89,8 @@ def _place(text: str) -> Place:
     >>> _place("17"), _place("latest"), _place("2026-01-31T12:00:00Z").isoformat()
     (17, 'latest', '2026-01-31T12:00:00+00:00')
     """
-    if text == "earliest" or text == "latest":  # noqa: PLR1714 - the type checker takes only this for the literals
-        return text
+    if text in ("earliest", "latest"):
+        return "earliest" if text == "earliest" else "latest"
     if text.isdecimal():
         return int(text)
     try:

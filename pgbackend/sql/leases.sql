@@ -78,14 +78,17 @@ locked AS (
 )
 UPDATE {schema}.offsets AS stored
 SET owner = $4,
-    epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
+    epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
+    -- Who gives a shard up is no longer its owner: one that still has an owner was left by a dead one.
+    crashes = stored.crashes + CASE WHEN stored.owner IS NULL THEN 0 ELSE 1 END
 FROM locked
 WHERE stored.subscription = locked.subscription
     AND stored.shards = locked.shards
     AND stored.shard = locked.shard
     AND (SELECT id FROM {schema}.incarnation) = $5
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
-    stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at,
+    stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at, stored.crashes,
+    (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head,
     locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at;
 
 -- name: release

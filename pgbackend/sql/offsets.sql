@@ -23,14 +23,16 @@ RETURNING stored.epoch, stored.ctid;
 WITH marked AS (
     SELECT *
     FROM jsonb_to_recordset($1::jsonb) AS mark (
-        subscription text, shards int, shard int, epoch bigint, position bigint, pending text, complete boolean
+        subscription text, shards int, shard int, epoch bigint, position bigint, pending text, complete boolean,
+        calm boolean
     )
 ),
 fenced AS (
     UPDATE {schema}.offsets AS stored
     SET position = marked.position,
         pending = marked.pending::int8multirange,
-        completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END
+        completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END,
+        crashes = CASE WHEN marked.calm THEN 0 ELSE stored.crashes END
     FROM marked
     WHERE stored.subscription = marked.subscription
         AND stored.shards = marked.shards
@@ -42,11 +44,12 @@ fenced AS (
     RETURNING stored.epoch, stored.subscription, stored.ctid
 ),
 scheduled AS (
-    INSERT INTO {schema}.redeliveries AS kept (subscription, position, key_hash, attempt, due_at, last_error, failure)
+    INSERT INTO {schema}.redeliveries AS kept
+        (subscription, position, key_hash, attempt, due_at, last_error, failure, begun)
     SELECT fenced.subscription, due.position, event.key_hash, due.attempt,
-        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json
+        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.begun
     FROM jsonb_to_recordset($4::jsonb) AS due (
-        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb
+        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, begun boolean
     )
     JOIN fenced USING (epoch)
     JOIN {schema}.events AS event ON event.position = due.position
@@ -54,7 +57,8 @@ scheduled AS (
     SET attempt = excluded.attempt,
         due_at = excluded.due_at,
         last_error = excluded.last_error,
-        failure = excluded.failure
+        failure = excluded.failure,
+        begun = excluded.begun
 ),
 forgotten AS (
     DELETE FROM {schema}.redeliveries AS kept
@@ -83,7 +87,8 @@ buried AS (
         details = excluded.details,
         buried_at = now(),
         attempt = 0,
-        due_at = NULL
+        due_at = NULL,
+        begun = false
 ),
 delivered_letters AS (
     DELETE FROM {schema}.dead_letters AS letter
@@ -95,12 +100,14 @@ delivered_letters AS (
 failed_letters AS (
     UPDATE {schema}.dead_letters AS letter
     SET attempt = failed.attempt,
-        attempts = letter.attempts + 1,
+        -- Once for each attempt: it may have been noted before, as one that had begun.
+        attempts = letter.attempts + failed.attempt - letter.attempt,
         error = failed.error,
         details = failed.details::json,
-        due_at = clock_timestamp() + make_interval(secs => failed.delay)
+        due_at = clock_timestamp() + make_interval(secs => failed.delay),
+        begun = failed.begun
     FROM jsonb_to_recordset($8::jsonb) AS failed (
-        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb
+        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, begun boolean
     )
     JOIN fenced USING (epoch)
     WHERE letter.letter_id = failed.letter

@@ -5,10 +5,10 @@
 -- its room by count and bytes, the first in any case, and without those that are at work already.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, epoch, attempt, failure
+    data_encoding, position, recorded_at, key_hash, epoch, attempt, failure, begun
 FROM (
     SELECT
-        event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure,
+        event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.begun,
         sum(octet_length(event.data)) OVER (
             PARTITION BY asked.epoch ORDER BY due.due_at, event.position
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
@@ -38,7 +38,7 @@ ORDER BY due_at;
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, epoch, attempt, letter_id
+    data_encoding, position, recorded_at, key_hash, epoch, attempt, letter_id, begun
 FROM (
     SELECT
         due.*, asked.epoch, asked.room_bytes,
@@ -68,7 +68,7 @@ ORDER BY due_at;
 
 -- name: find_attempts
 -- Of a shard in an ordered mode: what its waiting positions have behind them. A new owner goes on from there.
-SELECT position, attempt, failure, greatest(extract(epoch FROM due_at - clock_timestamp()), 0)::float8 AS delay
+SELECT position, attempt, failure, begun, greatest(extract(epoch FROM due_at - clock_timestamp()), 0)::float8 AS delay
 FROM {schema}.redeliveries
 WHERE subscription = $1
     AND key_hash % $3::int = $2::int;
@@ -87,7 +87,8 @@ LIMIT $3;
 -- Send dead letters on their way again, from the first attempt on.
 UPDATE {schema}.dead_letters
 SET due_at = clock_timestamp(),
-    attempt = 0
+    attempt = 0,
+    begun = false
 WHERE ($1::bigint[] IS NULL OR letter_id = ANY ($1))
     AND ($2::text IS NULL OR subscription = $2)
     AND due_at IS NULL

@@ -12,12 +12,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pgbackend.backend import Backend
 from pgbackend.event import Event
+from pgbackend.retry import Retry
 from tests.support.ledger import Ledger
 
 
@@ -32,15 +34,20 @@ class Worker:
         subscription: str = "test",
         schema: str = "pgbackend",
         delay: float = 0.0,
+        poison: Sequence[str] = (),
         settings: dict[str, object] | None = None,
         **options: object,
     ) -> None:
-        """`settings` go to `Backend`, `options` to `subscribe()`; both as far as JSON carries them."""
+        """`settings` go to `Backend`, `options` to `subscribe()`; both as far as JSON carries them.
+
+        `poison`: ids of events whose handling kills the process, after `delay` seconds. What they do is noted as well.
+        """
         self._job = {
             "dsn": dsn,
             "ledger": str(ledger.path),
             "subscription": subscription,
             "delay": delay,
+            "poison": list(poison),
             "settings": {"schema": schema, **(settings or {})},
             "options": {"start": "earliest", **options},
         }
@@ -113,11 +120,16 @@ async def _run(job: dict[str, Any]) -> None:
         if job["delay"]:
             await asyncio.sleep(job["delay"])
         await ledger.handle(event)
+        if event.id in job["poison"]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with Backend(job["dsn"], **job["settings"]) as backend:
-        await backend.subscribe(job["subscription"], handle, **job["options"])
+        options = job["options"]
+        if "retry" in options:
+            options["retry"] = Retry(**options["retry"])
+        await backend.subscribe(job["subscription"], handle, **options)
         os.write(1, b"ready\n")
         await stopping.wait()
 

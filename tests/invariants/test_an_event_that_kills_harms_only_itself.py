@@ -1,0 +1,185 @@
+"""I7, where an event's handling kills the process: it is found, given up like any other, and the others are handled."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend
+from pgbackend.care import Care
+from tests.support.catch import make_event
+from tests.support.ledger import Ledger
+from tests.support.polling import eventually
+from tests.support.worker import Worker
+
+SETTINGS: dict[str, object] = {"commit_interval": 0.02, "poll_interval": 0.1}
+ATTEMPTS = 3
+
+
+class Fleet:
+    """A process that is started again whenever it dies, as whoever runs it would."""
+
+    def __init__(self) -> None:
+        self.deaths = 0
+
+    async def run(self, database: str, ledger: Ledger, **options: Any) -> None:
+        while True:
+            async with Worker(database, ledger, settings=SETTINGS, **options) as worker:
+                await worker.process.wait()
+            self.deaths += 1
+
+
+@asynccontextmanager
+async def fleet(database: str, ledger: Ledger, **options: Any) -> AsyncIterator[Fleet]:
+    running = Fleet()
+    task = asyncio.create_task(running.run(database, ledger, **options))
+    try:
+        yield running
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def settled(observer: "asyncpg.Connection[asyncpg.Record]", head: int) -> None:
+    async def is_settled() -> bool:
+        return bool(
+            await observer.fetchval("SELECT bool_and(position >= $1 AND isempty(pending)) FROM pgbackend.offsets", head)
+            and not await observer.fetchval("SELECT count(*) FROM pgbackend.redeliveries")
+            and not await observer.fetchval("SELECT count(due_at) FROM pgbackend.dead_letters")
+        )
+
+    await eventually("everything is settled", is_settled, 90, interval=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+async def test_it_is_given_up_after_its_attempts_and_everything_else_is_handled(
+    database: str, tmp_path: Path, order: str
+) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    observer = await asyncpg.connect(database)
+    producer = Backend(database)
+    await producer.init()
+    ids = [str(number) for number in range(300)]
+    await producer.produce_many([make_event(id_, key=str(int(id_) % 10)) for id_ in ids])
+    ledger.produced += ids
+    async with fleet(
+        database, ledger, order=order, poison=["100"], retry={"attempts": ATTEMPTS, "delay": 0.1, "max_delay": 0.2}
+    ) as running:
+        await settled(observer, len(ids))
+        letters = [(letter.event.id, letter.failure) async for letter in producer.dead_letters()]
+        deaths = running.deaths
+        # An operator who does not believe it.
+        await producer.redeliver(subscription="test")
+        await settled(observer, len(ids))
+        deaths_again = running.deaths - deaths
+        again = [(letter.event.id, letter.failure.attempts) async for letter in producer.dead_letters()]
+        await producer.produce(make_event("after"))
+        ledger.produced.append("after")
+        await settled(observer, len(ids) + 1)
+    await producer.stop()
+    await observer.close()
+
+    ((id_, failure),) = letters
+    assert id_ == "100"
+    assert "ProcessDied" in failure.error
+    assert failure.attempts == ATTEMPTS
+    assert ledger.lost() == []
+    # Two before anybody is suspected, then its attempts. By the second time the crashes may not be forgotten yet.
+    assert deaths <= 2 + ATTEMPTS
+    assert deaths_again <= 2 + ATTEMPTS
+    assert [id_ for id_, _ in again] == ["100"]
+    assert again[0][1] == 2 * ATTEMPTS
+    if order != "none":
+        assert ledger.reordered(by_key=True) == []
+    # What was in flight beside it comes again, no more often than the process died.
+    assert max(count for id_, count in ledger.doubled().items()) <= deaths + deaths_again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_an_event_that_kills_later_than_the_others_need_is_found_too(database: str, tmp_path: Path) -> None:
+    """The offsets of the others are committed by then: each life makes progress, and it alone stays."""
+    ledger = Ledger(tmp_path / "ledger")
+    observer = await asyncpg.connect(database)
+    producer = Backend(database)
+    await producer.init()
+    ids = [str(number) for number in range(50)]
+    await producer.produce_many([make_event(id_) for id_ in ids])
+    async with fleet(
+        database, ledger, delay=0.3, poison=["7", "20"], retry={"attempts": 2, "delay": 0.1, "max_delay": 0.1}
+    ):
+        await settled(observer, len(ids))
+        letters = sorted([letter.event.id async for letter in producer.dead_letters()])
+    await producer.stop()
+    await observer.close()
+    ledger.produced += ids
+
+    assert letters == ["20", "7"]
+    assert ledger.lost() == []
+
+
+async def test_a_shard_whose_owners_died_of_something_else_is_only_slower(database: str) -> None:
+    """Each of its events is dispatched alone, and noted before; nothing of it stays."""
+    observer = await asyncpg.connect(database)
+    at_work: list[str] = []
+    most, handled = 0, Counter[str]()
+
+    async def handle(event: Any) -> None:
+        nonlocal most
+        at_work.append(event.id)
+        most = max(most, len(at_work))
+        await asyncio.sleep(0.005)
+        at_work.remove(event.id)
+        handled[event.id] += 1
+
+    backend = Backend(database, commit_interval=0.01, window_events=20)
+    await backend.init()
+    await backend.subscribe("s", handle, start="earliest")
+    await observer.execute("UPDATE pgbackend.offsets SET crashes = 5")
+    ids = [str(number) for number in range(60)]
+    await backend.produce_many([make_event(id_) for id_ in ids])
+    noted = asyncio.create_task(backend.start())
+    await settled(observer, len(ids))
+    await backend.stop()
+    await noted
+    letters = await observer.fetchval("SELECT count(*) FROM pgbackend.dead_letters")
+    await observer.close()
+
+    assert handled == Counter(ids)
+    assert letters == 0
+    assert most > 1, "it was run with care for longer than a window"
+
+
+def test_care_is_taken_from_the_second_crash_on_for_a_window_of_events() -> None:
+    assert not Care(crashes=1, most=3).taken
+    care = Care(crashes=2, most=3)
+    for _ in range(3):
+        assert care.taken
+        care.handled(concurrency=64)
+    assert not care.taken
+
+
+async def test_crashes_are_forgotten_once_all_is_settled(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgbackend.care._CALM_AFTER", 0.0)
+    observer = await asyncpg.connect(database)
+    async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
+        await backend.produce(make_event("a"))
+        await backend.subscribe("s", lambda _: None, start="earliest")
+        await settled(observer, 1)
+        await backend.unsubscribe("s")
+        await observer.execute("UPDATE pgbackend.offsets SET crashes = 3")
+        await backend.subscribe("s", lambda _: None)
+        await backend.produce(make_event("b"))
+
+        async def are_forgotten() -> bool:
+            return bool(await observer.fetchval("SELECT crashes = 0 FROM pgbackend.offsets"))
+
+        await eventually("the crashes are forgotten", are_forgotten)
+    await observer.close()
