@@ -129,8 +129,12 @@ class Leases:
             await self._log.database.execute(self._sql.release, self._worker, epochs)
 
     async def leave(self) -> None:
-        """Forget this worker, and others that have not been heard of for long."""
+        """Forget this worker."""
         await self._log.database.execute(self._sql.leave, self._worker)
+
+    async def forget_dead(self) -> None:
+        """Forget the workers that have not been heard of for long."""
+        await self._log.database.execute(self._sql.forget_dead)
 
 
 class Presence:

@@ -653,7 +653,7 @@ class Pump:
                     self._care.handled(concurrency=self.registration.concurrency)
             finally:
                 self._active.pop(again.slot, None)
-                if self._stopping and not self._active:
+                if self.retiring and not self._active:
                     self._quiet.set()
 
     async def _note_attempt(self, again: _Again) -> _Again | None:

@@ -129,6 +129,8 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Deliver until `stop` is set, then drain, commit and give up every shard."""
         await self._log.enter_incarnation()
+        # Who was killed could not do it: rows that only say so must not fill the table that all look at.
+        await self._leases.forget_dead()
         await self._presence.start()
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -99,7 +99,10 @@ WHERE owner = $1
     AND epoch = ANY ($2::bigint[]);
 
 -- name: leave
--- Also those who died long ago: a process that dies each second must not fill the table that all look at.
 DELETE FROM {schema}.workers
-WHERE id = $1
-    OR heartbeat_at < clock_timestamp() - greatest(lease_timeout * 2, interval '5 minutes');
+WHERE id = $1;
+
+-- name: forget_dead
+-- Long after they died: one that was only frozen registers anew.
+DELETE FROM {schema}.workers
+WHERE heartbeat_at < clock_timestamp() - greatest(lease_timeout * 2, interval '5 minutes');

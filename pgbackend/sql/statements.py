@@ -38,6 +38,7 @@ class LeasesSql:
     claim: str
     release: str
     leave: str
+    forget_dead: str
 
 
 @dataclass(frozen=True, slots=True)
