@@ -31,7 +31,7 @@ class Process:
         self.said = ""
         self._complaints: list[str] = []
 
-    async def listening(self, timeout: float = 60.0) -> str:
+    async def listening(self, timeout: float = 120.0) -> str:
         """The URL, once it listens and has said all that it says then."""
         assert self.process.stdout
         async with asyncio.timeout(timeout):
@@ -49,7 +49,7 @@ class Process:
         self._complaints += (await self.process.stderr.read()).decode().splitlines(keepends=True)
         return "".join(self._complaints)
 
-    async def complains(self, text: str, *, count: int = 1, timeout: float = 60.0) -> list[str]:
+    async def complains(self, text: str, *, count: int = 1, timeout: float = 120.0) -> list[str]:
         """The first `count` lines of standard error that have `text` in them, once they are there."""
         assert self.process.stderr
         try:
@@ -65,7 +65,7 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    async def ended(self, timeout: float = 60.0) -> int:
+    async def ended(self, timeout: float = 120.0) -> int:
         async with asyncio.timeout(timeout):
             return await self.process.wait()
 
@@ -117,7 +117,7 @@ def config(target: Target, name: str = "billing", options: str = "") -> str:
     return f"triggers: {{{name}: {{target: {{url: '{target.url}'}}{options}}}}}"
 
 
-async def refused(url: str, timeout: float = 60.0) -> None:
+async def refused(url: str, timeout: float = 120.0) -> None:
     """Return once nobody listens there any more."""
     parts = urlsplit(url)
     async with asyncio.timeout(timeout):

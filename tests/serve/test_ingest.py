@@ -190,7 +190,7 @@ class TestLimits:
         reader, writer = await asyncio.open_connection(broker.host, broker.port)
         headers = b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
         writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + headers + b"\r\n")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             answered = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
             sent = 0
             while not answered.done():

@@ -442,7 +442,7 @@ class Process:
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(f"{what}\n".encode())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return json.loads(await self.process.stdout.readline())
 
     async def samples(self) -> dict[str, float]:
@@ -579,12 +579,12 @@ class TestSeveralProcesses:
             def hesitating(file: Path) -> None:
                 if file.name.startswith("counter_"):
                     copied.set()
-                    assert go_on.wait(20)
+                    assert go_on.wait(60)
                 unlink(file)
 
             monkeypatch.setattr(Path, "unlink", hesitating)
             moving = asyncio.create_task(asyncio.to_thread(metrics_module.worker_gone, going.process.pid))
-            await asyncio.to_thread(copied.wait, 20)
+            await asyncio.to_thread(copied.wait, 60)
             looking = asyncio.create_task(staying.samples())
             # As long as it may take who does not wait for the other.
             await asyncio.wait({looking}, timeout=0.5)

@@ -186,7 +186,7 @@ class TestSignals:
             await reader.read()
 
         async with raw_server(silent) as url, running("--dsn", f"postgresql://{url[7:]}x", "--port", "0") as serve:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await contacted.wait()
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0

@@ -51,7 +51,7 @@ async def gone(*processes: int) -> None:
     async def look() -> bool:
         return not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
-    await eventually(f"processes {processes} are gone", look, 60.0)
+    await eventually(f"processes {processes} are gone", look, 120.0)
 
 
 class Senders:
@@ -89,7 +89,7 @@ class Senders:
         async def look() -> bool:
             return len(self.accepted) >= goal or bool(self.problems)
 
-        await eventually(f"{more} more events", look, 60.0)
+        await eventually(f"{more} more events", look, 120.0)
 
     async def _keep_sending(self, *, close: bool) -> None:
         while not self._stopping:
@@ -146,7 +146,7 @@ async def all_arrived(arrived: Counter[str], senders: Senders) -> None:
     async def look() -> bool:
         return set(senders.accepted) <= arrived.keys()
 
-    await eventually("every accepted event is delivered", look, 60.0)
+    await eventually("every accepted event is delivered", look, 120.0)
 
 
 class TestStart:

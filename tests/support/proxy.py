@@ -49,6 +49,8 @@ class Proxy:
         assert self._server
         self._server.close()
         self.cut()
+        # Whoever fails while it is stalled must not wait here for ever.
+        self._flowing.set()
         while self._links:
             await asyncio.wait([link.done for link in self._links])
         await self._server.wait_closed()

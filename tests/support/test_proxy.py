@@ -45,6 +45,17 @@ async def test_stall_holds_everything_until_restore(empty_database: str) -> None
         await connection.close()
 
 
+async def test_leaving_it_while_it_is_stalled_waits_for_nobody(empty_database: str) -> None:
+    async with asyncio.timeout(30):
+        async with Proxy(empty_database) as proxy:
+            connection = await asyncpg.connect(proxy.dsn)
+            proxy.stall()
+            waiting = asyncio.create_task(connection.fetchval("select 1"))
+            await asyncio.wait([waiting], timeout=0.1)
+        with pytest.raises((asyncpg.PostgresConnectionError, OSError)):
+            await waiting
+
+
 async def test_a_lost_reply_leaves_the_work_done(empty_database: str) -> None:
     async with Proxy(empty_database) as proxy:
         connection = await asyncpg.connect(proxy.dsn)
