@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
 from time import monotonic
@@ -97,8 +97,11 @@ class Mounted:
         (self._directory / "..data" / "broker.yaml").unlink()
 
 
-async def change_for(seconds: float, mounted: Mounted, url: str) -> int:
-    """How many versions there were, one each 200 ms; in between there are files that are not valid, and none at all."""
+async def change_for(seconds: float, mounted: Mounted, url: str, in_force: Callable[[int], Awaitable[None]]) -> int:
+    """How many versions there were, one each 200 ms; in between there are files that are not valid, and none at all.
+
+    Each eighth stays until it is in force: a busy machine may see none that stands still for the moment it takes.
+    """
     end = monotonic() + seconds
     ways: list[Callable[[str], None]] = [mounted.write, mounted.rename, mounted.swap]
     for version in count(1):
@@ -113,7 +116,10 @@ async def change_for(seconds: float, mounted: Mounted, url: str) -> int:
             mounted.remove()
             await asyncio.sleep(PACE / 4)
         of(version, *ways)(configuration(version, url))
-        await asyncio.sleep(PACE)
+        if version % 8:
+            await asyncio.sleep(PACE)
+        else:
+            await in_force(version)
     raise AssertionError
 
 
@@ -145,6 +151,14 @@ class Arrivals:
         self.versions[name].add(request.header("x-version") or "")
         return web.Response(status=204)
 
+    async def in_version(self, version: int) -> None:
+        """Return once events came as it says, of three triggers that it does not create or alter."""
+
+        async def all_came() -> bool:
+            return all(str(version) in self.versions[name] for name in PERMANENT[:3])
+
+        await eventually(f"version {version} is in force", all_came, 60.0)
+
 
 async def listen(serve: Process) -> None:
     """What the process says must be read, or it waits."""
@@ -171,7 +185,7 @@ async def test_a_reload_every_200_ms_under_load_loses_repeats_and_reorders_nothi
         async with asyncio.TaskGroup() as group:
             for number in range(4):
                 group.create_task(produce(url, f"p{number}", stop, produced))
-            versions = await change_for(seconds, mounted, target.url)
+            versions = await change_for(seconds, mounted, target.url, arrivals.in_version)
             stop.set()
 
         async def all_arrived() -> bool:
@@ -197,8 +211,6 @@ async def test_a_reload_every_200_ms_under_load_loses_repeats_and_reorders_nothi
         assert [id_ for id_ in arrivals.taken["key"] if hash(id_) % 16 == key] == [
             id_ for id_ in log if hash(id_) % 16 == key
         ]
-    # How many is a matter of the machine.
-    assert min(len(arrivals.versions[name]) for name in PERMANENT[:3]) > 2, "hardly any was ever in force"
 
 
 async def in_log_order(dsn: str) -> list[str]:
