@@ -37,7 +37,7 @@ from pgbackend.window import Window
 _ROUND = 1.0
 """Seconds between two rounds of claiming, at most: a dead worker's shards do not wait for a long `poll_interval`."""
 _JITTER = 0.05
-"""Seconds by which workers that hear the same wake-up look at different times, at most."""
+"""Seconds that a worker waits at most between two rounds, however many wake-ups there are; not in step with others."""
 _LEFT_LYING = 1.5
 """Seconds after which a free shard is anybody's: two rounds, in which whoever should have it has not taken it."""
 _CANCEL_TIMEOUT = 1.0
@@ -236,9 +236,10 @@ class Worker:
                 await backoff.wait()
                 continue
             backoff.reset()
-            await self._rounds.wait(since=strokes, timeout=min(self._settings.poll_interval, _ROUND))
-            # Also bounds the rounds of a time in which many shards change hands, each with a wake-up for all.
+            # Bounds the rounds of a time in which many shards change hands, each with a wake-up for all. Before the wait:
+            # who has lost a shard after a quiet time is to know at once.
             await asyncio.sleep(_JITTER * random.random())  # noqa: S311 - not a secret
+            await self._rounds.wait(since=strokes, timeout=min(self._settings.poll_interval, _ROUND))
 
     async def run_round(self) -> None:
         """Drop what others have taken over, then do this worker's part of sharing the shards out."""
