@@ -1,8 +1,12 @@
 """Segments: keeps the log's partitions well ahead of the last position that was given out.
 
 There is no default partition, so an append beyond the last segment fails; every worker therefore looks now and then,
-and the first that finds too little ahead makes more. Its promise: making segments never makes a producer wait, whoever
-holds what open. It takes ShareUpdateExclusive on the parent, which conflicts with no INSERT and no SELECT.
+and the first that finds too little ahead has more made. Its promise: making segments never makes a producer wait,
+whoever holds what open. It takes ShareUpdateExclusive on the parent, which conflicts with no INSERT and no SELECT.
+
+A segment is made by a function of the log, with the rights of the log's owner (migration 0003): most logs are run by
+roles that own nothing, and stop when none of them can make room. What is made, and how much at most, is the function's
+decision. Here stands only when to call it.
 """
 
 import logging
@@ -18,9 +22,7 @@ from pgbackend.sql.statements import SegmentsSql
 AHEAD_POSITIONS = 100_000_000
 """Positions that have a segment before they are given out: 11 hours at 2,500 events a second."""
 AHEAD_SEGMENTS = 100
-"""The most segments kept ahead, where they are narrow."""
-WIDTH = 10_000_000
-"""Positions of a segment where there is none to learn the width from; as in the first migration."""
+"""The most segments kept ahead, where they are narrow. The function makes no more than these two say."""
 
 # Somebody holds a lock: an operator's DDL, a vacuum, another maker of segments.
 _TRY_LATER = frozenset({"55P03", "40P01"})
@@ -39,25 +41,18 @@ class Reach:
         """Whether the next append fails."""
         return self.upper is None or self.head + 1 >= self.upper
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether no segment is to be made.
 
-def next_segment(reach: Reach) -> tuple[int, int] | None:
-    """The bounds of the segment to be made next, as wide as the newest; None when enough of them are ahead.
-
-    >>> next_segment(Reach(head=250, lower=0, upper=500))
-    (500, 1000)
-    >>> next_segment(Reach(head=450, lower=50_000, upper=50_500)) is None
-    True
-    """
-    if reach.lower is None or reach.upper is None:
-        width = WIDTH
-        start = reach.head // width * width
-    else:
-        width = reach.upper - reach.lower
-        # Appends that failed for want of a segment have used up positions: whole segments of them need not be made.
-        start = reach.upper + max(reach.head - reach.upper, 0) // width * width
-    if start - reach.head >= min(AHEAD_POSITIONS, AHEAD_SEGMENTS * width):
-        return None
-    return start, start + width
+        >>> Reach(head=250, lower=0, upper=500).is_enough
+        False
+        >>> Reach(head=450, lower=50_000, upper=50_500).is_enough
+        True
+        """
+        if self.lower is None or self.upper is None:
+            return False
+        return self.upper - self.head >= min(AHEAD_POSITIONS, AHEAD_SEGMENTS * (self.upper - self.lower))
 
 
 class Segments:
@@ -74,8 +69,10 @@ class Segments:
         log that is out of segments altogether waits for the other. Costs one catalog query when nothing is to do.
         """
         reach = await self.find_reach()
+        made = True
         # A transaction for each: what was made stays made, and producers can use it at once.
-        while next_segment(reach) is not None and await self._make_next(urgent=reach.is_exhausted):
+        while made and not reach.is_enough:
+            made = await self._make_next(urgent=reach.is_exhausted)
             reach = await self.find_reach()
         return Position(reach.upper or 0)
 
@@ -86,32 +83,17 @@ class Segments:
         return Reach(row["head"], row["lower"], row["upper"])
 
     async def _make_next(self, *, urgent: bool) -> bool:
-        """Make one segment, or find that another worker has; False when somebody is in the way."""
+        """Have one segment made; False when nothing was: somebody is in the way, or was quicker."""
         try:
-            made = await self._make_locked(urgent=urgent)
+            # Read committed, whatever the role's default is: what is read under the lock must be newer than the lock.
+            async with self._database.acquire() as connection, connection.transaction(isolation="read_committed"):
+                row = await connection.fetchrow(self._sql.make_segment, urgent)
         except DatabaseError as error:
             if error.sqlstate not in _TRY_LATER:
                 raise
             emit("segment not made yet", level=logging.WARNING, error=str(error))
             return False
-        return made
-
-    async def _make_locked(self, *, urgent: bool) -> bool:
-        # Read committed, whatever the role's default is: what is read under the lock must be newer than the lock.
-        async with self._database.acquire() as connection, connection.transaction(isolation="read_committed"):
-            await connection.execute(self._sql.limit_waits)
-            if urgent:
-                await connection.execute(self._sql.lock)
-            elif not await connection.fetchval(self._sql.try_lock):
-                return False
-            row = await connection.fetchrow(self._sql.find_reach)
-            segment = next_segment(Reach(row["head"], row["lower"], row["upper"])) if row else None
-            if segment is None:
-                return True
-            lower, upper = segment
-            ddl = await connection.fetchrow(self._sql.define_segment, lower, upper)
-            assert ddl is not None  # noqa: S101 - a SELECT without FROM has one row
-            await connection.execute(ddl["create_segment"])
-            await connection.execute(ddl["attach_segment"])
-        emit("segment made", lower=lower, upper=upper)
+        if row is None or row["lower_bound"] is None:
+            return False
+        emit("segment made", lower=row["lower_bound"], upper=row["upper_bound"])
         return True

@@ -98,7 +98,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         "incarnation",
         tables,
         Column("single", BOOLEAN, nullable=False, server_default=text("true")),
-        Column("id", UUID, nullable=False),
+        Column("id", UUID, nullable=False, server_default=text("gen_random_uuid()")),
         Column("since", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
         PrimaryKeyConstraint("single", name="incarnation_pkey"),
         CheckConstraint("single", name="incarnation_single"),

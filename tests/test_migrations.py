@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -18,9 +19,8 @@ from pgbackend.tables import metadata
 
 ROOT = Path(__file__).parent.parent
 
-# Everything that PostgreSQL says about the tables of a schema, as text that does not name the schema. SQLAlchemy's
-# metadata has no place for views.
-CATALOG = {
+# Everything that PostgreSQL says about the tables of a schema, as text that does not name the schema.
+TABLES = {
     "relations": """
         SELECT relname::text, relkind::text, relpersistence::text, array_to_string(reloptions, ' '),
                pg_get_partkeydef(oid)
@@ -55,6 +55,19 @@ CATALOG = {
         JOIN pg_class ON pg_class.oid = seqrelid
         WHERE relnamespace = $1::text::regnamespace
         ORDER BY 1""",
+}
+# And about what SQLAlchemy's metadata has no place for.
+CATALOG = TABLES | {
+    "views": """
+        SELECT relname::text, pg_get_viewdef(oid), relowner::regrole::text
+        FROM pg_class
+        WHERE relnamespace = $1::text::regnamespace AND relkind = 'v'
+        ORDER BY relname""",
+    "functions": """
+        SELECT pg_get_functiondef(oid), proowner::regrole::text, proacl::text
+        FROM pg_proc
+        WHERE pronamespace = $1::text::regnamespace
+        ORDER BY proname""",
 }
 
 
@@ -94,7 +107,7 @@ async def test_migrations_and_sqlalchemy_metadata_describe_the_same_tables(empty
     await engine.dispose()
 
     migrated, described = await catalog(empty_database, "migrated"), await catalog(empty_database, "described")
-    for kind in CATALOG:
+    for kind in TABLES:
         assert migrated[kind] == described[kind], kind
         assert migrated[kind], f"no {kind} found: the comparison would be empty"
 
@@ -171,6 +184,55 @@ async def test_where_older_subscriptions_were_told_to_start_is_not_known(empty_d
         found = await connection.fetch("SELECT name, start_bound FROM pgbackend.subscriptions ORDER BY name")
 
     assert [tuple(row) for row in found] == [("a", "unknown"), ("b", None)]
+
+
+async def test_functions_with_the_rights_of_an_owner_have_those_of_who_owns_the_tables(empty_database: str) -> None:
+    """Also when a superuser migrates; and nobody else may call them."""
+    role = "tenant_" + urlsplit(empty_database).path[-12:]
+    async with connected(empty_database) as connection:
+        await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            await connection.execute(f"CREATE SCHEMA pgbackend AUTHORIZATION {role}")
+            await schema.migrate(
+                lambda: asyncpg.connect(empty_database, user=role, password="secret"), "pgbackend", to="0002"
+            )
+            await migrate(empty_database)
+            rows = await connection.fetch("""
+                SELECT proname::text, prosecdef, proowner::regrole::text,
+                    proconfig @> ARRAY['search_path=pg_catalog, pg_temp'],
+                    has_function_privilege('pg_monitor', oid, 'EXECUTE')
+                FROM pg_proc
+                WHERE pronamespace = 'pgbackend'::regnamespace
+                ORDER BY proname""")
+            await connection.execute(f"SET ROLE {role}")
+            await connection.execute("SELECT pgbackend.make_segment(true)")
+        finally:
+            await connection.execute("RESET ROLE")
+            await connection.execute(f"DROP OWNED BY {role} CASCADE")
+            await connection.execute(f"DROP ROLE {role}")
+
+    assert [tuple(row) for row in rows] == [
+        ("appender_began", True, role, True, False),
+        ("make_segment", True, role, True, False),
+        ("make_segment_of", False, role, True, False),
+    ]
+
+
+async def test_who_was_let_write_into_segments_is_not_any_more(empty_database: str) -> None:
+    role = "writer_" + urlsplit(empty_database).path[-12:]
+    writing = "SELECT has_table_privilege($1, 'pgbackend.events_0', 'INSERT, UPDATE, DELETE, TRUNCATE')"
+    await migrate(empty_database, to="0002")
+    async with connected(empty_database) as connection:
+        await connection.execute(f"CREATE ROLE {role}")
+        try:
+            await connection.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA pgbackend TO {role}, PUBLIC")
+            assert await connection.fetchval(writing, role)
+            await migrate(empty_database)
+            assert not await connection.fetchval(writing, role)
+            assert await connection.fetchval("SELECT has_table_privilege($1, 'pgbackend.events_0', 'SELECT')", role)
+        finally:
+            await connection.execute(f"DROP OWNED BY {role}")
+            await connection.execute(f"DROP ROLE {role}")
 
 
 async def test_sql_written_offline_makes_the_same_tables_as_a_migration(empty_database: str) -> None:

@@ -2,6 +2,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -10,7 +11,7 @@ from pgbackend import schema
 from pgbackend.database import Database
 from pgbackend.errors import DatabaseError
 from pgbackend.facts import Recorder
-from pgbackend.segments import AHEAD_POSITIONS, AHEAD_SEGMENTS, Reach, Segments, next_segment
+from pgbackend.segments import AHEAD_POSITIONS, AHEAD_SEGMENTS, Reach, Segments
 
 INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/plain', 'sql')"
 BOUNDS = """
@@ -18,6 +19,8 @@ BOUNDS = """
     FROM pg_class
     JOIN pg_inherits ON inhrelid = oid AND inhparent = 'pgbackend.events'::regclass
     ORDER BY length(relname), relname"""
+
+MAKE = "SELECT lower_bound FROM pgbackend.make_segment(true)"
 
 WAITING = """
     SELECT count(*)
@@ -60,21 +63,92 @@ async def segments_of(dsn: str, name: str = "pgbackend") -> AsyncIterator[Segmen
 
 def test_enough_is_the_lesser_of_positions_and_segments() -> None:
     wide, narrow = 10_000_000, 500
-    assert next_segment(Reach(1, 0, AHEAD_POSITIONS)) == (AHEAD_POSITIONS, AHEAD_POSITIONS + AHEAD_POSITIONS)
-    assert next_segment(Reach(1, 90_000_000, 90_000_000 + wide)) == (100_000_000, 110_000_000)
-    assert next_segment(Reach(1, 100_000_000, 110_000_000)) is None
-    assert next_segment(Reach(0, 49_000, 49_500)) == (49_500, 50_000)
-    assert next_segment(Reach(0, 49_500, narrow * AHEAD_SEGMENTS)) is None
+    assert Reach(0, AHEAD_POSITIONS - wide, AHEAD_POSITIONS).is_enough
+    assert not Reach(1, AHEAD_POSITIONS - wide, AHEAD_POSITIONS).is_enough
+    assert Reach(0, narrow * (AHEAD_SEGMENTS - 1), narrow * AHEAD_SEGMENTS).is_enough
+    assert not Reach(1, narrow * (AHEAD_SEGMENTS - 1), narrow * AHEAD_SEGMENTS).is_enough
+    assert not Reach(0, None, None).is_enough
 
 
-def test_a_log_without_any_segment_gets_the_one_of_its_head() -> None:
-    assert next_segment(Reach(123_456_789, None, None)) == (120_000_000, 130_000_000)
+@pytest.mark.parametrize("width", [500, 10_000_000])
+async def test_the_function_makes_as_much_as_is_enough_and_no_more(log: str, width: int) -> None:
+    async with segments_of(log) as segments, connected(log) as connection:
+        await connection.execute("DROP TABLE pgbackend.events_0")
+        await connection.execute(
+            f"CREATE TABLE pgbackend.events_0 PARTITION OF pgbackend.events FOR VALUES FROM (0) TO ({width})"
+        )
+        await segments.extend()
+        reach = await segments.find_reach()
+        assert reach.is_enough
+        assert await connection.fetchval(MAKE) is None
+
+        # One position further on: the last that is enough, and the first that is not.
+        head = (reach.upper or 0) - min(AHEAD_POSITIONS, AHEAD_SEGMENTS * width)
+        await connection.execute(f"ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH {head}")
+        assert (await segments.find_reach()).is_enough
+        assert await connection.fetchval(MAKE) is None
+        await connection.execute(f"ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH {head + 1}")
+        assert not (await segments.find_reach()).is_enough
+        assert await connection.fetchval(MAKE) == reach.upper
 
 
-def test_positions_used_up_by_failed_appends_get_no_segments() -> None:
-    assert next_segment(Reach(499, 0, 500)) == (500, 1000)
-    assert next_segment(Reach(500, 0, 500)) == (500, 1000)
-    assert next_segment(Reach(5_120, 0, 500)) == (5_000, 5_500)
+async def test_a_log_without_any_segment_gets_the_one_of_its_head(log: str) -> None:
+    async with segments_of(log) as segments, connected(log) as connection:
+        await connection.execute("DROP TABLE pgbackend.events_0")
+        await connection.execute("ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 123456789")
+        await segments.extend()
+        rows = await connection.fetch(BOUNDS)
+
+    assert tuple(rows[0]) == ("events_120000000", "FOR VALUES FROM ('120000000') TO ('130000000')")
+
+
+@pytest.mark.parametrize(("head", "first"), [(499, 500), (500, 500), (5_120, 5_000)])
+async def test_positions_used_up_by_failed_appends_get_no_segments(log: str, head: int, first: int) -> None:
+    async with segments_of(log) as segments, connected(log) as connection:
+        await connection.execute(f"ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH {head}")
+        await segments.extend()
+        rows = await connection.fetch(BOUNDS)
+
+    assert rows[1][1] == f"FOR VALUES FROM ('{first}') TO ('{first + 500}')"
+
+
+async def test_what_a_session_sets_does_not_change_what_is_made(log: str) -> None:
+    """The function runs with the owner's rights in the caller's session."""
+    settings = {
+        "search_path": "elsewhere", "standard_conforming_strings": "off", "quote_all_identifiers": "on",
+        "lock_timeout": "1ms", "escape_string_warning": "off",
+    }  # fmt: skip
+    async with connected(log) as owner, connected(log, **settings) as connection:
+        await owner.execute("CREATE SCHEMA elsewhere")
+        await owner.execute("CREATE TABLE elsewhere.events_500 ()")
+        assert await connection.fetchval(MAKE) == 500
+        rows = await owner.fetch(BOUNDS)
+
+    assert tuple(rows[1]) == ("events_500", "FOR VALUES FROM ('500') TO ('1000')")
+
+
+async def test_a_log_whose_schema_was_renamed_gets_its_segments(log: str) -> None:
+    async with connected(log) as connection:
+        await connection.execute('ALTER SCHEMA pgbackend RENAME TO "Moved \'s"')
+        async with segments_of(log, "Moved 's") as segments:
+            assert await segments.extend() > 500 * AHEAD_SEGMENTS
+
+
+async def test_default_privileges_let_nobody_write_into_a_segment(log: str) -> None:
+    role = "reporter_" + urlsplit(log).path[-12:]
+    writing = "SELECT has_table_privilege($1, 'pgbackend.events_500', 'INSERT, UPDATE, DELETE, TRUNCATE')"
+    async with segments_of(log) as segments, connected(log) as connection:
+        await connection.execute(f"CREATE ROLE {role}")
+        try:
+            for grantee in (role, "PUBLIC"):
+                await connection.execute(f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {grantee}")
+            await segments.extend()
+
+            assert not await connection.fetchval(writing, role)
+            assert await connection.fetchval("SELECT has_table_privilege($1, 'pgbackend.events_500', 'SELECT')", role)
+        finally:
+            await connection.execute(f"DROP OWNED BY {role}")
+            await connection.execute(f"DROP ROLE {role}")
 
 
 async def test_segments_are_extended_once_and_then_left_alone(log: str) -> None:

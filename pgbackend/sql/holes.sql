@@ -23,16 +23,18 @@ FROM (
 ) AS head;
 
 -- name: describe_appenders
--- The same transactions with what this role may see of them, oldest first. For people, not for the proof.
+-- The same transactions with what this role or the log's owner may see of them, oldest first. For people, not for the
+-- proof.
 SELECT
     held.virtualtransaction AS virtual_transaction,
     held.pid,
     prepared.gid,
     activity.application_name AS application,
-    extract(epoch FROM clock_timestamp() - coalesce(activity.xact_start, prepared.prepared))::float8 AS age,
-    activity.xact_start
+    extract(epoch FROM clock_timestamp() - coalesce(began.xact_start, prepared.prepared))::float8 AS age,
+    began.xact_start
 FROM pg_catalog.pg_locks AS held
 LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
+CROSS JOIN LATERAL (SELECT coalesce(activity.xact_start, {schema}.appender_began(held.pid)) AS xact_start) AS began
 -- By the lock on its own xid: a prepared transaction keeps its virtual one until a restart makes it "-1/<xid>".
 LEFT JOIN pg_catalog.pg_prepared_xacts AS prepared
     ON held.pid IS NULL

@@ -117,9 +117,10 @@ SELECT id
 FROM {schema}.incarnation;
 
 -- name: begin_incarnation
--- After a crash or a promotion the unlogged table is empty: whoever comes first writes the new life's name.
-INSERT INTO {schema}.incarnation (id)
-VALUES (gen_random_uuid())
+-- After a crash or a promotion the unlogged table is empty: whoever comes first has the new life named. PostgreSQL makes
+-- up the name: most roles may not write it.
+INSERT INTO {schema}.incarnation (single)
+VALUES (true)
 ON CONFLICT DO NOTHING;
 
 -- name: notify

@@ -74,10 +74,7 @@ class ProbeSql:
 @dataclass(frozen=True, slots=True)
 class SegmentsSql:
     find_reach: str
-    limit_waits: str
-    try_lock: str
-    lock: str
-    define_segment: str
+    make_segment: str
 
 
 @dataclass(frozen=True, slots=True)
