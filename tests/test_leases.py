@@ -110,6 +110,7 @@ async def test_a_shard_is_free_when_its_owner_is_dead(
     assert bool(leases) == is_free
 
 
+@pytest.mark.owner
 async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Backend, database: str) -> None:
     await backend.subscribe("s", Catch())
     connection = await asyncpg.connect(database)
@@ -125,6 +126,28 @@ async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Ba
     await connection.close()
 
 
+async def test_a_worker_that_could_not_see_its_own_start_lives_as_long_as_its_backend(
+    backend: Backend, database: str
+) -> None:
+    """After SET ROLE, PostgreSQL masks even one's own."""
+    await backend.subscribe("s", Catch())
+    connection, sign = await asyncpg.connect(database), await asyncpg.connect(database)
+    other, pid = uuid4(), sign.get_server_pid()
+    await connection.execute(REGISTER, other, pid, None, 0.0)
+    await connection.execute("UPDATE pgbackend.offsets SET owner = $1", other)
+    async with opened(database) as log:
+        claimer = Leases(log, schema="pgbackend", worker=uuid4())
+        assert await claim_free(claimer, "s") == []
+        await sign.close()
+
+        async def is_free() -> bool:
+            return bool(await claim_free(claimer, "s"))
+
+        await eventually("its backend is gone", is_free)
+    await connection.close()
+
+
+@pytest.mark.owner
 async def test_nothing_can_be_claimed_in_another_life_of_the_server(backend: Backend, database: str) -> None:
     await backend.subscribe("s", Catch())
     async with opened(database) as log:

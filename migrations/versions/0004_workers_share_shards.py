@@ -32,7 +32,8 @@ UPGRADE: tuple[str, ...] = (
     "ALTER TABLE {schema}.redeliveries ADD COLUMN begun boolean NOT NULL DEFAULT false",
     "ALTER TABLE {schema}.dead_letters ADD COLUMN begun boolean NOT NULL DEFAULT false",
     # Dead is who has not been heard of for its own `lease_timeout`, or whose registered backend is gone; a start time
-    # that this role may not see proves nothing.
+    # that this role may not see proves nothing, nor one that the worker itself could not see (after SET ROLE, its own
+    # backend is another role's).
     """
     CREATE VIEW {schema}.living_workers AS
     SELECT worker.id, worker.name, worker.subscriptions, worker.asked_at
@@ -44,7 +45,7 @@ UPGRADE: tuple[str, ...] = (
                 SELECT
                 FROM pg_catalog.pg_stat_activity AS activity
                 WHERE activity.pid = worker.backend_pid
-                    AND (activity.backend_start = worker.backend_start OR activity.backend_start IS NULL)
+                    AND coalesce(activity.backend_start = worker.backend_start, true)
             )
         )""",
 )
