@@ -38,6 +38,7 @@ _LOST_SQLSTATES = frozenset({
     "25P03",  # idle_in_transaction_session_timeout
     "53300",  # too_many_connections
 })  # fmt: skip
+INSUFFICIENT_PRIVILEGE = "42501"
 _SCHEMA_SQLSTATES = frozenset({"3F000", "42P01", "42703", "42883"})
 
 
@@ -258,6 +259,12 @@ def translate(error: Exception, *, where: str | None = None) -> Exception:
             return ConnectionLostError(f"{server} is not available: {text}. Try again when it is back.", sqlstate=state)
         if state in _SCHEMA_SQLSTATES:
             return SchemaError(f"The log's tables are not as expected: {text}. Run `pgbackend migrate`.")
+        if state == INSUFFICIENT_PRIVILEGE:
+            return DatabaseError(
+                f"This role lacks a privilege: {text} (SQLSTATE {state}). `pgbackend grants` prints the SQL that gives "
+                "it: --producer to append, --consumer to run subscriptions, --operator to look and to move them.",
+                sqlstate=state,
+            )
         return DatabaseError(f"PostgreSQL refused the statement: {text} (SQLSTATE {state}).", sqlstate=state)
     if isinstance(error, asyncpg.exceptions.ClientConfigurationError):
         return ConfigError(f"The DSN is not usable: {text}.")

@@ -58,7 +58,7 @@ class Probe:
         checks["privilege"] = (
             "ok"
             if seen["may_insert"]
-            else f"Role {seen['role']} may not append: GRANT INSERT on the log's table `events` to it."
+            else f"Role {seen['role']} may not append: run the SQL that `pgbackend grants --producer` prints for it."
         )
         checks["log"] = await distrust(self._subscriptions) or "ok"
         if not all_ok(checks):

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from pgbackend.database import Connection, translate
+from pgbackend.database import INSUFFICIENT_PRIVILEGE, Connection, translate
 from pgbackend.errors import ConfigError, DatabaseError, SchemaError
 from pgbackend.sql import load, quote_ident
 from pgbackend.sql.statements import SchemaSql
@@ -185,6 +185,12 @@ class _Run:
                 f"Schema {quote_ident(self._schema)} was not migrated, because a transaction keeps one of its tables "
                 "locked. End that transaction, or run `pgbackend migrate` again later.",
                 sqlstate=_LOCK_NOT_AVAILABLE,
+            )
+        if isinstance(translated, DatabaseError) and translated.sqlstate == INSUFFICIENT_PRIVILEGE:
+            return DatabaseError(
+                f"Schema {quote_ident(self._schema)} was not migrated: {cause}. Run `pgbackend migrate` as the owner "
+                "of its tables, or where there are none as a role that may create them.",
+                sqlstate=INSUFFICIENT_PRIVILEGE,
             )
         return translated
 

@@ -206,6 +206,7 @@ async def test_functions_with_the_rights_of_an_owner_have_those_of_who_owns_the_
                 ORDER BY proname""")
             await connection.execute(f"SET ROLE {role}")
             await connection.execute("SELECT pgbackend.make_segment(true)")
+            await connection.execute("SELECT * FROM pgbackend.living_workers")
         finally:
             await connection.execute("RESET ROLE")
             await connection.execute(f"DROP OWNED BY {role} CASCADE")

@@ -4,6 +4,8 @@ Revision ID: 0004
 Revises: 0003
 """
 
+import re
+
 from alembic import op
 
 revision = "0004"
@@ -19,6 +21,14 @@ def downgrade() -> None:
     for statement in DOWNGRADE:
         _run(statement)
 
+
+# When a superuser migrates, the owner of the tables must still be able to use and replace it.
+_OWN_VIEW = """
+DECLARE
+    owner regrole := (SELECT relowner FROM pg_catalog.pg_class WHERE oid = {workers}::regclass);
+BEGIN
+    EXECUTE pg_catalog.format('ALTER VIEW %s OWNER TO %s', {living_workers}::regclass, owner);
+END"""
 
 UPGRADE: tuple[str, ...] = (
     # What a worker runs, and when it last had room for more.
@@ -48,6 +58,7 @@ UPGRADE: tuple[str, ...] = (
                     AND coalesce(activity.backend_start = worker.backend_start, true)
             )
         )""",
+    "DO {own_view}",
 )
 
 DOWNGRADE: tuple[str, ...] = (
@@ -63,9 +74,24 @@ DOWNGRADE: tuple[str, ...] = (
 def _run(statement: str) -> None:
     context = op.get_context()
     schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
-    statement = statement.replace("{schema}", schema)
+    words = {
+        "schema": schema,
+        "workers": _literal(f"{schema}.workers"),
+        "living_workers": _literal(f"{schema}.living_workers"),
+    }
+    words["own_view"] = _literal(_placed(_OWN_VIEW, words))
+    statement = _placed(statement, words)
     # Not op.execute: it would read a colon in the schema's name as a parameter.
     if context.as_sql:
         context.impl.static_output(f"{statement};")
     else:
         op.get_bind().exec_driver_sql(statement)
+
+
+def _placed(text: str, words: dict[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda match: words[match[1]], text)
+
+
+def _literal(text: str) -> str:
+    quoted = "'" + text.replace("'", "''") + "'"
+    return " E" + quoted.replace("\\", "\\\\") if "\\" in text else quoted

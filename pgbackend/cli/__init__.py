@@ -14,6 +14,7 @@ from pgbackend.errors import PgBackendError
 _COMMANDS = {
     "bench": "pgbackend.cli.bench",
     "dead-letters": "pgbackend.cli.dead_letters",
+    "grants": "pgbackend.cli.grants",
     "migrate": "pgbackend.cli.migrate",
     "serve": "pgbackend.cli.serve",
     "status": "pgbackend.cli.status",

@@ -6,7 +6,15 @@ SELECT
     pg_is_in_recovery() AS in_recovery,
     current_setting('transaction_read_only')::boolean AS read_only,
     current_user AS role,
-    has_table_privilege(to_regclass(quote_ident({schema_literal}) || '.events'), 'INSERT') AS may_insert;
+    (
+        SELECT bool_and(has_column_privilege(attrelid, attnum, 'INSERT'))
+        FROM pg_catalog.pg_attribute
+        WHERE attrelid = to_regclass(quote_ident({schema_literal}) || '.events')
+            AND attname IN (
+                'specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema',
+                'partitionkey', 'extensions', 'data', 'data_encoding'
+            )
+    ) AS may_insert;
 
 -- name: write
 -- A commit that goes all the way of an append's: it has an xid, its WAL is flushed, a synchronous standby is waited for.

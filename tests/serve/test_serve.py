@@ -94,6 +94,7 @@ async def test_the_line_to_try_it_with_works(database: str) -> None:
         assert "trigger: none, no --config is given" in serve.said
 
 
+@pytest.mark.owner
 async def test_every_option_may_come_from_the_environment(database: str, target: Target) -> None:
     environment = {
         "PGBACKEND_DSN": database,

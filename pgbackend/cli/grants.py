@@ -1,0 +1,31 @@
+"""`pgbackend grants`: the SQL that gives roles what they need on the log, and no more."""
+
+import click
+
+from pgbackend import grants as privileges
+
+
+@click.command()
+@click.option(
+    "--producer", "producers", metavar="ROLE", multiple=True, help="A role that appends, by pgbackend or in plain SQL."
+)
+@click.option("--consumer", "consumers", metavar="ROLE", multiple=True, help="A role that runs subscriptions.")
+@click.option(
+    "--operator", "operators", metavar="ROLE", multiple=True,
+    help="A role that looks at the log, moves subscriptions and has dead letters dispatched again.",
+)  # fmt: skip
+@click.option(
+    "--schema", envvar="PGBACKEND_SCHEMA", default="pgbackend", show_default=True, show_envvar=True,
+    help="The schema that holds the log.",
+)  # fmt: skip
+def grants(producers: tuple[str, ...], consumers: tuple[str, ...], operators: tuple[str, ...], schema: str) -> None:
+    """Print the SQL that gives existing roles what they need on the log, and no more. No database needed.
+
+    Each option can be given several times, and a role be of several kinds: a broker is a producer and a consumer. Run
+    the SQL as the owner of the log's tables, and again after an update of pgbackend that came with a migration:
+
+    pgbackend grants --producer shop --consumer billing | psql -v ON_ERROR_STOP=1 …
+    """
+    if not (producers or consumers or operators):
+        raise click.UsageError("Name at least one role with --producer, --consumer or --operator.")
+    click.echo(privileges.grants(schema, producers=producers, consumers=consumers, operators=operators))
