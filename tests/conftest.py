@@ -5,11 +5,13 @@ import inspect
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -17,7 +19,9 @@ import hypothesis
 import pytest
 
 from pgbackend import Backend, schema
+from pgbackend import database as database_module
 from pgbackend.embedded import EmbeddedServer
+from pgbackend.grants import grants
 
 # How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -28,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pgbackend")
     group.addoption("--pg-dsn", help="a PostgreSQL that is already there, as a role that may create databases")
     group.addoption("--pg-version", type=int, choices=(16, 18), help="major version of the embedded PostgreSQL")
+    group.addoption(
+        "--least-privilege",
+        action="store_true",
+        help="backends use the log of `database` as a role that has what `pgbackend grants` prints, and no more",
+    )
     group.addoption("--long", action="store_true", help="crashes, outages and load at full length: takes many minutes")
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
 
@@ -61,17 +70,44 @@ def _memory() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def template(server: str) -> Iterator[str]:
+def role(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """With --least-privilege the name of the role that backends connect as; asyncpg in a test connects as the owner."""
+    if not request.config.getoption("--least-privilege"):
+        yield None
+        return
+    connect, owner = asyncpg.connect, urlsplit(request.getfixturevalue("server"))
+    name = f"pgbackend_role_{uuid.uuid4().hex[:12]}"
+
+    def connect_as_owner(dsn: str, *args: Any, **kwargs: Any) -> Any:
+        parts = urlsplit(dsn)
+        if parts.username == name and sys._getframe(1).f_globals["__name__"] != database_module.__name__:
+            user, at, _ = owner.netloc.rpartition("@")
+            dsn = parts._replace(netloc=f"{user}{at}{parts.netloc.rpartition('@')[2]}").geturl()
+        return connect(dsn, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncpg, "connect", connect_as_owner)
+        yield name
+
+
+@pytest.fixture(scope="session")
+def template(server: str, role: str | None) -> Iterator[str]:
     """Name of a database that was migrated once; copies of it cost less than migrating."""
 
     async def migrated() -> None:
         async with _connected(server) as connection:
             await connection.execute(f'create database "{name}"')
         await schema.migrate(lambda: asyncpg.connect(_dsn(server, name)), "pgbackend")
+        if role is not None:
+            async with _connected(_dsn(server, name)) as connection:
+                await connection.execute(f"create role {role} login password '{role}'")
+                await connection.execute(grants("pgbackend", producers=[role], consumers=[role], operators=[role]))
 
     async def dropped() -> None:
         async with _connected(server) as connection:
             await connection.execute(f'drop database if exists "{name}" with (force)')
+            if role is not None:
+                await connection.execute(f"drop role if exists {role}")
 
     name = f"pgbackend_template_{uuid.uuid4().hex[:12]}"
     asyncio.run(migrated())
@@ -80,10 +116,14 @@ def template(server: str) -> Iterator[str]:
 
 
 @pytest.fixture
-async def database(server: str, template: str) -> AsyncIterator[str]:
+async def database(request: pytest.FixtureRequest, server: str, template: str, role: str | None) -> AsyncIterator[str]:
     """DSN of a migrated, empty log in a database of the test's own."""
     async with _new_database(server, template=template) as dsn:
-        yield dsn
+        if role is None or request.node.get_closest_marker("owner"):
+            yield dsn
+        else:
+            parts = urlsplit(dsn)
+            yield parts._replace(netloc=f"{role}:{role}@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`pgbackend migrate`."""
 
 import asyncpg
+import pytest
 
 from pgbackend import schema
 from tests.cli.conftest import Run
@@ -18,6 +19,7 @@ async def test_migrate_makes_the_log_once(run: Run, empty_database: str) -> None
     assert (await run("migrate", "--check", "--dsn", empty_database)).exit_code == 0
 
 
+@pytest.mark.owner
 async def test_migrate_goes_back_when_told_to(run: Run, database: str) -> None:
     result = await run("migrate", "--to", "base", "--dsn", database)
     assert f"from {schema.head()} to nothing" in result.stdout
