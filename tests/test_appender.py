@@ -316,21 +316,6 @@ async def test_what_the_server_refuses_for_another_reason_is_told_to_all_and_not
     assert await stored(database) == ["after"]
 
 
-async def test_a_commit_that_was_not_confirmed_by_its_standby_is_uncertain(database: str) -> None:
-    connection = await asyncpg.connect(database)
-    await connection.execute(
-        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$BEGIN RAISE WARNING 'canceling the wait for replication' USING ERRCODE = '57014'; RETURN NULL; END$$;"
-        "CREATE TRIGGER warn AFTER INSERT ON pgbackend.events FOR EACH STATEMENT EXECUTE FUNCTION warn()"
-    )
-    async with appending(database) as appender:
-        with pytest.raises(ProduceUncertainError, match="standby"):
-            await appender.append([row("a")])
-        await connection.execute("DROP TRIGGER warn ON pgbackend.events")
-        await appender.append([row("b")])
-    await connection.close()
-
-
 async def test_close_answers_every_call_that_was_made_and_takes_no_more(database: str) -> None:
     async with appending(database) as appender:
         calls = [asyncio.create_task(appender.append([row(str(call))])) for call in range(50)]
