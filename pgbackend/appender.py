@@ -238,7 +238,7 @@ class Appender:
             self._alarm.cancel()
 
     async def _run(self) -> None:
-        backoff = Backoff(cap=1.0)
+        backoff = Backoff(self._database, cap=1.0)
         while True:
             if not self._calls:
                 if self._closing:

@@ -310,7 +310,7 @@ class Backend:
     async def _run(self) -> None:
         """One worker after the other, each for one life of the server."""
         parts = self._use()
-        backoff = Backoff()
+        backoff = Backoff(parts.database)
         another_life = False
         while not self._stop.is_set():
             self._worker = Worker(

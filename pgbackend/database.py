@@ -71,9 +71,13 @@ _TELL_AGAIN = 30.0
 
 
 class Backoff:
-    """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`."""
+    """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`.
 
-    def __init__(self, *, cap: float = 2.0) -> None:
+    With a `database` no longer than until anybody has found its primary: whoever finds it first wakes all others.
+    """
+
+    def __init__(self, database: "Database | None" = None, *, cap: float = 2.0) -> None:
+        self._database = database
         self._cap = cap
         self._next = 0.05
         self._told_at = 0.0
@@ -101,7 +105,10 @@ class Backoff:
         # Jitter: workers that lost the same server must not come back in step.
         delay = self._next * (0.5 + random.random())  # noqa: S311 - not a secret
         self._next = min(self._next * 2, self._cap)
-        await asyncio.sleep(delay)
+        if self._database is None:
+            await asyncio.sleep(delay)
+        else:
+            await self._database.wait_for_primary(delay)
 
 
 class Database:
@@ -181,6 +188,7 @@ class Database:
                         error = task.exception()
                         if error is None:
                             self._last[target] = host
+                            self._primaries.found()
                             return task.result()
                         assert isinstance(error, Exception)  # noqa: S101 - nobody else cancels these
                         refusals[host] = error
@@ -194,7 +202,12 @@ class Database:
             for other in await asyncio.gather(*asked, return_exceptions=True):
                 if isinstance(other, asyncpg.Connection):
                     other.terminate()
+        self._primaries.missing = True
         raise _none_of(target, [refusals[host] for host in hosts if host in refusals])
+
+    async def wait_for_primary(self, timeout: float) -> None:
+        """Return once a primary was found when there had been none, or `timeout` seconds have passed."""
+        await self._primaries.wait(timeout)
 
     async def _connect_to(self, target: Target, host: Host | None) -> Connection:
         """A connection to this host, if that is the log's primary."""
@@ -311,7 +324,31 @@ class _Primaries:
         self._connections: weakref.WeakKeyDictionary[Connection, tuple[tuple[int, int], asyncio.AbstractEventLoop]] = (
             weakref.WeakKeyDictionary()
         )
+        self._waiters: set[asyncio.Future[None]] = set()
         self._guard = threading.Lock()
+        self.missing = False
+        """Whether the last look for a primary found none."""
+
+    def found(self) -> None:
+        """Somebody is connected to one: if it was missing, whoever waits for it may go on."""
+        if not self.missing:
+            return
+        self.missing = False
+        with self._guard:
+            waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            with suppress(RuntimeError):
+                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+
+    async def wait(self, timeout: float) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._guard:
+            self._waiters.add(waiter)
+        try:
+            await asyncio.wait({waiter}, timeout=timeout)
+        finally:
+            with self._guard:
+                self._waiters.discard(waiter)
 
     def admit(self, connection: Connection, life: tuple[int, int] | None, where: str) -> None:
         """Count this connection in, and close those that it shows to lead to a server that was left behind.
@@ -341,6 +378,11 @@ class _Primaries:
             # In its own loop, which may be another thread's, and gone by now.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_terminate, other)
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _terminate(connection: Connection) -> None:

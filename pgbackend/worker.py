@@ -206,7 +206,7 @@ class Worker:
     # Claiming and giving up.
 
     async def _run_rounds(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             strokes = self._rounds.strokes
             try:
@@ -339,7 +339,7 @@ class Worker:
             self._due.set()
 
     async def _run_redelivery(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             self._due.clear()
             now = time.monotonic()
@@ -375,7 +375,7 @@ class Worker:
 
     async def _seconds_until(self, date: datetime) -> float:
         """How long it is to a date by the server's clock; not above 0 when it is past."""
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             try:
                 left = await self._log.database.fetchval(
@@ -391,7 +391,7 @@ class Worker:
 
     async def _prove_end(self) -> int:
         """The log's head, from before everything that is open now."""
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             try:
                 return (await self._log.check()).upto

@@ -86,15 +86,11 @@ class Server:
 
     async def start(self) -> None:
         """Return once it accepts connections."""
-        settings = {
-            **SETTINGS,
-            **self._settings,
-            "port": str(self.port),
-            "unix_socket_directories": str(self.directory),
-        }
+        own = {"port": str(self.port), "unix_socket_directories": str(self.directory)}
+        settings = [f"--{name}={value}" for name, value in {**SETTINGS, **self._settings, **own}.items()]
         with (self.directory / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                self._programs / "postgres", "-D", self.data, *(f"--{name}={value}" for name, value in settings.items()),
+                self._programs / "postgres", "-D", self.data, *settings,
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **self._identity(),
             )  # fmt: skip
         await eventually(f"the server in {self.directory} answers", self._answers, 60)
@@ -245,7 +241,7 @@ class Pair:
         await self.standby.start()
 
         async def is_streaming() -> bool:
-            return await self.primary.value("SELECT state FROM pg_stat_replication") == "streaming"
+            return bool(await self.primary.value("SELECT state = 'streaming' FROM pg_stat_replication"))
 
         await eventually("the standby is streaming", is_streaming, 30)
 
