@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pgbackend")
     group.addoption("--pg-dsn", help="a PostgreSQL that is already there, as a role that may create databases")
     group.addoption("--pg-version", type=int, choices=(16, 18), help="major version of the embedded PostgreSQL")
+    group.addoption("--pg-bin", type=Path, metavar="DIR", help="programs of another PostgreSQL, for tests of failover")
     group.addoption("--long", action="store_true", help="crashes, outages and load at full length: takes many minutes")
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
 
