@@ -253,6 +253,20 @@ async def test_calls_wait_for_a_server_that_is_away_and_are_stored_once_it_is_ba
     assert await stored(database) == ["0", "1", "2"]
 
 
+async def test_a_call_that_was_not_sent_in_time_says_what_kept_it(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        with Recorder() as recorder:
+            call = asyncio.create_task(appender.append([row("a")]))
+            await recorder.wait("append cannot connect")
+        appender._waiting[0].deadline = 0.0
+        appender._look_at_clock()
+        with pytest.raises(
+            ProduceTimeoutError, match=r"is not stored\. PostgreSQL at .* (cannot be reached|not available)"
+        ):
+            await call
+
+
 @pytest.mark.parametrize("count", [1, 3, _COPY_EVENTS])
 async def test_a_connection_that_dies_before_the_answer_leaves_each_call_of_the_batch_in_doubt(
     database: str, count: int

@@ -1,6 +1,7 @@
 """A primary dies, its standby takes over: what is lost, what is not, and how long it takes. See docs/failover.md."""
 
 import asyncio
+import signal
 import statistics
 import tempfile
 import time
@@ -88,7 +89,6 @@ async def produced(backend: Backend, *ids: str) -> list[str]:
 async def test_nothing_acknowledged_is_lost_with_a_synchronous_standby(pair: Pair, tmp_path: Path, long: bool) -> None:
     """kill -9 of the primary and promotion under load, in turn on both servers."""
     rounds = 8 if long else 1
-    # What was ready on a server when it died is taken over at once; hence no wait for a lease.
     torture = Torture(pair.dsn, tmp_path / "diary", SUBSCRIPTIONS, settings={"hole_wait": 0.3, "lease_timeout": 5.0})
     torture.diary.touch()
     await pair.synchronous()
@@ -291,6 +291,28 @@ async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lon
     await lone.configure("synchronous_standby_names", "")
     await backend.produce(make_event("after"))
     await backend.stop()
+
+
+@pytest.mark.skipif("not config.getoption('--long')", reason="takes long: give --long")
+async def test_a_primary_that_hangs_with_its_connections_open_is_left_for_the_new_one(pair: Pair) -> None:
+    """Its kernel still answers for it. Whoever finds the new one first closes what hangs on it."""
+    catch = Catch()
+    async with Backend(pair.dsn, lease_timeout=6.0) as backend:
+        await backend.subscribe("s", catch)
+        await backend.produce(make_event("before"))
+        await catch.has("before")
+        hung = pair.primary
+        hung.signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            await pair.promote()
+            id_, acknowledged = await _first_acknowledged(backend, 0)
+            await catch.has(id_, timeout=60)
+        finally:
+            hung.kill()
+    report(f"hung: acknowledged after {acknowledged - began:.1f} s, dispatched after {catch.at[id_] - began:.1f} s")
+    # Not by the appender's patience of a minute.
+    assert acknowledged - began < 50
 
 
 @pytest.mark.skipif("not config.getoption('--long')", reason="takes long: give --long")
