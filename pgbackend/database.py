@@ -195,7 +195,9 @@ class Database:
                     if not done and not waiting:
                         waiting.extend(host for host in hosts if host not in asked.values())
         except TimeoutError as error:
-            refusals.update({host: translate(error, where=_name(target, host)) for host in asked.values()})
+            # What one has said before it was asked again says more.
+            for host in asked.values():
+                refusals.setdefault(host, translate(error, where=_name(target, host)))
         finally:
             for task in asked:
                 task.cancel()
@@ -240,9 +242,9 @@ class Database:
         """The cluster and its timeline; None for a service that does not tell."""
         try:
             row = await connection.fetchrow(self._sql.find_timeline, timeout=CONNECT_TIMEOUT)
-        except asyncpg.PostgresError as error:
-            if _is_cut_off(error):
-                raise
+        except asyncpg.PostgresConnectionError:
+            raise
+        except asyncpg.PostgresError:
             return None
         return (row["system_identifier"], row["timeline"]) if row else None
 

@@ -4,8 +4,10 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 import uvloop
 
@@ -97,6 +99,16 @@ async def test_a_primary_that_takes_no_writes_is_passed_over_where_there_are_sev
         several = Database(_with_hosts(proxy.dsn, "", _refusing()) + "&default_transaction_read_only=on")
         with pytest.raises(ConnectionLostError, match="takes no writes: unset default_transaction_read_only"):
             await several.connect()
+
+
+async def test_a_service_that_does_not_tell_its_timeline_is_used_all_the_same(database: str) -> None:
+    target = Database(database)
+    refused = "SELECT row_number() OVER () FROM generate_series(1, 2) FOR UPDATE"
+    target._sql = replace(target._sql, find_timeline=refused)
+    connection = await target.connect()
+    with pytest.raises(asyncpg.FeatureNotSupportedError):
+        await connection.fetch(refused)
+    await connection.close()
 
 
 async def test_what_is_wrong_with_every_host_is_no_outage(database: str) -> None:
