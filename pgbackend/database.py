@@ -11,8 +11,9 @@ when that is
 - a server that a failover has left behind: one on an older timeline than this process has seen of the same cluster. A
   former primary that is up again looks like any other but for that, and what it takes is thrown away in the end.
 
-And when one leads to a newer timeline, all those to older ones are closed: a process never appends to one server while
-it reads from another, and what hangs on a dead server is over as soon as anything has found the new one.
+And when one leads to a newer timeline, all those to older ones are closed: from then on a process does not append to
+one server while it reads from another, and what hangs on a dead server is over as soon as anything has found the new
+one.
 """
 
 import asyncio
