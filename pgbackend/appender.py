@@ -28,7 +28,7 @@ from pgbackend.database import (
     is_definite,
     is_out_of_segments,
     is_refused_for_data,
-    on_warning,
+    on_unconfirmed,
     translate,
 )
 from pgbackend.errors import (
@@ -51,9 +51,6 @@ _GRACE = 1.0
 """Seconds that `close()` may take longer than a call."""
 
 _DATA = COLUMNS.index("data")
-
-_NOT_WAITED_FOR = frozenset({"57014", "57P01"})
-"""SQLSTATEs of the warnings that a COMMIT was not confirmed by its synchronous standby."""
 
 
 Done = Callable[[Exception | None], None]
@@ -110,6 +107,8 @@ class Appender:
         self._idle: asyncio.Future[None] | None = None
         self._connection: Connection | None = None
         self._unconfirmed = False
+        self._unreachable: str | None = None
+        """Why there is no connection, since there was one last."""
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._broken: PgBackendError | None = None
@@ -218,7 +217,7 @@ class Appender:
             self._calls.remove(call)
             error = ProduceTimeoutError(
                 f"The event was not sent within {self._timeout:g} s, and is not stored. "
-                "Check that PostgreSQL can be reached."
+                + (self._unreachable or "Check that PostgreSQL can be reached.")
             )
         call.answer(error)
 
@@ -239,7 +238,7 @@ class Appender:
             self._alarm.cancel()
 
     async def _run(self) -> None:
-        backoff = Backoff(cap=1.0)
+        backoff = Backoff(self._database, cap=1.0)
         while True:
             if not self._calls:
                 if self._closing:
@@ -251,6 +250,7 @@ class Appender:
                 connection = await self._connected()
             except DatabaseError as error:
                 # Nothing was sent: whoever has patience left waits for the server to come back.
+                self._unreachable = str(error)
                 facts.emit("append cannot connect", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 if self._closing or not isinstance(error, ConnectionLostError):
                     self._fail(list(self._calls), error)
@@ -259,6 +259,7 @@ class Appender:
                     await backoff.wait()
                 continue
             backoff.reset()
+            self._unreachable = None
             batch = self._gather()
             # None when all who waited gave up while it connected.
             if batch:
@@ -268,12 +269,11 @@ class Appender:
         connection = self._connection
         if connection is None or connection.is_closed():
             connection = self._connection = await self._database.connect()
-            on_warning(connection, self._on_warning)
+            on_unconfirmed(connection, self._on_unconfirmed)
         return connection
 
-    def _on_warning(self, sqlstate: str) -> None:
-        if sqlstate in _NOT_WAITED_FOR:
-            self._unconfirmed = True
+    def _on_unconfirmed(self) -> None:
+        self._unconfirmed = True
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None

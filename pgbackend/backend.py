@@ -31,7 +31,8 @@ from uuid import uuid4
 
 from pgbackend import facts, schema
 from pgbackend.appender import Appender
-from pgbackend.database import Backoff, Database, describe_dsn, normalize_dsn
+from pgbackend.database import Backoff, Database
+from pgbackend.dsn import describe_dsn, normalize_dsn
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -138,7 +139,8 @@ class Backend:
     ) -> None:
         """Nothing is connected yet. Raises ConfigError for a setting that cannot be.
 
-        `dsn`: where the log is. `listen_dsn`: a direct way there, where `dsn` leads through a pooler.
+        `dsn`: where the log is. It may name several hosts: the one that is the primary is used, now and after a
+        failover. `listen_dsn`: a direct way there, where `dsn` leads through a pooler.
         `schema`: the log's schema; several logs may live in one database.
         `hole_wait`: seconds that an open appender may delay others, once. Longer keeps strict log order more often.
         `poll_interval`: seconds between looks at the log when no wake-up comes. Longer idles cheaper, and is later
@@ -222,8 +224,8 @@ class Backend:
         """Return once the log can be used: connected, its tables as this version needs them. Again does nothing.
 
         `migrate=False` verifies the tables' revision and changes nothing. Raises ConnectionLostError when PostgreSQL
-        does not answer, SchemaError when the tables are behind (with `migrate=False`) or ahead of this version, or
-        cannot be trusted: a standby, a sequence that is behind its events.
+        does not answer or is a standby (its `sqlstate` is 25006 then), SchemaError when the tables are behind (with
+        `migrate=False`) or ahead of this version, or cannot be trusted: the sequence is behind its events.
         """
         async with self._one_init:
             if self._stopped:
@@ -310,7 +312,8 @@ class Backend:
     async def _run(self) -> None:
         """One worker after the other, each for one life of the server."""
         parts = self._use()
-        backoff = Backoff()
+        backoff = Backoff(parts.database)
+        another_life = False
         while not self._stop.is_set():
             self._worker = Worker(
                 log=parts.log,
@@ -323,14 +326,33 @@ class Backend:
                 sender=self._id,
             )
             try:
+                if another_life:
+                    await self._look_anew(parts)
+                    another_life = False
                 await self._worker.run(self._stop)
             except ConnectionLostError as error:
                 facts.emit("worker cannot start", level=backoff.failed(), failures=backoff.failures, error=str(error))
                 await backoff.wait()
             except IncarnationChanged as error:
                 facts.emit("incarnation changed", level=logging.WARNING, error=str(error))
+                another_life = True
             finally:
                 self._worker = None
+
+    async def _look_anew(self, parts: "_Parts") -> None:
+        """In another life of the server what is stored may be older than what this process has seen.
+
+        Raises SchemaError as `init()` does. A subscription that is not there any more is a human's to decide about.
+        """
+        _refuse_distrusted(await distrust(parts.subscriptions), schema.head())
+        for name in list(self._registrations):
+            if await parts.subscriptions.find(name) is None:
+                facts.emit(
+                    "subscription is gone",
+                    level=logging.ERROR,
+                    subscription=name,
+                    error="A failover has lost it, or it was deleted. Subscribe to it again, or restart this process.",
+                )
 
     async def stop(self) -> None:
         """Return once everything has come to its end.
@@ -631,7 +653,7 @@ class Backend:
     async def status(self) -> Status:
         """The log and every subscription in it, as they stand now."""
         parts = self._use()
-        _, _, head, _ = await parts.subscriptions.places()
+        _, _, head = await parts.subscriptions.places()
         return Status(
             head=Position(head),
             segments_until=Position(await parts.segments.extend()),

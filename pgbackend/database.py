@@ -3,20 +3,37 @@
 The only module that imports asyncpg. Its promise: every call ends within its timeout, and fails with an error of this
 package that says whether anything can have happened. A connection whose statement was cut off (timeout, cancellation,
 lost socket) is thrown away, never reused.
+
+A log has one primary, and every connection is to it. So each new one is asked what it leads to, and is closed again
+when that is
+
+- a standby, which cannot run the log, or
+- a server that a failover has left behind: one on an older timeline than this process has seen of the same cluster. A
+  former primary that is up again looks like any other but for that, and what it takes is thrown away in the end.
+
+And when one leads to a newer timeline, all those to older ones are closed: from then on a process does not append to
+one server while it reads from another, and what hangs on a dead server is over as soon as anything has found the new
+one.
 """
 
 import asyncio
 import logging
 import random
+import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from pgbackend.dsn import Host, Target
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
+from pgbackend.sql import load
+from pgbackend.sql.statements import ConnectSql
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -27,6 +44,14 @@ Record = asyncpg.Record
 CONNECT_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 15.0
 """Seconds. Every statement of ours is short; one that takes longer means a stalled network or server."""
+NEXT_HOST = 0.5
+"""Seconds that a host has to answer before the next one of the DSN is asked as well."""
+_SILENCE = 10
+"""Seconds after which the kernel calls a connection lost whose other end acknowledges nothing: its machine vanished."""
+_KEEPALIVE = (5, 2)
+"""Seconds of quiet after which it asks whether the other end is there, and between two such questions."""
+STANDBY = "25006"
+"""The SQLSTATE of whoever wants to write on a standby, and of errors that say that a server is one."""
 
 # What a statement may meet when its server, or the way to it, is going away.
 _LOST_SQLSTATES = frozenset({
@@ -35,6 +60,7 @@ _LOST_SQLSTATES = frozenset({
     "57P03",  # cannot_connect_now: starting up, or in recovery
     "57P05",  # idle_session_timeout
     "25006",  # read_only_sql_transaction: a primary that became a standby
+    "0A000",  # feature_not_supported: reading an unlogged table, the incarnation's, on such a one
     "25P03",  # idle_in_transaction_session_timeout
     "53300",  # too_many_connections
 })  # fmt: skip
@@ -42,50 +68,18 @@ INSUFFICIENT_PRIVILEGE = "42501"
 _SCHEMA_SQLSTATES = frozenset({"3F000", "42P01", "42703", "42883"})
 
 
-def normalize_dsn(dsn: str) -> str:
-    """The DSN as asyncpg takes it: any of the spellings that people have.
-
-    >>> normalize_dsn("postgres+asyncpg://me@db/app?ssl=require")
-    'postgres://me@db/app?sslmode=require'
-
-    Raises ConfigError when it is no PostgreSQL URL.
-    """
-    scheme, separator, rest = dsn.partition("://")
-    if not separator:
-        raise ConfigError(f"The DSN {_shown(dsn)!r} is not a URL: expected postgresql://user@host:port/database.")
-    base, _, driver = scheme.lower().partition("+")
-    if base not in ("postgres", "postgresql") or driver not in ("", "asyncpg", "psycopg", "psycopg2"):
-        raise ConfigError(f"The DSN's scheme is {scheme!r}: expected postgresql:// or postgres://.")
-    head, question, query = rest.partition("?")
-    if question:
-        # SQLAlchemy's spelling for asyncpg: ?ssl=…; libpq's is ?sslmode=….
-        pairs = [("sslmode" if k == "ssl" else k, v) for k, v in parse_qsl(query, keep_blank_values=True)]
-        return f"{base}://{head}?{urlencode(pairs, quote_via=quote)}"
-    return f"{base}://{head}"
-
-
-def describe_dsn(dsn: str) -> str:
-    """Host, port and database of a DSN, fit to be printed: no user, no password."""
-    parts = urlsplit(dsn)
-    query = dict(parse_qsl(parts.query))
-    host = parts.netloc.rpartition("@")[2] or query.get("host", "")
-    database = parts.path.lstrip("/") or query.get("dbname", query.get("database", ""))
-    return f"{host or 'localhost'}/{database}" if database else host or "localhost"
-
-
-def _shown(dsn: str) -> str:
-    parts = urlsplit(dsn)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else "…"
-
-
 _TELL_AGAIN = 30.0
 """Seconds after which a failure that goes on is told again."""
 
 
 class Backoff:
-    """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`."""
+    """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`.
 
-    def __init__(self, *, cap: float = 2.0) -> None:
+    With a `database` no longer than until anybody has found its primary: whoever finds it first wakes all others.
+    """
+
+    def __init__(self, database: "Database | None" = None, *, cap: float = 2.0) -> None:
+        self._database = database
         self._cap = cap
         self._next = 0.05
         self._told_at = 0.0
@@ -113,34 +107,38 @@ class Backoff:
         # Jitter: workers that lost the same server must not come back in step.
         delay = self._next * (0.5 + random.random())  # noqa: S311 - not a secret
         self._next = min(self._next * 2, self._cap)
-        await asyncio.sleep(delay)
+        if self._database is None:
+            await asyncio.sleep(delay)
+        else:
+            await self._database.wait_for_primary(delay)
 
 
 class Database:
-    """The connections of one backend."""
+    """The connections of one backend.
+
+    `connect()` is for any thread with an event loop, everything else for the loop of `open()`.
+    """
 
     def __init__(self, dsn: str, *, listen_dsn: str | None = None, pool_size: int = 4, name: str = "pgbackend") -> None:
-        self.dsn = normalize_dsn(dsn)
-        self.listen_dsn = normalize_dsn(listen_dsn) if listen_dsn else self.dsn
-        self._where = describe_dsn(self.dsn)
+        self._target = Target.of(dsn)
+        self._listen_target = Target.of(listen_dsn) if listen_dsn else self._target
         self._pool_size = pool_size
         self._name = name
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._sql = load(ConnectSql, "connect", schema="pgbackend")
+        self._primaries = _Primaries()
+        self._last: dict[Target, Host | None] = {}
+        """The host that was the primary when it was looked for last."""
 
     async def open(self, timeout: float = STATEMENT_TIMEOUT) -> None:
         """Make the pool and show that PostgreSQL answers. Raises ConnectionLostError or DatabaseError when not."""
-        try:
-            self._pool = await asyncpg.create_pool(
-                self.dsn,
-                min_size=0,
-                max_size=self._pool_size,
-                timeout=CONNECT_TIMEOUT,
-                reset=_keep_session,
-                max_inactive_connection_lifetime=300.0,
-                server_settings={"application_name": self._name},
-            )
-        except Exception as error:
-            raise translate(error) from error
+        self._pool = await asyncpg.create_pool(
+            min_size=0,
+            max_size=self._pool_size,
+            reset=_keep_session,
+            max_inactive_connection_lifetime=300.0,
+            connect=self._connect_pooled,
+        )
         try:
             await self.fetchval("SELECT 1", timeout=timeout)
         except BaseException:
@@ -157,16 +155,100 @@ class Database:
             except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 pool.terminate()
 
+    async def _connect_pooled(self, *_: object, **__: object) -> Connection:
+        # What asyncpg hands over is what it would connect with by itself.
+        return await self.connect()
+
     async def connect(self, *, direct: bool = False, timeout: float = CONNECT_TIMEOUT) -> Connection:
-        """A connection of the caller's own; `direct` ones bypass a pooler, where there is one (`listen_dsn`)."""
+        """A connection of the caller's own to the primary; `direct` ones bypass a pooler (`listen_dsn`).
+
+        Raises ConnectionLostError, after `timeout` seconds at the latest, when none of the hosts is a primary now; its
+        `sqlstate` is 25006 when one of them is a standby.
+        """
+        return await self._connect_first(self._listen_target if direct else self._target, timeout)
+
+    async def _connect_first(self, target: Target, timeout: float) -> Connection:
+        """The first connection to a primary. Hosts are asked in their order, the one that was it last before all.
+
+        The next one is asked when one refuses, or has not answered for `NEXT_HOST` seconds, while that goes on. As long
+        as one keeps silent, those that have refused are asked again: a standby becomes the primary meanwhile.
+        """
+        hosts: tuple[Host | None, ...] = target.hosts or (None,)
+        last = self._last.get(target)
+        waiting = deque(sorted(hosts, key=lambda host: host != last))
+        refusals: dict[Host | None, Exception] = {}
+        asked: dict[asyncio.Task[Connection], Host | None] = {}
         try:
-            return await asyncpg.connect(
-                self.listen_dsn if direct else self.dsn,
-                timeout=timeout,
+            async with asyncio.timeout(timeout):
+                while waiting or asked:
+                    if waiting:
+                        host = waiting.popleft()
+                        asked[asyncio.create_task(self._connect_to(target, host), name=f"connect to {host}")] = host
+                    done, _ = await asyncio.wait(asked, timeout=NEXT_HOST, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        host = asked.pop(task)
+                        error = task.exception()
+                        if error is None:
+                            self._last[target] = host
+                            self._primaries.found()
+                            return task.result()
+                        assert isinstance(error, Exception)  # noqa: S101 - nobody else cancels these
+                        refusals[host] = error
+                    if not done and not waiting:
+                        waiting.extend(host for host in hosts if host not in asked.values())
+        except TimeoutError as error:
+            # What one has said before it was asked again says more.
+            for host in asked.values():
+                refusals.setdefault(host, translate(error, where=_name(target, host)))
+        finally:
+            for task in asked:
+                task.cancel()
+            for other in await asyncio.gather(*asked, return_exceptions=True):
+                if isinstance(other, asyncpg.Connection):
+                    other.terminate()
+        self._primaries.missing = True
+        raise _none_of(target, [refusals[host] for host in hosts if host in refusals])
+
+    async def wait_for_primary(self, timeout: float) -> None:
+        """Return once a primary was found when there had been none, or `timeout` seconds have passed."""
+        await self._primaries.wait(timeout)
+
+    async def _connect_to(self, target: Target, host: Host | None) -> Connection:
+        """A connection to this host, if that is the log's primary."""
+        try:
+            connection: Connection = await asyncpg.connect(  # type: ignore[call-overload] # it takes the text, too
+                target.dsn,
+                host=host.name if host else None,
+                port=host.port if host else None,
+                timeout=CONNECT_TIMEOUT,
+                target_session_attrs="any",
                 server_settings={"application_name": self._name},
             )
+            try:
+                _notice_silence(connection)
+                role = await connection.fetchrow(self._sql.find_role, timeout=CONNECT_TIMEOUT)
+                assert role is not None  # noqa: S101 - a SELECT of scalars
+                _refuse_role(target, host, in_recovery=role["in_recovery"], read_only=role["read_only"])
+                self._primaries.admit(connection, await self._find_timeline(connection), where=_name(target, host))
+            except BaseException:
+                connection.terminate()
+                raise
         except Exception as error:
-            raise translate(error, where=self._where) from error
+            translated = translate(error, where=_name(target, host))
+            if translated is error:
+                raise
+            raise translated from error
+        return connection
+
+    async def _find_timeline(self, connection: Connection) -> tuple[int, int] | None:
+        """The cluster and its timeline; None for a service that does not tell."""
+        try:
+            row = await connection.fetchrow(self._sql.find_timeline, timeout=CONNECT_TIMEOUT)
+        except asyncpg.PostgresConnectionError:
+            raise
+        except asyncpg.PostgresError:
+            return None
+        return (row["system_identifier"], row["timeline"]) if row else None
 
     @asynccontextmanager
     async def acquire(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[Connection]:
@@ -177,7 +259,7 @@ class Database:
         try:
             connection = await pool.acquire(timeout=timeout)
         except Exception as error:
-            raise translate(error, where=self._where) from error
+            raise translate(error, where=self._target.where) from error
         try:
             yield connection  # type: ignore[misc] # the proxy has the connection's whole interface
         except BaseException as error:
@@ -209,6 +291,126 @@ class Database:
     async def execute(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> None:
         async with self.acquire(timeout) as connection:
             await connection.execute(statement, *args, timeout=timeout)
+
+
+def _name(target: Target, host: Host | None) -> str:
+    """A host as errors call it: as the DSN says it when that names only one."""
+    return str(host) if len(target.hosts) > 1 else target.where
+
+
+def _refuse_role(target: Target, host: Host | None, *, in_recovery: bool, read_only: bool) -> None:
+    if in_recovery:
+        raise ConnectionLostError(
+            f"PostgreSQL at {_name(target, host)} is a standby: connect to the primary.", sqlstate=STANDBY
+        )
+    if read_only and target.read_write:
+        raise ConnectionLostError(
+            f"PostgreSQL at {_name(target, host)} takes no writes: unset default_transaction_read_only."
+        )
+
+
+def _none_of(target: Target, refusals: Sequence[Exception]) -> Exception:
+    """What is to be said when every host has refused."""
+    if len(refusals) == 1 or not any(isinstance(error, ConnectionLostError) for error in refusals):
+        return refusals[0]
+    return ConnectionLostError(
+        f"None of {target.where} is a primary now. " + " ".join(str(error) for error in refusals),
+        sqlstate=STANDBY if any(getattr(error, "sqlstate", None) == STANDBY for error in refusals) else None,
+    )
+
+
+class _Primaries:
+    """Which timeline the log has come to, as far as this process knows, and the connections to it."""
+
+    def __init__(self) -> None:
+        self._timelines: dict[int, int] = {}
+        """By cluster. Another cluster is another database, restored or moved there: it has a count of its own."""
+        self._connections: weakref.WeakKeyDictionary[Connection, tuple[tuple[int, int], asyncio.AbstractEventLoop]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._guard = threading.Lock()
+        self.missing = False
+        """Whether the last look for a primary found none."""
+
+    def found(self) -> None:
+        """Somebody is connected to one: if it was missing, whoever waits for it may go on."""
+        if not self.missing:
+            return
+        self.missing = False
+        with self._guard:
+            waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            with suppress(RuntimeError):
+                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+
+    async def wait(self, timeout: float) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._guard:
+            self._waiters.add(waiter)
+        try:
+            await asyncio.wait({waiter}, timeout=timeout)
+        finally:
+            with self._guard:
+                self._waiters.discard(waiter)
+
+    def admit(self, connection: Connection, life: tuple[int, int] | None, where: str) -> None:
+        """Count this connection in, and close those that it shows to lead to a server that was left behind.
+
+        Raises ConnectionLostError when it is this one.
+        """
+        if life is None:
+            return
+        cluster, timeline = life
+        with self._guard:
+            known = self._timelines.get(cluster, 0)
+            if timeline < known:
+                raise ConnectionLostError(
+                    f"PostgreSQL at {where} was left behind by a failover: it is on timeline {timeline}, the log has "
+                    f"gone on on {known}. Stop it, or make it a standby."
+                )
+            self._timelines[cluster] = timeline
+            behind = [
+                (other, loop)
+                for other, (at, loop) in self._connections.items()
+                if at[0] == cluster and at[1] < timeline
+            ]
+            for other, _ in behind:
+                del self._connections[other]
+            self._connections[connection] = life, asyncio.get_running_loop()
+        for other, loop in behind:
+            # In its own loop, which may be another thread's, and gone by now.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_terminate, other)
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _terminate(connection: Connection) -> None:
+    if not connection.is_closed():
+        connection.terminate()
+
+
+def _notice_silence(connection: Connection) -> None:
+    """Have the kernel say that the connection is lost when the other machine has vanished, in work and at rest.
+
+    Without it a statement on its way to such a machine waits for its timeout, and LISTEN for ever.
+    """
+    transport = connection._transport  # type: ignore[attr-defined] # noqa: SLF001 - asyncpg has no other way to its socket
+    wire: socket.socket = transport.get_extra_info("socket")
+    if wire.family == socket.AF_UNIX:
+        return
+    quiet, again = _KEEPALIVE
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, again),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE * 1000),
+    ):
+        wire.setsockopt(level, option, value)
 
 
 async def _keep_session(_: object) -> None:
@@ -275,10 +477,15 @@ def translate(error: Exception, *, where: str | None = None) -> Exception:
     return error
 
 
-def on_warning(connection: Connection, callback: Callable[[str], None]) -> None:
-    """Call `callback(sqlstate)` for each warning that the server sends on this connection."""
+def on_unconfirmed(connection: Connection, callback: Callable[[], None]) -> None:
+    """Call `callback()` when a COMMIT on this connection has ended without its synchronous standby's word.
+
+    The server says so in a warning, known by the function it comes from: when the wait was cancelled its SQLSTATE is
+    that of any warning, 01000, and its text is in the server's language.
+    """
 
     def listener(_: object, message: asyncpg.PostgresLogMessage) -> None:
-        callback(message.sqlstate or "")
+        if getattr(message, "server_source_function", None) == "SyncRepWaitForLSN":
+            callback()
 
     connection.add_log_listener(listener)

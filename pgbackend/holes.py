@@ -22,6 +22,21 @@ old one disappears. So a prepared transaction that turns up when a blocker goes 
 once a hole: with one open appender under load, waiting once a hole made half of all events late, once an appender 14
 of 34,301. Holes whose appenders are all overdue are passed: they stay listed, and what appears in them is still read.
 
+**Failover.** Locks and virtual transactions are a server's own: evidence of one says nothing of another, nor of the
+same one after a crash. What a promoted standby has is what WAL says, up to some point, and WAL is one order:
+
+- The sequence is at or above every event and offset that is there: it writes ahead, up to 32 values, before it gives
+  one out. So positions may be left out at the switch, which nobody holds: dead with the first evidence.
+- An offset is there only with all that it was committed on. A hole that had been found dead is dead here as well: its
+  appender has no commit record, nor will it get one.
+- An appender that was open has ended. A prepared one is there, with its locks, before the first connection is let in.
+- After an asynchronous failover the point may be some way back, and the sequence with it: positions that had been seen
+  are given out once more, to other events. Whatever a process remembers of them is void.
+
+So no memory crosses a switch. A row in an unlogged table names the life of the server, its incarnation; recovery and
+promotion empty that table. Evidence, pages, claims, offset commits and new offsets all depend on it, and when it is
+another one the worker ends (`IncarnationChanged`) and the next begins from the rows that are there.
+
 Rejected: `pg_snapshot_xmin(pg_current_snapshot())` on an xid column, as outboxes often have it: one unrelated long
 transaction anywhere in the cluster stops it.
 """

@@ -216,7 +216,7 @@ class Presence:
             self._tenure.valid_until = 0.0
 
     async def _run(self, first: "asyncio.Future[None]") -> None:
-        backoff = Backoff(cap=1.0)
+        backoff = Backoff(self._database, cap=1.0)
         while not self._stop.is_set():
             connection: Connection | None = None
             try:

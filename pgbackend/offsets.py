@@ -48,7 +48,7 @@ class Committer:
         self._due.set()
 
     async def run(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         before = 0.0
         while True:
             await self._due.wait()

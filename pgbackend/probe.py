@@ -5,7 +5,7 @@ promises: when every check is "ok", an event that is produced now is stored, for
 """
 
 from pgbackend import schema as tables
-from pgbackend.database import Database
+from pgbackend.database import STANDBY, Database
 from pgbackend.errors import DatabaseError, PgBackendError, SchemaError
 from pgbackend.segments import Segments
 from pgbackend.sql import load
@@ -34,8 +34,12 @@ class Probe:
         try:
             await self._run(checks, timeout)
         except PgBackendError as error:
-            # The first that has no verdict: it is what was being asked.
-            checks["write" if "segments" in checks else "connection"] = str(error)
+            if isinstance(error, DatabaseError) and error.sqlstate == STANDBY and "connection" not in checks:
+                # It was reached, and will not do.
+                checks.update(connection="ok", primary=str(error))
+            else:
+                # The first that has no verdict: it is what was being asked.
+                checks["write" if "segments" in checks else "connection"] = str(error)
         return checks
 
     async def _run(self, checks: dict[str, str], timeout: float) -> None:
@@ -49,7 +53,7 @@ class Probe:
             return
         seen = await self._database.fetchrow(self._sql.examine)
         assert seen is not None  # noqa: S101 - a SELECT of scalars
-        checks["primary"] = "The server is a standby: connect to the primary." if seen["in_recovery"] else "ok"
+        checks["primary"] = "ok"  # to a standby there is no connection
         checks["writable"] = (
             "Transactions are read-only: unset default_transaction_read_only for this role, database or server."
             if seen["read_only"]
@@ -88,9 +92,7 @@ def all_ok(checks: dict[str, str]) -> bool:
 
 async def distrust(subscriptions: Subscriptions) -> str | None:
     """Why the log cannot be trusted as it is; None when it can."""
-    offset, event, head, in_recovery = await subscriptions.places()
-    if in_recovery:
-        return "The server is a standby: connect to the primary."
+    offset, event, head = await subscriptions.places()
     if head < max(offset, event):
         return (
             f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions would "

@@ -98,13 +98,16 @@ class Log:
         while True:
             found = await self.database.fetchval(self.sql.find_incarnation)
             if isinstance(found, UUID):
+                if found != self._incarnation:
+                    # The names of transactions begin anew as well: nobody has been waited for yet.
+                    self.clock = AppenderClock(hole_wait=self.clock.hole_wait)
                 self._incarnation = found
                 return found
             await self.database.execute(self.sql.begin_incarnation)
 
-    async def verify_incarnation(self) -> None:
-        """Raise IncarnationChanged when the server's life is not the one this process works in."""
-        if await self.database.fetchval(self.sql.find_incarnation) != self._incarnation:
+    async def verify_incarnation(self, since: UUID | None = None) -> None:
+        """Raise IncarnationChanged when the server's life is not the one this process works in, or did at `since`."""
+        if await self.database.fetchval(self.sql.find_incarnation) != (since or self._incarnation):
             raise IncarnationChanged("The server was restarted after a crash, or failed over.")
 
     async def check(self) -> Evidence:

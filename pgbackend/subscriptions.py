@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Literal
+from uuid import UUID
 
 from pgbackend.errors import (
     ConfigError,
@@ -120,12 +121,15 @@ class Subscriptions:
         """
         found = await self.find(wanted.name)
         if found is None:
+            life = self._log.incarnation
             offset = await self._locate(start)
             created = await self._log.database.fetchval(
                 self._sql.create_subscription,
                 wanted.name, wanted.order, wanted.shards, offset.start_at, wanted.end_position, wanted.end_at,
-                offset.position, str(offset.pending), bound(start), offset.start_position,
+                offset.position, str(offset.pending), bound(start), offset.start_position, life,
             )  # fmt: skip
+            if created is None:
+                await self._log.verify_incarnation(life)
             found = await self.find(wanted.name)
             if found is None:
                 raise SubscriptionNotFoundError(f"Subscription {wanted.name!r} was deleted while it was being created.")
@@ -167,7 +171,8 @@ class Subscriptions:
         """Move every shard to `place` under a new epoch, and drop what was waiting to be tried again."""
         pause = _IMPATIENCE
         while (stored := await self.find(name)) is not None:
-            if await self._change(stored, stored, await self._locate(place), at_once=True):
+            life = self._log.incarnation
+            if await self._change(stored, stored, await self._locate(place), life, at_once=True):
                 return
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _PATIENCE)
@@ -201,25 +206,31 @@ class Subscriptions:
                 stored,
                 order=terms.order, end_position=terms.end_position, end_at=terms.end_at, start_bound=start_bound,
             )  # fmt: skip
+            life = self._log.incarnation
             offset = await self._locate(terms.start) if terms.move(stored) else None
-            if await self._change(stored, wanted, offset, at_once=time.monotonic() >= deadline):
+            if await self._change(stored, wanted, offset, life, at_once=time.monotonic() >= deadline):
                 return True
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _PATIENCE)
         return False
 
-    async def _change(self, stored: Definition, wanted: Definition, offset: _Offset | None, *, at_once: bool) -> bool:
+    async def _change(
+        self, stored: Definition, wanted: Definition, offset: _Offset | None, life: UUID | None, *, at_once: bool
+    ) -> bool:
         """What is stored is as wanted, all shards at `offset` unless that is None; or nothing has changed, try again.
 
-        `at_once`: whoever runs a shard is not waited for.
+        `life` of the server: the one in which the offset was found. `at_once`: whoever runs a shard is not waited for.
         """
         position, pending = (None, RangeSet()) if offset is None else (offset.position, offset.pending)
         start_at, start_position = (None, None) if offset is None else (offset.start_at, offset.start_position)
-        return await self._exclusively(
+        changed = await self._exclusively(
             self._sql.alter_subscription,
             stored.name, stored.version, at_once, wanted.order, wanted.end_position, wanted.end_at,
-            wanted.start_bound, position, str(pending), start_at, start_position,
+            wanted.start_bound, position, str(pending), start_at, start_position, life,
         )  # fmt: skip
+        if not changed:
+            await self._log.verify_incarnation()
+        return changed
 
     async def _exclusively(self, statement: str, *args: object) -> bool:
         """Run a statement that locks all shards of a subscription; whether it changed anything."""
@@ -380,11 +391,11 @@ class Subscriptions:
             state=state or ("elsewhere" if owned else "stopped"),
         )
 
-    async def places(self) -> tuple[int, int, int, bool]:
-        """The highest offset, the highest event, the sequence's value, and whether the server is a standby."""
+    async def places(self) -> tuple[int, int, int]:
+        """The highest offset, the highest event, the sequence's value."""
         row = await self._log.database.fetchrow(self._sql.find_places)
         assert row is not None  # noqa: S101 - a SELECT of scalars
-        return row["offset_position"], row["event_position"], row["head"], row["in_recovery"]
+        return row["offset_position"], row["event_position"], row["head"]
 
 
 def not_found(name: str) -> SubscriptionNotFoundError:

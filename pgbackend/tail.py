@@ -153,7 +153,7 @@ class Stream:
         next_proof = loop.time() + tail.poll_interval
         strokes = tail.hints.strokes
         again: float | None = 0.0
-        backoff = Backoff()
+        backoff = Backoff(tail.log.database)
         while True:
             await self._demand.wait()
             if again:

@@ -223,7 +223,7 @@ class Worker:
     # Claiming and giving up.
 
     async def _run_rounds(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             strokes = self._rounds.strokes
             try:
@@ -236,8 +236,8 @@ class Worker:
                 await backoff.wait()
                 continue
             backoff.reset()
-            # Bounds the rounds of a time in which many shards change hands, each with a wake-up for all. Before the wait:
-            # who has lost a shard after a quiet time is to know at once.
+            # Bounds the rounds of a time in which many shards change hands, each with a wake-up for all. Before the
+            # wait: who has lost a shard after a quiet time is to know at once.
             await asyncio.sleep(_JITTER * random.random())  # noqa: S311 - not a secret
             await self._rounds.wait(since=strokes, timeout=min(self._settings.poll_interval, _ROUND))
 
@@ -436,7 +436,7 @@ class Worker:
             self._rounds.ring()
 
     async def _run_redelivery(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             self._due.clear()
             now = time.monotonic()
@@ -472,7 +472,7 @@ class Worker:
 
     async def _seconds_until(self, date: datetime) -> float:
         """How long it is to a date by the server's clock; not above 0 when it is past."""
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             try:
                 left = await self._log.database.fetchval(
@@ -488,7 +488,7 @@ class Worker:
 
     async def _prove_end(self) -> int:
         """The log's head, from before everything that is open now."""
-        backoff = Backoff()
+        backoff = Backoff(self._log.database)
         while True:
             try:
                 return (await self._log.check()).upto

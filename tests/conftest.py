@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="backends use the log of `database` as a role that has what `pgbackend grants` prints, and no more",
     )
+    group.addoption("--pg-bin", type=Path, metavar="DIR", help="programs of another PostgreSQL, for tests of failover")
     group.addoption("--long", action="store_true", help="crashes, outages and load at full length: takes many minutes")
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
 

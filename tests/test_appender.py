@@ -264,6 +264,20 @@ async def test_calls_wait_for_a_server_that_is_away_and_are_stored_once_it_is_ba
     assert await stored(database) == ["0", "1", "2"]
 
 
+async def test_a_call_that_was_not_sent_in_time_says_what_kept_it(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        with Recorder() as recorder:
+            call = asyncio.create_task(appender.append([row("a")]))
+            await recorder.wait("append cannot connect")
+        appender._waiting[0].deadline = 0.0
+        appender._look_at_clock()
+        with pytest.raises(
+            ProduceTimeoutError, match=r"is not stored\. PostgreSQL at .* (cannot be reached|not available)"
+        ):
+            await call
+
+
 @pytest.mark.parametrize("count", [1, 3, _COPY_EVENTS])
 async def test_a_connection_that_dies_before_the_answer_leaves_each_call_of_the_batch_in_doubt(
     database: str, count: int
@@ -329,21 +343,6 @@ async def test_what_the_server_refuses_for_another_reason_is_told_to_all_and_not
 
     assert all(isinstance(result, DatabaseError) and result.sqlstate == "53100" for result in results)
     assert await stored(database) == ["after"]
-
-
-async def test_a_commit_that_was_not_confirmed_by_its_standby_is_uncertain(database: str) -> None:
-    connection = await asyncpg.connect(database)
-    await connection.execute(
-        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$BEGIN RAISE WARNING 'canceling the wait for replication' USING ERRCODE = '57014'; RETURN NULL; END$$;"
-        "CREATE TRIGGER warn AFTER INSERT ON pgbackend.events FOR EACH STATEMENT EXECUTE FUNCTION warn()"
-    )
-    async with appending(database) as appender:
-        with pytest.raises(ProduceUncertainError, match="standby"):
-            await appender.append([row("a")])
-        await connection.execute("DROP TRIGGER warn ON pgbackend.events")
-        await appender.append([row("b")])
-    await connection.close()
 
 
 async def test_close_answers_every_call_that_was_made_and_takes_no_more(database: str) -> None:

@@ -191,6 +191,20 @@ async def test_a_sequence_behind_its_events_is_refused(backend: Backend, databas
         await Backend(database).init()
 
 
+async def test_a_sequence_behind_its_events_is_refused_also_in_another_life_of_the_server(
+    backend: Backend, database: str
+) -> None:
+    """As when a backup was restored wrongly under a process that runs: it would skip what comes next."""
+    await backend.produce_many([make_event(str(number)) for number in range(3)])
+    running = asyncio.create_task(backend.start())
+    with Recorder() as recorder:
+        await recorder.wait("worker started")
+        await execute(database, "SELECT setval('pgbackend.events_position_seq', 1)")
+        await execute(database, "DELETE FROM pgbackend.incarnation")
+        with pytest.raises(SchemaError, match="behind its events"):
+            await running
+
+
 @pytest.mark.owner
 async def test_logs_in_other_schemas_of_one_database_know_nothing_of_each_other(database: str) -> None:
     here, there = Catch(), Catch()

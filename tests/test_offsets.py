@@ -26,7 +26,8 @@ from tests.support.proxy import Proxy
 class Owner:
     """A worker that runs shards by hand: claims, settles, commits."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, dsn: str) -> None:
+        self.dsn = dsn
         self.log = log
         self.id: UUID = uuid4()
         self.leases = Leases(log, schema="pgbackend", worker=self.id)
@@ -37,7 +38,7 @@ class Owner:
         self.committer.on_committed = lambda _, mark: self.committed.append(mark)
 
     async def claim(self, *names: str) -> list[Shard]:
-        connection = await asyncpg.connect(self.log.database.dsn)
+        connection = await asyncpg.connect(self.dsn)
         await connection.execute(
             "INSERT INTO pgbackend.workers (id, name, lease_timeout) VALUES ($1, 'test', '1 hour') "
             "ON CONFLICT DO NOTHING",
@@ -70,7 +71,7 @@ async def owning(dsn: str) -> AsyncIterator[Owner]:
     try:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
         await log.enter_incarnation()
-        yield Owner(log)
+        yield Owner(log, dsn)
     finally:
         await database.close()
 

@@ -289,3 +289,15 @@ async def test_unrelated_transactions_are_no_appenders(log: Log, sql: Any, datab
     await other.close()
 
     assert evidence.appenders == frozenset()
+
+
+async def test_in_another_life_of_the_server_nobody_has_been_waited_for(log: Log, sql: Any) -> None:
+    """Transactions are named anew then: one that has just begun may have the name of one that was overdue."""
+    log.clock.observe(["3/17"], now=0.0)
+    assert log.clock.is_overdue("3/17", now=1.0)
+    await log.enter_incarnation()
+    assert log.clock.is_overdue("3/17", now=1.0)
+    await sql.execute("DELETE FROM pgbackend.incarnation")
+    await log.enter_incarnation()
+
+    assert not log.clock.is_overdue("3/17", now=1.0)

@@ -8,6 +8,7 @@ import pytest
 from pgbackend import Backend, ConfigError, SubscriptionMismatchError, SubscriptionNotFoundError
 from pgbackend.database import Database
 from pgbackend.facts import Recorder
+from pgbackend.subscriptions import Subscriptions
 from tests.support.catch import Catch, Gate, make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
@@ -561,3 +562,40 @@ async def test_a_backend_that_is_not_started_subscribes_and_seeks_after_a_crash_
     await connection.close()
     await backend.seek("s", "latest")
     await backend.stop()
+
+
+# A failover in the middle.
+
+
+@pytest.mark.parametrize("verb", ["subscribe", "seek", "alter"])
+async def test_a_place_that_was_found_before_a_failover_is_not_stored_after_it(
+    backend: Backend, database: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The log may be shorter then: what is produced next would get positions at or below the offset, and be skipped."""
+    await backend.produce_many([make_event(str(number)) for number in range(10)])
+    if verb != "subscribe":
+        await backend.subscribe("s", print, start="earliest")
+    connection = await asyncpg.connect(database)
+    locate, found = Subscriptions._locate, []
+
+    async def locate_then_fail_over(self: Subscriptions, place: Any) -> Any:
+        offset = await locate(self, place)
+        found.append(offset.position)
+        if len(found) == 1:
+            await connection.execute("DELETE FROM pgbackend.events WHERE position > 4")
+            await connection.execute("SELECT setval('pgbackend.events_position_seq', 4)")
+            await connection.execute("DELETE FROM pgbackend.incarnation")
+        return offset
+
+    monkeypatch.setattr(Subscriptions, "_locate", locate_then_fail_over)
+    if verb == "subscribe":
+        await backend.subscribe("s", print)
+    elif verb == "seek":
+        await backend.seek("s", "latest")
+    else:
+        await backend.alter_subscription("s", order="none", end=None, start=9)
+    stored = await connection.fetchval("SELECT position FROM pgbackend.offsets")
+    await connection.close()
+
+    assert found == [9 if verb == "alter" else 10, 4]
+    assert stored == 4

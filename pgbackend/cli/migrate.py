@@ -6,7 +6,8 @@ import click
 
 from pgbackend import schema as revisions
 from pgbackend.cli.options import ANSWER_TIMEOUT, backend_options
-from pgbackend.database import Database, describe_dsn
+from pgbackend.database import Database
+from pgbackend.dsn import describe_dsn
 
 
 @click.command()

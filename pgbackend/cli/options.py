@@ -31,7 +31,7 @@ def backend_options(*, dsn_required: bool = True) -> Callable[[Command], Command
             ),
             click.option(
                 "--dsn", envvar="PGBACKEND_DSN", metavar="URL", show_envvar=True, required=dsn_required,
-                help="The database: postgresql://user:password@host:port/name.",
+                help="The database: postgresql://user:password@host:port/name. Of several hosts the primary is used.",
             ),
         ):  # fmt: skip
             command = option(command)

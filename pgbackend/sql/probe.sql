@@ -3,7 +3,6 @@
 -- name: examine
 -- What would make an append fail, and costs nothing to know. The role is the one that appends, its settings as well.
 SELECT
-    pg_is_in_recovery() AS in_recovery,
     current_setting('transaction_read_only')::boolean AS read_only,
     current_user AS role,
     (

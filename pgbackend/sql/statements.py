@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectSql:
+    find_role: str
+    find_timeline: str
+
+
+@dataclass(frozen=True, slots=True)
 class LogSql:
     append: str
     append_one: str

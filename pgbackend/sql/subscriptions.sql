@@ -7,11 +7,14 @@ FROM {schema}.subscriptions
 WHERE name = $1;
 
 -- name: create_subscription
--- The definition and its offsets at once; nothing when somebody else was first.
+-- The definition and its offsets at once; nothing when somebody else was first. Nor when the server lives another life
+-- than the one ($11) in which the place was found: after a failover the log may be shorter, and new events would get
+-- positions at or below the offset.
 WITH created AS (
     INSERT INTO {schema}.subscriptions
         (name, ordering, shards, start_at, end_position, end_at, start_bound, start_position)
-    VALUES ($1, $2, $3, $4, $5, $6, $9, $10)
+    SELECT $1::text, $2::text, $3::int, $4::timestamptz, $5::bigint, $6::timestamptz, $9::text, $10::bigint
+    WHERE (SELECT id FROM {schema}.incarnation) = $11
     ON CONFLICT (name) DO NOTHING
     RETURNING name, shards
 )
@@ -26,7 +29,7 @@ RETURNING shard;
 -- Other terms ($4 to $7), and another place ($8 to $11) unless that is null; all shards get new epochs, so that whoever
 -- runs them finds that they are not theirs any more. What was waiting to be tried again belongs to the old place; dead
 -- letters stay. Nothing happens unless version $2 is still the one that counts and every shard is free (as `claim` has
--- it), or $3 says not to wait.
+-- it), or $3 says not to wait. Nor in another life of the server than $12, in which the place was found.
 -- Nothing happens either when a row is not what the snapshot shows once it is locked: then somebody committed, and what
 -- the snapshot shows of `redeliveries` is old. Every change there comes with one of the offset's row, so the same rows
 -- mean the same redeliveries, and whoever did the same a moment ago has left others.
@@ -45,6 +48,7 @@ WITH found AS MATERIALIZED (
     LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
     WHERE subscription.name = $1
         AND subscription.xmin = $2::text::xid
+        AND (SELECT id FROM {schema}.incarnation) = $12
 ),
 locked AS MATERIALIZED (
     SELECT shards, shard, ctid AS place
@@ -353,5 +357,4 @@ ORDER BY subscription.name, stored.shards, stored.shard;
 SELECT
     coalesce((SELECT max(position) FROM {schema}.offsets), 0) AS offset_position,
     coalesce((SELECT max(position) FROM {schema}.events), 0) AS event_position,
-    (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head,
-    pg_is_in_recovery() AS in_recovery;
+    (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head;

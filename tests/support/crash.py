@@ -41,8 +41,12 @@ async def await_server(dsn: str, timeout: float = 60.0) -> None:
 
 
 def server_processes(directory: Path) -> list[int]:
-    """The postmaster, then the processes of its making."""
-    data = directory / "postgresql" / "data"
+    """Of an embedded server: the postmaster, then the processes of its making."""
+    return processes_on(directory / "postgresql" / "data")
+
+
+def processes_on(data: Path) -> list[int]:
+    """The same for any server whose data is there."""
     try:
         postmaster = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
     except (FileNotFoundError, ValueError):

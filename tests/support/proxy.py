@@ -1,7 +1,9 @@
 """A network that fails on demand: a proxy in front of PostgreSQL that cuts, stalls and restores connections."""
 
 import asyncio
-from contextlib import suppress
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -151,6 +153,25 @@ class Proxy:
                 writer.write_eof()
             return
         link.abort()
+
+
+@contextmanager
+def vanished() -> Iterator[int]:
+    """A port behind which there is no machine any more: whoever connects gets no answer, not even a refusal."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        port = silent.getsockname()[1]
+        # Nobody accepts: what comes when the queue is full is dropped.
+        waiting = [socket.socket() for _ in range(4)]
+        try:
+            for each in waiting:
+                each.setblocking(False)
+                each.connect_ex(("127.0.0.1", port))
+            yield port
+        finally:
+            for each in waiting:
+                each.close()
 
 
 class _Link:

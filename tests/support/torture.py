@@ -255,7 +255,7 @@ class Torture:
                     committing = True
                     await transaction.commit()
                     self.acknowledged.update(ids)
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
                 (self.uncertain if committing else self.refused).update(ids)
                 if connection is not None:
                     connection.terminate()
