@@ -5,7 +5,7 @@ import asyncio
 import asyncpg
 import pytest
 
-from tests.support.proxy import Proxy
+from pgbackend.torture.proxy import Proxy
 
 
 async def test_bytes_pass_unchanged(empty_database: str) -> None:

@@ -30,7 +30,7 @@ class Proxy:
     @property
     def dsn(self) -> str:
         """The target's DSN, through this proxy. Without TLS, so that the proxy sees what passes."""
-        assert self._server, "enter the proxy first"
+        assert self._server, "enter the proxy first"  # noqa: S101
         host, port = self._server.sockets[0].getsockname()[:2]
         parts = urlsplit(self._target)
         credentials, at, _ = parts.netloc.rpartition("@")
@@ -46,7 +46,7 @@ class Proxy:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._server
+        assert self._server  # noqa: S101 - it was entered
         self._server.close()
         self.cut()
         while self._links:
