@@ -12,14 +12,14 @@ import pytest
 from pgbackend import Backend, Event
 from pgbackend.database import Database
 from pgbackend.errors import ConnectionLostError
-from pgbackend.facts import Recorder
+from pgbackend.facts import Recorder, observe
 from pgbackend.leases import Leases, Presence
 from pgbackend.reader import Log
 from pgbackend.shard import Tenure
+from pgbackend.torture.proxy import Proxy
 from tests.support.catch import Catch, make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 from tests.support.worker import Worker
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.2}
@@ -267,6 +267,24 @@ async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_regis
             await eventually("it is registered again", is_registered)
             await backend.produce(make_event("a"))
             await catch.has("a")
+
+
+async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(database: str) -> None:
+    """Telling may take long: a log is a pipe, and whoever reads it may be slow. Others can take over meanwhile."""
+    tenures: list[float] = []
+
+    def hear(name: str, _: object) -> None:
+        if name == "presence lost":
+            assert backend._worker
+            tenures.append(backend._worker._tenure.valid_until)
+
+    with Recorder() as recorder, observe(hear):
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", Catch())
+            await recorder.wait("lease claimed")
+            assert await terminate(database, PRESENCE)
+            await recorder.wait("presence lost")
+    assert tenures[0] == 0.0
 
 
 async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_its_way_back(database: str) -> None:
