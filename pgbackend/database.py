@@ -123,7 +123,8 @@ class Database:
         self.listen_dsn = normalize_dsn(listen_dsn) if listen_dsn else self.dsn
         self._where = describe_dsn(self.dsn)
         self._pool_size = pool_size
-        self._name = name
+        # A name that the DSN gives its connections stays: it tells people whose they are.
+        self._name = dict(parse_qsl(urlsplit(self.dsn).query)).get("application_name", name)
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
 
     async def open(self, timeout: float = STATEMENT_TIMEOUT) -> None:

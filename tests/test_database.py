@@ -1,12 +1,13 @@
 import logging
 import time
 
+import asyncpg
 import pytest
 
 from pgbackend.backend import Backend
 from pgbackend.database import Backoff
 from pgbackend.facts import Recorder
-from tests.support.proxy import Proxy
+from pgbackend.torture.proxy import Proxy
 
 
 def test_a_failure_that_goes_on_is_a_warning_when_it_begins_and_each_thirty_seconds(
@@ -40,3 +41,21 @@ async def test_an_outage_of_postgresql_is_a_few_warnings(database: str, caplog: 
         assert {name: warnings.count(name) for name in ("presence lost", "claim failed")} == {
             "presence lost": 1, "claim failed": 1,
         }  # fmt: skip
+
+
+async def test_connections_bear_the_name_that_the_dsn_gives_them(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    for dsn, name in (
+        (database, "pgbackend"),
+        (f"{database}{'&' if '?' in database else '?'}application_name=shop", "shop"),
+    ):
+        with Recorder() as recorder:
+            async with Backend(dsn) as backend:
+                await backend.subscribe("s", lambda _: None)
+                await recorder.wait("lease claimed")
+                names = await observer.fetch(
+                    "SELECT DISTINCT application_name FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                )
+        assert [row[0] for row in names] == [name]
+    await observer.close()
