@@ -17,6 +17,7 @@ _COMMANDS = {
     "migrate": "pgbackend.cli.migrate",
     "serve": "pgbackend.cli.serve",
     "status": "pgbackend.cli.status",
+    "torture": "pgbackend.cli.torture",
 }
 
 
