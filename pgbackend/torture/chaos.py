@@ -19,10 +19,10 @@ import asyncpg
 
 from pgbackend.backend import Backend
 from pgbackend.embedded import EmbeddedServer
-from pgbackend.errors import ConnectionLostError
+from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.torture.evidence import Evidence
 from pgbackend.torture.load import SUBSCRIPTIONS
-from pgbackend.torture.plan import Plan, Step
+from pgbackend.torture.plan import DOWN, Plan, Step
 from pgbackend.torture.processes import Child
 from pgbackend.torture.proxy import Proxy
 from pgbackend.torture.records import Notes
@@ -113,17 +113,10 @@ class Chaos:
         await backend.stop()
 
     async def begin(self, names: Sequence[str]) -> None:
-        """These places have a process that is ready."""
+        """These places have a process that is at work."""
         for name in names:
             await self._start(self._places[name])
-        await self.ready(names)
-
-    async def ready(self, names: Sequence[str]) -> None:
-        """The processes in these places have begun their work."""
-        for name in names:
-            child = self._places[name].child
-            assert child is not None  # noqa: S101 - it was started
-            await child.ready(_START_TIMEOUT)
+        await asyncio.gather(*(self._await_ready(self._places[name]) for name in names))
 
     async def carry_out(self) -> None:
         """Return once the plan is carried out, and every blow undone."""
@@ -131,16 +124,17 @@ class Chaos:
         began = loop.time()
         self._notes.note("begin")
         async with asyncio.TaskGroup() as tasks:
-            last: dict[str, asyncio.Task[None]] = {}
+            going: dict[str, tuple[Step, asyncio.Task[None]]] = {}
             for step in self._plan.steps:
                 await asyncio.sleep(began + step.at - loop.time())
                 self.look()
-                before = last.get(step.target)
-                if before is not None and not before.done():
-                    # Where PostgreSQL takes long to come back, nothing but restarts would be left otherwise.
+                going = {target: entry for target, entry in going.items() if not entry[1].done()}
+                down = sum(other.kind in DOWN for other, _ in going.values())
+                if step.target in going or (step.kind in DOWN and down >= len(self._plan.workers) - 1):
+                    # Where everything takes long, nothing would be left otherwise but who is away.
                     self._notes.note("skipped", step.target)
                 else:
-                    last[step.target] = tasks.create_task(self._strike(step), name=str(step))
+                    going[step.target] = (step, tasks.create_task(self._strike(step), name=str(step)))
             await asyncio.sleep(began + self._plan.seconds - loop.time())
         self._notes.note("over")
 
@@ -176,6 +170,8 @@ class Chaos:
                 await self._end(place, SIGTERM if step.kind == "leave" else SIGKILL)
                 await asyncio.sleep(step.seconds)
                 await self._start(place)
+                # Not over before: another blow would find nobody, or the last one who works.
+                await self._await_ready(place)
             case "stop":
                 note("stop", place.name)
                 if child is not None:
@@ -227,14 +223,28 @@ class Chaos:
             "place": place.name,
             "process": place.process,
         }
+        known = list(self._subscriptions)
         if place.name in self._plan.workers:
-            job["subscriptions"] = list(self._subscriptions)
+            job["subscriptions"] = known
         else:
             job["seed"] = self._plan.seed
         program = PROGRAMS[place.name.partition("-")[0]]
         command = [sys.executable, "-P", str(Path(__file__).with_name("clock.py")), program]
         place.child = await Child.start(command, job, errors=self._directory / f"{place.name}.stderr")
         self._children.append(place.child)
+        if place.name in self._plan.workers:
+            # Created while it was being started.
+            for name in self._subscriptions[len(known) :]:
+                place.child.tell({"subscribe": name})
+
+    async def _await_ready(self, place: _Place) -> None:
+        assert place.child is not None  # noqa: S101 - it was started
+        try:
+            await place.child.ready(_START_TIMEOUT)
+        except TimeoutError:
+            self.ended.append(f"{place.process} was not ready within {_START_TIMEOUT:g} s")
+        except PgBackendError:
+            self.look()
 
     async def _end(self, place: _Place, number: Signals) -> None:
         child, place.child = place.child, None

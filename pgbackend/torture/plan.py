@@ -51,7 +51,7 @@ _SERVER_DECK: tuple[_Card, ...] = (
     ("server immediate", (0.0, 0.0)),
     ("server kill", (0.0, 0.0)),
 )
-_DOWN = frozenset({"kill", "stop", "leave"})
+DOWN = frozenset({"kill", "stop", "leave"})
 """Blows during which a worker does nothing."""
 _RESTARTS = frozenset({"server fast", "server immediate", "server kill"})
 _ANYBODY = frozenset({"cut", "stall", "terminate"})
@@ -117,7 +117,7 @@ def _blows(
 
     def free(kind: Kind) -> list[str]:
         """Whom such a blow may hit now."""
-        if kind in _DOWN and sum(end > at for end in down.values()) >= len(workers) - 1:
+        if kind in DOWN and sum(end > at for end in down.values()) >= len(workers) - 1:
             return []
         targets = ("server",) if kind in _RESTARTS else (*workers, *producers) if kind in _ANYBODY else workers
         return [target for target in targets if busy[target] <= at]
@@ -130,7 +130,7 @@ def _blows(
             lasts, target = chance.uniform(least, most), chance.choice(free(kind))
             if at + lasts < until:
                 busy[target] = at + max(lasts, _SERVER_AWAY if kind in _RESTARTS else _BREATH)
-                if kind in _DOWN:
+                if kind in DOWN:
                     down[target] = at + lasts
                 detail = 0.0
                 if kind == "clock":
