@@ -676,7 +676,9 @@ class _Judge:
                 continue
             buried.checked += 1
             if attempts != must and (attempts is not None or self._is_owed(name, terms, id_)):
-                buried.violated(f"{name} gave up {id_} after {attempts} attempts, where {must} are due")
+                has = "no dead letter" if attempts is None else f"a dead letter after {attempts} attempts"
+                due = "none is" if must is None else f"one after {must} is"
+                buried.violated(f"{name} has {has} of {id_} at {position}, where {due} due")
         for id_ in letters:
             buried.violated(f"{name} has a dead letter of {id_}, which is not in the log")
 
