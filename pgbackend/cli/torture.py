@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -24,7 +25,7 @@ from pgbackend.torture.run import run
     "Default: an embedded server, which is restarted and killed, too.",
 )
 @click.option(
-    "--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as Markdown."
+    "--report", "page", type=click.File("w", encoding="utf-8", lazy=False), help="Write the report there as Markdown."
 )
 @click.option(
     "--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the records in this new directory."
@@ -37,7 +38,7 @@ def torture(
     seed: int | None,
     only_plan: bool,
     dsn: str | None,
-    report_file: Path | None,
+    page: TextIO | None,
     keep: Path | None,
 ) -> None:
     """Kill, freeze and cut off producers, workers and PostgreSQL, and check every promise on what really happened.
@@ -54,7 +55,7 @@ def torture(
     click.echo(f"… seed {plan.seed}", err=True)
     report = asyncio.run(run(plan, dsn=dsn, keep=keep, progress=lambda text: click.echo(f"… {text}", err=True)))
     click.echo(report.text())
-    if report_file is not None:
-        report_file.write_text(report.markdown())
+    if page is not None:
+        page.write(report.markdown())
     if not report.verdict.kept:
         context.exit(1)

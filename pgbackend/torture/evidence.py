@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import asyncpg
 
+from pgbackend.errors import DatabaseError
 from pgbackend.sql import quote_ident
 
 if TYPE_CHECKING:
@@ -152,8 +153,11 @@ class Evidence:
 
     async def drop(self) -> None:
         """The schema is gone, and everything in it."""
-        async with self._connected() as connection:
-            await connection.execute(f"DROP SCHEMA IF EXISTS {self._schema} CASCADE")
+        try:
+            async with self._connected() as connection:
+                await connection.execute(f"DROP SCHEMA IF EXISTS {self._schema} CASCADE")
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise DatabaseError(f"The scratch schema {self._schema} is still there: {error}. Drop it.") from error
 
     async def terminate(self, name: str, share: float) -> int | None:
         """End one of a process's connections: the one at that share of them, the oldest first. Its pid, if any."""

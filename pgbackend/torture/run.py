@@ -13,10 +13,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import chain
 from pathlib import Path
 
-import asyncpg
-
 from pgbackend.backend import Backend
-from pgbackend.database import describe_dsn, normalize_dsn
+from pgbackend.database import Database, describe_dsn
 from pgbackend.embedded import EmbeddedServer
 from pgbackend.errors import ConfigError
 from pgbackend.torture import records
@@ -140,9 +138,11 @@ def _directory(keep: Path | None) -> Iterator[Path]:
 
 
 async def _describe(dsn: str, *, embedded: bool) -> str:
-    connection = await asyncpg.connect(normalize_dsn(dsn), timeout=10)
+    """The server in a few words. Raises ConnectionLostError when it does not answer."""
+    database = Database(dsn, pool_size=1)
+    await database.open()
     try:
-        version = await connection.fetchval("SHOW server_version")
+        version = await database.fetchval("SHOW server_version")
     finally:
-        await connection.close()
+        await database.close()
     return f"PostgreSQL {version}, " + ("a server of its own" if embedded else describe_dsn(dsn))

@@ -20,6 +20,13 @@ async def test_the_plan_is_printed_and_nothing_done(run: Run) -> None:
     assert "server" not in with_dsn.stdout
 
 
+async def test_a_database_that_does_not_answer_is_one_line_that_says_so(run: Run) -> None:
+    result = await run("torture", "--dsn", "postgresql://nobody@localhost:1/nowhere")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: PostgreSQL")
+    assert "cannot be reached" in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_everything_goes_wrong_at_once_and_every_promise_is_kept(run: Run, tmp_path: Path, long: bool) -> None:
