@@ -52,6 +52,8 @@ RULES = (LOST, SEEN, ONCE, REPEATS, COMMITS, OWNER, KEYS, STRICT, LETTERS, REST)
 _UNKNOWN, _ACKNOWLEDGED, _REFUSED, _ROLLED_BACK, _UNCERTAIN = range(5)
 _OUTCOMES = {"a": _ACKNOWLEDGED, "r": _REFUSED, "x": _ROLLED_BACK, "u": _UNCERTAIN}
 _NO_TIME = -1
+_HARMLESS = frozenset({"leave", "clock", "skipped"})
+"""What costs nobody a lease: who leaves gives its own up, and only the monotonic clock counts."""
 _BLOWS = frozenset({"kill", "leave", "stop", "cut", "stall", "terminate", "clock", "skipped"})
 
 
@@ -445,7 +447,7 @@ class _Judge:
 
     def _take_own_blow(self, process: _Process, note: Note) -> None:
         at, mark = note.at, note.mark
-        if mark in ("leave", "clock"):
+        if mark in _HARMLESS:
             return
         process.struck_at = at if mark not in ("continue", "restore") else process.struck_at
         process.hit(at, {"continue": "stop", "restore": process.cause}.get(mark, mark))

@@ -283,6 +283,18 @@ def test_a_repeat_without_a_cause_is_a_violation() -> None:
     assert story.broken() == [verdict.REPEATS]
 
 
+@pytest.mark.parametrize("blow", ["clock", "leave", "skipped"])
+def test_what_costs_nobody_a_lease_is_no_cause(blow: str) -> None:
+    story = Story()
+    story.produce(1)
+    story.claim("w1")
+    story.handle("w1", 1)
+    story.chaos(blow, "w1")
+    story.claim("w2")
+    story.handle("w2", 1)
+    assert story.broken() == [verdict.REPEATS]
+
+
 def test_a_blow_long_before_is_no_cause() -> None:
     story = Story()
     story.chaos("terminate", "w1")
