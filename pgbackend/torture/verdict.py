@@ -11,6 +11,8 @@ position, so that an hour's records fit into memory. What counts as a violation,
 - **Beside the new owner**: a process whose connections hold, and which runs, handles nothing under a lease that another
   has taken over. One that was hit may finish what it had begun, and may begin what it was just about to: one event when
   it wakes, or when it hears that its connection is gone, and whatever it begins before it can have heard, for a second.
+- An event that was **at work when its process lost the shard** may have that counted as a failed attempt, and so may
+  become a dead letter though it never fails: after as many as it has attempts.
 - **Late** events may come behind later ones of their key: those whose transaction was open for as long as `hole_wait`,
   or may have been; not what was acknowledged before the later one was even sent.
 """
@@ -178,6 +180,8 @@ class _Progress:
         self.epochs: array[int] = array("q", [0]) * size
         """Under which lease its last dispatch began; 0 before the first."""
         self.attempts = bytearray(size)
+        self.interrupted = bytearray(size)
+        """How often its process had lost the shard to another one while it was at work: killed, frozen or cut off."""
         self.done = bytearray(size)
 
 
@@ -479,6 +483,10 @@ class _Judge:
             return
         owner.lost_at, owner.successor = note.at, lease
         former = owner.process
+        progress = self._progress[subscription]
+        for handling in former.open.values():
+            if handling.lease is owner and handling.position < len(self._ids):
+                progress.interrupted[handling.position] = min(progress.interrupted[handling.position] + 1, 255)
         if former is not process and not owner.given_up:
             struck_at = former.killed_at if former.killed_at != _NO_TIME else former.struck_at
             if struck_at > owner.claimed_at and (former.killed_at != _NO_TIME or owner.cause(note.at) is not None):
@@ -673,14 +681,20 @@ class _Judge:
             if not progress.done[position] and attempts is None and self._is_owed(name, terms, id_):
                 lost.violated(f"{name} neither handled {id_} at {position} nor has a dead letter of it")
             fails = failures(name, terms, id_)
-            must = 1 if fails == REJECTED else RETRY.attempts if fails >= RETRY.attempts else None
-            if must is None and attempts is None:
+            doomed = fails == REJECTED or fails >= RETRY.attempts
+            if not doomed and attempts is None:
                 continue
             buried.checked += 1
-            if attempts != must and (attempts is not None or self._is_owed(name, terms, id_)):
-                has = "no dead letter" if attempts is None else f"a dead letter after {attempts} attempts"
-                due = "none is" if must is None else f"one after {must} is"
-                buried.violated(f"{name} has {has} of {id_} at {position}, where {due} due")
+            # What a lost process was handling may count as failed: it may be what killed it.
+            interrupted = progress.interrupted[position]
+            tried = max(fails, 1 if doomed else 0) + interrupted
+            if attempts is None:
+                if self._is_owed(name, terms, id_):
+                    buried.violated(f"{name} has no dead letter of {id_} at {position}, which fails each time")
+            elif not doomed and tried < RETRY.attempts:
+                buried.violated(f"{name} has a dead letter of {id_} at {position}, which fails {max(fails, 0)} times")
+            elif not min(tried - interrupted, RETRY.attempts) <= attempts <= min(tried, RETRY.attempts):
+                buried.violated(f"{name} gave up {id_} at {position} after {attempts} attempts")
         for id_ in letters:
             buried.violated(f"{name} has a dead letter of {id_}, which is not in the log")
 

@@ -617,6 +617,19 @@ def test_a_dead_letter_of_an_event_that_does_not_fail_is_a_violation() -> None:
     assert story.broken() == [verdict.LETTERS]
 
 
+@pytest.mark.parametrize("times", [RETRY.attempts - 1, RETRY.attempts])
+def test_what_was_at_work_whenever_its_process_was_killed_may_be_taken_for_what_killed_it(times: int) -> None:
+    story = _flaky(FINE)
+    for attempt in range(times):
+        place, other = ("w1", "w2") if attempt % 2 == 0 else ("w2", "w1")
+        story.begin(place, FINE)
+        story.chaos("kill", place)
+        story.start(place, attempt + 2)
+        story.claim(other, generation=1 if attempt == 0 else attempt + 1)
+    story.letters.append(Letter("flaky", f"p-{FINE}", RETRY.attempts))
+    assert story.broken() == ([] if times == RETRY.attempts else [verdict.LETTERS])
+
+
 def test_a_dead_letter_of_nothing_is_a_violation() -> None:
     story = _flaky(FINE)
     story.handle("w1", FINE)
