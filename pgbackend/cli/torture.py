@@ -43,8 +43,8 @@ def torture(
 ) -> None:
     """Kill, freeze and cut off producers, workers and PostgreSQL, and check every promise on what really happened.
 
-    Exit code 1 when one was broken, with the evidence. The same --seed and --minutes give the same plan; with --dsn it is
-    another one, without restarts of PostgreSQL.
+    Exit code 1 when one was broken, with the evidence. The same --seed and --minutes give the same plan; with --dsn it
+    is another one, without restarts of PostgreSQL.
     """
     # That the embedded server is restarted is no news here.
     logging.getLogger("pgbackend").addHandler(logging.NullHandler())
