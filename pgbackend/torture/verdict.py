@@ -574,10 +574,11 @@ class _Judge:
         tally, progress = self.verdict.tallies[subscription], self._progress[subscription]
         before = progress.epochs[position]
         claim = self._claims.get(lease.epoch)
+        if not before:
+            # One that was handed over to redelivery before its first dispatch may be settled for the offset: no repeat.
+            return
         if attempt == 1 and claim and position <= claim.position and position not in claim.pending:
             repeats.violated(f"settled when the lease was taken, at {claim.position}: {handling.note}")
-            return
-        if not before:
             return
         if attempt > progress.attempts[position]:
             tally.retries += 1

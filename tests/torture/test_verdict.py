@@ -264,6 +264,15 @@ def test_a_repeat_of_what_was_settled_is_a_violation() -> None:
     assert story.broken() == [verdict.REPEATS]
 
 
+def test_the_first_dispatch_of_what_was_handed_over_is_no_repeat() -> None:
+    story = Story()
+    _killed(story)
+    story.produce(3)
+    story.claim("w2", position=3, pending="{[2,3)}")
+    story.handle("w2", 2, 3)
+    assert story.broken() == []
+
+
 def test_what_is_pending_at_a_takeover_is_not_settled() -> None:
     story = Story()
     _killed(story)
