@@ -325,6 +325,41 @@ async def test_a_former_owner_that_comes_back_does_not_dispatch_what_is_not_its_
     assert first.ids == []
 
 
+async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen just then, for longer than its lease: another worker has the shard when the answer is read."""
+    claim, claimed, answer = Leases.claim, asyncio.Event(), asyncio.Event()
+    stale: list[int] = []
+
+    async def claim_slowly(self: Leases, subscriptions: Any) -> Any:
+        leases = await claim(self, subscriptions)
+        if leases and not stale:
+            stale.extend(lease.epoch for lease in leases)
+            claimed.set()
+            await answer.wait()
+        return leases
+
+    monkeypatch.setattr(Leases, "claim", claim_slowly)
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", catch)
+            async with asyncio.timeout(10):
+                await claimed.wait()
+            # Somebody takes it over, and gives it up again; in between this worker is told that it has nothing.
+            await observer.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
+            assert backend._worker
+            backend._worker._on_held(frozenset())
+            answer.set()
+            await recorder.wait("lease claimed")
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+    await observer.close()
+    assert not set(stale) & {fields["epoch"] for fields in recorder.all("lease claimed")}
+
+
 async def test_presence_reports_what_its_first_connection_met(database: str) -> None:
     def presence(dsn: str) -> Presence:
         return Presence(
