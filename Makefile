@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test lint format check bench build clean
+.PHONY: help serve demo test lint format check bench torture build clean
 
 help:
 	@echo 'make serve    run the broker on port 8080, with a PostgreSQL of its own    (ARGS="--port 9090 …")'
@@ -15,6 +15,7 @@ help:
 	@echo 'make check    lint and test'
 	@echo 'make format   let ruff format and repair what it can'
 	@echo 'make bench    measure against bare asyncpg                                  (ARGS="--rounds 3")'
+	@echo 'make torture  kill, freeze and cut off everything, and check every promise  (ARGS="--minutes 10")'
 	@echo 'make build    wheel and sdist in dist/'
 
 serve: $(VENV)/.ready
@@ -40,6 +41,9 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	@exec $(BIN)/pgbackend bench $(ARGS)
+
+torture: $(VENV)/.ready
+	@exec $(BIN)/pgbackend torture $(ARGS)
 
 build: $(VENV)/.ready
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

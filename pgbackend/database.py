@@ -123,7 +123,8 @@ class Database:
         self._target = Target.of(dsn)
         self._listen_target = Target.of(listen_dsn) if listen_dsn else self._target
         self._pool_size = pool_size
-        self._name = name
+        # A name that the DSN gives its connections stays: it tells people whose they are.
+        self._name = self._target.application_name or name
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._sql = load(ConnectSql, "connect", schema="pgbackend")
         self._primaries = _Primaries()

@@ -45,6 +45,8 @@ class Target:
     """Whether a primary is passed over whose transactions are read-only by default."""
     where: str
     """Hosts, ports and database, fit to be printed: no user, no password."""
+    application_name: str | None
+    """What its connections are to be called, if it says so."""
 
     @classmethod
     def of(cls, dsn: str) -> Self:
@@ -75,6 +77,7 @@ class Target:
             found,
             read_write=wanted == "read-write" or (not wanted and len(found) > 1),
             where=f"{where}/{database}" if database else where,
+            application_name=options.get("application_name"),
         )
 
 

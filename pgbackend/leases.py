@@ -231,6 +231,8 @@ class Presence:
                 self._hint("")
                 await self._beat(connection, closed)
             except Exception as error:  # noqa: BLE001 - anything means: no sign of life, try again
+                # First of all: others may take over by now, and telling may take long where nobody reads the log.
+                self._doubt()
                 if not first.done():
                     self._tell(first, translate(error))
                     return
@@ -239,11 +241,15 @@ class Presence:
                 )
             finally:
                 # Before the connection goes: others may take over from then on.
-                self._doubts += 1
-                self._tenure.valid_until = 0.0
+                self._doubt()
                 if connection is not None:
                     connection.terminate()
             await backoff.wait()
+
+    def _doubt(self) -> None:
+        """Nothing is begun from here on, until the worker has renewed and knows what it still has."""
+        self._doubts += 1
+        self._tenure.valid_until = 0.0
 
     async def _beat(self, connection: Connection, closed: asyncio.Event) -> None:
         """Renew three times a lease, and see that the channel is not deaf. Fails as soon as the connection is lost."""

@@ -91,6 +91,8 @@ class Worker:
         self._sender = sender
         self._rounds = Hints()
         self._one_round = asyncio.Lock()
+        self._doubts = 0
+        """How often it was in doubt, and was told what it still has."""
         self._id = uuid4()
         self._tenure = Tenure()
         self._pumps: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
@@ -217,6 +219,7 @@ class Worker:
 
     def _on_held(self, held: frozenset[int]) -> None:
         """After a time of doubt: what others have taken over meanwhile is lost."""
+        self._doubts += 1
         for epoch in set(self._pumps) - held:
             self._on_lost(self._pumps[epoch][0].shard)
 
@@ -319,18 +322,25 @@ class Worker:
     async def _claim(self, keys: Sequence[ShardKey]) -> None:
         # One whose pump is still ending here would run twice in this process.
         free = [key for key in dict.fromkeys(keys) if not self._retiring[key]]
+        doubts = self._doubts
         for lease in await self._leases.claim(free) if free else ():
             registration = self._registrations.get(lease.subscription)
             if registration is None or registration.resting:
                 # Unsubscribed in this moment, or it is being moved.
                 await self._leases.release([lease.epoch])
                 continue
-            await self._begin(lease, registration)
+            await self._begin(lease, registration, doubts=doubts)
 
-    async def _begin(self, lease: Lease, registration: Registration) -> None:
+    async def _begin(self, lease: Lease, registration: Registration, *, doubts: int) -> None:
+        """A pump runs for the lease. `doubts`: when it was asked for."""
         assert self._tail is not None  # noqa: S101 - rounds run inside run()
         assert self._tasks is not None  # noqa: S101
         waiting = await self._redelivery.find_attempts(lease) if lease.order != "none" else {}
+        if doubts != self._doubts:
+            # Frozen, or cut off, while the answer was on its way: others may have taken it over, and nobody missed it
+            # when this worker was told what it still has. If it has it, the next round gives it up and claims it anew.
+            self._rounds.ring()
+            return
         shard = Shard(
             lease=lease,
             window=Window(

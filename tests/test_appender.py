@@ -22,8 +22,8 @@ from pgbackend.errors import (
 from pgbackend.facts import Recorder
 from pgbackend.sql import load
 from pgbackend.sql.statements import LogSql
+from pgbackend.torture.proxy import Proxy
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 
 def row(id_: str, *, time: str | None = None, data: bytes | None = None) -> Row:

@@ -33,9 +33,9 @@ from pgbackend.probe import Probe
 from pgbackend.reader import Log
 from pgbackend.segments import Segments
 from pgbackend.subscriptions import Subscriptions
+from pgbackend.torture.proxy import Proxy
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 

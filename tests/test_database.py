@@ -15,8 +15,8 @@ from pgbackend.backend import Backend
 from pgbackend.database import Backoff, Database
 from pgbackend.errors import ConnectionLostError, DatabaseError
 from pgbackend.facts import Recorder
+from pgbackend.torture.proxy import Proxy, vanished
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy, vanished
 
 
 def test_a_failure_that_goes_on_is_a_warning_when_it_begins_and_each_thirty_seconds(
@@ -162,3 +162,21 @@ async def test_whoever_finds_the_primary_wakes_all_who_wait_for_it(database: str
 
         await eventually("both are woken", woken)
         await asyncio.gather(here, there)
+
+
+async def test_connections_bear_the_name_that_the_dsn_gives_them(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    for dsn, name in (
+        (database, "pgbackend"),
+        (f"{database}{'&' if '?' in database else '?'}application_name=shop", "shop"),
+    ):
+        with Recorder() as recorder:
+            async with Backend(dsn) as backend:
+                await backend.subscribe("s", lambda _: None)
+                await recorder.wait("lease claimed")
+                names = await observer.fetch(
+                    "SELECT DISTINCT application_name FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                )
+        assert [row[0] for row in names] == [name]
+    await observer.close()

@@ -16,12 +16,12 @@ import pytest
 from pgbackend import Backend, ConnectionLostError, PgBackendError, ProbeError, ProduceUncertainError
 from pgbackend.database import Database
 from pgbackend.facts import Recorder
+from pgbackend.torture.proxy import vanished
 from tests.support.catch import Catch, make_event
 from tests.support.figures import report
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
-from tests.support.proxy import vanished
 from tests.support.standby import Pair, Server, programs
 from tests.support.torture import Torture
 from tests.support.worker import Worker

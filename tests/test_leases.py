@@ -12,15 +12,15 @@ import pytest
 from pgbackend import Backend, Event
 from pgbackend.database import Database
 from pgbackend.errors import ConnectionLostError
-from pgbackend.facts import Recorder
+from pgbackend.facts import Recorder, observe
 from pgbackend.leases import Leases, Presence
 from pgbackend.reader import Log
 from pgbackend.shard import Tenure
+from pgbackend.torture.proxy import Proxy
 from tests.support.catch import Catch, make_event
 from tests.support.claims import claim_free
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 from tests.support.worker import Worker
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.2, "lease_timeout": 90.0}
@@ -292,6 +292,24 @@ async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_regis
             await catch.has("a")
 
 
+async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(database: str) -> None:
+    """Telling may take long: a log is a pipe, and whoever reads it may be slow. Others can take over meanwhile."""
+    tenures: list[float] = []
+
+    def hear(name: str, _: object) -> None:
+        if name == "presence lost":
+            assert backend._worker
+            tenures.append(backend._worker._tenure.valid_until)
+
+    with Recorder() as recorder, observe(hear):
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", Catch())
+            await recorder.wait("lease claimed")
+            assert await terminate(database, PRESENCE)
+            await recorder.wait("presence lost")
+    assert tenures[0] == 0.0
+
+
 async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_its_way_back(database: str) -> None:
     catch = Catch()
     async with Proxy(database) as proxy, Backend(proxy.dsn, **{**SETTINGS, "lease_timeout": 1.0}) as backend:
@@ -330,6 +348,41 @@ async def test_a_former_owner_that_comes_back_does_not_dispatch_what_is_not_its_
                 await second.has("a", "b", "c")
 
     assert first.ids == []
+
+
+async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen just then, for longer than its lease: another worker has the shard when the answer is read."""
+    claim, claimed, answer = Leases.claim, asyncio.Event(), asyncio.Event()
+    stale: list[int] = []
+
+    async def claim_slowly(self: Leases, subscriptions: Any) -> Any:
+        leases = await claim(self, subscriptions)
+        if leases and not stale:
+            stale.extend(lease.epoch for lease in leases)
+            claimed.set()
+            await answer.wait()
+        return leases
+
+    monkeypatch.setattr(Leases, "claim", claim_slowly)
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", catch)
+            async with asyncio.timeout(10):
+                await claimed.wait()
+            # Somebody takes it over, and gives it up again; in between this worker is told that it has nothing.
+            await observer.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
+            assert backend._worker
+            backend._worker._on_held(frozenset())
+            answer.set()
+            await recorder.wait("lease claimed")
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+    await observer.close()
+    assert not set(stale) & {fields["epoch"] for fields in recorder.all("lease claimed")}
 
 
 async def test_presence_reports_what_its_first_connection_met(database: str) -> None:

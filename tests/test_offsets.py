@@ -16,11 +16,11 @@ from pgbackend.model import Failure
 from pgbackend.offsets import Committer
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.shard import Buried, Forgotten, Mark, Scheduled, Shard, Tenure
+from pgbackend.torture.proxy import Proxy
 from pgbackend.window import Window
 from tests.support.catch import make_event
 from tests.support.claims import claim_free
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 
 class Owner:

@@ -10,10 +10,10 @@ from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from pgbackend.sql import load
 from pgbackend.sql.statements import LogSql
+from pgbackend.torture.proxy import Proxy
 from pgbackend.wakeup import _INTERVALS, Hints, Notifier, channel
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 
 async def test_a_stroke_before_the_wait_is_not_missed() -> None:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "serve": "pgbackend.cli.serve",
     "status": "pgbackend.cli.status",
     "subscriptions": "pgbackend.cli.subscriptions",
+    "torture": "pgbackend.cli.torture",
 }
 
 

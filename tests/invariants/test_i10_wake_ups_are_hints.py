@@ -6,10 +6,10 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, facts
+from pgbackend.torture.proxy import Proxy
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
-from tests.support.proxy import Proxy
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ from pgbackend.serve.config import load
 from pgbackend.serve.delivery import open_session
 from pgbackend.serve.metrics import Metrics
 from pgbackend.serve.triggers import Triggers
+from pgbackend.torture.proxy import Proxy
 from tests.serve.broker import Broker, serving
 from tests.serve.target import Request, Target
 from tests.serve.test_triggers import complete, failing, letters, send, settled, subscription
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 
 def config(**triggers: str) -> str:

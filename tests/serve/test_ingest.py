@@ -26,9 +26,9 @@ from pgbackend.serve import ingest as ingest_module
 from pgbackend.serve.config import load
 from pgbackend.serve.ingest import Limits
 from pgbackend.serve.metrics import Metrics
+from pgbackend.torture.proxy import Proxy
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 
 class TestBinaryMode:

@@ -24,11 +24,11 @@ from pgbackend.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.serve import metrics as metrics_module
 from pgbackend.serve.metrics import Metrics
+from pgbackend.torture.proxy import Proxy
 from pgbackend.wire import parse_structured
 from tests.serve.broker import HEADERS, serving
 from tests.serve.target import Target
 from tests.support.polling import eventually
-from tests.support.proxy import Proxy
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 PROMETHEUS_3 = (

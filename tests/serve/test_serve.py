@@ -25,9 +25,9 @@ from pgbackend.cli import main
 from pgbackend.cli.serve import serve as serve_command
 from pgbackend.errors import PgBackendError
 from pgbackend.serve import app
+from pgbackend.torture.proxy import Proxy
 from tests.serve.process import INFORMED, config, post, refused, running
 from tests.serve.target import Request, Target, raw_server
-from tests.support.proxy import Proxy
 
 
 async def one_line(*args: str, env: Mapping[str, str] | None = None, code: int = 1) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Self
 import asyncpg
 
 from pgbackend.embedded import _programs
-from tests.support.crash import processes_on
+from pgbackend.torture.server import processes_on
 from tests.support.polling import eventually
 
 SETTINGS = {

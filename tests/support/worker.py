@@ -20,6 +20,7 @@ from typing import Any, Self
 from pgbackend.backend import Backend
 from pgbackend.event import Event
 from pgbackend.retry import Retry
+from pgbackend.torture.processes import Child
 from tests.support.ledger import Ledger
 
 
@@ -51,66 +52,51 @@ class Worker:
             "settings": {"schema": schema, **(settings or {})},
             "options": {"start": "earliest", **options},
         }
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
+
+    @property
+    def child(self) -> Child:
+        assert self._child, "enter the worker first"
+        return self._child
 
     @property
     def process(self) -> asyncio.subprocess.Process:
-        assert self._process, "enter the worker first"
-        return self._process
+        return self.child.process
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self.child.pid
 
     async def __aenter__(self) -> Self:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.support.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
+        self._child = await Child.start(
+            [sys.executable, "-m", "tests.support.worker"], self._job, directory=Path(__file__).parents[2]
         )
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps(self._job).encode() + b"\n")
-        async with asyncio.timeout(60):
-            line = await self._process.stdout.readline()
-        assert line == b"ready\n", "the worker did not start; see its stderr"
+        await self._child.ready(60)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.process.returncode is None:
+        if self.child.returncode is None:
             self.kill()
-        await self.process.wait()
-        await _closed(self.process)
+        await self.child.wait()
 
     def kill(self) -> None:
         """kill -9. The process is gone when `await worker.process.wait()` returns."""
-        self.process.kill()
+        self.child.kill()
 
     def freeze(self) -> None:
         """Its connections stay open, and it does nothing until `thaw()`."""
-        self.process.send_signal(signal.SIGSTOP)
+        self.child.freeze()
 
     def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        self.child.thaw()
 
     async def stop(self, timeout: float = 60.0) -> None:
         """Return once it has drained, committed and ended; fails when it ended otherwise."""
-        self.process.terminate()
+        self.child.signal(signal.SIGTERM)
         async with asyncio.timeout(timeout):
             assert await self.process.wait() == 0
-
-
-async def _closed(process: asyncio.subprocess.Process) -> None:
-    assert process.stdin
-    process.stdin.close()
-    # To the end, so that the pipe's transport is closed with the loop still there.
-    assert process.stdout
-    await process.stdout.read()
 
 
 async def _run(job: dict[str, Any]) -> None:

@@ -31,14 +31,20 @@ class Proxy:
 
     @property
     def dsn(self) -> str:
-        """The target's DSN, through this proxy. Without TLS, so that the proxy sees what passes."""
-        assert self._server, "enter the proxy first"
+        """The target's DSN, through this proxy.
+
+        Without TLS unless the DSN demands it: what is encrypted the proxy does not see. The server is not checked to be
+        the one of the name, which is this proxy's here.
+        """
+        assert self._server, "enter the proxy first"  # noqa: S101
         host, port = self._server.sockets[0].getsockname()[:2]
         parts = urlsplit(self._target)
         credentials, at, _ = parts.netloc.rpartition("@")
         query = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("host", "port", "sslmode")]
+        asked = dict(parse_qsl(parts.query)).get("sslmode", "")
+        mode = {"require": "require", "verify-ca": "verify-ca", "verify-full": "verify-ca"}.get(asked, "disable")
         return parts._replace(
-            netloc=f"{credentials}{at}{host}:{port}", query=urlencode([*query, ("sslmode", "disable")])
+            netloc=f"{credentials}{at}{host}:{port}", query=urlencode([*query, ("sslmode", mode)])
         ).geturl()
 
     async def __aenter__(self) -> Self:
@@ -48,7 +54,7 @@ class Proxy:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._server
+        assert self._server  # noqa: S101 - it was entered
         self._server.close()
         self.cut()
         # Whoever fails while it is stalled must not wait here for ever.

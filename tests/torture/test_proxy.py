@@ -5,7 +5,7 @@ import asyncio
 import asyncpg
 import pytest
 
-from tests.support.proxy import Proxy
+from pgbackend.torture.proxy import Proxy
 
 
 async def test_bytes_pass_unchanged(empty_database: str) -> None:
@@ -66,3 +66,11 @@ async def test_a_lost_reply_leaves_the_work_done(empty_database: str) -> None:
         direct = await asyncpg.connect(empty_database)
         assert await direct.fetchval("select to_regclass('t') is not null")
         await direct.close()
+
+
+async def test_the_way_through_the_proxy_keeps_what_else_the_dsn_says() -> None:
+    for asked, kept in (("", "disable"), ("prefer", "disable"), ("require", "require"), ("verify-full", "verify-ca")):
+        dsn = f"postgresql://me:secret@db:5433/app?application_name=shop{'&sslmode=' if asked else ''}{asked}"
+        async with Proxy(dsn) as proxy:
+            port = proxy.dsn.partition("127.0.0.1:")[2].partition("/")[0]
+            assert proxy.dsn == (f"postgresql://me:secret@127.0.0.1:{port}/app?application_name=shop&sslmode={kept}")

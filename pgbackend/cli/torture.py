@@ -1,0 +1,61 @@
+"""`pgbackend torture`: what is promised, while everything goes wrong."""
+
+import asyncio
+import logging
+import secrets
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from pgbackend.torture.plan import Plan
+from pgbackend.torture.run import run
+
+
+@click.command()
+@click.option("--minutes", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="How long it goes on.")
+@click.option("--seed", type=click.IntRange(min=0), help="Repeats the plan of an earlier run. Default: a random one.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print the plan of blows, and do nothing.")
+@click.option(
+    "--dsn",
+    envvar="PGBACKEND_DSN",
+    metavar="URL",
+    show_envvar=True,
+    help="The database to use, in a scratch schema that is dropped afterwards; its server is not restarted. "
+    "Default: an embedded server, which is restarted and killed, too.",
+)
+@click.option(
+    "--report", "page", type=click.File("w", encoding="utf-8", lazy=False), help="Write the report there as Markdown."
+)
+@click.option(
+    "--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the records in this new directory."
+)
+@click.pass_context
+def torture(
+    context: click.Context,
+    *,
+    minutes: float,
+    seed: int | None,
+    only_plan: bool,
+    dsn: str | None,
+    page: TextIO | None,
+    keep: Path | None,
+) -> None:
+    """Kill, freeze and cut off producers, workers and PostgreSQL, and check every promise on what really happened.
+
+    Exit code 1 when one was broken, with the evidence. The same --seed and --minutes give the same plan; with --dsn it
+    is another one, without restarts of PostgreSQL.
+    """
+    # That the embedded server is restarted is no news here.
+    logging.getLogger("pgbackend").addHandler(logging.NullHandler())
+    plan = Plan.make(secrets.randbelow(1_000_000) if seed is None else seed, minutes * 60, server=dsn is None)
+    if only_plan:
+        click.echo(str(plan))
+        return
+    click.echo(f"… seed {plan.seed}", err=True)
+    report = asyncio.run(run(plan, dsn=dsn, keep=keep, progress=lambda text: click.echo(f"… {text}", err=True)))
+    click.echo(report.text())
+    if page is not None:
+        page.write(report.markdown())
+    if not report.verdict.kept:
+        context.exit(1)

@@ -1,0 +1,161 @@
+"""What is done to whom, and when: a plan, wholly determined by its seed. Pure.
+
+The blows come from decks: each deck holds every kind of blow, shuffled, so that a short run has met each kind once and
+a long one meets them in ever new neighbourhoods. Nobody is hit by a second blow while one lasts, one worker at least is
+always up, and all is over before the plan ends.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+LEASE = 3.0
+"""Seconds: `lease_timeout` of the run. Short, so that pauses beyond it fit into a short run."""
+
+Kind = Literal[
+    "kill", "stop", "cut", "stall", "terminate", "clock", "leave", "server fast", "server immediate", "server kill",
+    "subscribe",
+]  # fmt: skip
+
+_PAUSE = (0.5, 1.5)
+"""Seconds from one blow to the next, least and most."""
+_CALM = 2.0
+"""Seconds before the first blow, and after the last."""
+_SERVER_AWAY = 6.0
+"""Seconds in which the server is left alone after a restart."""
+_BREATH = 0.5
+"""The same for everybody else, after whatever befell them."""
+
+_SHORT = (0.2 * LEASE, 0.7 * LEASE)
+_LONG = (1.3 * LEASE, 2.2 * LEASE)
+_Card = tuple[Kind, tuple[float, float]]
+"""A kind of blow, and how long it lasts, least and most."""
+_DECK: tuple[_Card, ...] = (
+    ("kill", (0.0, 2.0)),
+    ("kill", (0.0, 0.0)),
+    ("stop", _SHORT),
+    ("stop", _LONG),
+    ("cut", (0.0, 0.0)),
+    ("cut", _SHORT),
+    ("stall", _SHORT),
+    ("stall", _LONG),
+    ("terminate", (0.0, 0.0)),
+    ("terminate", (0.0, 0.0)),
+    ("terminate", (0.0, 0.0)),
+    ("clock", (0.0, 0.0)),
+    ("leave", (0.0, 2.0)),
+)
+_SERVER_DECK: tuple[_Card, ...] = (
+    ("server fast", (0.0, 0.0)),
+    ("server immediate", (0.0, 0.0)),
+    ("server kill", (0.0, 0.0)),
+)
+DOWN = frozenset({"kill", "stop", "leave"})
+"""Blows during which a worker does nothing."""
+_RESTARTS = frozenset({"server fast", "server immediate", "server kill"})
+_ANYBODY = frozenset({"cut", "stall", "terminate"})
+"""Blows that hit producers as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One blow."""
+
+    at: float
+    """Seconds after the run began."""
+    kind: Kind
+    target: str
+    """A process, or "server", or "" for what concerns everybody."""
+    seconds: float = 0.0
+    """How long it lasts: until the process runs again, the network is whole again, the next one joins."""
+    detail: float = 0.0
+    """`clock`: seconds by which the wall clock jumps. `terminate`: which of the process's connections, from 0 to 1."""
+
+    def __str__(self) -> str:
+        what = f"{self.at:9.3f} s  {self.kind} {self.target}".rstrip()
+        if self.kind == "clock":
+            return f"{what} by {self.detail:+.0f} s"
+        if self.kind == "terminate":
+            return f"{what}, the connection at {self.detail:.3f}"
+        return f"{what} for {self.seconds:.3f} s" if self.seconds else what
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All blows of a run, in order."""
+
+    seed: int
+    seconds: float
+    workers: tuple[str, ...]
+    producers: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def make(cls, seed: int, seconds: float, *, server: bool, workers: int = 3, producers: int = 2) -> "Plan":
+        """The plan of this seed. `server`: whether PostgreSQL itself may be restarted.
+
+        >>> Plan.make(7, 60, server=True) == Plan.make(7, 60, server=True)
+        True
+        """
+        chance = random.Random(f"pgbackend torture {seed}")  # noqa: S311 - not a secret
+        names = tuple(f"worker-{number}" for number in range(workers))
+        callers = tuple(f"producer-{number}" for number in range(producers))
+        steps = [*_blows(chance, seconds, names, callers, server=server), Step(0.4 * seconds, "subscribe", "")]
+        return cls(seed, seconds, names, callers, tuple(sorted(steps, key=lambda step: step.at)))
+
+    def __str__(self) -> str:
+        return "\n".join(str(step) for step in self.steps)
+
+
+def _blows(
+    chance: random.Random, seconds: float, workers: tuple[str, ...], producers: tuple[str, ...], *, server: bool
+) -> Iterator[Step]:
+    at, until = _CALM, seconds - _CALM
+    busy = dict.fromkeys((*workers, *producers, "server"), 0.0)
+    down = dict.fromkeys(workers, 0.0)
+
+    def free(kind: Kind) -> list[str]:
+        """Whom such a blow may hit now."""
+        if kind in DOWN and sum(end > at for end in down.values()) >= len(workers) - 1:
+            return []
+        targets = ("server",) if kind in _RESTARTS else (*workers, *producers) if kind in _ANYBODY else workers
+        return [target for target in targets if busy[target] <= at]
+
+    cards, held = _cards(chance, server=server), list[_Card]()
+    while at < until:
+        card = _draw(cards, held, free)
+        if card is not None:
+            kind, (least, most) = card
+            lasts, target = chance.uniform(least, most), chance.choice(free(kind))
+            if at + lasts < until:
+                busy[target] = at + max(lasts, _SERVER_AWAY if kind in _RESTARTS else _BREATH)
+                if kind in DOWN:
+                    down[target] = at + lasts
+                detail = 0.0
+                if kind == "clock":
+                    detail = float(chance.choice((-1, 1)) * chance.randint(10, 400_000))
+                elif kind == "terminate":
+                    detail = chance.random()
+                yield Step(at, kind, target, lasts, detail)
+        at += chance.uniform(*_PAUSE)
+
+
+def _draw(cards: Iterator[_Card], held: list[_Card], free: Callable[[Kind], list[str]]) -> _Card | None:
+    """The next card for which somebody is free, if any is. Those that have to wait are the first ones next time."""
+    for index, card in enumerate(held):
+        if free(card[0]):
+            return held.pop(index)
+    while len(held) < len(_DECK):
+        card = next(cards)
+        if free(card[0]):
+            return card
+        held.append(card)
+    return None
+
+
+def _cards(chance: random.Random, *, server: bool) -> Iterator[_Card]:
+    deck = [*_DECK, *(_SERVER_DECK if server else ())]
+    while True:
+        chance.shuffle(deck)
+        yield from deck

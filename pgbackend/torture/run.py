@@ -1,0 +1,148 @@
+"""A whole run, from an empty schema to the report.
+
+With a DSN it works in a schema of its own there, under a random name, and drops it at the end; PostgreSQL itself is
+left alone. Without one it has a server of its own, which it restarts and kills as well.
+"""
+
+import asyncio
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from itertools import chain
+from pathlib import Path
+
+from pgbackend.backend import Backend
+from pgbackend.database import Database, describe_dsn
+from pgbackend.embedded import EmbeddedServer
+from pgbackend.errors import ConfigError
+from pgbackend.torture import records
+from pgbackend.torture.chaos import Chaos
+from pgbackend.torture.evidence import Evidence, read_changes, read_end, read_log
+from pgbackend.torture.load import SUBSCRIPTIONS
+from pgbackend.torture.plan import Plan
+from pgbackend.torture.report import Report
+from pgbackend.torture.verdict import Records, Verdict, judge
+
+DRAIN_TIMEOUT = 60.0
+"""Seconds in which everything is settled once nobody is harmed any more, and a tenth of the run in addition."""
+_POLL = 0.25
+
+
+async def run(
+    plan: Plan, *, dsn: str | None = None, keep: Path | None = None, progress: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Carry the plan out and judge what came of it.
+
+    `dsn`: the database; its server is left alone, so the plan must be one without restarts. `keep`: a directory that is
+    not there yet, or empty, for the records; without it they are gone afterwards.
+    """
+    with _directory(keep) as directory:
+        (directory / "plan").write_text(f"{plan}\n")
+        async with AsyncExitStack() as stack:
+            server: EmbeddedServer | None = None
+            if dsn is None:
+                server = await stack.enter_async_context(_embedded())
+                dsn = server.dsn
+            where = await _describe(dsn, embedded=server is not None)
+            schema = f"pgbackend_torture_{uuid.uuid4().hex[:12]}"
+            drained = await _torture(plan, dsn, schema, directory, server, progress=progress)
+        progress("judging the records")
+        verdict = await asyncio.to_thread(judge_directory, directory, plan)
+        report = Report(plan=plan, server=where, verdict=verdict, drained=drained)
+        (directory / "report.md").write_text(report.markdown())
+    return report
+
+
+def judge_directory(directory: Path, plan: Plan) -> Verdict:
+    """The verdict on the records in a directory."""
+    return judge(
+        Records(
+            produced=chain.from_iterable(records.read(directory, place) for place in plan.producers),
+            log=read_log(directory),
+            changes=read_changes(directory),
+            notes=records.merge(directory, ["chaos", *plan.workers]),
+            end=read_end(directory),
+        )
+    )
+
+
+async def _torture(
+    plan: Plan,
+    dsn: str,
+    schema: str,
+    directory: Path,
+    server: EmbeddedServer | None,
+    *,
+    progress: Callable[[str], None],
+) -> float:
+    """Everything is in the directory, and the schema is gone; how many seconds it took to settle everything."""
+    evidence = Evidence(dsn, schema)
+    backend = Backend(dsn, schema=schema)
+    try:
+        await backend.init()
+        await backend.stop()
+        await evidence.install()
+        async with Chaos(plan, dsn=dsn, schema=schema, directory=directory, server=server, evidence=evidence) as chaos:
+            await chaos.create([name for name, terms in SUBSCRIPTIONS.items() if not terms.midway])
+            progress(f"starting {len(plan.workers)} workers and {len(plan.producers)} producers")
+            await chaos.begin([*plan.workers, *plan.producers])
+            progress(f"{len(plan.steps)} blows in {plan.seconds:g} s")
+            await chaos.carry_out()
+            await chaos.end(plan.producers)
+            progress("waiting until everything is settled")
+            began = time.monotonic()
+            unsettled = await _drain(evidence, chaos, DRAIN_TIMEOUT + plan.seconds / 10)
+            drained = time.monotonic() - began
+            await chaos.end(plan.workers)
+            await evidence.collect(directory, unsettled=unsettled, ended=chaos.ended)
+    finally:
+        await backend.stop()
+        if server is None:
+            progress("dropping the scratch schema")
+            await evidence.drop()
+    return drained
+
+
+async def _drain(evidence: Evidence, chaos: Chaos, timeout: float) -> list[str]:
+    """Wait until everything is settled; what is not when the time is up."""
+    deadline = time.monotonic() + timeout
+    while (unsettled := await evidence.unsettled()) and time.monotonic() < deadline:
+        chaos.look()
+        await asyncio.sleep(_POLL)
+    return unsettled
+
+
+@asynccontextmanager
+async def _embedded() -> AsyncIterator[EmbeddedServer]:
+    with tempfile.TemporaryDirectory(prefix="pgbackend-torture-", ignore_cleanup_errors=True) as directory:
+        async with EmbeddedServer(Path(directory)) as server:
+            yield server
+
+
+@contextmanager
+def _directory(keep: Path | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="pgbackend-torture-records-") as directory:
+            yield Path(directory)
+        return
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+        filled = any(keep.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{keep} cannot hold the records: {error.strerror}. Name another directory.") from error
+    if filled:
+        raise ConfigError(f"{keep} is not empty. Name a new directory for the records.")
+    yield keep.resolve()
+
+
+async def _describe(dsn: str, *, embedded: bool) -> str:
+    """The server in a few words. Raises ConnectionLostError when it does not answer."""
+    database = Database(dsn, pool_size=1)
+    await database.open()
+    try:
+        version = await database.fetchval("SHOW server_version")
+    finally:
+        await database.close()
+    return f"PostgreSQL {version}, " + ("a server of its own" if embedded else describe_dsn(dsn))

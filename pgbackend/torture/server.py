@@ -1,0 +1,91 @@
+"""Blows to a whole PostgreSQL: kill -9 to every process at once, as when the power fails, and its quicker shutdowns.
+
+The server is an embedded one: its keeper starts it again by itself.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import asyncpg
+
+from pgbackend.embedded import EmbeddedServer
+
+_INTERVAL = 0.02
+
+
+async def kill_server(server: EmbeddedServer) -> None:
+    """Every process of the server is gone. Its keeper starts it again by itself, with a recovery."""
+    victims = await asyncio.to_thread(server_processes, server.directory)
+    if not victims:
+        raise ProcessLookupError("There is no server to kill.")
+    for pid in victims:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    await _until(lambda: not any(_works(pid) for pid in victims), 60)
+
+
+async def restart_server(server: EmbeddedServer, mode: Literal["fast", "immediate", "kill"]) -> None:
+    """Return once the server has gone down as told and answers again."""
+    if mode == "kill":
+        await kill_server(server)
+    else:
+        victims = await asyncio.to_thread(server_processes, server.directory)
+        if not victims:
+            raise ProcessLookupError("There is no server to restart.")
+        os.kill(victims[0], signal.SIGINT if mode == "fast" else signal.SIGQUIT)
+        await _until(lambda: not _works(victims[0]), 60)
+    await await_server(server.dsn)
+
+
+async def await_server(dsn: str, timeout: float = 60.0) -> None:
+    """Return once the server answers. Raises TimeoutError when it does not."""
+    async with asyncio.timeout(timeout):
+        while True:
+            with suppress(OSError, asyncpg.PostgresError, TimeoutError):
+                connection = await asyncpg.connect(dsn, timeout=5)
+                await connection.close()
+                return
+            await asyncio.sleep(0.1)
+
+
+def server_processes(directory: Path) -> list[int]:
+    """Of an embedded server: the postmaster, then the processes of its making."""
+    return processes_on(directory / "postgresql" / "data")
+
+
+def processes_on(data: Path) -> list[int]:
+    """The same for any server whose data is there."""
+    try:
+        postmaster = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
+    except (FileNotFoundError, ValueError):
+        return []
+    children = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if int(_stat(int(entry.name))[1]) == postmaster:
+                    children.append(int(entry.name))
+    return [postmaster, *children]
+
+
+async def _until(condition: Callable[[], bool], timeout: float) -> None:
+    async with asyncio.timeout(timeout):
+        while not condition():  # noqa: ASYNC110 - another process's end tells nobody
+            await asyncio.sleep(_INTERVAL)
+
+
+def _works(pid: int) -> bool:
+    try:
+        return _stat(pid)[0] != "Z"
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and what follows them: behind the name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

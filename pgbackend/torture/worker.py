@@ -1,0 +1,169 @@
+"""A worker of the torture test: a process that runs the subscriptions and writes down what it handles.
+
+It is told what to do by lines of JSON on its standard input, the job first, and ends when that closes or on SIGTERM. A
+dispatch is noted when it begins and before it ends, with the lease that it belongs to; what the product says of its
+leases is noted as it is said.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgbackend import facts
+from pgbackend.backend import Backend
+from pgbackend.errors import DatabaseError, Reject
+from pgbackend.event import Event
+from pgbackend.torture import clock
+from pgbackend.torture.load import REJECTED, RETRY, SETTINGS, SUBSCRIPTIONS, Terms, failures
+from pgbackend.torture.records import Notes
+
+_TICK = 0.25
+_AGAIN = 0.1
+"""Seconds between tries to begin while PostgreSQL is away."""
+
+
+@dataclass
+class _Job:
+    dsn: str
+    schema: str
+    directory: str
+    place: str
+    process: str
+    subscriptions: list[str]
+
+
+class _Worker:
+    def __init__(self, job: _Job) -> None:
+        self._notes = Notes(Path(job.directory), job.place)
+        self._notes.note("start", job.process, os.getpid())
+        self._backend = Backend(job.dsn, schema=job.schema, **SETTINGS)  # type: ignore[arg-type] # numbers
+        self._subscriptions = job.subscriptions
+        self._epochs: dict[tuple[str, int], int] = {}
+        self._serial = itertools.count()
+        self._chance = random.Random()  # noqa: S311 - how long a dispatch takes
+        self._stop = asyncio.Event()
+
+    async def run(self, commands: asyncio.StreamReader) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
+        ticking = asyncio.create_task(self._tick(), name="tick")
+        with facts.observe(self._observe):
+            await self._begin(lambda: self._backend.init(migrate=False))
+            for name in self._subscriptions:
+                await self._subscribe(name)
+            if not self._stop.is_set():
+                await self._work(commands)
+            await self._backend.stop()
+        ticking.cancel()
+        self._notes.note("end")
+
+    async def _tick(self) -> None:
+        """Note that it is there: a gap between two ticks shows that it was stopped, or starved."""
+        while True:
+            self._notes.note("tick")
+            await asyncio.sleep(_TICK)
+
+    async def _work(self, commands: asyncio.StreamReader) -> None:
+        running = asyncio.create_task(self._backend.start(), name="dispatch")
+        obeying = asyncio.create_task(self._obey(commands), name="obey")
+        stopping = asyncio.create_task(self._stop.wait(), name="await the end")
+        os.write(1, b"ready\n")
+        await asyncio.wait({running, obeying, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await self._backend.stop()
+        for task in (obeying, stopping):
+            task.cancel()
+        await asyncio.wait({obeying, stopping})
+        # Raises what ended it, if it was not told to end.
+        await running
+        if not obeying.cancelled():
+            obeying.result()
+
+    async def _obey(self, commands: asyncio.StreamReader) -> None:
+        while line := await commands.readline():
+            for verb, argument in json.loads(line).items():
+                if verb == "clock":
+                    clock.jump(argument)
+                else:
+                    await self._subscribe(argument)
+
+    async def _subscribe(self, name: str) -> None:
+        terms = SUBSCRIPTIONS[name]
+        await self._begin(
+            lambda: self._backend.subscribe(
+                name,
+                self._dispatcher(name, terms),
+                start="latest" if terms.midway else "earliest",
+                order=terms.order,
+                shards=terms.shards,
+                concurrency=terms.concurrency,
+                retry=RETRY,
+            )
+        )
+
+    async def _begin(self, call: Callable[[], Awaitable[None]]) -> None:
+        """As somebody would who is started again until it works."""
+        while not self._stop.is_set():
+            try:
+                return await call()
+            except DatabaseError:
+                await asyncio.sleep(_AGAIN)
+        return None
+
+    def _dispatcher(self, name: str, terms: Terms) -> Callable[[Event], Awaitable[None]]:
+        note, chance, epochs = self._notes.note, self._chance, self._epochs
+
+        async def dispatch(event: Event) -> None:
+            serial = next(self._serial)
+            shard = event.key_hash % terms.shards
+            note("b", serial, name, shard, epochs.get((name, shard), 0), event.position, event.attempt, event.id)
+            await asyncio.sleep(chance.random() * (terms.long if chance.random() < 0.01 else terms.delay))
+            fails = failures(name, terms, event.id)
+            if fails == REJECTED or event.attempt <= fails:
+                note("e", serial, "failed")
+                raise Reject("as planned") if fails == REJECTED else RuntimeError("as planned")
+            # Before it returns: what is settled is noted.
+            note("e", serial, "ok")
+
+        return dispatch
+
+    def _observe(self, name: str, fields: Mapping[str, object]) -> None:
+        match name:
+            case "lease claimed":
+                subscription, shard, epoch = str(fields["subscription"]), fields["shard"], fields["epoch"]
+                assert isinstance(shard, int)  # noqa: S101 - for the type checker
+                assert isinstance(epoch, int)  # noqa: S101
+                self._epochs[subscription, shard] = epoch
+                self._notes.note("claim", subscription, shard, epoch)
+            case "lease lost" | "lease released":
+                self._notes.note(name.removeprefix("lease "), fields["subscription"], fields["shard"])
+            case "presence lost" | "incarnation changed":
+                self._notes.note(name.partition(" ")[0])
+            case _:
+                pass
+
+
+async def read_commands() -> asyncio.StreamReader:
+    """Standard input, to be read beside other work."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    return reader
+
+
+async def main() -> None:
+    """Work as the first line says, until told to end."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    commands = await read_commands()
+    job: dict[str, Any] = json.loads(await commands.readline())
+    await _Worker(_Job(**job)).run(commands)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,55 @@
+"""`pgbackend torture` as a user runs it: on a server of its own, which is killed as well."""
+
+from pathlib import Path
+
+import pytest
+
+from pgbackend.torture.chaos import PROGRAMS
+from pgbackend.torture.plan import Plan
+from tests.cli.conftest import Run
+from tests.support.figures import report
+from tests.torture import broken
+
+
+async def test_the_plan_is_printed_and_nothing_done(run: Run) -> None:
+    result = await run("torture", "--plan", "--seed", "7", "--minutes", "2")
+    assert result.exit_code == 0
+    assert result.stdout == f"{Plan.make(7, 120.0, server=True)}\n"
+    assert "server kill" in result.stdout
+    with_dsn = await run("torture", "--plan", "--seed", "7", "--minutes", "2", "--dsn", "postgresql://me@db/app")
+    assert "server" not in with_dsn.stdout
+
+
+async def test_a_database_that_does_not_answer_is_one_line_that_says_so(run: Run) -> None:
+    result = await run("torture", "--dsn", "postgresql://nobody@localhost:1/nowhere")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: PostgreSQL")
+    assert "cannot be reached" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_everything_goes_wrong_at_once_and_every_promise_is_kept(run: Run, tmp_path: Path, long: bool) -> None:
+    page, records = tmp_path / "report.md", tmp_path / "records"
+    minutes = "5" if long else "0.4"
+    result = await run("torture", "--minutes", minutes, "--seed", "1", "--report", str(page), "--keep", str(records))
+    report(result.output)
+    assert result.exit_code == 0, result.output
+    assert "every promise was kept" in page.read_text()
+    assert (records / "worker-0.notes").exists()
+    again = await run("torture", "--minutes", minutes, "--keep", str(records))
+    assert again.exit_code == 1
+    assert "is not empty" in again.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_a_broken_promise_is_exit_code_1_with_the_evidence(
+    run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROGRAMS, "worker", broken.__file__)
+    result = await run("torture", "--minutes", "0.2", "--seed", "1", "--dsn", empty_database, env={"BROKEN": "fence"})
+    report(result.output)
+    assert result.exit_code == 1
+    assert "PROMISES WERE BROKEN" in result.output
+    assert "neither handled" in result.output

@@ -1,0 +1,51 @@
+"""A worker that is broken on purpose, as the environment says: what the torture test is there to find.
+
+fence      it takes every missing position for a dead one
+epochs     it commits offsets whoever has the shard by now
+doubt      it goes on when others may have taken over
+"""
+
+import asyncio
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+from pgbackend.holes import Evidence, Gaps
+from pgbackend.offsets import Committer
+from pgbackend.shard import Tenure
+from pgbackend.torture.worker import main
+
+FENCED = (
+    "AND stored.epoch = marked.epoch\n        AND stored.owner = $2\n        AND stored.position <= marked.position\n"
+)
+
+
+def break_fence() -> None:
+    narrow = Gaps.narrow
+
+    def nobody(self: Gaps, evidence: Evidence) -> None:
+        narrow(self, replace(evidence, appenders=frozenset()))
+
+    Gaps.narrow = nobody  # type: ignore[method-assign]
+
+
+def break_epochs() -> None:
+    init = Committer.__init__
+
+    def unfenced(self: Committer, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        statement = self._sql.commit_by_key
+        assert FENCED in statement
+        self._sql = replace(self._sql, commit_by_key=statement.replace(FENCED, "AND $2::uuid IS NOT NULL\n"))
+
+    Committer.__init__ = unfenced  # type: ignore[method-assign]
+
+
+def break_doubt() -> None:
+    setattr(Tenure, "valid_until", property(lambda _: math.inf, lambda *_: None))  # noqa: B010 - one of its slots
+
+
+if __name__ == "__main__":
+    {"fence": break_fence, "epochs": break_epochs, "doubt": break_doubt}[os.environ["BROKEN"]]()
+    asyncio.run(main())

@@ -1,0 +1,54 @@
+"""What was noted stays, line by line, in the order of time, whoever is killed."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from pgbackend.torture.records import Notes, merge, read
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from pgbackend.torture.records import Notes
+notes = Notes(Path(sys.argv[1]), "a")
+number = 0
+while True:
+    notes.note("n", number)
+    number += 1
+    if number == 1000:
+        print("many", flush=True)
+"""
+
+
+def test_notes_are_read_in_the_order_of_time_over_all_places(tmp_path: Path) -> None:
+    one, two = Notes(tmp_path, "one"), Notes(tmp_path, "two")
+    for number in range(10):
+        (one if number % 3 else two).note("n", number, "x")
+    one.close()
+    two.close()
+    assert [(note.mark, note.fields) for note in merge(tmp_path, ["one", "two", "never"])] == [
+        ("n", [str(number), "x"]) for number in range(10)
+    ]
+
+
+def test_a_line_that_was_cut_off_by_a_kill_is_none_and_the_next_process_begins_a_new_one(tmp_path: Path) -> None:
+    first = Notes(tmp_path, "a")
+    first.note("n", 1)
+    first.close()
+    with (tmp_path / "a.notes").open("a") as file:
+        file.write("4711 n 12")
+    second = Notes(tmp_path, "a")
+    second.note("n", 2)
+    second.close()
+    assert [note.fields for note in read(tmp_path, "a")] == [["1"], ["2"]]
+
+
+def test_what_a_process_noted_before_kill_9_is_there(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"many\n"
+        process.send_signal(signal.SIGKILL)
+    numbers = [int(note.fields[0]) for note in read(tmp_path, "a")]
+    assert len(numbers) >= 1000
+    assert numbers == list(range(len(numbers)))

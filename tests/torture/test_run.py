@@ -1,0 +1,69 @@
+"""Real runs: a sound product passes, a broken one is found out, and a database is left as it was."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from pgbackend.torture import verdict
+from pgbackend.torture.chaos import PROGRAMS
+from pgbackend.torture.plan import LEASE, Plan, Step
+from pgbackend.torture.run import judge_directory, run
+from tests.support.figures import report
+from tests.torture import broken
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+BEYOND = 1.5 * LEASE
+
+
+def stops_of_everybody() -> Plan:
+    """Each of two workers is stopped for longer than its lease, and goes on: one of them had the shards."""
+    stops = [Step(2.0, "stop", "worker-0", BEYOND), Step(3.5 + BEYOND, "stop", "worker-1", BEYOND)]
+    plan = Plan.make(1, 2 * BEYOND + 5.0, server=False, workers=2)
+    return replace(plan, steps=(Step(1.0, "subscribe", ""), *stops))
+
+
+@pytest.fixture
+def breaks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """The workers are broken in this way."""
+
+    def breaks(what: str) -> None:
+        monkeypatch.setitem(PROGRAMS, "worker", broken.__file__)
+        monkeypatch.setenv("BROKEN", what)
+
+    return breaks
+
+
+async def test_a_sound_product_passes_and_the_database_is_left_as_it_was(empty_database: str, tmp_path: Path) -> None:
+    plan = stops_of_everybody()
+    result = await run(plan, dsn=empty_database, keep=tmp_path / "kept")
+    report(result.text())
+    assert result.verdict.kept
+    assert result.verdict.takeovers
+    # The verdict follows from the records alone.
+    assert judge_directory(tmp_path / "kept", plan) == result.verdict
+    assert (tmp_path / "kept" / "report.md").read_text() == result.markdown()
+    connection = await asyncpg.connect(empty_database)
+    assert not await connection.fetch("select from pg_namespace where nspname like 'pgbackend%'")
+    await connection.close()
+
+
+async def test_a_worker_that_commits_without_looking_at_its_epoch_is_found_out(
+    empty_database: str, breaks: Callable[[str], None]
+) -> None:
+    breaks("epochs")
+    result = await run(stops_of_everybody(), dsn=empty_database)
+    report(result.text())
+    assert result.verdict.rulings[verdict.COMMITS].violations
+
+
+async def test_a_worker_that_goes_on_when_in_doubt_is_found_out(
+    empty_database: str, breaks: Callable[[str], None]
+) -> None:
+    breaks("doubt")
+    result = await run(stops_of_everybody(), dsn=empty_database)
+    report(result.text())
+    assert result.verdict.rulings[verdict.OWNER].violations
