@@ -14,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 from pgbackend.backend import Backend
-from pgbackend.database import Database, describe_dsn
+from pgbackend.database import Database
+from pgbackend.dsn import describe_dsn
 from pgbackend.embedded import EmbeddedServer
 from pgbackend.errors import ConfigError
 from pgbackend.torture import records
