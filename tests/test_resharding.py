@@ -365,3 +365,104 @@ async def test_what_cannot_be_is_refused(database: str) -> None:
         await backend.reshard("unknown", 2)
     await backend.reshard("s", 1)
     await backend.stop()
+
+
+async def test_what_lies_behind_an_end_that_came_earlier_is_there_for_a_later_one(database: str) -> None:
+    """An old shard that lags is over at that end, and never gets to where the new ones begin."""
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    backend = Backend(database, **SETTINGS)
+    await backend.init()
+    await backend.subscribe("s", catch, start="earliest", shards=2)
+    await backend.produce_many([make_event(str(number), key=str(number)) for number in range(30)])
+    gone = await observer.fetch(
+        """
+        SELECT event.id
+        FROM pgbackend.events AS event
+        JOIN (VALUES (0, 12), (1, 25)) AS stand (shard, position) ON event.key_hash % 2 = stand.shard
+        WHERE event.position <= stand.position
+        """
+    )
+    await observer.execute("UPDATE pgbackend.offsets SET position = CASE shard WHEN 0 THEN 12 ELSE 25 END")
+    await backend.alter_subscription("s", order="none", end=10, start="earliest")
+    await backend.reshard("s", 3)
+    assert [row[:4] for row in await rows(observer)] == [(3, shard, None, 25) for shard in range(3)]
+    await backend.alter_subscription("s", order="none", end=None, start="earliest")
+    running = asyncio.create_task(backend.start())
+    await settled(observer, 30, 3)
+    await backend.stop()
+    await running
+    await observer.close()
+
+    assert sorted([*catch.ids, *(row["id"] for row in gone)], key=int) == [str(number) for number in range(30)]
+
+
+async def test_back_to_the_old_number_waits_for_what_is_at_work_in_the_old_shards(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    gate = Gate()
+    caller = Backend(database, drain_timeout=20.0)
+    await caller.init()
+    await caller.produce_many([make_event(str(number), key=str(number)) for number in range(20)])
+    async with Backend(database, **SETTINGS, window_events=2) as backend:
+        await backend.subscribe("s", Catch(), start="earliest", shards=2)
+        await settled(observer, 20, 2)
+        await backend.unsubscribe("s")
+        # As if one of them had fallen behind.
+        await observer.execute("UPDATE pgbackend.offsets SET position = 0 WHERE shard = 0")
+        lagging = await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 0 ORDER BY position")
+        await caller.reshard("s", 3)
+        await backend.subscribe("s", gate, shards=3, concurrency=2)
+        await gate.holds(2)
+        with Recorder() as recorder:
+            resharding = asyncio.create_task(caller.reshard("s", 2))
+
+            async def rests() -> bool:
+                return bool(await observer.fetchval("SELECT resting_until IS NOT NULL FROM pgbackend.subscriptions"))
+
+            await eventually("the subscription is to rest", rests)
+            gate.open()
+            await resharding
+            assert not recorder.all("lease lost")
+        await settled(observer, 20, 2)
+    await caller.stop()
+    await observer.close()
+
+    assert Counter(gate.handled) == Counter(row["id"] for row in lagging)
+
+
+async def test_what_failed_in_order_above_where_old_shards_end_is_not_there_twice(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    backend = Backend(database, **SETTINGS)
+    await backend.init()
+    await backend.subscribe("s", catch, start="earliest", order="key", shards=2)
+    await backend.produce_many([make_event(str(number), key=str(number)) for number in range(20)])
+    gone = await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 1 AND position <= 10")
+    await observer.execute("UPDATE pgbackend.offsets SET position = 10 WHERE shard = 1")
+    # One that the farthest shard has tried, first of what is above its offset; and one that the other has tried.
+    await observer.execute(
+        """
+        INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
+        SELECT 's', position, key_hash, 1, now(), 'it failed'
+        FROM pgbackend.events
+        WHERE position IN (
+            SELECT min(position) FROM pgbackend.events WHERE key_hash % 2 = 1 AND position > 12
+            UNION
+            SELECT min(position) FROM pgbackend.events WHERE key_hash % 2 = 0 AND position > 2
+        )
+        """
+    )
+    await backend.reshard("s", 3)
+    await backend.alter_subscription("s", order="none", end=None, start="earliest")
+    running = asyncio.create_task(backend.start())
+    await settled(observer, 20, 3)
+
+    async def nothing_is_due() -> bool:
+        return not await observer.fetchval("SELECT count(*) FROM pgbackend.redeliveries")
+
+    await eventually("nothing is to be tried again", nothing_is_due)
+    await backend.stop()
+    await running
+    await observer.close()
+
+    assert sorted([*catch.ids, *(row["id"] for row in gone)], key=int) == [str(number) for number in range(20)]

@@ -36,13 +36,14 @@ RETURNING shard;
 -- In order "none" a failed event is settled and lives in `redeliveries`; in the others it is pending, and may lie above
 -- the offset, and the row there is its count and its time. So a change between them adds those positions to what is
 -- pending, or takes them out, and the offset up to the last of them with the rest pending.
--- While the number of shards changes all that is owed is the old ones'; another place ends them.
+-- While the number of shards changes all that is owed is the old ones'; another place ends them. What failed in order
+-- above where they end is read again by the new ones: in order "none" it begins anew, or it would be there twice.
 WITH found AS MATERIALIZED (
     SELECT stored.shards, stored.shard, stored.ctid AS place,
         subscription.ordering = 'none' AND $4 <> 'none' AS to_ordered,
         subscription.ordering <> 'none' AND $4 = 'none' AS to_none,
         worker.id IS NULL AS free,
-        stored.until IS NOT NULL AS old
+        stored.until
     FROM {schema}.subscriptions AS subscription
     JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name
     LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
@@ -58,7 +59,7 @@ locked AS MATERIALIZED (
     FOR UPDATE
 ),
 unchanged AS MATERIALIZED (
-    SELECT bool_or(found.old) AS changes_shards
+    SELECT max(found.until) AS barrier, bool_or(found.to_none) AS to_none
     FROM found
     LEFT JOIN locked USING (shards, shard, place)
     HAVING count(*) > 0
@@ -77,7 +78,7 @@ owed AS (
     LEFT JOIN {schema}.redeliveries AS waiting
         ON waiting.subscription = $1
         AND waiting.key_hash % found.shards = found.shard
-        AND found.old = unchanged.changes_shards
+        AND (unchanged.barrier IS NULL OR (found.until IS NOT NULL AND waiting.position <= unchanged.barrier))
     GROUP BY found.shards, found.shard, found.to_ordered, found.to_none
 ),
 altered AS (
@@ -92,10 +93,10 @@ altered AS (
         AND EXISTS (SELECT FROM unchanged)
 ),
 dropped AS (
-    DELETE FROM {schema}.redeliveries
-    WHERE subscription = $1
-        AND $8::bigint IS NOT NULL
-        AND EXISTS (SELECT FROM unchanged)
+    DELETE FROM {schema}.redeliveries AS waiting
+    USING unchanged
+    WHERE waiting.subscription = $1
+        AND ($8::bigint IS NOT NULL OR (unchanged.to_none AND waiting.position > unchanged.barrier))
 ),
 ended AS (
     DELETE FROM {schema}.offsets
@@ -147,8 +148,8 @@ ORDER BY worker.name;
 -- Another number of shards ($3), from a barrier on: the highest offset of those there are, which go on to there and no
 -- further. The new ones begin there, and wait until `switch_shards` has found the old ones over. While that is under way
 -- only the number of those that wait is changed; should it be the old number again, the old ones just go on.
--- Nothing happens unless version $2 is still the one that counts and every shard is free. Nor when a row is not what the
--- snapshot shows once it is locked: see `alter_subscription`.
+-- Nothing happens unless version $2 is still the one that counts and every shard that ends or goes on is free. Nor when a
+-- row is not what the snapshot shows once it is locked: see `alter_subscription`.
 WITH found AS MATERIALIZED (
     SELECT stored.shards, stored.shard, stored.ctid AS place, stored.position, stored.until,
         worker.id IS NULL AS free
@@ -174,7 +175,10 @@ barrier AS MATERIALIZED (
     LEFT JOIN locked USING (shards, shard, place)
     HAVING count(*) > 0
         AND count(*) = count(locked.place)
-        AND (count(found.until) > 0 OR bool_and(found.free))
+        AND (
+            bool_and(found.free)
+            OR max(found.shards) FILTER (WHERE found.until IS NOT NULL) <> $3
+        )
 ),
 dropped AS (
     DELETE FROM {schema}.offsets AS stored
@@ -212,9 +216,13 @@ RETURNING name;
 -- The old shards are over and gone, and the new ones may be claimed; nothing when the old ones are not over, or somebody
 -- still has one. What they leave pending goes to each of the new ones, since the key of an open hole is not known before
 -- it appears; but what an old shard had settled while it was pending for another (a hole, to that one) is settled.
+-- An old shard that is over because the subscription ends before `until` has not read what lies between: that is pending
+-- as well, for a later end.
 -- Nothing happens when a row is not what the snapshot shows once it is locked, as above.
 WITH found AS MATERIALIZED (
-    SELECT stored.shards, stored.shard, stored.ctid AS place, stored.pending, stored.until IS NOT NULL AS old,
+    SELECT stored.shards, stored.shard, stored.ctid AS place, stored.until IS NOT NULL AS old,
+        stored.pending
+        + int8multirange(int8range(stored.position + 1, greatest(stored.position, stored.until) + 1)) AS pending,
         stored.until IS NULL
         OR (worker.id IS NULL AND stored.position >= least(stored.until, subscription.end_position - 1)) AS is_over
     FROM {schema}.offsets AS stored
