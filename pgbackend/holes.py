@@ -131,13 +131,12 @@ class Gaps:
 
     def adopt(self, ranges: Iterable[Range]) -> None:
         """Watch holes that another reader has passed."""
-        known = self.ranges()
-        for lower, upper in ranges:
-            fresh = RangeSet([(lower, upper)])
-            for known_lower, known_upper in known:
-                fresh.remove(known_lower, known_upper)
-            self._gaps.extend(_Gap(low, high, None, passed=True) for low, high in fresh)
-        self._gaps.sort(key=lambda gap: gap.lower)
+        fresh = RangeSet(ranges)
+        for gap in self._gaps:
+            fresh.remove(gap.lower, gap.upper)
+        if fresh:
+            self._gaps.extend(_Gap(lower, upper, None, passed=True) for lower, upper in fresh)
+            self._gaps.sort(key=lambda gap: gap.lower)
 
     def narrow(self, evidence: Evidence) -> None:
         """Take evidence: gaps it covers get their blockers, others lose those that are gone."""

@@ -2,6 +2,7 @@ from collections.abc import Generator
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -227,6 +228,27 @@ def test_holes_that_are_known_are_not_adopted_twice() -> None:
     gaps.adopt([(1, 4), (5, 9)])
 
     assert [(gap.lower, gap.upper) for gap in gaps._gaps] == [(1, 3), (3, 6), (6, 9)]
+
+
+def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_each_with_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4,000 took ten seconds, in which the whole process stood still."""
+    holes = [(2 * number, 2 * number + 1) for number in range(500)]
+    gaps = Gaps(holes)
+    removed = 0
+    remove = RangeSet.remove
+
+    def counted(ranges: RangeSet, lower: int, upper: int) -> None:
+        nonlocal removed
+        removed += 1
+        remove(ranges, lower, upper)
+
+    monkeypatch.setattr(RangeSet, "remove", counted)
+    gaps.adopt(holes)
+
+    assert len(gaps) == 500
+    assert removed <= 500
 
 
 def test_no_more_holes_are_passed_than_an_offset_can_carry() -> None:
