@@ -78,6 +78,8 @@ class _Again:
     letter: int | None = None
     begun: bool = False
     """Whether its last attempt killed the process that made it."""
+    noted: bool = False
+    """Whether it is noted that its next attempt has begun."""
 
     @property
     def slot(self) -> int:
@@ -641,25 +643,54 @@ class Pump:
         if not (again.begun or self._care.taken):
             await self._dispatch(again, probe=probe)
             return
+        health = self.registration.health
         async with self._alone:
-            if self._stopping:
+            if self._stopping or self._is_let_go(again, health):
+                return
+            health = self.registration.health
+            if health.paused is not None or (health.down and not probe and again.event.failure is None):
+                # Since it was taken; by what was alone before it, perhaps.
+                self._put_back(again)
                 return
             # At work from here on: who drains waits for its end.
             self._active[again.slot] = again.event
+            noted: _Again | None = None
             try:
                 noted = await self._note_attempt(again)
-                if noted is not None:
+                if noted is not None and not self._is_let_go(noted, health):
                     await self._dispatch(noted, probe=probe)
                     self._care.handled(concurrency=self.registration.concurrency)
+            except asyncio.CancelledError:
+                # This process ends, or its lease, and nobody can say that it was this event's doing.
+                self._record(noted or again, attempt=again.event.attempt - 1, begun=again.begun)
+                raise
             finally:
                 self._active.pop(again.slot, None)
                 if self.retiring and not self._active:
                     self._quiet.set()
 
+    def _is_let_go(self, again: _Again, health: TargetHealth) -> bool:
+        """Let an event go that is not wanted any more, if it was reconfigured since its target had this health."""
+        if health is self.registration.health or again.letter is not None or self._passes(again.event):
+            return False
+        self._done(again, Forgotten(position=again.event.position))
+        return True
+
+    def _put_back(self, again: _Again) -> None:
+        """It is to be dispatched later, as what it is now: what was done with it was no attempt."""
+        if again.noted:
+            self._record(again, attempt=again.event.attempt - 1, begun=again.begun)
+            if again.handed_over and not again.begun:
+                # With that it is found among what is due.
+                return
+        if not self._stopping:
+            queue = self._again if again.event.failure is None else self._letters
+            queue.appendleft(replace(again, noted=False))
+
     async def _note_attempt(self, again: _Again) -> _Again | None:
         """The event, once it is durable that its next attempt has begun; None when it or the shard was given up."""
         event, retry = again.event, self.registration.retry
-        if event.attempt > retry.attempts:
+        if again.begun and event.attempt > retry.attempts:
             # What it did to the process that made its last attempt, nobody could say at the time.
             self._fail(event.with_delivery(attempt=retry.attempts, failure=event.failure), ProcessDied(), again=again)
             return None
@@ -670,6 +701,7 @@ class Pump:
             self.shard.window.settle(event.position)
             self._make_room()
             again = replace(again, handed_over=True)
+        again = replace(again, noted=True)
         backoff = Backoff(cap=1.0)
         while not self.shard.lost:
             try:
@@ -819,11 +851,10 @@ class Pump:
 
     def _pause(self, event: Event, signal: Pause, health: TargetHealth, again: _Again | None) -> None:
         """Put the event back where it was taken from, and take nothing more for a target that wants nothing more."""
-        if not self._stopping:
-            if again is None:
-                self._ready.appendleft(event)
-            else:
-                self._again.appendleft(again)
+        if again is not None:
+            self._put_back(again)
+        elif not self._stopping:
+            self._ready.appendleft(event)
         reason = message_of(signal) or "no reason was given"
         if health.pause(reason):
             facts.emit(

@@ -10,9 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend
+from pgbackend import Backend, Event, Pause, Retry
 from pgbackend.care import Care
-from tests.support.catch import make_event
+from tests.support.catch import Catch, Gate, make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.worker import Worker
@@ -183,3 +183,114 @@ async def test_crashes_are_forgotten_once_all_is_settled(database: str, monkeypa
 
         await eventually("the crashes are forgotten", are_forgotten)
     await observer.close()
+
+
+@asynccontextmanager
+async def with_care(database: str, **settings: Any) -> AsyncIterator[Backend]:
+    """A backend whose subscription's owners have died, events "a" and "b" in its log; start it, it is stopped here."""
+    backend = Backend(database, **{"commit_interval": 0.01, "poll_interval": 0.1, **settings})
+    await backend.init()
+    await backend.subscribe("s", Catch(), start="earliest")
+    await backend.unsubscribe("s")
+    await backend.produce_many([make_event("a"), make_event("b")])
+    observer = await asyncpg.connect(database)
+    await observer.execute("UPDATE pgbackend.offsets SET crashes = 5")
+    await observer.close()
+    started = asyncio.create_task(backend.start())
+    try:
+        yield backend
+    finally:
+        await backend.stop()
+        await started
+
+
+async def handled_after_all(database: str) -> None:
+    """Both events are handled by the next owner, as first attempts."""
+    observer = await asyncpg.connect(database)
+    attempts: list[tuple[str, int]] = []
+
+    async def handle(event: Event) -> None:
+        attempts.append((event.id, event.attempt))
+
+    async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
+        await backend.subscribe("s", handle, retry=Retry(attempts=1))
+        await settled(observer, 2)
+        assert [letter.event.id async for letter in backend.dead_letters()] == []
+    await observer.close()
+    assert sorted(attempts) == [("a", 1), ("b", 1)]
+
+
+async def test_what_is_cut_short_by_the_end_of_its_process_has_killed_nobody(database: str) -> None:
+    gate = Gate()
+    async with with_care(database, drain_timeout=0.0) as backend:
+        await backend.subscribe("s", gate, retry=Retry(attempts=1))
+        await gate.holds(1)
+    await handled_after_all(database)
+
+
+async def test_a_target_that_wants_nothing_more_has_killed_nobody(database: str) -> None:
+    observer = await asyncpg.connect(database)
+
+    async def gone(_: Event) -> None:
+        raise Pause("gone")
+
+    async with with_care(database) as backend:
+        await backend.subscribe("s", gone, retry=Retry(attempts=1))
+
+        async def is_taken_back() -> bool:
+            return [tuple(row) for row in await observer.fetch("SELECT attempt, begun FROM pgbackend.redeliveries")] == [
+                (0, False)
+            ]
+
+        await eventually("its attempt is taken back", is_taken_back)
+    await observer.close()
+    await handled_after_all(database)
+
+
+async def test_one_that_has_more_attempts_behind_it_than_there_are_now_gets_its_turn(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    attempts: list[tuple[str, int]] = []
+
+    async def handle(event: Event) -> None:
+        attempts.append((event.id, event.attempt))
+
+    async with with_care(database) as backend:
+        await observer.execute("UPDATE pgbackend.offsets SET position = 2")
+        await observer.execute(
+            """
+            INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
+            SELECT 's', position, key_hash, 3, now(), 'it failed'
+            FROM pgbackend.events
+            WHERE id = 'a'
+            """
+        )
+        await backend.subscribe("s", handle, retry=Retry(attempts=2))
+        await settled(observer, 2)
+        assert [letter.event.id async for letter in backend.dead_letters()] == []
+    await observer.close()
+
+    assert attempts == [("a", 4)]
+
+
+async def test_what_waits_to_be_alone_goes_the_new_way_or_none(database: str) -> None:
+    gate, catch = Gate(), Catch()
+    observer = await asyncpg.connect(database)
+    async with with_care(database) as backend:
+        await backend.subscribe("s", gate)
+        await gate.holds(1)
+        (at_work,) = gate.waiting
+
+        async def another_waits() -> bool:
+            await backend.produce(make_event("c"))
+            return backend._worker is not None and bool(backend._worker._alone._waiters)
+
+        await eventually("another one waits for its end", another_waits)
+        await backend.reconfigure("s", catch, filter=lambda event: event.id == "new")
+        await backend.produce(make_event("new"))
+        gate.open()
+        await catch.has("new")
+        await settled(observer, await observer.fetchval("SELECT max(position) FROM pgbackend.events"))
+    await observer.close()
+
+    assert gate.handled == [at_work]
+    assert catch.attempts == ["new"]
