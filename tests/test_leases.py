@@ -110,6 +110,22 @@ async def test_a_shard_is_free_when_its_owner_is_dead(
     assert bool(leases) == is_free
 
 
+async def test_who_leaves_has_not_died_with_what_it_had_just_claimed(backend: Backend, database: str) -> None:
+    """It may be told to end between the claim and its answer; of one that died the next owner is careful."""
+    await backend.subscribe("s", Catch(), shards=2)
+    worker = uuid4()
+    connection = await asyncpg.connect(database)
+    await connection.execute(REGISTER, worker, None, None, 0.0)
+    await connection.close()
+    async with opened(database) as log:
+        leaving = Leases(log, schema="pgbackend", worker=worker)
+        assert len(await claim_free(leaving, "s")) == 2
+        await leaving.leave()
+        leases = await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")
+
+    assert [lease.crashes for lease in leases] == [0, 0]
+
+
 @pytest.mark.owner
 async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Backend, database: str) -> None:
     await backend.subscribe("s", Catch())

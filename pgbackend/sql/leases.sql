@@ -60,11 +60,9 @@ WITH free AS MATERIALIZED (
         AND (subscription.resting_until IS NULL OR subscription.resting_until <= clock_timestamp())
         AND CASE
             WHEN stored.until IS NOT NULL THEN stored.position < least(stored.until, subscription.end_position - 1)
-            ELSE NOT EXISTS (
-                SELECT
-                FROM {schema}.offsets AS old
-                WHERE old.subscription = stored.subscription
-                    AND old.until IS NOT NULL
+            -- Looked up once: for each of 4,000 shards of one subscription it took two seconds.
+            ELSE stored.subscription <> ALL (
+                ARRAY (SELECT DISTINCT old.subscription FROM {schema}.offsets AS old WHERE old.until IS NOT NULL)
             )
         END
 ),
@@ -99,6 +97,12 @@ WHERE owner = $1
     AND epoch = ANY ($2::bigint[]);
 
 -- name: leave
+-- With what it may still have, claimed in the moment in which it was told to end: it has not died with that.
+WITH released AS (
+    UPDATE {schema}.offsets
+    SET owner = NULL
+    WHERE owner = $1
+)
 DELETE FROM {schema}.workers
 WHERE id = $1;
 

@@ -245,22 +245,33 @@ left_over AS MATERIALIZED (
             CROSS JOIN LATERAL unnest(ended.pending) AS open
             WHERE ended.old
         ) AS any_shard,
-        range_intersect_agg(found.pending) FILTER (WHERE found.old) AS every_shard
+        range_intersect_agg(found.pending) FILTER (WHERE found.old) AS every_shard,
+        max(found.shards) FILTER (WHERE found.old) AS shards
     FROM found
     LEFT JOIN locked USING (shards, shard, place)
     HAVING count(*) = count(locked.place)
         AND bool_or(found.old)
         AND bool_and(found.is_over)
 ),
-settled AS (
-    SELECT coalesce(range_agg(int8range(event.position, event.position + 1)), '{}') AS positions
+doubtful AS MATERIALIZED (
+    SELECT event.position, event.key_hash % left_over.shards AS shard
     FROM left_over
-    CROSS JOIN LATERAL unnest(left_over.any_shard - left_over.every_shard) AS doubtful
-    JOIN {schema}.events AS event
-        ON event.position >= lower(doubtful)
-        AND event.position < upper(doubtful)
-    JOIN found ON found.old AND event.key_hash % found.shards = found.shard
-    WHERE NOT found.pending @> event.position
+    CROSS JOIN LATERAL unnest(left_over.any_shard - left_over.every_shard) AS open
+    CROSS JOIN LATERAL (
+        -- By itself for each range, or all of the log is read: 800 ranges in a log of 300,000 events took two minutes.
+        SELECT held.position, held.key_hash
+        FROM {schema}.events AS held
+        WHERE held.position >= lower(open)
+            AND held.position < upper(open)
+        ORDER BY held.position
+        OFFSET 0
+    ) AS event
+),
+settled AS MATERIALIZED (
+    SELECT coalesce(range_agg(int8range(doubtful.position, doubtful.position + 1)), '{}') AS positions
+    FROM doubtful
+    JOIN found ON found.old AND found.shard = doubtful.shard
+    WHERE NOT found.pending @> doubtful.position
 ),
 ended AS (
     DELETE FROM {schema}.offsets

@@ -219,3 +219,30 @@ def rows_touched(plan: dict[str, Any]) -> int:
         int((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
         for node in on(plan, "events")
     )
+
+
+async def test_a_switch_of_shards_looks_only_at_what_is_in_doubt(connection: Any) -> None:
+    """What is pending in one of the old shards and not in the other, a range for each event."""
+    pending = "{" + ",".join(f"[{position},{position + 1})" for position in range(1_000, 1_200, 2)) + "}"
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        await connection.execute("DELETE FROM pgbackend.offsets WHERE subscription = 'subscription 7'")
+        await connection.execute(
+            """
+            INSERT INTO pgbackend.offsets (subscription, shards, shard, until, position, pending, epoch)
+            VALUES ('subscription 7', 2, 0, 5000, 5000, $1::text::int8multirange, 1001),
+                ('subscription 7', 2, 1, 5000, 5000, '{}', 1002),
+                ('subscription 7', 3, 0, NULL, 5000, '{}', 1003),
+                ('subscription 7', 3, 1, NULL, 5000, '{}', 1004),
+                ('subscription 7', 3, 2, NULL, 5000, '{}', 1005)
+            """,
+            pending,
+        )
+        plan = await explain(connection, SUBSCRIPTION.switch_shards, "subscription 7")
+    finally:
+        await transaction.rollback()
+
+    assert plan["Actual Rows"] == 3
+    assert scans_of_events(plan) <= {"Index Scan", "Bitmap Heap Scan"}
+    assert rows_touched(plan) <= 100
