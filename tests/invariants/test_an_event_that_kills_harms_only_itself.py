@@ -238,9 +238,8 @@ async def test_a_target_that_wants_nothing_more_has_killed_nobody(database: str)
         await backend.subscribe("s", gone, retry=Retry(attempts=1))
 
         async def is_taken_back() -> bool:
-            return [tuple(row) for row in await observer.fetch("SELECT attempt, begun FROM pgbackend.redeliveries")] == [
-                (0, False)
-            ]
+            rows = await observer.fetch("SELECT attempt, begun FROM pgbackend.redeliveries")
+            return [tuple(row) for row in rows] == [(0, False)]
 
         await eventually("its attempt is taken back", is_taken_back)
     await observer.close()
