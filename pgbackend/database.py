@@ -3,6 +3,10 @@
 The only module that imports asyncpg. Its promise: every call ends within its timeout, and fails with an error of this
 package that says whether anything can have happened. A connection whose statement was cut off (timeout, cancellation,
 lost socket) is thrown away, never reused.
+
+A connection pooler (pgbouncer) in between is found out, not configured: PostgreSQL tells each client the process id of
+its backend, for cancel requests. A pooler has to tell a number of its own, because the backend changes; so one that is
+not `pg_backend_pid()` is a pooler's. Through it nothing is kept on the server from one statement to the next.
 """
 
 import asyncio
@@ -16,6 +20,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from pgbackend import facts
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
 
 if TYPE_CHECKING:
@@ -28,6 +33,9 @@ CONNECT_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 15.0
 """Seconds. Every statement of ours is short; one that takes longer means a stalled network or server."""
 
+_TYPES = "SELECT NULL::bigint[], NULL::boolean[], NULL::bytea[], NULL::integer[], NULL::tid[]"
+"""The types that asyncpg looks up before it first sends or reads one of them."""
+
 # What a statement may meet when its server, or the way to it, is going away.
 _LOST_SQLSTATES = frozenset({
     "57P01",  # admin_shutdown: also what pg_terminate_backend sends
@@ -38,6 +46,8 @@ _LOST_SQLSTATES = frozenset({
     "25P03",  # idle_in_transaction_session_timeout
     "53300",  # too_many_connections
 })  # fmt: skip
+_POOLER_SQLSTATE = "08P01"
+"""protocol_violation: what pgbouncer gives each error of its own. PostgreSQL would have to be sent nonsense."""
 _SCHEMA_SQLSTATES = frozenset({"3F000", "42P01", "42703", "42883"})
 
 
@@ -115,12 +125,28 @@ class Backoff:
         await asyncio.sleep(delay)
 
 
+class _Pooled(Connection):
+    """A connection through a pooler, without a statement cache: each statement may meet another backend.
+
+    asyncpg then parses, asks for the types, parses again, binds and executes before its one Sync: for the pooler that
+    is one transaction, and as on a direct connection no client can stop between a lock and the commit.
+    """
+
+
+def is_pooled(connection: Connection) -> bool:
+    """Whether this connection leads through a pooler: what is said on it once (LISTEN) is not there the next time."""
+    # asyncpg's isinstance() takes any of its connections for one of any class.
+    return type(connection) is _Pooled
+
+
 class Database:
     """The connections of one backend."""
 
     def __init__(self, dsn: str, *, listen_dsn: str | None = None, pool_size: int = 4, name: str = "pgbackend") -> None:
         self.dsn = normalize_dsn(dsn)
         self.listen_dsn = normalize_dsn(listen_dsn) if listen_dsn else self.dsn
+        self._pooled: set[str] = set()
+        """The DSNs that were found to lead through a pooler."""
         self._where = describe_dsn(self.dsn)
         self._pool_size = pool_size
         self._name = name
@@ -128,12 +154,14 @@ class Database:
 
     async def open(self, timeout: float = STATEMENT_TIMEOUT) -> None:
         """Make the pool and show that PostgreSQL answers. Raises ConnectionLostError or DatabaseError when not."""
+        connect: Any = self._connect  # its stub asks for more than the pool gives
         try:
             self._pool = await asyncpg.create_pool(
                 self.dsn,
                 min_size=0,
                 max_size=self._pool_size,
                 timeout=CONNECT_TIMEOUT,
+                connect=connect,
                 reset=_keep_session,
                 max_inactive_connection_lifetime=300.0,
                 server_settings={"application_name": self._name},
@@ -141,7 +169,9 @@ class Database:
         except Exception as error:
             raise translate(error) from error
         try:
-            await self.fetchval("SELECT 1", timeout=timeout)
+            # Each new connection asks something.
+            async with self.acquire(timeout):
+                pass
         except BaseException:
             await self.close()
             raise
@@ -158,14 +188,38 @@ class Database:
 
     async def connect(self, *, direct: bool = False, timeout: float = CONNECT_TIMEOUT) -> Connection:
         """A connection of the caller's own; `direct` ones bypass a pooler, where there is one (`listen_dsn`)."""
+        dsn = self.listen_dsn if direct else self.dsn
         try:
-            return await asyncpg.connect(
-                self.listen_dsn if direct else self.dsn,
-                timeout=timeout,
-                server_settings={"application_name": self._name},
-            )
+            return await self._connect(dsn, timeout=timeout, server_settings={"application_name": self._name})
         except Exception as error:
-            raise translate(error, where=self._where) from error
+            raise translate(error, where=describe_dsn(dsn)) from error
+
+    async def _connect(self, dsn: str, *, timeout: float, **options: Any) -> Connection:
+        """A connection that is used as the way it came demands: see `is_pooled()`.
+
+        Each connection is asked, not the DSN once: it may have several hosts, and tomorrow's may lead elsewhere.
+        """
+        if dsn not in self._pooled:
+            connection: Connection = await asyncpg.connect(dsn, timeout=timeout, **options)
+            try:
+                if await _backend_pid(connection, timeout) == connection.get_server_pid():
+                    return connection
+                await connection.close(timeout=timeout)
+            except BaseException:
+                connection.terminate()
+                raise
+            self._pooled.add(dsn)
+            facts.emit("pooler found", server=describe_dsn(dsn))
+        options["connection_class"] = _Pooled
+        pooled: Connection = await asyncpg.connect(dsn, timeout=timeout, statement_cache_size=0, **options)
+        try:
+            # In one transaction: asyncpg turns JIT off in the session, looks the types up, and turns it on again.
+            async with pooled.transaction():
+                await pooled.fetchrow(_TYPES, timeout=timeout)
+        except BaseException:
+            pooled.terminate()
+            raise
+        return pooled
 
     @asynccontextmanager
     async def acquire(self, timeout: float = STATEMENT_TIMEOUT) -> AsyncIterator[Connection]:
@@ -210,6 +264,17 @@ class Database:
             await connection.execute(statement, *args, timeout=timeout)
 
 
+async def _backend_pid(connection: Connection, timeout: float) -> int:
+    """Who answers. By COPY, the only way to ask in one message, and so of one backend whatever stands between."""
+    answer = bytearray()
+
+    async def keep(data: bytes) -> None:
+        answer.extend(data)
+
+    await connection.copy_from_query("SELECT pg_backend_pid()", output=keep, timeout=timeout)
+    return int(answer)
+
+
 async def _keep_session(_: object) -> None:
     # asyncpg's reset costs a round trip a statement; nothing here leaves session state behind.
     return
@@ -251,9 +316,20 @@ def translate(error: Exception, *, where: str | None = None) -> Exception:
     server = f"PostgreSQL at {where}" if where else "PostgreSQL"
     if isinstance(error, DatabaseError | ConfigError):
         return error
+    if isinstance(error, asyncpg.ConnectionDoesNotExistError) and isinstance(
+        error.__cause__, asyncpg.ProtocolViolationError
+    ):
+        # What pgbouncer said before it hung up.
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate
+        if state == _POOLER_SQLSTATE:
+            return ConnectionLostError(
+                f"{server} is not available: {text}. This is the connection pooler's word: "
+                "look in its configuration for what it names, and in its log.",
+                sqlstate=state,
+            )
         if isinstance(error, asyncpg.PostgresConnectionError) or state in _LOST_SQLSTATES:
             return ConnectionLostError(f"{server} is not available: {text}. Try again when it is back.", sqlstate=state)
         if state in _SCHEMA_SQLSTATES:
