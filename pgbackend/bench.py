@@ -5,8 +5,6 @@ dropped afterwards. Each measurement runs ours and bare in turn, several rounds 
 the median of the rounds' ratios, so that a machine that is slow, or slow for a while, is slow for both. Events are 500
 bytes, commits as durable as the server has them, and while events are produced a second process has a subscription to
 the same log.
-
-asyncpg is imported here because it is what we are measured against.
 """
 
 import argparse
@@ -26,11 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import asyncpg
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.attributes import COLUMNS, Row
 from pgbackend.backend import Backend
+from pgbackend.database import Connection, Database
 from pgbackend.errors import PgBackendError
 from pgbackend.event import Event
 from pgbackend.sdk import encode
@@ -126,7 +124,7 @@ class _Bench:
         dsn: str,
         schema: str,
         backend: Backend,
-        connection: "asyncpg.Connection[asyncpg.Record]",
+        connection: Connection,
         *,
         events: int,
         rounds: int,
@@ -263,10 +261,10 @@ class _Bench:
 
         return await _rate(count, *(produce() for _ in range(producers)))
 
-    async def _insert_rows(self, count: int, connections: list["asyncpg.Connection[asyncpg.Record]"]) -> float:
+    async def _insert_rows(self, count: int, connections: list[Connection]) -> float:
         rows = iter(self._rows[:count])
 
-        async def insert(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        async def insert(connection: Connection) -> None:
             for row in rows:
                 await connection.execute(self._insert, *row)
 
@@ -415,8 +413,10 @@ def _processor() -> str:
 
 
 @asynccontextmanager
-async def _connections(dsn: str, count: int) -> AsyncIterator[list["asyncpg.Connection[asyncpg.Record]"]]:
-    connections = [await asyncpg.connect(dsn) for _ in range(count)]
+async def _connections(dsn: str, count: int) -> AsyncIterator[list[Connection]]:
+    # Bare asyncpg, as it has to be used behind a pooler where there is one.
+    database = Database(dsn)
+    connections = [await database.connect() for _ in range(count)]
     try:
         yield connections
     finally:

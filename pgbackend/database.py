@@ -14,6 +14,10 @@ when that is
 And when one leads to a newer timeline, all those to older ones are closed: from then on a process does not append to
 one server while it reads from another, and what hangs on a dead server is over as soon as anything has found the new
 one.
+
+A connection pooler (pgbouncer) in between is found out, not configured: PostgreSQL tells each client the process id of
+its backend, for cancel requests. A pooler has to tell a number of its own, because the backend changes; so one that is
+not `pg_backend_pid()` is a pooler's. Through it nothing is kept on the server from one statement to the next.
 """
 
 import asyncio
@@ -30,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from pgbackend import facts
 from pgbackend.dsn import Host, Target
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.sql import load
@@ -50,6 +55,8 @@ _SILENCE = 10
 """Seconds after which the kernel calls a connection lost whose other end acknowledges nothing: its machine vanished."""
 _KEEPALIVE = (5, 2)
 """Seconds of quiet after which it asks whether the other end is there, and between two such questions."""
+_TYPES = "SELECT NULL::bigint[], NULL::boolean[], NULL::bytea[], NULL::integer[], NULL::tid[]"
+"""The types that asyncpg looks up before it first sends or reads one of them."""
 STANDBY = "25006"
 """The SQLSTATE of whoever wants to write on a standby, and of errors that say that a server is one."""
 
@@ -64,6 +71,8 @@ _LOST_SQLSTATES = frozenset({
     "25P03",  # idle_in_transaction_session_timeout
     "53300",  # too_many_connections
 })  # fmt: skip
+_POOLER_SQLSTATE = "08P01"
+"""protocol_violation: what pgbouncer gives each error of its own. PostgreSQL would have to be sent nonsense."""
 INSUFFICIENT_PRIVILEGE = "42501"
 _SCHEMA_SQLSTATES = frozenset({"3F000", "42P01", "42703", "42883"})
 
@@ -113,6 +122,20 @@ class Backoff:
             await self._database.wait_for_primary(delay)
 
 
+class _Pooled(Connection):
+    """A connection through a pooler, without a statement cache: each statement may meet another backend.
+
+    asyncpg then parses, asks for the types, parses again, binds and executes before its one Sync: for the pooler that
+    is one transaction, and as on a direct connection no client can stop between a lock and the commit.
+    """
+
+
+def is_pooled(connection: Connection) -> bool:
+    """Whether this connection leads through a pooler: what is said on it once (LISTEN) is not there the next time."""
+    # asyncpg's isinstance() takes any of its connections for one of any class.
+    return type(connection) is _Pooled
+
+
 class Database:
     """The connections of one backend.
 
@@ -128,6 +151,8 @@ class Database:
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._sql = load(ConnectSql, "connect", schema="pgbackend")
         self._primaries = _Primaries()
+        self._pooled: set[tuple[Target, Host | None]] = set()
+        """Those that were found to be poolers."""
         self._last: dict[Target, Host | None] = {}
         """The host that was the primary when it was looked for last."""
 
@@ -141,7 +166,9 @@ class Database:
             connect=self._connect_pooled,
         )
         try:
-            await self.fetchval("SELECT 1", timeout=timeout)
+            # Each new connection asks something.
+            async with self.acquire(timeout):
+                pass
         except BaseException:
             await self.close()
             raise
@@ -217,14 +244,7 @@ class Database:
     async def _connect_to(self, target: Target, host: Host | None) -> Connection:
         """A connection to this host, if that is the log's primary."""
         try:
-            connection: Connection = await asyncpg.connect(  # type: ignore[call-overload] # it takes the text, too
-                target.dsn,
-                host=host.name if host else None,
-                port=host.port if host else None,
-                timeout=CONNECT_TIMEOUT,
-                target_session_attrs="any",
-                server_settings={"application_name": self._name},
-            )
+            connection = await self._reach(target, host)
             try:
                 _notice_silence(connection)
                 role = await connection.fetchrow(self._sql.find_role, timeout=CONNECT_TIMEOUT)
@@ -239,6 +259,44 @@ class Database:
             if translated is error:
                 raise
             raise translated from error
+        return connection
+
+    async def _reach(self, target: Target, host: Host | None) -> Connection:
+        """A connection to this host that is used as the way there demands: see `is_pooled()`.
+
+        Each connection is asked, not the host once: tomorrow's may lead elsewhere.
+        """
+        if (target, host) not in self._pooled:
+            connection = await self._dial(target, host)
+            try:
+                if await _backend_pid(connection) == connection.get_server_pid():
+                    return connection
+                await connection.close(timeout=CONNECT_TIMEOUT)
+            except BaseException:
+                connection.terminate()
+                raise
+            self._pooled.add((target, host))
+            facts.emit("pooler found", server=_name(target, host))
+        pooled = await self._dial(target, host, connection_class=_Pooled, statement_cache_size=0)
+        try:
+            # In one transaction: asyncpg turns JIT off in the session, looks the types up, and turns it on again.
+            async with pooled.transaction():
+                await pooled.fetchrow(_TYPES, timeout=CONNECT_TIMEOUT)
+        except BaseException:
+            pooled.terminate()
+            raise
+        return pooled
+
+    async def _dial(self, target: Target, host: Host | None, **options: Any) -> Connection:
+        connection: Connection = await asyncpg.connect(  # type: ignore[call-overload] # it takes the text, too
+            target.dsn,
+            host=host.name if host else None,
+            port=host.port if host else None,
+            timeout=CONNECT_TIMEOUT,
+            target_session_attrs="any",
+            server_settings={"application_name": self._name},
+            **options,
+        )
         return connection
 
     async def _find_timeline(self, connection: Connection) -> tuple[int, int] | None:
@@ -414,6 +472,17 @@ def _notice_silence(connection: Connection) -> None:
         wire.setsockopt(level, option, value)
 
 
+async def _backend_pid(connection: Connection) -> int:
+    """Who answers. By COPY, the only way to ask in one message, and so of one backend whatever stands between."""
+    answer = bytearray()
+
+    async def keep(data: bytes) -> None:
+        answer.extend(data)
+
+    await connection.copy_from_query("SELECT pg_backend_pid()", output=keep, timeout=CONNECT_TIMEOUT)
+    return int(answer)
+
+
 async def _keep_session(_: object) -> None:
     # asyncpg's reset costs a round trip a statement; nothing here leaves session state behind.
     return
@@ -455,9 +524,20 @@ def translate(error: Exception, *, where: str | None = None) -> Exception:
     server = f"PostgreSQL at {where}" if where else "PostgreSQL"
     if isinstance(error, DatabaseError | ConfigError):
         return error
+    if isinstance(error, asyncpg.ConnectionDoesNotExistError) and isinstance(
+        error.__cause__, asyncpg.ProtocolViolationError
+    ):
+        # What pgbouncer said before it hung up.
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate
+        if state == _POOLER_SQLSTATE:
+            return ConnectionLostError(
+                f"{server} is not available: {text}. This is the connection pooler's word: "
+                "look in its configuration for what it names, and in its log.",
+                sqlstate=state,
+            )
         if isinstance(error, asyncpg.PostgresConnectionError) or state in _LOST_SQLSTATES:
             return ConnectionLostError(f"{server} is not available: {text}. Try again when it is back.", sqlstate=state)
         if state in _SCHEMA_SQLSTATES:

@@ -1,8 +1,9 @@
 """Who runs which shard: a worker's sign of life, and the claiming and giving up of shards (I5).
 
 A worker is alive as long as its row in `workers` is renewed, or better: as long as the backend of the connection that
-renews it exists. That connection is direct (never a pooler's), lives in a thread of its own with an event loop of its
-own, and listens for wake-ups besides, so a dispatcher that blocks the worker's loop costs neither lease nor hint.
+renews it exists. That connection is direct where there is a direct way, lives in a thread of its own with an event loop
+of its own, and listens for wake-ups besides, so a dispatcher that blocks the worker's loop costs neither lease nor
+hint. Through a pooler it only renews: the backend is not ours, and nobody could be told anything on it later.
 
 What a worker may rely on is its `Tenure`: a monotonic time up to which nobody else can have taken its shards over. It
 is counted from before the renewal was sent, and is void at once when the connection is lost: a worker in doubt begins
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.database import Backoff, Connection, Database, translate
+from pgbackend.database import Backoff, Connection, Database, is_pooled, translate
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.model import Epoch, Position
 from pgbackend.ranges import RangeSet
@@ -174,11 +175,12 @@ class Presence:
         self._thread: threading.Thread | None = None
         self._alive = threading.Event()
         self._stop = threading.Event()
+        self._told_of_pooler = False
         self._echo = f"echo {worker}"
         self._heard = 0.0
 
     async def start(self) -> None:
-        """Return once the worker is registered and listens. Raises what the first connection raises."""
+        """Return once the worker is registered, and listens if it can. Raises what the first connection raises."""
         self._home = asyncio.get_running_loop()
         first: asyncio.Future[None] = self._home.create_future()
         self._thread = threading.Thread(target=self._in_thread, args=(first,), name="pgbackend presence", daemon=True)
@@ -223,11 +225,19 @@ class Presence:
                 connection = await self._database.connect(direct=True)
                 closed = asyncio.Event()
                 connection.add_termination_listener(lambda _, closed=closed: closed.set())
-                await connection.add_listener(self._channel, self._on_notify)
+                if not is_pooled(connection):
+                    await connection.add_listener(self._channel, self._on_notify)
+                elif not self._told_of_pooler:
+                    self._told_of_pooler = True
+                    facts.emit(
+                        "not listening", level=logging.WARNING,
+                        reason="This connection leads through a pooler, so events are found by polling: "
+                        "let listen_dsn lead to PostgreSQL itself.",
+                    )  # fmt: skip
                 await self._renew(connection)
                 self._tell(first, None)
                 backoff.reset()
-                # LISTEN is on: whatever came before must be read, whatever comes after will be heard.
+                # LISTEN is on, if it can be: whatever came before must be read, whatever comes after will be heard.
                 self._hint("")
                 await self._beat(connection, closed)
             except Exception as error:  # noqa: BLE001 - anything means: no sign of life, try again
@@ -255,8 +265,10 @@ class Presence:
         """Renew three times a lease, and see that the channel is not deaf. Fails as soon as the connection is lost."""
         interval = self._lease_timeout / 3
         unheard_since = time.monotonic()
+        listens = not is_pooled(connection)
         while True:
-            await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._echo, timeout=interval)
+            if listens:
+                await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._echo, timeout=interval)
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval):
                     await closed.wait()
@@ -265,7 +277,7 @@ class Presence:
                 raise ConnectionLostError("The connection that keeps this worker's leases was closed.")
             if self._heard > unheard_since:
                 unheard_since = time.monotonic()
-            elif time.monotonic() - unheard_since > interval + _ECHO_TIMEOUT:
+            elif listens and time.monotonic() - unheard_since > interval + _ECHO_TIMEOUT:
                 facts.emit("listener is deaf", level=logging.WARNING, channel=self._channel)
                 return
             await self._renew(connection)
@@ -274,8 +286,9 @@ class Presence:
         # Before it is sent: the server's clock starts counting later than ours, never earlier.
         asked = time.monotonic()
         held = await connection.fetchval(
-            self._sql.renew, self._worker, self._name, self._lease_timeout, timeout=self._lease_timeout / 3
-        )
+            self._sql.renew, self._worker, self._name, self._lease_timeout, connection.get_server_pid(),
+            timeout=self._lease_timeout / 3,
+        )  # fmt: skip
         until = asked + self._lease_timeout
         if time.monotonic() < self._tenure.valid_until:
             self._tenure.valid_until = until

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pgbackend import Backend, schema
 from pgbackend import database as database_module
 from pgbackend.embedded import EmbeddedServer
 from pgbackend.grants import grants
+from tests.support.pooler import PGBOUNCER, Pooler
 
 # How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -39,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--pg-bin", type=Path, metavar="DIR", help="programs of another PostgreSQL, for tests of failover")
     group.addoption("--long", action="store_true", help="crashes, outages and load at full length: takes many minutes")
+    group.addoption(
+        "--pooler", choices=("listen", "poll"),
+        help="what is tested reaches the databases through pgbouncer in transaction mode: with a direct listen_dsn, "
+        "where it is in the tests' own process, or with polling only",
+    )  # fmt: skip
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
 
 
@@ -61,6 +67,42 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         running = EmbeddedServer(directory, version=version, settings=settings)
         yield asyncio.run(running.start())
         asyncio.run(running.stop())
+
+
+@pytest.fixture(scope="session")
+def pooler(request: pytest.FixtureRequest, server: str) -> Iterator[Pooler | None]:
+    """With `--pooler`: what stands before the server, but for the tests' own connections."""
+    mode: str | None = request.config.getoption("--pooler")
+    if mode is None:
+        yield None
+        return
+    if PGBOUNCER is None:
+        pytest.exit("--pooler needs pgbouncer (Debian: apt-get install pgbouncer).", returncode=4)
+    with Pooler(server) as running, pytest.MonkeyPatch.context() as patch:
+        connect, init = asyncpg.connect, database_module.Database.__init__
+
+        def connect_directly(dsn: str | None = None, *args: Any, **options: Any) -> Any:
+            if dsn is not None and not sys._getframe(1).f_globals["__name__"].startswith("pgbackend."):
+                dsn = running.direct(dsn)
+            return connect(dsn, *args, **options)
+
+        def listen_directly(
+            self: database_module.Database, dsn: str, *, listen_dsn: str | None = None, **options: Any
+        ) -> None:
+            init(self, dsn, listen_dsn=listen_dsn or running.direct(dsn), **options)
+
+        patch.setattr(asyncpg, "connect", connect_directly)
+        if mode == "listen":
+            patch.setattr(database_module.Database, "__init__", listen_directly)
+        yield running
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, pooler: Pooler | None) -> Callable[[str], str]:
+    """The DSN to hand to what is tested, for that of a database."""
+    if pooler is None or request.node.get_closest_marker("direct"):
+        return lambda dsn: dsn
+    return pooler.dsn
 
 
 def _memory() -> Path | None:
@@ -117,21 +159,23 @@ def template(server: str, role: str | None) -> Iterator[str]:
 
 
 @pytest.fixture
-async def database(request: pytest.FixtureRequest, server: str, template: str, role: str | None) -> AsyncIterator[str]:
+async def database(
+    request: pytest.FixtureRequest, server: str, template: str, role: str | None, way: Callable[[str], str]
+) -> AsyncIterator[str]:
     """DSN of a migrated, empty log in a database of the test's own."""
     async with _new_database(server, template=template) as dsn:
         if role is None or request.node.get_closest_marker("owner"):
-            yield dsn
+            yield way(dsn)
         else:
             parts = urlsplit(dsn)
             yield parts._replace(netloc=f"{role}:{role}@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 @pytest.fixture
-async def empty_database(server: str) -> AsyncIterator[str]:
+async def empty_database(server: str, way: Callable[[str], str]) -> AsyncIterator[str]:
     """DSN of a database without a log."""
     async with _new_database(server, template="template1") as dsn:
-        yield dsn
+        yield way(dsn)
 
 
 @pytest.fixture

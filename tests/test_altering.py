@@ -591,6 +591,7 @@ async def test_many_that_make_the_same_call_at_once_alter_it_once(database: str)
     assert sorted(catch.ids, key=int) == [str(number) for number in range(20, 30)]
 
 
+@pytest.mark.direct
 async def test_a_process_whose_own_idea_is_older_follows_what_is_stored(database: str) -> None:
     flaky = Flaky("bad")
     async with running(database, drain_timeout=0.2) as owner, running(database, drain_timeout=0.2) as other:

@@ -548,6 +548,7 @@ async def test_a_probe_as_a_plain_role_commits_and_leaves_nothing_behind(
     assert await execute(database, flushed) > wal, "nothing was made durable"
 
 
+@pytest.mark.direct
 async def test_a_probe_says_that_this_role_may_not_append(database: str, plain_role: tuple[str, str]) -> None:
     role, dsn = plain_role
     backend = Backend(dsn)
@@ -563,6 +564,7 @@ async def test_a_probe_says_that_this_role_may_not_append(database: str, plain_r
     assert "write" not in caught.value.checks
 
 
+@pytest.mark.direct
 async def test_a_probe_says_that_transactions_are_read_only(database: str, plain_role: tuple[str, str]) -> None:
     role, dsn = plain_role
     await execute(database, f"ALTER ROLE {role} SET default_transaction_read_only = on")
@@ -572,6 +574,7 @@ async def test_a_probe_says_that_transactions_are_read_only(database: str, plain
     assert {name for name, text in checks.items() if text != "ok"} == {"writable"}
 
 
+@pytest.mark.direct
 async def test_a_probe_of_a_log_that_is_out_of_segments_says_why_none_is_made(
     backend: Backend, database: str, plain_role: tuple[str, str]
 ) -> None:

@@ -208,6 +208,7 @@ async def test_another_worker_takes_over_at_once_when_one_stops(database: str) -
     assert (first.ids, second.ids) == (["a"], ["b"])
 
 
+@pytest.mark.direct
 async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
     async with Worker(database, ledger, subscription="s", settings=SETTINGS) as worker:  # noqa: SIM117 - its exit
@@ -288,6 +289,7 @@ async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(d
 # Presence.
 
 
+@pytest.mark.direct
 async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_registered_again(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
@@ -347,6 +349,7 @@ async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_
         await catch.has("b")
 
 
+@pytest.mark.direct
 async def test_a_former_owner_that_comes_back_does_not_dispatch_what_is_not_its_own_any_more(database: str) -> None:
     first, second = Catch(), Catch()
     async with Proxy(database) as proxy:
@@ -424,6 +427,7 @@ async def test_presence_reports_what_its_first_connection_met(database: str) -> 
     await never_started.stop()
 
 
+@pytest.mark.direct
 async def test_hints_reach_a_worker_whose_loop_was_busy(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:

@@ -78,6 +78,7 @@ async def test_migrating_at_head_changes_nothing(database: Database) -> None:
     assert await database.fetchval("SELECT count(*) FROM pgbackend.events") == 1
 
 
+@pytest.mark.direct
 async def test_many_migrate_at_once_and_one_of_them_works(database: Database, empty_database: str) -> None:
     """Two processes and this one wait for the lock. Each then sees what the one before has committed, although these
     roles' own isolation levels would show them the time before the wait.
@@ -126,6 +127,7 @@ async def test_concurrent_calls_in_one_process_are_safe(database: Database) -> N
     assert await schema.found(database.fetch, "two") == schema.head()
 
 
+@pytest.mark.direct
 async def test_a_role_without_create_on_the_database_uses_a_schema_made_for_it(database: Database) -> None:
     role = "tenant_" + (await database.fetchval("SELECT current_database()"))[-12:]
     await database.execute(f"CREATE ROLE {role}")

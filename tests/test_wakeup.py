@@ -115,6 +115,7 @@ async def test_a_notification_that_cannot_be_sent_stops_nothing(database: str, h
         await opened.close()
 
 
+@pytest.mark.direct
 async def test_an_event_of_another_process_is_noticed_long_before_the_next_poll(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:

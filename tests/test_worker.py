@@ -47,6 +47,7 @@ async def test_unsubscribing_a_subscription_whose_lease_has_just_been_given_up_h
     assert backend._worker is None
 
 
+@pytest.mark.direct
 async def test_what_waited_to_be_tried_again_in_a_former_life_of_the_server_is_nobodys_any_more(database: str) -> None:
     """Its time comes when its pump is long gone."""
     observer = await asyncpg.connect(database)

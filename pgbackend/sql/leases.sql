@@ -2,12 +2,13 @@
 
 -- name: renew
 -- Register or renew this worker, and list the epochs that it still holds. The connection that runs this is the worker's
--- sign of life: when its backend is gone, so is the worker, and others need not wait for `lease_timeout`.
+-- sign of life: when its backend is gone, so is the worker, and others need not wait for `lease_timeout`. Unless the
+-- backend is not the one that this connection was promised ($4): then it is a pooler's, and lives or dies without us.
 WITH renewed AS (
     INSERT INTO {schema}.workers AS worker (id, name, backend_pid, backend_start, lease_timeout)
     SELECT $1, $2, activity.pid, activity.backend_start, make_interval(secs => $3::float8)
-    FROM pg_catalog.pg_stat_activity AS activity
-    WHERE activity.pid = pg_backend_pid()
+    FROM (SELECT pg_backend_pid() AS pid) AS own
+    LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = own.pid AND own.pid = $4
     ON CONFLICT (id) DO UPDATE
     SET backend_pid = excluded.backend_pid,
         backend_start = excluded.backend_start,

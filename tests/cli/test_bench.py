@@ -8,6 +8,7 @@ import pytest
 from tests.cli.conftest import Run
 
 
+@pytest.mark.direct
 @pytest.mark.slow
 async def test_bench_measures_everything_and_leaves_nothing(run: Run, empty_database: str) -> None:
     result = await run("bench", "--events", "1000", "--rounds", "1", "--json", "--dsn", empty_database)

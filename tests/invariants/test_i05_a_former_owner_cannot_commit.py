@@ -145,6 +145,7 @@ async def test_two_workers_share_the_shards_and_each_shard_has_one_owner(databas
     assert owners == 0
 
 
+@pytest.mark.direct
 async def test_a_worker_that_ran_nothing_during_a_crash_takes_over_afterwards(database: str, tmp_path: Path) -> None:
     """The server's life has another name then, and nobody runs anything here that would notice."""
     ledger = Ledger(tmp_path / "ledger")
@@ -171,6 +172,7 @@ async def test_a_worker_that_ran_nothing_during_a_crash_takes_over_afterwards(da
     await observer.close()
 
 
+@pytest.mark.direct
 async def test_a_worker_that_loses_its_connection_begins_nothing_until_it_has_renewed(database: str) -> None:
     observer = await asyncpg.connect(database)
     catch = Catch()

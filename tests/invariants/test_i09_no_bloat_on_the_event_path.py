@@ -27,6 +27,7 @@ async def statistics(database: str) -> dict[str, Any]:
     return {row["relname"]: row for row in rows}
 
 
+@pytest.mark.direct
 async def test_events_are_only_inserted_and_offsets_only_updated_in_place(database: str) -> None:
     catch = Catch(fails=lambda event: event.id.startswith("bad"))
     count = 5000

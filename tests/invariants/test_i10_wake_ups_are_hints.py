@@ -12,6 +12,7 @@ from tests.support.polling import eventually
 from tests.support.producers import INSERT
 
 
+@pytest.mark.direct
 @pytest.mark.slow
 async def test_everything_works_by_polling_when_every_notify_is_lost_and_the_listener_says_so(database: str) -> None:
     catch, delays = Catch(), []
@@ -36,6 +37,7 @@ async def test_everything_works_by_polling_when_every_notify_is_lost_and_the_lis
     assert catch.ids == [*map(str, range(20)), "after"]
 
 
+@pytest.mark.direct
 async def test_a_hint_comes_far_sooner_than_the_next_poll(database: str) -> None:
     catch = Catch()
     producer = Backend(database)

@@ -41,6 +41,7 @@ async def one_line(*args: str, env: Mapping[str, str] | None = None, code: int =
     return said
 
 
+@pytest.mark.direct
 async def test_it_says_where_it_is_and_what_it_does_once_it_listens(
     database: str, target: Target, tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ async def test_without_a_dsn_it_starts_a_postgresql_of_its_own_and_finds_its_dat
 
 
 class TestSignals:
+    @pytest.mark.direct
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_what_is_in_progress_is_finished(self, number: signal.Signals, database: str, target: Target) -> None:
         released = asyncio.Event()
@@ -271,6 +273,7 @@ class TestReload:
 
 
 class TestTerminal:
+    @pytest.mark.direct
     async def test_a_terminal_that_is_closed_takes_its_broker_along(self, database: str) -> None:
         terminal, end = os.openpty()
         try:

@@ -186,6 +186,7 @@ class TestStart:
             assert await serve.ended() == 1
             assert "can be read only once" in await serve.complaint()
 
+    @pytest.mark.direct
     async def test_an_empty_database_is_migrated_once(self, empty_database: str) -> None:
         async with workers("--dsn", empty_database, count=4) as serve:
             assert await post(await serve.listening()) == 202
@@ -210,6 +211,7 @@ class TestStart:
 
 
 class TestRestart:
+    @pytest.mark.direct
     @pytest.mark.slow
     async def test_nobody_is_refused_and_nothing_lost_or_repeated(
         self, database: str, target: Target, arrived: Counter[str]
@@ -459,6 +461,7 @@ class TestStop:
 
 
 class TestLoss:
+    @pytest.mark.direct
     @pytest.mark.slow
     async def test_a_worker_that_was_killed_is_replaced_and_another_delivers_meanwhile(
         self, database: str, target: Target, arrived: Counter[str]
