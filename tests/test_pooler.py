@@ -457,12 +457,18 @@ async def test_an_append_that_pgbouncer_dies_with_is_uncertain_and_not_repeated(
 
 
 async def test_a_pooler_that_takes_no_more_clients_is_named(server: str, database: str) -> None:
-    with Pooler(server, max_client_conn=1) as pooler:
+    with Pooler(server, max_client_conn=2) as pooler:
         there = Database(pooler.dsn(database))
-        first = await there.connect()
+        # Of two connections the first one to a pooler is only there to find it out.
+        held = [await there.connect()]
+
+        async def connect_another() -> None:
+            held.append(await there.connect())
+
         with pytest.raises(ConnectionLostError, match=r"max_client_conn.*pooler") as caught:
-            await there.connect()
-        await first.close()
+            await asyncio.gather(connect_another(), connect_another())
+        for connection in held:
+            await connection.close()
 
     assert caught.value.sqlstate == "08P01"
 
