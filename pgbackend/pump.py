@@ -644,7 +644,16 @@ class Pump:
             await self._dispatch(again, probe=probe)
             return
         health = self.registration.health
-        async with self._alone:
+        try:
+            # What is known to kill waits as long as it takes; the others no longer than there is care.
+            async with asyncio.timeout(None if again.begun else self._care.left()):
+                await self._alone.acquire()
+        except TimeoutError:
+            self._care.taken = False
+            if not self._is_let_go(again, health):
+                self._put_back(again)
+            return
+        try:
             if self._stopping or self._is_let_go(again, health):
                 return
             health = self.registration.health
@@ -668,6 +677,8 @@ class Pump:
                 self._active.pop(again.slot, None)
                 if self.retiring and not self._active:
                     self._quiet.set()
+        finally:
+            self._alone.release()
 
     def _is_let_go(self, again: _Again, health: TargetHealth) -> bool:
         """Let an event go that is not wanted any more, if it was reconfigured since its target had this health."""

@@ -293,3 +293,23 @@ async def test_what_waits_to_be_alone_goes_the_new_way_or_none(database: str) ->
 
     assert gate.handled == [at_work]
     assert catch.attempts == ["new"]
+
+
+async def test_a_dispatcher_that_hangs_does_not_hold_up_other_subscriptions(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When all of them are run with care, their process having died twice."""
+    monkeypatch.setattr("pgbackend.care._LONGEST", 0.0)
+    gate, catch = Gate(), Catch()
+    async with with_care(database) as backend:
+        await backend.subscribe("other", Catch(), start="earliest", order="key")
+        await backend.unsubscribe("other")
+        observer = await asyncpg.connect(database)
+        await observer.execute("UPDATE pgbackend.offsets SET crashes = 2, position = 0")
+        await observer.close()
+        await backend.subscribe("s", gate)
+        await gate.holds(1)
+        await backend.subscribe("other", catch, start="earliest", order="key")
+        await catch.has("a", "b")
+        assert not gate.handled
+        gate.open()
