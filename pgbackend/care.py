@@ -40,7 +40,7 @@ class Care:
         """`crashes`: of the shard's owners, in a row. `most`: how many events may have been in flight at once."""
         self.taken = crashes >= _SUSPICIOUS
         self._most = most
-        self._longest = _LONGEST * 2 ** min(max(crashes - _SUSPICIOUS, 0), 10)
+        self._longest = _LONGEST * 2.0 ** min(max(crashes - _SUSPICIOUS, 0), 10)
         self._handled = 0
         self._began = monotonic()
 
