@@ -594,7 +594,9 @@ class Backend:
         registration = self._registrations.get(name) if terms.disturb(stored) else None
         async with self._at_rest(registration) if registration is not None else nullcontext():
             altered = await self._in_this_life(
-                lambda: parts.subscriptions.alter(name, terms, patience=self._settings.drain_timeout)
+                lambda: parts.subscriptions.alter(
+                    name, terms, patience=self._settings.drain_timeout, on_rest=self._tell_workers
+                )
             )
         if altered:
             facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)

@@ -6,7 +6,8 @@ nothing older is replayed. For `latest` that takes the fence: positions up to th
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -189,30 +190,47 @@ class Subscriptions:
             )
         return None if terms.are_those_of(stored) else stored
 
-    async def alter(self, name: str, terms: Terms, *, patience: float) -> bool:
+    async def alter(self, name: str, terms: Terms, *, patience: float, on_rest: Callable[[], Awaitable[None]]) -> bool:
         """What is stored is as `terms` say; whether it was this call that made it so.
 
-        Each of its shards is waited for until nobody runs it, up to `patience` seconds for all together. Then it is
-        taken from its owner, who commits nothing more. Several calls for the same do it once.
+        Where somebody still runs one of its shards, all who do are asked to let what is at work end and to give theirs
+        up; `on_rest` is awaited once that is asked. After `patience` seconds a shard is taken from its owner, who
+        commits nothing more. Several calls for the same do it once.
         """
         deadline = time.monotonic() + patience
         pause = _IMPATIENCE
-        while (stored := await self.compare(name, terms)) is not None:
-            start_bound = bound(terms.start)
-            if not terms.disturb(stored):
-                await self._log.database.execute(self._sql.note_start_bound, name, stored.version, start_bound)
-                continue
-            wanted = replace(
-                stored,
-                order=terms.order, end_position=terms.end_position, end_at=terms.end_at, start_bound=start_bound,
-            )  # fmt: skip
-            life = self._log.incarnation
-            offset = await self._locate(terms.start) if terms.move(stored) else None
-            if await self._change(stored, wanted, offset, life, at_once=time.monotonic() >= deadline):
-                return True
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, _PATIENCE)
+        async with AsyncExitStack() as rest:
+            while (stored := await self.compare(name, terms)) is not None:
+                start_bound = bound(terms.start)
+                if not terms.disturb(stored):
+                    await self._log.database.execute(self._sql.note_start_bound, name, stored.version, start_bound)
+                    continue
+                wanted = replace(
+                    stored,
+                    order=terms.order, end_position=terms.end_position, end_at=terms.end_at, start_bound=start_bound,
+                )  # fmt: skip
+                life = self._log.incarnation
+                offset = await self._locate(terms.start) if terms.move(stored) else None
+                if await self._change(stored, wanted, offset, life, at_once=time.monotonic() >= deadline):
+                    return True
+                if pause == _IMPATIENCE:
+                    await rest.enter_async_context(self._at_rest(name, patience, on_rest))
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, _PATIENCE)
         return False
+
+    @asynccontextmanager
+    async def _at_rest(self, name: str, patience: float, on_rest: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+        """Entered once all who run it are asked to give its shards up; until it is left nobody claims one.
+
+        It ends by itself a little after `patience` seconds, whatever becomes of this call.
+        """
+        await self._log.database.execute(self._sql.rest, name, patience + _REST)
+        try:
+            await on_rest()
+            yield
+        finally:
+            await self._log.database.execute(self._sql.rest, name, 0.0)
 
     async def _change(
         self, stored: Definition, wanted: Definition, offset: _Offset | None, life: UUID | None, *, at_once: bool
@@ -253,10 +271,7 @@ class Subscriptions:
             return False
         deadline = time.monotonic() + patience
         pause = _IMPATIENCE
-        # A little longer than this call waits; it ends by itself, whatever becomes of this call.
-        await self._log.database.execute(self._sql.rest, name, patience + _REST)
-        try:
-            await on_rest()
+        async with self._at_rest(name, patience, on_rest):
             while (stored := await self._of_other_shards(name, shards)) is not None:
                 if await self._exclusively(self._sql.reshard, name, stored.version, shards):
                     await self.switch(name)
@@ -270,9 +285,7 @@ class Subscriptions:
                     )
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, _PATIENCE)
-            return False
-        finally:
-            await self._log.database.execute(self._sql.rest, name, 0.0)
+        return False
 
     async def _of_other_shards(self, name: str, shards: int) -> Definition | None:
         """What is stored, if its number of shards is another one. Raises ConfigError when it cannot be changed."""

@@ -88,7 +88,8 @@ altered AS (
         end_at = $6,
         start_bound = $7,
         start_at = CASE WHEN $8::bigint IS NULL THEN start_at ELSE $10::timestamptz END,
-        start_position = CASE WHEN $8::bigint IS NULL THEN start_position ELSE $11::bigint END
+        start_position = CASE WHEN $8::bigint IS NULL THEN start_position ELSE $11::bigint END,
+        resting_until = NULL
     WHERE name = $1
         AND EXISTS (SELECT FROM unchanged)
 ),

@@ -41,6 +41,7 @@ class SimulatedLog:
     """The server, and `Log` as readers know it."""
 
     def __init__(self, *, page: int = 3, step: Callable[[], Any] = Step) -> None:
+        self.database = None  # nobody has to look for it
         self.now = 0.0
         self.head = 0
         self.visible: dict[int, Appender] = {}
