@@ -571,16 +571,17 @@ class Backend:
     async def alter_subscription(self, name: str, *, order: Order, end: int | datetime | None, start: Place) -> None:
         """Return once what is stored of the subscription is so: its order, its end, where it was told to start.
 
-        Nothing is lost or repeated. It rests meanwhile: what is being dispatched ends first, here within
-        `drain_timeout`, elsewhere waited for as long. After that its shards are taken from whoever runs them, and only
-        what is at work there may be dispatched again. When all processes that run it make the same call, each lets its
-        own end, one of them alters it, and the others find it done.
+        Nothing is lost or repeated. It rests meanwhile: every worker that runs it is asked to let what is at work end
+        and to give its shards up, and is waited for up to `drain_timeout`. After that they are taken from it, and only
+        what is at work there may be dispatched again. Where several processes make the same call, one of them alters
+        it, and the others find it done.
 
         `order`: failed events that wait to be tried again keep their attempts; from now on they hold up those behind
-        them, or do not any more. `end`: a later one has a complete subscription go on, with an earlier one it ends
-        there; what it owes from behind that end waits for a later one, but for failed events in order "none", which
-        are still tried again. `start`: a position or a date which is not the one that it was given last moves it there
-        as `seek()` does, once; "earliest" and "latest" move nothing.
+        them, or do not any more. On the way to a single shard log order begins where that one does: what the others
+        still have comes in the order of each. `end`: a later one has a complete subscription go on, with an earlier one
+        it ends there; what it owes from behind that end waits for a later one, but for failed events in order "none",
+        which are still tried again. `start`: a position or a date which is not the one that it was given last moves it
+        there as `seek()` does, once; "earliest" and "latest" move nothing.
 
         Raises SubscriptionNotFoundError when there is none, ConfigError for what cannot be: nothing has changed then.
         """
