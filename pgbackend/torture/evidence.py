@@ -38,8 +38,19 @@ CREATE FUNCTION {schema}.torture_note() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO {schema}.torture_changes
         (subscription, shard, epoch_before, epoch, owner, position_before, position, pending, made_by)
-    VALUES (new.subscription, new.shard, old.epoch, new.epoch, new.owner, old.position, new.position,
-        new.pending::text, current_setting('application_name'));
+    SELECT new.subscription, new.shard, old.epoch, new.epoch, new.owner, old.position, new.position,
+        -- Of a claim with what is to be tried again: an attempt that had not begun after all may be taken back there.
+        (new.pending + coalesce(
+            (
+                SELECT range_agg(int8range(waiting.position, waiting.position + 1))
+                FROM {schema}.redeliveries AS waiting
+                WHERE waiting.subscription = new.subscription
+                    AND waiting.key_hash % new.shards = new.shard
+                    AND new.epoch <> old.epoch
+            ),
+            '{{}}'
+        ))::text,
+        current_setting('application_name');
     RETURN NULL;
 END $$;
 CREATE TRIGGER torture_note AFTER UPDATE ON {schema}.offsets
@@ -91,6 +102,7 @@ class Change(NamedTuple):
     made_by: str
     """The name of the process whose connection it was."""
     pending: str
+    """Of a claim with the positions that wait to be tried again."""
 
     def __str__(self) -> str:
         return (

@@ -7,7 +7,7 @@ position, so that an hour's records fit into memory. What counts as a violation,
   nor has a dead letter of it.
 - A **repeat** is a dispatch of an attempt that had begun before. It needs a new lease and a cause: the process that had
   begun it was killed, or was stopped, cut off, starved, or lost its connection shortly before the lease went. And what
-  the offset row called settled when the lease was taken must not come at all.
+  the offset row called settled when the lease was taken, and nothing was to be tried again, must not come at all.
 - **Beside the new owner**: a process whose connections hold, and which runs, handles nothing under a lease that another
   has taken over. One that was hit may finish what it had begun, and may begin what it was just about to: one event when
   it wakes, or when it hears that its connection is gone, and whatever it begins before it can have heard, for a second.
