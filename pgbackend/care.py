@@ -9,8 +9,7 @@ on that event is dispatched alone wherever it comes from, and is given up when i
 Care ends after so many events that the one which killed must have been among them, or after a minute, and after twice
 as long with each further crash: events that take long must not be dispatched one by one for hours, nor wait for another
 subscription's dispatcher that hangs. Both care and the count of crashes end when all that was open at the takeover is
-settled. A shard whose owners died of something else is slower for a
-moment, no more.
+settled. A shard whose owners died of something else is slower for a moment, no more.
 """
 
 from time import monotonic
