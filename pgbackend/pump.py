@@ -24,10 +24,9 @@ the same commit (I7).
 """
 
 import asyncio
-import heapq
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from time import monotonic
@@ -35,13 +34,14 @@ from time import monotonic
 from pgbackend import facts
 from pgbackend.care import Care, ProcessDied
 from pgbackend.database import Backoff
+from pgbackend.due import Due
 from pgbackend.errors import DatabaseError, Pause, Reject, RetryAfter
 from pgbackend.event import Event
 from pgbackend.failures import describe, details_of, message_of
+from pgbackend.feed import Feed, settle_all
 from pgbackend.health import TargetHealth
 from pgbackend.lanes import Lanes, sift
 from pgbackend.model import Failure
-from pgbackend.reader import Batch, size_of
 from pgbackend.registration import Registration
 from pgbackend.shard import (
     Buried,
@@ -62,10 +62,6 @@ _LONGEST = 1e9
 _LEASE_POLL = 0.05
 _BREATH = 0.02
 """Seconds after which a worker lets the event loop's other tasks run."""
-_DUE_ROOM = 200
-"""How many events that are due again a pump takes at a time."""
-_PROBE_ROOM = 20
-"""The same while the target is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +106,6 @@ class Pump:
         """
         self.registration = registration
         self.shard = shard
-        self._cursor = cursor
         self._note = note
         self._commit = commit
         self._alone = alone
@@ -121,28 +116,29 @@ class Pump:
         lease = self._lease = shard.lease
         self._strict = lease.order == "strict"
         self._ordered = lease.order != "none"
-        self._ended = lease.complete
-        self._stop = lease.stop
         self._ready: deque[Event] = deque()
         self._again: deque[_Again] = deque()
         self._letters: deque[_Again] = deque()
         """The same for the dead-letter dispatcher: a target that is down does not hold them."""
         self._lanes = Lanes(single=self._strict)
-        self._handed_over: dict[int, int] = {}
-        """Positions that are at work from `redeliveries`, or on their way there, with their sizes, until what became
-        of them is committed. Not to be taken again meanwhile: a row can be seen before its commit is answered."""
-        self._letters_out: dict[int, int] = {}
-        """The same of dead letters that were sent again, by their ids."""
+        self._due = Due(shard)
         self._idle: list[asyncio.Future[None]] = []
-        self._room: asyncio.Future[None] | None = None
         self._probe_turn = asyncio.Lock()
         self._timers: dict[asyncio.TimerHandle, _Again] = {}
-        self._due_times: list[float] = []
         self._active: dict[int, Event] = {}
         """What is being dispatched, by slot."""
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
-        self._feeder: asyncio.Task[None] | None = None
+        self._feed = Feed(
+            registration=registration,
+            shard=shard,
+            cursor=cursor,
+            note=note,
+            take=self._make_ready,
+            take_run=self._make_run_ready,
+            let_go=self._forget_waiting,
+        )
+        self._feeding: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._workers = self._spare = self._wanted_workers()
         """How many workers there may be, and how many of them may still be made; below 0, so many are to leave."""
@@ -156,8 +152,8 @@ class Pump:
         name = self.shard.name
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            if not self._ended:
-                self._feeder = tasks.create_task(self._feed(), name=f"feed {name}")
+            if not self._lease.complete:
+                self._feeding = tasks.create_task(self._feed.run(), name=f"feed {name}")
                 bounded = self._lease.end_position is not None or self._lease.end_at is not None
                 # A shard that ends for good does not speak for those that take over from it.
                 if bounded and self._lease.until is None:
@@ -174,8 +170,8 @@ class Pump:
         Async dispatchers that are still at work by then are cancelled. Threads cannot be: they are named in the log.
         """
         self._begin_no_more()
-        if self._feeder is not None:
-            self._feeder.cancel()
+        if self._feeding is not None:
+            self._feeding.cancel()
         if self._active:
             self._quiet.clear()
             try:
@@ -189,7 +185,7 @@ class Pump:
                     events=[event.id for event in self._active.values()][:10],
                     threads=self.registration.threads is not None,
                 )
-        self._cursor.close()
+        self._feed.close()
         if self.shard.is_over:
             # Those that take over find in its offset what is left: nobody reads for this shard again.
             self.shard.window.seal()
@@ -230,7 +226,7 @@ class Pump:
         shard = self.shard
         if (
             shard.crashes
-            and not (shard.calm or self._handed_over or self._letters_out)
+            and not (shard.calm or self._due)
             and self._care.is_past()
             and shard.window.is_settled(self._lease.head)
         ):
@@ -247,7 +243,7 @@ class Pump:
             return f"paused: {health.paused}"
         if health.down:
             return "target down"
-        if self._cursor.blocked:
+        if self._feed.blocked:
             return "waiting for an open transaction"
         return "running"
 
@@ -256,125 +252,7 @@ class Pump:
         self.shard.lost = True
         self._stopping = True
 
-    # Reading: cursor → window → ready.
-
-    async def _feed(self) -> None:
-        window, cursor = self.shard.window, self._cursor
-        while not self._ended:
-            batch = await cursor.next(window.holes)
-            for hole in batch.opened:
-                window.add_hole(self._before_end(hole))
-            await self._admit(batch)
-            for hole in batch.closed:
-                window.close_hole(hole)
-            stop = self._stop
-            upto = batch.upto if stop is None else min(batch.upto, stop - 1)
-            if upto > window.position or batch.closed or batch.opened:
-                window.advance(upto)
-                self._note(self.shard)
-            cursor.advance(batch.upto)
-            self._ended = self.shard.is_over or (
-                stop is not None and batch.upto >= stop - 1 and not window.holes.below(stop - 1)
-            )
-        # Or its stream would keep for it, up to the whole buffer, what it never takes.
-        cursor.close()
-
-    def _before_end(self, hole: tuple[int, int]) -> tuple[int, int]:
-        return hole if self._stop is None else (hole[0], min(hole[1], self._stop))
-
-    async def _admit(self, batch: Batch) -> None:
-        """Take on each event of the batch that is for this shard, waiting for room as need be."""
-        window, registration, stop = self.shard.window, self.registration, self._stop
-        shards, shard = self._lease.shards, self._lease.shard
-        lease = self._lease
-        bounded = not (lease.start_position is None and lease.start_at is None and lease.end_at is None)
-        start = 0
-        if not bounded and shards == 1 and stop is None and not self._ordered and not batch.opened:
-            start = await self._admit_runs(batch)
-        picky = shards > 1 or bounded or registration.filter is not None
-        for index in range(start, len(batch.events)):
-            event, position = batch.events[index], batch.positions[index]
-            if stop is not None and position >= stop:
-                # Should it be in a hole, from a time when the end was another: it stays pending.
-                continue
-            if position <= window.position and position not in window.holes:
-                continue
-            if bounded and self._is_behind_end(event):
-                # Whichever shard it is for: what lies behind the end is one range, then.
-                window.put_off(position)
-                continue
-            refused = picky and (
-                (shards > 1 and event.key_hash % shards != shard)
-                or (bounded and self._is_before_start(event))
-                or (registration.filter is not None and not self._passes(event))
-            )
-            if not refused and not window.fits(batch.sizes[index]):
-                # There may be a filter after that.
-                picky = True
-                refused = not await self._has_room(event, batch.sizes[index])
-            if refused:
-                window.skip(position)
-                if self._waiting:
-                    self._forget_waiting(position)
-                continue
-            window.open(position, batch.sizes[index])
-            self._make_ready(event)
-        self._note(self.shard)
-
-    async def _admit_runs(self, batch: Batch) -> int:
-        """Take on as much of a batch as goes without a look at each event; how many. Wins a third of the whole way."""
-        window, total, registration = self.shard.window, len(batch.events), self.registration
-        start = 0
-        while start < total and registration.filter is None and batch.positions[start] > window.position:
-            if window.full:
-                await self._until_room()
-                continue
-            stop = min(total, start + window.max_events - len(window))
-            positions, sizes = batch.positions[start:stop], batch.sizes[start:stop]
-            if window.bytes + sum(sizes) > window.max_bytes:
-                break
-            window.open_run(positions, sizes)
-            self._ready.extend(batch.events[start:stop])
-            self._wake()
-            start = stop
-        return start
-
-    async def _has_room(self, event: Event, size: int) -> bool:
-        """Wait until the window has room for an event; whether it is still wanted by then."""
-        health = self.registration.health
-        while not self.shard.window.fits(size):
-            await self._until_room()
-        return health is self.registration.health or self._passes(event)
-
-    def _is_before_start(self, event: Event) -> bool:
-        at, lease = event.recorded_at, self._lease
-        return (lease.start_position is not None and event.position <= lease.start_position) or (
-            at is not None and lease.start_at is not None and at <= lease.start_at
-        )
-
-    def _is_behind_end(self, event: Event) -> bool:
-        at = event.recorded_at
-        return at is not None and self._lease.end_at is not None and at >= self._lease.end_at
-
-    def _passes(self, event: Event) -> bool:
-        """Whether the filter lets the event through."""
-        wanted = self.registration.filter
-        try:
-            return wanted is None or bool(wanted(event))
-        except Exception as error:  # noqa: BLE001 - a user's predicate may raise anything
-            # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
-            facts.emit(
-                "filter failed", level=logging.ERROR, subscription=self.registration.name, position=event.position,
-                event_id=event.id, event_source=event.source, error=describe(error),
-            )  # fmt: skip
-            return True
-
-    async def _until_room(self) -> None:
-        self._room = asyncio.get_running_loop().create_future()
-        try:
-            await self._room
-        finally:
-            self._room = None
+    # What the window has taken on: ready, or behind others.
 
     def _make_ready(self, event: Event) -> None:
         """Queue an event, or park it behind its key, or hold it back until its noted time has come."""
@@ -385,6 +263,11 @@ class Pump:
         if len(self._ready) == 1:
             # Whoever takes it wakes the next one, should there be more by then.
             self._wake()
+
+    def _make_run_ready(self, events: Sequence[Event]) -> None:
+        """Queue events that have no lane, and wait for nothing."""
+        self._ready.extend(events)
+        self._wake()
 
     def _vacate(self, event: Event) -> None:
         """The event is done with: the next of its lane may go."""
@@ -411,25 +294,25 @@ class Pump:
         if self.registration.filter is None or self.shard.lost:
             return 0
         # Those behind a key first: what is let go in front of them makes the next one ready.
-        parked = self._lanes.sift(self._passes)
+        parked = self._lanes.sift(self.registration.passes)
         for event in parked:
             self._forget_waiting(event.position)
             self.shard.window.settle(event.position)
-        gone = [_Again(event, handed_over=False) for event in sift(self._ready, self._passes)]
+        gone = [_Again(event, handed_over=False) for event in sift(self._ready, self.registration.passes)]
         for queue in (self._again, self._letters):
-            refused = [again for again in queue if again.letter is None and not self._passes(again.event)]
+            refused = [again for again in queue if again.letter is None and not self.registration.passes(again.event)]
             for again in refused:
                 queue.remove(again)
             gone += refused
         for timer, again in list(self._timers.items()):
-            if not self._passes(again.event):
+            if not self.registration.passes(again.event):
                 timer.cancel()
                 del self._timers[timer]
                 gone.append(again)
         for again in gone:
             self._done(again, Forgotten(position=again.event.position))
         if parked:
-            self._make_room()
+            self._feed.make_room()
             self._note(self.shard)
         return len(parked) + len(gone)
 
@@ -442,65 +325,34 @@ class Pump:
 
     def ask_due(self) -> DueRequest | None:
         """What this pump would take now of the events that are due again; None when it has no room, or is paused."""
-        health = self.registration.health
-        if health.paused is not None:
-            return None
-        room = (_PROBE_ROOM if health.down else _DUE_ROOM) - len(self._handed_over) - len(self._letters_out)
-        room_bytes = self.shard.window.max_bytes - sum(self._handed_over.values()) - sum(self._letters_out.values())
-        if self._stopping or self.shard.lost or room <= 0 or room_bytes <= 0:
-            return None
-        return DueRequest(
-            lease=self.shard.lease,
-            events=not self._ordered,
-            room=room,
-            room_bytes=room_bytes,
-            positions=list(self._handed_over),
-            letters=list(self._letters_out),
-        )
-
-    def next_due(self) -> float | None:
-        """When something that this pump scheduled is due, in monotonic seconds."""
-        return self._due_times[0] if self._due_times else None
+        return None if self._stopping or self.shard.lost else self._due.ask(self.registration.health)
 
     def take_due(self, event: Event, letter: int | None, *, begun: bool) -> None:
         """Take an event that is due again; one that does not pass the filter any more is let go.
 
         `begun`: its last attempt killed the process that made it.
         """
-        if self._stopping or (letter is None and event.position in self._handed_over):
+        if self._stopping or (letter is None and event.position in self._due):
             return
-        if letter is not None:
-            self._letters_out[letter] = size_of(event)
-            self._again.append(_Again(event, handed_over=True, letter=letter, begun=begun))
-        else:
-            self._handed_over[event.position] = size_of(event)
-            again = _Again(event, handed_over=True, begun=begun)
-            if not self._passes(event):
-                self._done(again, Forgotten(position=event.position))
-                return
-            (self._again if event.failure is None else self._letters).append(again)
+        self._due.begin(event, letter=letter)
+        again = _Again(event, handed_over=True, letter=letter, begun=begun)
+        if letter is None and not self.registration.passes(event):
+            self._done(again, Forgotten(position=event.position))
+            return
+        self._queue_of(event).append(again)
         self._wake()
 
-    def committed(self, mark: Mark) -> None:
-        """What the mark says is durable now: events that were handed over may be found due again."""
-        now = monotonic()
-        for outcome in mark.outcomes.values():
-            match outcome:
-                case Scheduled(begun=True) | LetterFailed(begun=True):
-                    pass  # at work
-                case Scheduled(position=position, delay=delay):
-                    self._handed_over.pop(position, None)
-                    if not self._ordered:
-                        heapq.heappush(self._due_times, now + delay)
-                case Forgotten(position=position) | Buried(position=position):
-                    self._handed_over.pop(position, None)
-                case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
-                    self._letters_out.pop(letter, None)
+    def next_due(self) -> float | None:
+        """When something that this pump scheduled is due, in monotonic seconds."""
+        return self._due.next()
 
     def passed_due(self, now: float) -> None:
         """The due times up to now have been seen to."""
-        while self._due_times and self._due_times[0] <= now:
-            heapq.heappop(self._due_times)
+        self._due.passed(now)
+
+    def committed(self, mark: Mark) -> None:
+        """What the mark says is durable now: events that were handed over may be found due again."""
+        self._due.committed(mark)
 
     # Delivering: ready → dispatcher → settled.
 
@@ -538,7 +390,7 @@ class Pump:
 
     async def _deliver(self) -> None:
         """The straight way: dispatch what is ready, until something else wants to be done."""
-        shard, window, tenure = self.shard, self.shard.window, self.shard.tenure
+        shard, window, tenure, feed = self.shard, self.shard.window, self.shard.tenure, self._feed
         ready, again, letters, active = self._ready, self._again, self._letters, self._active
         health, dispatch, ordered = self.registration.health, self.registration.dispatch, self._ordered
         if len(ready) > 1:
@@ -575,16 +427,12 @@ class Pump:
                     self._succeed(health)
                 if ordered:
                     self._vacate(event)
-                if self._room is not None:
-                    self._make_room()
+                if feed.waits:
+                    feed.make_room()
             finally:
                 del active[position]
                 if not active and self.retiring:
                     self._quiet.set()
-
-    def _make_room(self) -> None:
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
 
     async def _wait(self) -> None:
         future = asyncio.get_running_loop().create_future()
@@ -682,7 +530,7 @@ class Pump:
 
     def _is_let_go(self, again: _Again, health: TargetHealth) -> bool:
         """Let an event go that is not wanted any more, if it was reconfigured since its target had this health."""
-        if health is self.registration.health or again.letter is not None or self._passes(again.event):
+        if health is self.registration.health or again.letter is not None or self.registration.passes(again.event):
             return False
         self._done(again, Forgotten(position=again.event.position))
         return True
@@ -695,8 +543,7 @@ class Pump:
                 # With that it is found among what is due.
                 return
         if not self._stopping:
-            queue = self._again if again.event.failure is None else self._letters
-            queue.appendleft(replace(again, noted=False))
+            self._queue_of(again.event).appendleft(replace(again, noted=False))
 
     async def _note_attempt(self, again: _Again) -> _Again | None:
         """The event, once it is durable that its next attempt has begun; None when it or the shard was given up."""
@@ -708,9 +555,9 @@ class Pump:
         self._record(again, attempt=event.attempt, begun=True)
         if not (self._ordered or again.handed_over):
             # It has left the window with that, and is at work as one of those that are due again.
-            self._handed_over[event.position] = size_of(event)
+            self._due.begin(event)
             self.shard.window.settle(event.position)
-            self._make_room()
+            self._feed.make_room()
             again = replace(again, handed_over=True)
         again = replace(again, noted=True)
         backoff = Backoff(cap=1.0)
@@ -802,7 +649,7 @@ class Pump:
         """
         registration, retry = self.registration, self.registration.retry
         health = health or registration.health
-        if health.retired and (again is None or again.letter is None) and not self._passes(event):
+        if health.retired and (again is None or again.letter is None) and not self.registration.passes(event):
             # Reconfigured while it was at work: it is not wanted any more.
             self._done(again or _Again(event, handed_over=False), Forgotten(position=event.position))
             return
@@ -894,13 +741,16 @@ class Pump:
         else:
             self._done(again, outcome)
 
+    def _queue_of(self, event: Event) -> deque[_Again]:
+        return self._again if event.failure is None else self._letters
+
     def _later(self, delay: float, again: _Again) -> None:
         if self._stopping:
             return
 
         def due() -> None:
             self._timers.pop(timer, None)
-            (self._again if again.event.failure is None else self._letters).append(again)
+            self._queue_of(again.event).append(again)
             self._wake()
 
         timer = asyncio.get_running_loop().call_later(delay, due)
@@ -918,41 +768,26 @@ class Pump:
             if self._ordered or not isinstance(outcome, Forgotten):
                 self.shard.note(outcome)
             if not self._ordered and isinstance(outcome, Scheduled):
-                self._handed_over[event.position] = size_of(event)
+                self._due.begin(event)
             self.shard.window.settle(event.position)
             if self._ordered:
                 self._vacate(event)
-            self._make_room()
+            self._feed.make_room()
         self._note(self.shard)
 
     # Coming to an end.
 
     async def _finish(self) -> None:
-        """Wait until the subscription's end is reached, then say so durably."""
-        window = self.shard.window
-        goal = (self._lease.end_position or 0) - 1
-        if self._lease.end_at is not None:
-            while (left := await self._seconds_until(self._lease.end_at)) > 0:  # noqa: ASYNC110 - the server's clock
-                # The two clocks may drift apart, and either may be set.
-                await asyncio.sleep(min(left, _END_POLL))
-            # A check that began after the end: no event from before it can appear above what it proved.
-            proven = await self._prove_end()
-            goal = proven if self._lease.end_position is None else min(goal, proven)
-        while window.position < goal or len(window) or window.holes.below(goal):  # noqa: ASYNC110 - rare, and plain
-            await asyncio.sleep(_FINISH_POLL)
+        """Once the subscription's end is reached, say so durably."""
+        await settle_all(self.shard, seconds_until=self._seconds_until, prove_end=self._prove_end)
         if not self.shard.complete:
             self.shard.complete = True
-            if self._feeder is not None:
+            if self._feeding is not None:
                 # What is read now is for a later end, should there be one: left unread, it costs nothing till then.
-                self._feeder.cancel()
-            self._cursor.close()
+                self._feeding.cancel()
+            self._feed.close()
             self._note(self.shard)
             facts.emit("subscription complete", subscription=self.registration.name, shard=self.shard.lease.shard)
-
-
-_FINISH_POLL = 0.05
-_END_POLL = 30.0
-"""Seconds between looks at the server's clock while a subscription's end is far."""
 
 
 def _attempt(again: _Again) -> int:

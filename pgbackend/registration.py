@@ -10,6 +10,7 @@ What is stored of the subscription (its order, its bounds) is not here: it comes
 import asyncio
 import contextvars
 import inspect
+import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 
 from pgbackend import facts
 from pgbackend.event import Event
+from pgbackend.failures import describe
 from pgbackend.health import TargetHealth
 from pgbackend.model import ConsumerDispatcher, EventFilter
 from pgbackend.retry import Retry
@@ -69,6 +71,18 @@ class Registration:
         before.retire()
         if reason is not None:
             facts.emit("subscription resumed", subscription=self.name, reason=reason)
+
+    def passes(self, event: Event) -> bool:
+        """Whether the filter lets the event through."""
+        try:
+            return self.filter is None or bool(self.filter(event))
+        except Exception as error:  # noqa: BLE001 - a user's predicate may raise anything
+            # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
+            facts.emit(
+                "filter failed", level=logging.ERROR, subscription=self.name, position=event.position,
+                event_id=event.id, event_source=event.source, error=describe(error),
+            )  # fmt: skip
+            return True
 
     def close(self, *, cancel: bool = False) -> None:
         """Its threads end when they have done what they were given; what none has begun is cancelled if so wanted."""

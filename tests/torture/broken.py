@@ -1,8 +1,8 @@
 """A worker that is broken on purpose, as the environment says: what the torture test is there to find.
 
 fence      it takes every missing position for a dead one
-epochs     it commits offsets whoever has the shard by now
-doubt      it goes on when others may have taken over
+epochs     it goes on with a shard that it has lost, and commits offsets whoever has the shard by now
+doubt      it goes on when others may have taken over, until it looks who has which shard
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from pgbackend.holes import Evidence, Gaps
 from pgbackend.offsets import Committer
 from pgbackend.shard import Tenure
 from pgbackend.torture.worker import main
+from pgbackend.worker import Worker
 
 FENCED = (
     "AND stored.epoch = marked.epoch\n        AND stored.owner = $2\n        AND stored.position <= marked.position\n"
@@ -31,6 +32,9 @@ def break_fence() -> None:
 
 
 def break_epochs() -> None:
+    # Or it would have to be frozen with something on its way for its commits to come too late.
+    break_doubt()
+    setattr(Worker, "_on_lost", lambda *_: None)  # noqa: B010 - not its own
     init = Committer.__init__
 
     def unfenced(self: Committer, *args: Any, **options: Any) -> None:
@@ -44,6 +48,7 @@ def break_epochs() -> None:
 
 def break_doubt() -> None:
     setattr(Tenure, "valid_until", property(lambda _: math.inf, lambda *_: None))  # noqa: B010 - one of its slots
+    setattr(Worker, "_on_held", lambda *_: None)  # noqa: B010 - not its own
 
 
 if __name__ == "__main__":

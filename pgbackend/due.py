@@ -1,0 +1,88 @@
+"""The failed events of a shard that are due again: what is at work of them, and when the next ones are. Pure.
+
+They come from `redeliveries` and `dead_letters`, a few at a time, and until what became of them is committed they must
+not be taken again: a row can be seen before its commit is answered.
+"""
+
+import heapq
+from time import monotonic
+
+from pgbackend.event import Event
+from pgbackend.health import TargetHealth
+from pgbackend.reader import size_of
+from pgbackend.shard import Buried, DueRequest, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
+
+_ROOM = 200
+"""How many events that are due again a shard takes at a time."""
+_PROBE_ROOM = 20
+"""The same while the target is down."""
+
+
+class Due:
+    """Keeps one shard's account of them."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._ordered = shard.lease.order != "none"
+        self._events: dict[int, int] = {}
+        """Sizes by position, of what is at work from `redeliveries` or on its way there."""
+        self._letters: dict[int, int] = {}
+        """Sizes by dead letter, of those that were sent again."""
+        self._times: list[float] = []
+
+    def __len__(self) -> int:
+        """How many are at work."""
+        return len(self._events) + len(self._letters)
+
+    def __contains__(self, position: int) -> bool:
+        """Whether the event is at work already."""
+        return position in self._events
+
+    def begin(self, event: Event, *, letter: int | None = None) -> None:
+        """It is at work as one of those that are due again, or as a dead letter."""
+        if letter is None:
+            self._events[event.position] = size_of(event)
+        else:
+            self._letters[letter] = size_of(event)
+
+    def ask(self, health: TargetHealth) -> DueRequest | None:
+        """What there is room for; None when there is none, or the target wants nothing."""
+        if health.paused is not None:
+            return None
+        room = (_PROBE_ROOM if health.down else _ROOM) - len(self)
+        room_bytes = self._shard.window.max_bytes - sum(self._events.values()) - sum(self._letters.values())
+        if room <= 0 or room_bytes <= 0:
+            return None
+        return DueRequest(
+            lease=self._shard.lease,
+            events=not self._ordered,
+            room=room,
+            room_bytes=room_bytes,
+            positions=list(self._events),
+            letters=list(self._letters),
+        )
+
+    def committed(self, mark: Mark) -> None:
+        """What the mark says is durable now: what is at work no more may be found due again."""
+        now = monotonic()
+        for outcome in mark.outcomes.values():
+            match outcome:
+                case Scheduled(begun=True) | LetterFailed(begun=True):
+                    pass  # at work
+                case Scheduled(position=position, delay=delay):
+                    self._events.pop(position, None)
+                    if not self._ordered:
+                        heapq.heappush(self._times, now + delay)
+                case Forgotten(position=position) | Buried(position=position):
+                    self._events.pop(position, None)
+                case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
+                    self._letters.pop(letter, None)
+
+    def next(self) -> float | None:
+        """When something that was scheduled here is due, in monotonic seconds."""
+        return self._times[0] if self._times else None
+
+    def passed(self, now: float) -> None:
+        """The times up to now have been seen to."""
+        while self._times and self._times[0] <= now:
+            heapq.heappop(self._times)
