@@ -11,6 +11,7 @@ import pytest
 
 from pgbackend import Backend, ConfigError, Event, Retry, SubscriptionBusyError, SubscriptionNotFoundError
 from pgbackend.facts import Recorder
+from pgbackend.ranges import RangeSet
 from tests.support.catch import Catch, Gate, make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
@@ -163,6 +164,36 @@ async def test_an_open_appender_does_not_hold_the_change_up_and_its_event_is_han
     await observer.close()
 
     assert Counter(catch.ids).most_common(1)[0][1] == 1
+
+
+async def test_what_is_left_goes_to_the_shard_that_it_is_for_now(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    backend = Backend(database)
+    await backend.init()
+    await backend.subscribe("s", Catch(), start="earliest", shards=2)
+    await backend.produce_many([make_event(str(number), key=str(number)) for number in range(60)])
+    hashes = {
+        row["position"]: row["key_hash"]
+        for row in await observer.fetch("SELECT position, key_hash FROM pgbackend.events")
+    }
+    # Each has handled every third event only, and waits for one that is not there yet.
+    hole = 61
+    owed = {position for position in hashes if position % 3}
+    for shard in range(2):
+        mine = "".join(f",[{position},{position + 1})" for position in sorted(owed) if hashes[position] % 2 == shard)
+        await observer.execute(
+            "UPDATE pgbackend.offsets SET position = $1, pending = $2::text::int8multirange WHERE shard = $3",
+            hole, f"{{[{hole},{hole + 1}){mine}}}", shard,
+        )  # fmt: skip
+    await backend.reshard("s", 5)
+    left = {
+        row["shard"]: {position for position in range(1, hole + 1) if position in RangeSet.parse(row["pending"])}
+        for row in await observer.fetch("SELECT shard, pending::text FROM pgbackend.offsets")
+    }
+    await backend.stop()
+    await observer.close()
+
+    assert left == {n: {hole, *(position for position in owed if hashes[position] % 5 == n)} for n in range(5)}
 
 
 @pytest.mark.parametrize("order", ["none", "key"])

@@ -216,7 +216,8 @@ RETURNING name;
 -- name: switch_shards
 -- The old shards are over and gone, and the new ones may be claimed; nothing when the old ones are not over, or somebody
 -- still has one. What they leave pending goes to each of the new ones, since the key of an open hole is not known before
--- it appears; but what an old shard had settled while it was pending for another (a hole, to that one) is settled.
+-- it appears. What can be seen of it, where only some of the old ones have it pending, is looked at: it goes to the one
+-- whose it is now, or to none when the one whose it was has settled it (it was a hole, to the others).
 -- An old shard that is over because the subscription ends before `until` has not read what lies between: that is pending
 -- as well, for a later end.
 -- Nothing happens when a row is not what the snapshot shows once it is locked, as above.
@@ -247,15 +248,18 @@ left_over AS MATERIALIZED (
             WHERE ended.old
         ) AS any_shard,
         range_intersect_agg(found.pending) FILTER (WHERE found.old) AS every_shard,
-        max(found.shards) FILTER (WHERE found.old) AS shards
+        max(found.shards) FILTER (WHERE found.old) AS old_shards,
+        max(found.shards) FILTER (WHERE NOT found.old) AS new_shards
     FROM found
     LEFT JOIN locked USING (shards, shard, place)
     HAVING count(*) = count(locked.place)
         AND bool_or(found.old)
         AND bool_and(found.is_over)
 ),
-doubtful AS MATERIALIZED (
-    SELECT event.position, event.key_hash % left_over.shards AS shard
+visible AS MATERIALIZED (
+    SELECT event.position,
+        event.key_hash % left_over.old_shards AS old_shard,
+        event.key_hash % left_over.new_shards AS new_shard
     FROM left_over
     CROSS JOIN LATERAL unnest(left_over.any_shard - left_over.every_shard) AS open
     CROSS JOIN LATERAL (
@@ -268,11 +272,16 @@ doubtful AS MATERIALIZED (
         OFFSET 0
     ) AS event
 ),
-settled AS MATERIALIZED (
-    SELECT coalesce(range_agg(int8range(doubtful.position, doubtful.position + 1)), '{}') AS positions
-    FROM doubtful
-    JOIN found ON found.old AND found.shard = doubtful.shard
-    WHERE NOT found.pending @> doubtful.position
+seen AS MATERIALIZED (
+    SELECT coalesce(range_agg(int8range(position, position + 1)), '{}') AS positions
+    FROM visible
+),
+owed AS MATERIALIZED (
+    SELECT visible.new_shard AS shard, range_agg(int8range(visible.position, visible.position + 1)) AS positions
+    FROM visible
+    JOIN found ON found.old AND found.shard = visible.old_shard
+    WHERE found.pending @> visible.position
+    GROUP BY visible.new_shard
 ),
 ended AS (
     DELETE FROM {schema}.offsets
@@ -281,10 +290,11 @@ ended AS (
         AND EXISTS (SELECT FROM left_over)
 )
 UPDATE {schema}.offsets AS stored
-SET pending = left_over.any_shard - settled.positions,
+SET pending = left_over.any_shard - seen.positions
+        + coalesce((SELECT owed.positions FROM owed WHERE owed.shard = stored.shard), '{}'),
     epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
 FROM left_over
-CROSS JOIN settled
+CROSS JOIN seen
 WHERE stored.subscription = $1
     AND stored.until IS NULL
 RETURNING stored.shard;
