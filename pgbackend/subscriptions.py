@@ -215,6 +215,8 @@ class Subscriptions:
                     return True
                 if pause == _IMPATIENCE:
                     await rest.enter_async_context(self._at_rest(name, patience, on_rest))
+                else:
+                    await self._stay_at_rest(name, deadline, on_rest)
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, _PATIENCE)
         return False
@@ -231,6 +233,11 @@ class Subscriptions:
             yield
         finally:
             await self._log.database.execute(self._sql.rest, name, 0.0)
+
+    async def _stay_at_rest(self, name: str, deadline: float, on_rest: Callable[[], Awaitable[None]]) -> None:
+        """Ask for it again where it is over: another call that has what it wanted ends it for all."""
+        if await self._log.database.fetchval(self._sql.rest_again, name, deadline - time.monotonic() + _REST):
+            await on_rest()
 
     async def _change(
         self, stored: Definition, wanted: Definition, offset: _Offset | None, life: UUID | None, *, at_once: bool
@@ -283,6 +290,7 @@ class Subscriptions:
                         f"{patience:g} s. Its shards are as they were: try again, or end that process first.",
                         workers=owners,
                     )
+                await self._stay_at_rest(name, deadline, on_rest)
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, _PATIENCE)
         return False

@@ -72,6 +72,28 @@ async def test_the_number_goes_up_and_down_under_load(database: str, order: Any)
             assert positions == sorted(positions)
 
 
+async def test_several_who_want_different_numbers_each_get_theirs_in_turn(database: str) -> None:
+    observer = await asyncpg.connect(database)
+    handled: list[str] = []
+
+    async def handle(event: Event) -> None:
+        await asyncio.sleep(0.05)
+        handled.append(event.id)
+
+    async with Backend(database, **SETTINGS) as one, Backend(database, **SETTINGS) as two:
+        for backend in (one, two):
+            await backend.subscribe("s", handle, start="earliest", shards=2, concurrency=4)
+        await one.produce_many([make_event(str(number), key=str(number)) for number in range(300)])
+        with Recorder() as recorder:
+            await asyncio.gather(*((one, two)[shards % 2].reshard("s", shards) for shards in (3, 4, 5, 6, 7)))
+            changes = [int(str(fact["shards"])) for fact in recorder.all("subscription resharded")]
+        await settled(observer, 300, changes[-1])
+    await observer.close()
+
+    assert sorted(changes) == [3, 4, 5, 6, 7]
+    assert sorted(handled) == sorted(str(number) for number in range(300))
+
+
 async def test_shards_that_lag_go_on_to_where_the_farthest_one_is(database: str) -> None:
     observer = await asyncpg.connect(database)
     producer = Backend(database)

@@ -63,6 +63,7 @@ class SubscriptionsSql:
     alter_subscription: str
     note_start_bound: str
     rest: str
+    rest_again: str
     find_owners: str
     reshard: str
     switch_shards: str

@@ -137,6 +137,14 @@ UPDATE {schema}.subscriptions
 SET resting_until = CASE WHEN $2::float8 > 0 THEN clock_timestamp() + make_interval(secs => $2) END
 WHERE name = $1;
 
+-- name: rest_again
+-- The same for $2 seconds, unless it is at rest.
+UPDATE {schema}.subscriptions
+SET resting_until = clock_timestamp() + make_interval(secs => $2::float8)
+WHERE name = $1
+    AND (resting_until IS NULL OR resting_until <= clock_timestamp())
+RETURNING true;
+
 -- name: find_owners
 -- The workers that are alive and have a shard of this subscription, by their names.
 SELECT DISTINCT worker.name
