@@ -30,6 +30,8 @@ from tests.support.catch import Catch, make_event
 from tests.support.claims import claim_free
 from tests.support.polling import eventually
 
+pytestmark = pytest.mark.direct
+
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1}
 INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/plain', 'sql')"
 
