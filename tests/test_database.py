@@ -91,6 +91,7 @@ async def test_when_no_host_is_a_primary_each_says_why() -> None:
     assert f"PostgreSQL at {refusing} cannot be reached: " in text
 
 
+@pytest.mark.direct
 async def test_a_primary_that_takes_no_writes_is_passed_over_where_there_are_several(database: str) -> None:
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(Proxy(database))
@@ -111,6 +112,7 @@ async def test_a_service_that_does_not_tell_its_timeline_is_used_all_the_same(da
     await connection.close()
 
 
+@pytest.mark.direct
 async def test_what_is_wrong_with_every_host_is_no_outage(database: str) -> None:
     async with Proxy(database) as proxy:
         parts = urlsplit(_with_hosts(proxy.dsn, "", ""))
