@@ -43,7 +43,9 @@ class Report:
         for rule, ruling in self.verdict.rulings.items():
             if ruling.evidence:
                 parts += ["", f"## {rule}", "", *(f"    {line}" for line in ruling.evidence)]
-        return "\n".join([*parts, "", "## The plan", "", *(f"    {step}" for step in self.plan.steps), ""])
+        plan = f"`pgbackend torture --minutes {self.plan.seconds / 60:g} --seed {self.plan.seed} --plan`"
+        parts += ["", f"What was done to whom, and when: {plan} (with `--dsn` where there was one)."]
+        return "\n".join([*parts, ""])
 
     def _title(self) -> str:
         kept = "every promise was kept" if self.verdict.kept else "PROMISES WERE BROKEN"

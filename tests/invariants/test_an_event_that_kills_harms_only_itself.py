@@ -17,7 +17,8 @@ from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.worker import Worker
 
-SETTINGS: dict[str, object] = {"commit_interval": 0.02, "poll_interval": 0.1}
+# Through a pooler each death is noticed by the lease alone.
+SETTINGS: dict[str, object] = {"commit_interval": 0.02, "poll_interval": 0.1, "lease_timeout": 5.0}
 ATTEMPTS = 3
 
 
