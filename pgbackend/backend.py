@@ -9,7 +9,7 @@ From `produce()` to the committed offset, one function a step:
 | 3 | `Hints.ring`, `Notifier.notify`    | `notify`              | readers may know; nothing depends on it            |
 | 4 | `Stream.run` → `Reader.read`       | `read_page`           | a page above the reading place, in log order       |
 | 5 | `Gaps.narrow` … `Gaps.bury`        | `appenders_in_flight` | a missing position is dead, pending, or awaited    |
-| 6 | `Pump._admit` → `Window.open`      |                       | it is in flight, within the bounds                 |
+| 6 | `Feed._admit` → `Window.open`      |                       | it is in flight, within the bounds                 |
 | 7 | `Pump._deliver` → the dispatcher   |                       | it was handled, or raised; no transaction was open |
 | 8 | `Window.settle`, `Shard.note`      |                       | settled, or on its way to redelivery or burial     |
 | 9 | `Committer.run_once`               | `commit_offsets`      | durable, under the shard's epoch                   |
