@@ -26,8 +26,9 @@ from pgbackend.torture.plan import Plan
 from pgbackend.torture.report import Report
 from pgbackend.torture.verdict import Records, Verdict, judge
 
-DRAIN_TIMEOUT = 60.0
-"""Seconds in which everything is settled once nobody is harmed any more, and a tenth of the run in addition."""
+_STANDSTILL = 60.0
+"""Seconds in which something is settled once nobody is harmed any more, until everything is. How long that takes is the
+machine's affair: producers do not wait for those who lag behind."""
 _POLL = 0.25
 
 
@@ -94,7 +95,7 @@ async def _torture(
             await chaos.end(plan.producers)
             progress("waiting until everything is settled")
             began = time.monotonic()
-            unsettled = await _drain(evidence, chaos, DRAIN_TIMEOUT + plan.seconds / 10)
+            unsettled = await _drain(evidence, chaos, most=_STANDSTILL + plan.seconds)
             drained = time.monotonic() - began
             await chaos.end(plan.workers)
             await evidence.collect(directory, unsettled=unsettled, ended=chaos.ended)
@@ -106,10 +107,16 @@ async def _torture(
     return drained
 
 
-async def _drain(evidence: Evidence, chaos: Chaos, timeout: float) -> list[str]:
-    """Wait until everything is settled; what is not when the time is up."""
-    deadline = time.monotonic() + timeout
-    while (unsettled := await evidence.unsettled()) and time.monotonic() < deadline:
+async def _drain(evidence: Evidence, chaos: Chaos, *, most: float) -> list[str]:
+    """Wait until everything is settled; what is not after a standstill, or after `most` seconds."""
+    began = moved = time.monotonic()
+    before: list[str] = []
+    while unsettled := await evidence.unsettled():
+        now = time.monotonic()
+        if unsettled != before:
+            before, moved = unsettled, now
+        if now > min(moved + _STANDSTILL, began + most):
+            break
         chaos.look()
         await asyncio.sleep(_POLL)
     return unsettled

@@ -11,15 +11,15 @@ position, so that an hour's records fit into memory. What counts as a violation,
 - **Beside the new owner**: a process whose connections hold, and which runs, handles nothing under a lease that another
   has taken over. One that was hit may finish what it had begun, and may begin what it was just about to: one event when
   it wakes, or when it hears that its connection is gone, and whatever it begins before it can have heard, for a second.
-- An event that was **at work when its process lost the shard** may have that counted as a failed attempt, and so may
-  become a dead letter though it never fails: after as many as it has attempts.
+- An event that was **at work when its process lost the shard**, or handled and not yet committed, may have that counted
+  as a failed attempt, and so may become a dead letter though it never fails: after as many as it has attempts.
 - **Late** events may come behind later ones of their key: those whose transaction was open for as long as `hole_wait`,
   or may have been; not what was acknowledged before the later one was even sent.
 """
 
 from array import array
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +36,8 @@ _RECENT = 10 * SECOND
 """A blow explains what is lost within this time: longer than a lease, and the round that takes it over."""
 _UNAWARE = 1 * SECOND
 """A process whose connection is gone may not have heard of it for so long."""
+_UNCOMMITTED = 2000
+"""More than a shard can have handled since its last commit: twice its window."""
 _EVIDENCE = 5
 """Lines of evidence that are kept of each rule's violations."""
 
@@ -181,7 +183,7 @@ class _Progress:
         """Under which lease its last dispatch began; 0 before the first."""
         self.attempts = bytearray(size)
         self.interrupted = bytearray(size)
-        """How often its process had lost the shard to another one while it was at work: killed, frozen or cut off."""
+        """How often its process had lost the shard, killed, frozen or cut off, before its outcome was committed."""
         self.done = bytearray(size)
 
 
@@ -233,6 +235,8 @@ class _Lease:
     successor: "_Lease | None" = None
     given_up: bool = False
     """Whether its owner had said so before."""
+    finished: deque[int] = field(default_factory=lambda: deque(maxlen=_UNCOMMITTED))
+    """Positions that were handled, or given up, last."""
 
     def cause(self, at: int) -> str | None:
         """What explains that it was lost; None when nothing does."""
@@ -483,10 +487,15 @@ class _Judge:
             return
         owner.lost_at, owner.successor = note.at, lease
         former = owner.process
-        progress = self._progress[subscription]
-        for handling in former.open.values():
-            if handling.lease is owner and handling.position < len(self._ids):
-                progress.interrupted[handling.position] = min(progress.interrupted[handling.position] + 1, 255)
+        progress, claim = self._progress[subscription], self._claims.get(epoch)
+        at_work = [handling.position for handling in former.open.values() if handling.lease is owner]
+        uncommitted = [
+            position for position in set(owner.finished)
+            if claim is not None and (position > claim.position or position in claim.pending)
+        ]  # fmt: skip
+        for position in at_work + uncommitted:
+            if position < len(self._ids):
+                progress.interrupted[position] = min(progress.interrupted[position] + 1, 255)
         if former is not process and not owner.given_up:
             struck_at = former.killed_at if former.killed_at != _NO_TIME else former.struck_at
             if struck_at > owner.claimed_at and (former.killed_at != _NO_TIME or owner.cause(note.at) is not None):
@@ -641,6 +650,8 @@ class _Judge:
                 progress.done[position] = 1
                 self.verdict.tallies[subscription].handled += 1
             number = 0 if self._terms[subscription].order == "strict" else self._lanes[position]
+            if lease is not None and (fine or self._is_final(handling)):
+                lease.finished.append(position)
             lane = self._order.get((subscription, number))
             if lane is not None and lease is not None and (lane.epoch, lane.position) == (lease.epoch, position):
                 lane.finished = fine or self._is_final(handling)

@@ -639,6 +639,21 @@ def test_what_was_at_work_whenever_its_process_was_killed_may_be_taken_for_what_
     assert story.broken() == ([] if times == RETRY.attempts else [verdict.LETTERS])
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_was_handled_and_not_committed_whenever_its_process_was_killed_is_no_other(*, committed: bool) -> None:
+    story = _flaky(FINE)
+    for attempt in range(RETRY.attempts):
+        place, other = ("w1", "w2") if attempt % 2 == 0 else ("w2", "w1")
+        story.end(place, story.begin(place, FINE, attempt=attempt + 1))
+        if committed:
+            story.commit(place, FINE, generation=max(attempt, 1))
+        story.chaos("kill", place)
+        story.start(place, attempt + 2)
+        story.claim(other, generation=1 if attempt == 0 else attempt + 1)
+    story.letters.append(Letter("flaky", f"p-{FINE}", RETRY.attempts))
+    assert (verdict.LETTERS in story.broken()) == committed
+
+
 def test_a_dead_letter_of_nothing_is_a_violation() -> None:
     story = _flaky(FINE)
     story.handle("w1", FINE)
