@@ -36,6 +36,8 @@ class Committer:
         self._dirty: dict[Shard, None] = {}
         self._due = asyncio.Event()
         self._one_commit = asyncio.Lock()
+        self._under_way: dict[Shard, Mark] = {}
+        """What is being committed, as long as the server has not said that it is."""
         self.on_committed: Callable[[Shard, Mark], None] = lambda *_: None
         """Called for each shard after its mark was committed."""
         self.on_lost: Callable[[Shard], None] = lambda _: None
@@ -76,11 +78,12 @@ class Committer:
             shards, self._dirty = self._dirty, {}
             self._due.clear()
             marks = {shard: mark for shard in shards if not shard.lost and (mark := shard.collect()) is not None}
+            self._under_way = dict(marks)
             try:
                 await self._commit(marks)
             except BaseException:
-                # Also when cut off in the middle: what was committed is committed again, to the same effect.
-                for shard, mark in marks.items():
+                # Also when cut off in the middle: what was committed unheard is committed again, to the same effect.
+                for shard, mark in self._under_way.items():
                     shard.give_back(mark)
                     self.note(shard)
                 raise
@@ -234,6 +237,7 @@ class Committer:
                 missing[shard] = mark
             else:
                 shard.confirm(mark, place)
+                del self._under_way[shard]
                 self.on_committed(shard, mark)
         if places:
             facts.emit("offsets committed", level=logging.DEBUG, shards=len(places))

@@ -54,6 +54,7 @@ from pgbackend.shard import (
     Scheduled,
     Shard,
     Waiting,
+    outcome_key,
 )
 from pgbackend.tail import Cursor
 
@@ -228,7 +229,7 @@ class Pump:
             shard.crashes
             and not (shard.calm or self._due)
             and self._care.is_past()
-            and shard.window.is_settled(self._lease.head)
+            and (self._lease.complete or shard.window.is_settled(self._lease.last_open))
         ):
             shard.calm = True
             self._care.taken = False
@@ -552,7 +553,7 @@ class Pump:
             # What it did to the process that made its last attempt, nobody could say at the time.
             self._fail(event.with_delivery(attempt=retry.attempts, failure=event.failure), ProcessDied(), again=again)
             return None
-        self._record(again, attempt=event.attempt, begun=True)
+        noted = self._record(again, attempt=event.attempt, begun=True)
         if not (self._ordered or again.handed_over):
             # It has left the window with that, and is at work as one of those that are due again.
             self._due.begin(event)
@@ -561,11 +562,14 @@ class Pump:
             again = replace(again, handed_over=True)
         again = replace(again, noted=True)
         backoff = Backoff(cap=1.0)
-        while not self.shard.lost:
+        while not self._stopping:
             try:
                 await self._commit()
                 break
             except DatabaseError as error:
+                if self.shard.outcomes.get(outcome_key(noted)) is not noted:
+                    # It was committed; what was refused is another shard's.
+                    break
                 facts.emit("attempt not noted", level=backoff.failed(), shard=self.shard.name, error=str(error))
             await backoff.wait()
         while not self._stopping:
@@ -575,28 +579,23 @@ class Pump:
         self._record(again, attempt=event.attempt - 1, begun=again.begun)
         return None
 
-    def _record(self, again: _Again, *, attempt: int, begun: bool) -> None:
+    def _record(self, again: _Again, *, attempt: int, begun: bool) -> Outcome:
         """Note how many attempts the event has behind it, and whether the last of them has only begun."""
-        if self.shard.lost:
-            return
         event, error = again.event, describe(ProcessDied())
         delay = min(self.registration.retry.wait_before(max(attempt, 1)), _LONGEST) if begun else 0.0
+        outcome: Outcome
         if again.letter is not None:
-            self.shard.note(
-                LetterFailed(letter=again.letter, attempt=attempt, delay=delay, error=error, details={}, begun=begun)
-            )
+            outcome = LetterFailed(
+                letter=again.letter, attempt=attempt, delay=delay, error=error, details={}, begun=begun
+            )  # fmt: skip
         else:
-            self.shard.note(
-                Scheduled(
-                    position=event.position,
-                    attempt=attempt,
-                    delay=delay,
-                    error=error,
-                    failure=event.failure,
-                    begun=begun,
-                )
+            outcome = Scheduled(
+                position=event.position, attempt=attempt, delay=delay, error=error, failure=event.failure, begun=begun
             )
-        self._note(self.shard)
+        if not self.shard.lost:
+            self.shard.note(outcome)
+            self._note(self.shard)
+        return outcome
 
     async def _dispatch(self, again: _Again, *, probe: bool) -> None:
         """Dispatch it, and note what becomes of it."""

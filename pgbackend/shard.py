@@ -131,6 +131,11 @@ class Lease:
         bounds = [self.end_position, None if self.until is None else self.until + 1]
         return min((bound for bound in bounds if bound is not None), default=None)
 
+    @property
+    def last_open(self) -> int:
+        """The highest position that a former owner may have had at work."""
+        return self.head if self.stop is None else min(self.head, self.stop - 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:

@@ -271,14 +271,20 @@ class Worker:
             },
             list(peers.values()),
         )
-        wanted = [key for key, worker in plan.items() if worker == self._id and open_now[key].owner != self._id]
+        # One whose pump is still ending here would run twice in this process, and nobody can be asked for it meanwhile.
+        here = {pump.shard.lease.key for pump, _ in self._pumps.values()} | set(+self._retiring)
+        wanted = [
+            key for key, worker in plan.items()
+            if worker == self._id and open_now[key].owner != self._id and key not in here
+        ]  # fmt: skip
         await self._announce(survey, me, asks=any(not open_now[key].free for key in wanted))
         self._give_up(
             shard.epoch
             for key, shard in open_now.items()
             if shard.owner == self._id and key in plan and plan[key] != self._id and peers[plan[key]].asks
         )
-        await self._claim([key for key in wanted if open_now[key].free] + self._left_lying(open_now, me))
+        left = [key for key in self._left_lying(open_now, me) if key not in here]
+        await self._claim([key for key in wanted if open_now[key].free] + left)
 
     def _able(self) -> frozenset[str]:
         """The subscriptions whose shards this worker can run now."""
@@ -320,10 +326,8 @@ class Worker:
         ]
 
     async def _claim(self, keys: Sequence[ShardKey]) -> None:
-        # One whose pump is still ending here would run twice in this process.
-        free = [key for key in dict.fromkeys(keys) if not self._retiring[key]]
         doubts = self._doubts
-        for lease in await self._leases.claim(free) if free else ():
+        for lease in await self._leases.claim(list(dict.fromkeys(keys))) if keys else ():
             registration = self._registrations.get(lease.subscription)
             if registration is None or registration.resting:
                 # Unsubscribed in this moment, or it is being moved.

@@ -268,6 +268,10 @@ async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
         assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 'other'") == [(12,)]
         assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 's'") == [(0,)]
         assert [fact["shard"] for fact in recorder.all("commit refused")] == ["s/0"]
+        # Or it would be committed with each try at the one that is refused: a failed event would never be due.
+        assert shards["other"].outcomes == {}
+        assert list(shards["s"].outcomes) == [("event", 3)]
+        assert not shards["other"].noted
 
 
 async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: str) -> None:

@@ -162,6 +162,38 @@ async def test_a_shard_is_given_up_once_what_is_at_work_there_has_ended(database
     assert sorted(gate.handled + catch.ids) == sorted([*(str(number) for number in range(40)), "late"])
 
 
+async def test_who_lost_a_shard_neither_takes_it_anew_nor_asks_for_it_while_something_is_at_work_there(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer = await asyncpg.connect(database)
+    gate, rounds, run_round = Gate(), Counter[RunningWorker](), RunningWorker.run_round
+
+    async def counted(self: RunningWorker) -> None:
+        await run_round(self)
+        rounds[self] += 1
+
+    monkeypatch.setattr(RunningWorker, "run_round", counted)
+    async with Backend(database, **SETTINGS) as one, Backend(database) as operator:
+        await one.subscribe("s", gate, start="earliest", order="key")
+        await operator.produce_many([make_event(str(number), key="k") for number in range(3)])
+        await gate.holds(1)
+        with Recorder() as recorder:
+            await operator.seek("s", "earliest")
+            await recorder.wait("lease lost")
+            lost_at = rounds.copy()
+
+            async def looked_often() -> bool:
+                return rounds[one._worker] >= lost_at[one._worker] + 4  # type: ignore[index] # it runs
+
+            await eventually("it has looked several times", looked_often)
+            assert gate.waiting == ["0"], "two of a key are at work at once"
+            assert recorder.all("lease claimed") == []
+            assert await observer.fetchval("SELECT count(asked_at) FROM pgbackend.workers") == 0
+            gate.open()
+            await recorder.wait("lease claimed")
+    await observer.close()
+
+
 async def test_a_shard_that_its_worker_does_not_take_is_not_left_lying(database: str) -> None:
     """Somebody is alive, by its heartbeat, and hangs."""
     observer = await asyncpg.connect(database)

@@ -12,6 +12,7 @@ import pytest
 
 from pgbackend import Backend, Event, Pause, Retry
 from pgbackend.care import Care
+from pgbackend.facts import Recorder
 from tests.support.catch import Catch, Gate, make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
@@ -270,6 +271,56 @@ async def test_one_that_has_more_attempts_behind_it_than_there_are_now_gets_its_
     await observer.close()
 
     assert attempts == [("a", 4)]
+
+
+async def test_what_is_refused_of_another_subscription_does_not_keep_it_from_being_dispatched(database: str) -> None:
+    """Before each event that is dispatched with care, the attempt is committed together with all that there is."""
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    async with with_care(database) as backend:
+        await observer.execute(
+            """
+            CREATE FUNCTION pgbackend.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF new.subscription = 'refused' THEN
+                    RAISE 'as planned';
+                END IF;
+                RETURN new;
+            END $$;
+            CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON pgbackend.redeliveries
+                FOR EACH ROW EXECUTE FUNCTION pgbackend.refuse();
+            """
+        )
+        with Recorder() as recorder:
+            await backend.subscribe("refused", Catch(fails=lambda _: True), start="earliest", retry=Retry(delay=0.0))
+            await recorder.wait("commit failed")
+            await backend.subscribe("s", catch)
+            await catch.has("a", "b")
+    await observer.close()
+
+
+async def test_crashes_are_forgotten_where_a_subscription_ends_before_the_log(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgbackend.care._CALM_AFTER", 0.0)
+    observer = await asyncpg.connect(database)
+    async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
+        await backend.produce_many([make_event(str(number)) for number in range(3)])
+        # Once with something to do, once when it is complete.
+        for _ in range(2):
+            await backend.subscribe("s", Catch(), start="earliest", end=2)
+            await backend.unsubscribe("s")
+            await observer.execute("UPDATE pgbackend.offsets SET crashes = 2")
+            await backend.subscribe("s", Catch(), start="earliest", end=2)
+
+            async def are_forgotten() -> bool:
+                return bool(
+                    await observer.fetchval("SELECT completed_at IS NOT NULL AND crashes = 0 FROM pgbackend.offsets")
+                )
+
+            await eventually("its owners' deaths are forgotten", are_forgotten)
+            await backend.unsubscribe("s")
+    await observer.close()
 
 
 async def test_what_waits_to_be_alone_goes_the_new_way_or_none(database: str) -> None:
