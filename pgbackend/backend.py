@@ -42,7 +42,7 @@ from pgbackend.errors import (
     SchemaError,
     SubscriptionNotFoundError,
 )
-from pgbackend.model import ConsumerDispatcher, DeadLetter, EventFilter, Info, Order, Position, Status
+from pgbackend.model import MAX_SHARDS, ConsumerDispatcher, DeadLetter, EventFilter, Info, Order, Position, Status
 from pgbackend.probe import Probe, all_ok, distrust
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
@@ -792,6 +792,8 @@ def _check_terms(name: str, *, start: object, end: object, order: str, shards: i
     if order not in ("none", "key", "strict"):
         raise ConfigError(f"order of {name!r} is {order!r}: expected none, key or strict.")
     _check_count(name, "shards", shards)
+    if shards > MAX_SHARDS:
+        raise ConfigError(f"shards of {name!r} is {shards}: expected at most {MAX_SHARDS}.")
     if order == "strict" and shards != 1:
         raise ConfigError(f"Subscription {name!r} is strict with {shards} shards: log order needs a single one.")
     for label, bound in (("start", start), ("end", end)):

@@ -26,6 +26,8 @@ class Due:
         self._ordered = shard.lease.order != "none"
         self._events: dict[int, int] = {}
         """Sizes by position, of what is at work from `redeliveries` or on its way there."""
+        self._given_up: set[int] = set()
+        """Those of them that are for the dead-letter dispatcher."""
         self._letters: dict[int, int] = {}
         """Sizes by dead letter, of those that were sent again."""
         self._times: list[float] = []
@@ -42,20 +44,29 @@ class Due:
         """It is at work as one of those that are due again, or as a dead letter."""
         if letter is None:
             self._events[event.position] = size_of(event)
+            if event.failure is not None:
+                self._given_up.add(event.position)
         else:
             self._letters[letter] = size_of(event)
 
-    def ask(self, health: TargetHealth) -> DueRequest | None:
-        """What there is room for; None when there is none, or the target wants nothing."""
+    def ask(self, health: TargetHealth, *, dead_letters: bool) -> DueRequest | None:
+        """What there is room for; None when there is none, or the target wants nothing.
+
+        `dead_letters`: whether there is a dispatcher for what was given up. A target that is down does not hold that.
+        """
         if health.paused is not None:
             return None
-        room = (_PROBE_ROOM if health.down else _ROOM) - len(self)
+        room = (_PROBE_ROOM if health.down else _ROOM) - (len(self) - len(self._given_up))
+        given_up = room <= 0 and dead_letters
+        if given_up:
+            room = _ROOM - len(self)
         room_bytes = self._shard.window.max_bytes - sum(self._events.values()) - sum(self._letters.values())
         if room <= 0 or room_bytes <= 0:
             return None
         return DueRequest(
             lease=self._shard.lease,
             events=not self._ordered,
+            given_up=given_up,
             room=room,
             room_bytes=room_bytes,
             positions=list(self._events),
@@ -70,13 +81,17 @@ class Due:
                 case Scheduled(begun=True) | LetterFailed(begun=True):
                     pass  # at work
                 case Scheduled(position=position, delay=delay):
-                    self._events.pop(position, None)
+                    self._leave(position)
                     if not self._ordered:
                         heapq.heappush(self._times, now + delay)
                 case Forgotten(position=position) | Buried(position=position):
-                    self._events.pop(position, None)
+                    self._leave(position)
                 case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
                     self._letters.pop(letter, None)
+
+    def _leave(self, position: int) -> None:
+        self._events.pop(position, None)
+        self._given_up.discard(position)
 
     def next(self) -> float | None:
         """When something that was scheduled here is due, in monotonic seconds."""

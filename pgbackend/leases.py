@@ -67,6 +67,14 @@ class Leases:
         self._sql = load(LeasesSql, "leases", schema=schema)
         self._worker = worker
 
+    async def verify_presence(self) -> None:
+        """Raises ConnectionLostError when this worker's sign of life cannot be seen where its leases are."""
+        if not await self._log.database.fetchval(self._sql.find_worker, self._worker):
+            raise ConnectionLostError(
+                "listen_dsn does not lead to the same database as dsn: nobody could see there that this worker lives. "
+                "Give the same database in both, or no listen_dsn."
+            )
+
     async def survey(self) -> "Survey":
         """Who is alive, and who has which shard."""
         # Workers first: of a shard's owner that is not among them, nothing is known yet but that it lives.

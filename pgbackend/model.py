@@ -21,6 +21,9 @@ Epoch = NewType("Epoch", int)
 
 Order = Literal["none", "key", "strict"]
 
+MAX_SHARDS = 1024
+"""Of a subscription: each worker looks at every shard there is each second."""
+
 ConsumerDispatcher = Callable[["Event"], Awaitable[Any] | Any]
 """Handles one event. Returning means handled, raising means failed. A plain function runs in a thread."""
 

@@ -326,7 +326,10 @@ class Pump:
 
     def ask_due(self) -> DueRequest | None:
         """What this pump would take now of the events that are due again; None when it has no room, or is paused."""
-        return None if self._stopping or self.shard.lost else self._due.ask(self.registration.health)
+        if self._stopping or self.shard.lost:
+            return None
+        registration = self.registration
+        return self._due.ask(registration.health, dead_letters=registration.dispatch_dead is not None)
 
     def take_due(self, event: Event, letter: int | None, *, begun: bool) -> None:
         """Take an event that is due again; one that does not pass the filter any more is let go.

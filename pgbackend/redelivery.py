@@ -40,7 +40,10 @@ class Redelivery:
         found: list[DueEvent] = []
         if from_log := [request for request in requests if request.events]:
             rows = await self._database.fetch(
-                self._sql.find_due, *_asked(from_log), *_at_work((one.lease.epoch, one.positions) for one in from_log)
+                self._sql.find_due,
+                *_asked(from_log),
+                *_at_work((one.lease.epoch, one.positions) for one in from_log),
+                [one.given_up for one in from_log],
             )
             found += [
                 DueEvent(
@@ -51,11 +54,11 @@ class Redelivery:
                 )
                 for row in rows
             ]
-        if requests:
+        if for_target := [request for request in requests if not request.given_up]:
             rows = await self._database.fetch(
                 self._sql.find_due_letters,
-                *_asked(requests),
-                *_at_work((one.lease.epoch, one.letters) for one in requests),
+                *_asked(for_target),
+                *_at_work((one.lease.epoch, one.letters) for one in for_target),
             )
             found += [
                 DueEvent(

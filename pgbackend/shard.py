@@ -158,6 +158,8 @@ class DueRequest:
     lease: Lease
     events: bool
     """Whether also from `redeliveries`: in ordered modes they wait in the window, and come by the pump's own clock."""
+    given_up: bool
+    """Whether only what is for the dead-letter dispatcher."""
     room: int
     room_bytes: int
     positions: list[int]

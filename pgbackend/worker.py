@@ -135,6 +135,7 @@ class Worker:
         await self._leases.forget_dead()
         await self._presence.start()
         try:
+            await self._leases.verify_presence()
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 self._tail = Tail(

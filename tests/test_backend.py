@@ -241,7 +241,8 @@ def test_a_setting_that_cannot_be_is_refused_before_any_connection(setting: dict
     "option",
     [
         {"name": ""}, {"name": "a\0b"}, {"name": 7}, {"dispatcher": None}, {"order": "fifo"}, {"concurrency": 0},
-        {"shards": 0}, {"shards": 2.0}, {"order": "strict", "shards": 2}, {"start": "now"}, {"start": True},
+        {"shards": 0}, {"shards": 2.0}, {"shards": 1025}, {"order": "strict", "shards": 2},
+        {"start": "now"}, {"start": True},
         {"start": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
         {"end": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
         {"end": 0}, {"end": "latest"}, {"retry": 5}, {"dead_letter": "nobody"}, {"start": -1},

@@ -122,6 +122,35 @@ async def test_more_events_than_fit_at_once_are_all_tried_again(database: str) -
     assert sorted(catch.ids, key=int) == [str(number) for number in range(1, 1000, 2)]
 
 
+async def test_a_target_that_is_down_does_not_hold_what_is_for_the_dead_letter_dispatcher(
+    database: str, backend: Backend
+) -> None:
+    observer = await asyncpg.connect(database)
+    dead = Catch()
+    await backend.produce_many([make_event(str(number)) for number in range(60)])
+    await backend.subscribe("s", print, start="earliest")
+    await backend.unsubscribe("s")
+    await observer.execute("UPDATE pgbackend.offsets SET position = 60")
+    # More than a target that is down is probed with, and behind them one that was given up.
+    await observer.execute(
+        """
+        INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error, failure)
+        SELECT 's', position, key_hash, 1, now() + make_interval(secs => position::float8 / 1000 - 1), 'it failed',
+            CASE WHEN id = '59' THEN '{"error": "no", "attempts": 1, "details": {}}' END::jsonb
+        FROM pgbackend.events
+        """
+    )
+    await observer.close()
+
+    async def down(event: Event) -> None:
+        raise RuntimeError("down")
+
+    async with Backend(database, **SETTINGS) as running:
+        await running.subscribe("s", down, dead_letter=dead, retry=Retry(attempts=1000, delay=5.0))
+        await dead.has("59")
+    assert dead.ids == ["59"]
+
+
 async def test_dead_letters_carry_their_event_and_are_listed_by_subscription(database: str) -> None:
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", reject)

@@ -113,3 +113,20 @@ async def test_a_dispatcher_that_is_cancelled_has_ended_before_its_shard_is_give
         await begun.wait()
 
     assert order == ["cancelled", "given up"]
+
+
+@pytest.mark.direct
+async def test_a_way_to_listen_that_leads_elsewhere_is_found_out(database: str, empty_database: str) -> None:
+    """Nobody could see there that the worker lives: its shards would be taken as those of a dead one, over and over."""
+    elsewhere = Backend(empty_database)
+    await elsewhere.init()
+    await elsewhere.stop()
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, listen_dsn=empty_database) as backend:
+            await backend.subscribe("s", catch)
+            await backend.produce(make_event("a"))
+            fact = await recorder.wait("worker cannot start")
+    assert "listen_dsn does not lead to the same database as dsn" in str(fact["error"])
+    assert not recorder.all("lease claimed")
+    assert not catch.attempts

@@ -8,7 +8,7 @@ import click
 
 from pgbackend.backend import Backend
 from pgbackend.cli.options import backend_options, connected, table
-from pgbackend.model import ShardStatus
+from pgbackend.model import MAX_SHARDS, ShardStatus
 from pgbackend.subscriptions import Place
 
 
@@ -53,7 +53,7 @@ def seek(name: str, place: str, dsn: str, listen_dsn: str | None, schema: str) -
 
 @subscriptions.command()
 @click.argument("name")
-@click.argument("shards", type=click.IntRange(min=1))
+@click.argument("shards", type=click.IntRange(1, MAX_SHARDS))
 @backend_options()
 def reshard(name: str, shards: int, dsn: str, listen_dsn: str | None, schema: str) -> None:
     """Spread a subscription over another number of shards, while it runs.

@@ -18,10 +18,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_core import PydanticCustomError
 from yarl import URL
 
+from pgbackend.model import MAX_SHARDS
+
 _MAX_POSITION = 2**63 - 1
 _MAX_RETRIES = 2**31 - 2
 _MAX_CONCURRENCY = 10_000
-_MAX_SHARDS = 1024
 _MAX_NAME = 200
 _LONGEST = 36_525 * 86_400.0  # a century, in seconds: what PostgreSQL and the event loop can surely wait
 _SECRET_BYTES = 1 << 16  # more than a header may have; what is larger is another file, or one without end
@@ -328,7 +329,7 @@ Retries = Annotated[int, BeforeValidator(_whole(0, _MAX_RETRIES)), WithJsonSchem
 Concurrency = Annotated[
     int, BeforeValidator(_whole(1, _MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, _MAX_CONCURRENCY))
 ]
-Shards = Annotated[int, BeforeValidator(_whole(1, _MAX_SHARDS)), WithJsonSchema(_whole_schema(1, _MAX_SHARDS))]
+Shards = Annotated[int, BeforeValidator(_whole(1, MAX_SHARDS)), WithJsonSchema(_whole_schema(1, MAX_SHARDS))]
 StartPosition = Annotated[int, BeforeValidator(_position(0)), WithJsonSchema(_whole_schema(0, _MAX_POSITION))]
 EndPosition = Annotated[int, BeforeValidator(_position(1)), WithJsonSchema(_whole_schema(1, _MAX_POSITION))]
 BoundStart = Annotated[datetime, BeforeValidator(lambda value: _instant(value, up=False)), WithJsonSchema(_TIME)]

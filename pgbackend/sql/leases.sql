@@ -18,6 +18,9 @@ SELECT coalesce(array_agg(epoch), '{}') AS epochs
 FROM {schema}.offsets
 WHERE owner = $1;
 
+-- name: find_worker
+SELECT EXISTS (SELECT FROM {schema}.workers WHERE id = $1);
+
 -- name: announce
 -- What this worker runs, and whether it has room for more: that is forgotten after a moment if it is not said again.
 UPDATE {schema}.workers

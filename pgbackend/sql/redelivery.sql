@@ -13,14 +13,15 @@ FROM (
             PARTITION BY asked.epoch ORDER BY due.due_at, event.position
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
         ) AS bytes_before
-    FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[], $6::bigint[])
-        AS asked (epoch, subscription, shard, shards, room, room_bytes)
+    FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[], $6::bigint[], $9::boolean[])
+        AS asked (epoch, subscription, shard, shards, room, room_bytes, given_up)
     CROSS JOIN LATERAL (
         SELECT *
         FROM {schema}.redeliveries AS waiting
         WHERE waiting.subscription = asked.subscription
             AND waiting.due_at <= clock_timestamp()
             AND waiting.key_hash % asked.shards = asked.shard
+            AND (waiting.failure IS NOT NULL OR NOT asked.given_up)
             AND waiting.position <> ALL (
                 -- An array, made once for each shard: for each row it took a minute with 160 shards and 100 at work in each.
                 ARRAY (

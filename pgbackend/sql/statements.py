@@ -38,6 +38,7 @@ class OffsetsSql:
 @dataclass(frozen=True, slots=True)
 class LeasesSql:
     renew: str
+    find_worker: str
     announce: str
     survey_workers: str
     survey_shards: str
