@@ -127,16 +127,16 @@ async def test_a_target_that_is_down_does_not_hold_what_is_for_the_dead_letter_d
 ) -> None:
     observer = await asyncpg.connect(database)
     dead = Catch()
-    await backend.produce_many([make_event(str(number)) for number in range(60)])
+    await backend.produce_many([make_event(str(number)) for number in range(260)])
     await backend.subscribe("s", print, start="earliest")
     await backend.unsubscribe("s")
-    await observer.execute("UPDATE pgbackend.offsets SET position = 60")
-    # More than a target that is down is probed with, and behind them one that was given up.
+    await observer.execute("UPDATE pgbackend.offsets SET position = 260")
+    # More than are looked for at a time, and behind them one that was given up.
     await observer.execute(
         """
         INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error, failure)
         SELECT 's', position, key_hash, 1, now() + make_interval(secs => position::float8 / 1000 - 1), 'it failed',
-            CASE WHEN id = '59' THEN '{"error": "no", "attempts": 1, "details": {}}' END::jsonb
+            CASE WHEN id = '259' THEN '{"error": "no", "attempts": 1, "details": {}}' END::jsonb
         FROM pgbackend.events
         """
     )
@@ -147,8 +147,8 @@ async def test_a_target_that_is_down_does_not_hold_what_is_for_the_dead_letter_d
 
     async with Backend(database, **SETTINGS) as running:
         await running.subscribe("s", down, dead_letter=dead, retry=Retry(attempts=1000, delay=5.0))
-        await dead.has("59")
-    assert dead.ids == ["59"]
+        await dead.has("259")
+    assert dead.ids == ["259"]
 
 
 async def test_dead_letters_carry_their_event_and_are_listed_by_subscription(database: str) -> None:
