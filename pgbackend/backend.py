@@ -673,11 +673,14 @@ class Backend:
     async def redeliver(self, *ids: int, subscription: str | None = None) -> int:
         """Send dead letters to their subscriptions again, from the first attempt on; how many.
 
-        By their ids, or all of one subscription. A letter that is handled is gone; one that fails again stays.
+        By their ids, or all of one subscription. A letter that is handled is gone; one that fails again stays. Raises
+        SubscriptionNotFoundError.
         """
         if not ids and subscription is None:
             raise ConfigError("redeliver() needs the dead letters' ids, or a subscription.")
         parts = self._use()
+        if subscription is not None and await parts.subscriptions.find(subscription) is None:
+            raise not_found(subscription)
         count = await parts.redelivery.redeliver(list(ids) or None, subscription)
         if self._worker is not None:
             self._worker.redeliver_soon()

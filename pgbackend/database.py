@@ -548,6 +548,11 @@ def translate(error: Exception, *, where: str | None = None) -> Exception:
                 "it: --producer to append, --consumer to run subscriptions, --operator to look and to move them.",
                 sqlstate=state,
             )
+        if where:
+            return DatabaseError(
+                f"{server} refused the connection: {text} (SQLSTATE {state}). Check user, password and database.",
+                sqlstate=state,
+            )
         return DatabaseError(f"PostgreSQL refused the statement: {text} (SQLSTATE {state}).", sqlstate=state)
     if isinstance(error, asyncpg.exceptions.ClientConfigurationError):
         return ConfigError(f"The DSN is not usable: {text}.")

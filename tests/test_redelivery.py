@@ -5,7 +5,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry, worker
+from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry, SubscriptionNotFoundError, worker
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 
@@ -284,3 +284,5 @@ async def test_letters_of_ordered_subscriptions_are_redelivered_too(database: st
 async def test_redeliver_needs_to_know_what(backend: Backend) -> None:
     with pytest.raises(ConfigError):
         await backend.redeliver()
+    with pytest.raises(SubscriptionNotFoundError, match="nobody"):
+        await backend.redeliver(subscription="nobody")

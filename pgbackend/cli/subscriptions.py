@@ -46,9 +46,17 @@ def seek(name: str, place: str, dsn: str, listen_dsn: str | None, schema: str) -
     PLACE is a position, a date with its time zone (2026-01-31T12:00:00Z), "earliest" or "latest". What was waiting to
     be tried again is dropped; dead letters stay.
     """
-    where = _place(place)
-    _do(dsn, listen_dsn, schema, lambda backend: backend.seek(name, where))
+    where, head = _place(place), 0
+
+    async def move(backend: Backend) -> None:
+        nonlocal head
+        await backend.seek(name, where)
+        head = (await backend.status()).head
+
+    _do(dsn, listen_dsn, schema, move)
     click.echo(f"{name} goes on behind {place}.")
+    if isinstance(where, int) and where > head:
+        click.echo(f"The log is at {head:,}: what comes until then is not for {name}.")
 
 
 @subscriptions.command()
@@ -59,10 +67,21 @@ def reshard(name: str, shards: int, dsn: str, listen_dsn: str | None, schema: st
     """Spread a subscription over another number of shards, while it runs.
 
     Nothing is lost or repeated, and events of one key stay in order. Have the processes that run it subscribe with this
-    number from now on.
+    number from now on. Waits until they have ended what is at work, half a minute perhaps. Old shards that lag behind
+    go on to where the farthest one stands, before the new ones begin: `pgbackend subscriptions list` shows both till
+    then.
     """
-    _do(dsn, listen_dsn, schema, lambda backend: backend.reshard(name, shards))
+    old: list[ShardStatus] = []
+
+    async def change(backend: Backend) -> None:
+        await backend.reshard(name, shards)
+        status = await backend.status()
+        old.extend(shard for one in status.subscriptions if one.name == name for shard in one.shards if shard.until)
+
+    _do(dsn, listen_dsn, schema, change)
     click.echo(f"{name} has {shards} shard{'s' * (shards != 1)}.")
+    if old:
+        click.echo(f"They begin once the {len(old)} old ones have come to position {old[0].until:,}.")
 
 
 @subscriptions.command()

@@ -49,10 +49,11 @@ def torture(
     # That the embedded server is restarted is no news here.
     logging.getLogger("pgbackend").addHandler(logging.NullHandler())
     plan = Plan.make(secrets.randbelow(1_000_000) if seed is None else seed, minutes * 60, server=dsn is None)
+    server = "a PostgreSQL of its own, which is restarted" if dsn is None else "the one of --dsn, which is left alone"
+    click.echo(f"… seed {plan.seed}, {minutes:g} minutes, on {server}", err=True)
     if only_plan:
         click.echo(str(plan))
         return
-    click.echo(f"… seed {plan.seed}", err=True)
     report = asyncio.run(run(plan, dsn=dsn, keep=keep, progress=lambda text: click.echo(f"… {text}", err=True)))
     click.echo(report.text())
     if page is not None:

@@ -1,5 +1,6 @@
 """`pgbackend subscriptions`."""
 
+import asyncpg
 import pytest
 
 from pgbackend import Backend, Event
@@ -27,6 +28,20 @@ async def test_the_number_of_shards_can_be_changed_and_is_shown(run: Run, subscr
         ["billing", "key", str(shard), "of", "3", "0", "0", "-"] for shard in range(3)
     ]
     assert "  3 " in (await run("status", "--dsn", subscribed)).stdout
+
+
+async def test_old_shards_that_lag_behind_are_told_of(run: Run, subscribed: str) -> None:
+    assert (await run("subscriptions", "reshard", "billing", "2", "--dsn", subscribed)).exit_code == 0
+    connection = await asyncpg.connect(subscribed)
+    await connection.execute("UPDATE pgbackend.offsets SET position = 7 WHERE shard = 1")
+    await connection.close()
+    result = await run("subscriptions", "reshard", "billing", "3", "--dsn", subscribed)
+    assert result.stdout == "billing has 3 shards.\nThey begin once the 2 old ones have come to position 7.\n"
+
+
+async def test_a_place_ahead_of_the_log_is_told_of(run: Run, subscribed: str) -> None:
+    result = await run("subscriptions", "seek", "billing", "5000", "--dsn", subscribed)
+    assert result.stdout == "billing goes on behind 5000.\nThe log is at 0: what comes until then is not for billing.\n"
 
 
 async def test_a_subscription_can_be_moved(run: Run, subscribed: str) -> None:
