@@ -5,6 +5,7 @@ import pytest
 
 from pgbackend import Backend, Event
 from tests.cli.conftest import Run
+from tests.support.catch import make_event
 
 
 async def _ignore(event: Event) -> None: ...
@@ -32,6 +33,8 @@ async def test_the_number_of_shards_can_be_changed_and_is_shown(run: Run, subscr
 
 async def test_old_shards_that_lag_behind_are_told_of(run: Run, subscribed: str) -> None:
     assert (await run("subscriptions", "reshard", "billing", "2", "--dsn", subscribed)).exit_code == 0
+    async with Backend(subscribed) as backend:
+        await backend.produce_many([make_event(str(number)) for number in range(9)])
     connection = await asyncpg.connect(subscribed)
     await connection.execute("UPDATE pgbackend.offsets SET position = 7 WHERE shard = 1")
     await connection.close()
