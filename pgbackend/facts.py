@@ -47,7 +47,7 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers = tuple(remaining)
 
 
-async def wait(name: str, timeout: float = 10.0, **match: object) -> Mapping[str, object]:
+async def wait(name: str, timeout: float = 30.0, **match: object) -> Mapping[str, object]:
     """The fields of the first fact `name` after this call whose fields include `match`.
 
     Raises TimeoutError that names what was waited for. To act first and look afterwards, use a `Recorder`.
@@ -90,7 +90,7 @@ class Recorder:
         """The fields of the facts of that name so far which include `match`, in order."""
         return self._matching(name, match)
 
-    async def wait(self, name: str, timeout: float = 10.0, *, count: int = 1, **match: object) -> Mapping[str, object]:
+    async def wait(self, name: str, timeout: float = 30.0, *, count: int = 1, **match: object) -> Mapping[str, object]:
         """The fields of fact number `count` of that name which includes `match`; at once when it has happened.
 
         Raises TimeoutError that names what was waited for.
