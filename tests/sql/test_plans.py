@@ -134,7 +134,9 @@ async def test_offsets_are_committed_by_ctid(connection: Any) -> None:
 
 
 async def test_due_events_are_found_by_subscription_and_time(connection: Any) -> None:
-    plan = await explain(connection, REDELIVERY.find_due, [1], ["subscription 1"], [0], [1], [200], [1 << 24], [1], [5])
+    plan = await explain(
+        connection, REDELIVERY.find_due, [1], ["subscription 1"], [0], [1], [200], [1 << 24], [1], [5], [False]
+    )
 
     assert scans_of_events(plan) == {"Index Scan"}
     assert {node["Node Type"] for node in on(plan, "redeliveries")} == {"Index Scan"}
