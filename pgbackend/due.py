@@ -13,9 +13,9 @@ from pgbackend.reader import size_of
 from pgbackend.shard import Buried, DueRequest, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
 
 _ROOM = 200
-"""How many events that are due again a shard takes at a time."""
+"""How many events that are due again a shard takes at a time for its target, and as many more for what was given up."""
 _PROBE_ROOM = 20
-"""The same while the target is down."""
+"""The same for a target that is down."""
 
 
 class Due:
@@ -57,9 +57,9 @@ class Due:
         if health.paused is not None:
             return None
         room = (_PROBE_ROOM if health.down else _ROOM) - (len(self) - len(self._given_up))
+        room_for_all = 2 * _ROOM - len(self)
         given_up = room <= 0 and dead_letters
-        if given_up:
-            room = _ROOM - len(self)
+        room = room_for_all if given_up else min(room, room_for_all)
         room_bytes = self._shard.window.max_bytes - sum(self._events.values()) - sum(self._letters.values())
         if room <= 0 or room_bytes <= 0:
             return None
