@@ -26,7 +26,7 @@ _NEW_OFFSET = "subscription, shard, shards, position, pending, epoch"
 
 _EVERYBODY: _Grants = (
     ("USAGE", "SCHEMA {schema}"),
-    ("SELECT", "TABLE {schema}.alembic_version"),
+    ("SELECT", "TABLE {schema}.pgbackend_revision"),
     # Whether the log was set back: its sequence against the highest position that is stored anywhere.
     ("SELECT", "SEQUENCE {schema}.events_position_seq"),
     ("SELECT (position)", "TABLE {schema}.events"),

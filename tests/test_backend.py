@@ -172,12 +172,12 @@ async def test_without_migrating_a_missing_log_is_an_error_and_stays_missing(emp
 
 @pytest.mark.parametrize("migrate", [True, False])
 async def test_a_log_of_a_newer_version_is_refused_and_left_alone(database: str, migrate: bool) -> None:
-    await execute(database, "UPDATE pgbackend.alembic_version SET version_num = '9999'")
+    await execute(database, "UPDATE pgbackend.pgbackend_revision SET version_num = '9999'")
 
     with pytest.raises(SchemaError) as caught:
         await Backend(database).init(migrate=migrate)
     assert (caught.value.found, caught.value.expected) == ("9999", schema.head())
-    assert await execute(database, "SELECT version_num FROM pgbackend.alembic_version") == "9999"
+    assert await execute(database, "SELECT version_num FROM pgbackend.pgbackend_revision") == "9999"
 
 
 async def test_a_sequence_behind_its_events_is_refused(backend: Backend, database: str) -> None:
@@ -507,7 +507,7 @@ async def test_probe_returns_when_all_is_well_and_says_what_is_not(database: str
         assert caught.value.checks.keys() == {"connection"}
         proxy.restore()
         await backend.probe()
-        await execute(database, "UPDATE pgbackend.alembic_version SET version_num = '9999'")
+        await execute(database, "UPDATE pgbackend.pgbackend_revision SET version_num = '9999'")
         with pytest.raises(ProbeError, match="9999") as caught:
             await backend.probe()
         assert caught.value.checks["connection"] == "ok"

@@ -296,7 +296,7 @@ FORBIDDEN_TO_ALL = [
     "INSERT INTO pgbackend.incarnation (id) VALUES (gen_random_uuid())",
     "UPDATE pgbackend.incarnation SET id = gen_random_uuid()",
     "DELETE FROM pgbackend.incarnation",
-    "UPDATE pgbackend.alembic_version SET version_num = '0001'",
+    "UPDATE pgbackend.pgbackend_revision SET version_num = '0001'",
     "UPDATE pgbackend.offsets SET subscription = 'other'",
     "UPDATE pgbackend.subscriptions SET name = 'other'",
     "UPDATE pgbackend.living_workers SET name = 'other'",

@@ -1,21 +1,27 @@
 import asyncio
+import io
 import os
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, inspect
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from pgbackend import schema
 from pgbackend.sql import quote_ident
 from pgbackend.tables import metadata
+from tests.support.polling import eventually
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +31,7 @@ TABLES = {
         SELECT relname::text, relkind::text, relpersistence::text, array_to_string(reloptions, ' '),
                pg_get_partkeydef(oid)
         FROM pg_class
-        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname NOT LIKE 'alembic_version%'
+        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname NOT LIKE 'pgbackend_revision%'
             AND relkind <> 'v'
         ORDER BY 1""",
     "columns": """
@@ -35,19 +41,19 @@ TABLES = {
         JOIN pg_attribute ON attrelid = pg_class.oid AND attnum > 0
         LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
         WHERE relnamespace = $1::text::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
-            AND relname <> 'alembic_version'
+            AND relname <> 'pgbackend_revision'
         ORDER BY 1, 2""",
     "constraints": """
         SELECT relname::text, conname::text, contype::text, pg_get_constraintdef(pg_constraint.oid)
         FROM pg_constraint
         JOIN pg_class ON pg_class.oid = conrelid
-        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname <> 'alembic_version'
+        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname <> 'pgbackend_revision'
         ORDER BY 1, 2""",
     "indexes": """
         SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid)
         FROM pg_index
         JOIN pg_class ON pg_class.oid = indrelid
-        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname <> 'alembic_version'
+        WHERE relnamespace = $1::text::regnamespace AND NOT relispartition AND relname <> 'pgbackend_revision'
         ORDER BY 1""",
     "sequences": """
         SELECT relname::text, seqtypid::regtype::text, seqstart, seqincrement, seqmax, seqmin, seqcache, seqcycle
@@ -127,6 +133,7 @@ async def test_autogenerate_finds_nothing_to_do(empty_database: str) -> None:
                 # Defaults are compared above: for a column of type json PostgreSQL has no "=", which this would use.
                 "compare_server_default": False,
                 "include_schemas": True,
+                "version_table": schema.VERSION_TABLE,
                 "version_table_schema": "migrated",
                 "include_name": lambda name, kind, _: kind != "schema" or name == "migrated",
                 "include_object": lambda _, name, kind, *__: kind != "table" or not name.startswith("events_"),
@@ -255,6 +262,115 @@ async def test_sql_written_offline_for_the_way_back_removes_the_tables(empty_dat
     assert not any((await catalog(empty_database, "pgbackend")).values())
 
 
+HOST_ENVIRONMENT = """
+from alembic import context
+
+with context.config.attributes["engine"].begin() as connection:
+    context.configure(connection=connection)
+    with context.begin_transaction():
+        context.run_migrations()
+"""
+HOST_REVISION = """
+from alembic import context, op
+from sqlalchemy import Column, Integer
+
+revision, down_revision = "0003", None
+
+
+def upgrade():
+    op.create_table("before", Column("id", Integer))
+    context.config.attributes["midway"]()
+    op.create_table("after", Column("id", Integer))
+"""
+
+
+def migrate_host(directory: Path, midway: Callable[[], object]) -> set[str]:
+    """Run another application's own Alembic, on a database of its own; the tables that it made."""
+    (directory / "versions").mkdir(parents=True)
+    (directory / "env.py").write_text(HOST_ENVIRONMENT)
+    (directory / "versions" / "one.py").write_text(HOST_REVISION)
+    engine = create_engine(f"sqlite:///{directory / 'host.db'}")
+    config = Config(stdout=io.StringIO(), attributes={"engine": engine, "midway": midway})
+    config.set_main_option("script_location", str(directory))
+    config.set_main_option("path_separator", "os")
+    command.upgrade(config, "head")
+    try:
+        return set(inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+
+
+async def test_a_log_is_migrated_while_the_hosts_own_alembic_runs_in_a_thread(
+    empty_database: str, tmp_path: Path
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def midway() -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    host = asyncio.create_task(asyncio.to_thread(migrate_host, tmp_path / "host", midway))
+    try:
+        assert await asyncio.to_thread(inside.wait, 30)
+        await migrate(empty_database)
+        schema.offline_sql("pgbackend")
+    finally:
+        go_on.set()
+
+    assert await host == {"before", "after", "alembic_version"}
+    async with connected(empty_database) as connection:
+        assert await schema.found(connection.fetch, "pgbackend") == schema.head()
+
+
+@pytest.mark.direct
+async def test_the_hosts_own_alembic_runs_in_a_thread_while_a_log_is_migrated(
+    empty_database: str, tmp_path: Path
+) -> None:
+    waiting = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
+    async with connected(empty_database) as gate:
+        await gate.execute("SELECT pg_advisory_lock(hashtextextended('pgbackend migrate pgbackend', 0))")
+        migrating = asyncio.create_task(migrate(empty_database))
+        await eventually("the migration waits for its turn", lambda: gate.fetchval(waiting))
+
+        tables = await asyncio.to_thread(migrate_host, tmp_path / "host", lambda: None)
+        await gate.execute("SELECT pg_advisory_unlock_all()")
+        await migrating
+
+        assert tables == {"before", "after", "alembic_version"}
+        assert await schema.found(gate.fetch, "pgbackend") == schema.head()
+
+
+@pytest.mark.parametrize("content", [[], ["0003"], ["9999"], ["0001", "0002"]])
+async def test_a_hosts_alembic_version_in_the_same_schema_is_neither_touched_nor_believed(
+    empty_database: str, content: list[str]
+) -> None:
+    async with connected(empty_database) as connection:
+        await connection.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+        await connection.executemany("INSERT INTO alembic_version VALUES ($1)", [(number,) for number in content])
+
+        await migrate(empty_database, "public")
+        assert await schema.found(connection.fetch, "public") == schema.head()
+        await migrate(empty_database, "public", to="base")
+        await migrate(empty_database, "public")
+        await migrate(empty_database, "public")
+
+        kept = await connection.fetch("SELECT version_num FROM alembic_version ORDER BY 1")
+        assert [row["version_num"] for row in kept] == content
+        assert await schema.found(connection.fetch, "public") == schema.head()
+
+
+async def test_a_log_that_kept_its_revision_in_alembic_version_goes_on_from_there(empty_database: str) -> None:
+    await migrate(empty_database, to="0004")
+    async with connected(empty_database) as connection:
+        await connection.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't')")
+        await connection.execute("ALTER TABLE pgbackend.pgbackend_revision RENAME TO alembic_version")
+
+        await migrate(empty_database)
+
+        assert await schema.found(connection.fetch, "pgbackend") == schema.head()
+        assert await connection.fetchval("SELECT count(*) FROM pgbackend.events") == 1
+
+
 def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "alembic", *arguments],
@@ -278,6 +394,20 @@ async def test_the_alembic_command_migrates_in_a_checkout(empty_database: str, s
     assert f"{schema.head()} (head)" in current.stdout, current.stderr
     async with connected(empty_database) as connection:
         assert await connection.fetchval('SELECT count(*) FROM "by Hand".events') == 0
+
+
+async def test_the_alembic_command_prints_sql_and_goes_back_in_a_checkout(empty_database: str) -> None:
+    settings = {"PGBACKEND_DSN": empty_database, "PGBACKEND_SCHEMA": "by Hand"}
+    printed = await asyncio.to_thread(alembic, "upgrade", "head", "--sql", **settings)
+    assert printed.returncode == 0, printed.stderr
+    async with connected(empty_database) as connection:
+        await connection.execute(printed.stdout)
+        assert await schema.found(connection.fetch, "by Hand") == schema.head()
+
+        down = await asyncio.to_thread(alembic, "downgrade", "base", **settings)
+
+        assert down.returncode == 0, down.stderr
+        assert await schema.found(connection.fetch, "by Hand") is None
 
 
 def test_the_alembic_command_without_a_dsn_says_what_to_set() -> None:
@@ -320,4 +450,4 @@ async def test_an_installed_wheel_brings_its_migrations(empty_database: str, tmp
 
     assert printed.split() == [str(tmp_path / "site" / "pgbackend" / "__init__.py"), schema.head()]
     async with connected(empty_database) as connection:
-        assert await connection.fetchval("SELECT version_num FROM installed.alembic_version") == schema.head()
+        assert await connection.fetchval("SELECT version_num FROM installed.pgbackend_revision") == schema.head()

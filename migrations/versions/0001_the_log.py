@@ -4,7 +4,9 @@ Revision ID: 0001
 Revises:
 """
 
-from alembic import op
+from alembic.operations import Operations
+
+from pgbackend import ddl
 
 revision = "0001"
 down_revision = None
@@ -13,26 +15,29 @@ SEGMENT_WIDTH = 10_000_000
 SEGMENTS = 10
 
 
-def upgrade() -> None:
-    for statement in UPGRADE:
-        _run(statement)
+def upgrade(*, op: Operations) -> None:
+    ddl.run(op, UPGRADE)
     # Enough for producers in plain SQL while nobody runs; whoever runs keeps adding more.
     for lower in range(0, SEGMENTS * SEGMENT_WIDTH, SEGMENT_WIDTH):
-        upper = lower + SEGMENT_WIDTH
-        # PARTITION OF would lock the parent against producers, and 17 and newer attach nothing with an identity.
-        _run(f"""
-            CREATE TABLE {{schema}}.events_{lower} (
-                LIKE {{schema}}.events INCLUDING ALL EXCLUDING IDENTITY,
-                CONSTRAINT segment_bounds CHECK (position >= {lower} AND position < {upper})
-            )""")
-        _run(f"""
-            ALTER TABLE {{schema}}.events
-                ATTACH PARTITION {{schema}}.events_{lower} FOR VALUES FROM ({lower}) TO ({upper})""")
+        ddl.run(op, _segment(lower, lower + SEGMENT_WIDTH))
 
 
-def downgrade() -> None:
-    for statement in DOWNGRADE:
-        _run(statement)
+def downgrade(*, op: Operations) -> None:
+    ddl.run(op, DOWNGRADE)
+
+
+def _segment(lower: int, upper: int) -> tuple[str, str]:
+    # PARTITION OF would lock the parent against producers, and 17 and newer attach nothing with an identity.
+    return (
+        f"""
+        CREATE TABLE {{schema}}.events_{lower} (
+            LIKE {{schema}}.events INCLUDING ALL EXCLUDING IDENTITY,
+            CONSTRAINT segment_bounds CHECK (position >= {lower} AND position < {upper})
+        )""",
+        f"""
+        ALTER TABLE {{schema}}.events
+            ATTACH PARTITION {{schema}}.events_{lower} FOR VALUES FROM ({lower}) TO ({upper})""",
+    )
 
 
 UPGRADE = (
@@ -210,14 +215,3 @@ DOWNGRADE = (
     "DROP TABLE {schema}.incarnation",
     "DROP TABLE {schema}.events",
 )
-
-
-def _run(statement: str) -> None:
-    context = op.get_context()
-    schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
-    statement = statement.replace("{schema}", schema)
-    # Not op.execute: it would read a colon in the schema's name as a parameter.
-    if context.as_sql:
-        context.impl.static_output(f"{statement};")
-    else:
-        op.get_bind().exec_driver_sql(statement)

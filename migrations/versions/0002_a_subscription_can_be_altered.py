@@ -4,20 +4,20 @@ Revision ID: 0002
 Revises: 0001
 """
 
-from alembic import op
+from alembic.operations import Operations
+
+from pgbackend import ddl
 
 revision = "0002"
 down_revision = "0001"
 
 
-def upgrade() -> None:
-    for statement in UPGRADE:
-        _run(statement)
+def upgrade(*, op: Operations) -> None:
+    ddl.run(op, UPGRADE)
 
 
-def downgrade() -> None:
-    for statement in DOWNGRADE:
-        _run(statement)
+def downgrade(*, op: Operations) -> None:
+    ddl.run(op, DOWNGRADE)
 
 
 UPGRADE: tuple[str, ...] = (
@@ -33,14 +33,3 @@ DOWNGRADE: tuple[str, ...] = (
     "ALTER TABLE {schema}.subscriptions DROP COLUMN start_position",
     "ALTER TABLE {schema}.subscriptions DROP COLUMN start_bound",
 )
-
-
-def _run(statement: str) -> None:
-    context = op.get_context()
-    schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
-    statement = statement.replace("{schema}", schema)
-    # Not op.execute: it would read a colon in the schema's name as a parameter.
-    if context.as_sql:
-        context.impl.static_output(f"{statement};")
-    else:
-        op.get_bind().exec_driver_sql(statement)

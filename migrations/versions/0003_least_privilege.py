@@ -4,22 +4,29 @@ Revision ID: 0003
 Revises: 0002
 """
 
-import re
+from alembic.operations import Operations
 
-from alembic import op
+from pgbackend import ddl
 
 revision = "0003"
 down_revision = "0002"
 
 
-def upgrade() -> None:
-    for statement in UPGRADE:
-        _run(statement)
+def upgrade(*, op: Operations) -> None:
+    ddl.run(
+        op,
+        UPGRADE,
+        events="{schema}.events",
+        make_segment="{schema}.make_segment(boolean)",
+        appender_began="{schema}.appender_began(integer)",
+        make_segment_of="{schema}.make_segment_of(regclass,boolean)",
+        own_functions=_OWN_FUNCTIONS,
+        lock_segments=_LOCK_SEGMENTS,
+    )
 
 
-def downgrade() -> None:
-    for statement in DOWNGRADE:
-        _run(statement)
+def downgrade(*, op: Operations) -> None:
+    ddl.run(op, DOWNGRADE)
 
 
 # Somebody's default privileges are no reason to write into a segment: since 17 an INSERT there draws its position
@@ -182,32 +189,3 @@ DOWNGRADE: tuple[str, ...] = (
     "DROP FUNCTION {schema}.make_segment_of(regclass, boolean)",
     "ALTER TABLE {schema}.incarnation ALTER COLUMN id DROP DEFAULT",
 )
-
-
-def _run(statement: str) -> None:
-    context = op.get_context()
-    schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
-    words = {
-        "schema": schema,
-        "events": _literal(f"{schema}.events"),
-        "make_segment": _literal(f"{schema}.make_segment(boolean)"),
-        "appender_began": _literal(f"{schema}.appender_began(integer)"),
-        "make_segment_of": _literal(f"{schema}.make_segment_of(regclass,boolean)"),
-    }
-    words["own_functions"] = _literal(_placed(_OWN_FUNCTIONS, words))
-    words["lock_segments"] = _literal(_placed(_LOCK_SEGMENTS, words))
-    statement = _placed(statement, words)
-    # Not op.execute: it would read a colon in the schema's name as a parameter.
-    if context.as_sql:
-        context.impl.static_output(f"{statement};")
-    else:
-        op.get_bind().exec_driver_sql(statement)
-
-
-def _placed(text: str, words: dict[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: words[match[1]], text)
-
-
-def _literal(text: str) -> str:
-    quoted = "'" + text.replace("'", "''") + "'"
-    return " E" + quoted.replace("\\", "\\\\") if "\\" in text else quoted

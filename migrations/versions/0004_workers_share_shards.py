@@ -4,22 +4,20 @@ Revision ID: 0004
 Revises: 0003
 """
 
-import re
+from alembic.operations import Operations
 
-from alembic import op
+from pgbackend import ddl
 
 revision = "0004"
 down_revision = "0003"
 
 
-def upgrade() -> None:
-    for statement in UPGRADE:
-        _run(statement)
+def upgrade(*, op: Operations) -> None:
+    ddl.run(op, UPGRADE, workers="{schema}.workers", living_workers="{schema}.living_workers", own_view=_OWN_VIEW)
 
 
-def downgrade() -> None:
-    for statement in DOWNGRADE:
-        _run(statement)
+def downgrade(*, op: Operations) -> None:
+    ddl.run(op, DOWNGRADE)
 
 
 # When a superuser migrates, the owner of the tables must still be able to use and replace it.
@@ -69,29 +67,3 @@ DOWNGRADE: tuple[str, ...] = (
     "ALTER TABLE {schema}.subscriptions DROP COLUMN resting_until",
     "ALTER TABLE {schema}.workers DROP COLUMN asked_at, DROP COLUMN subscriptions",
 )
-
-
-def _run(statement: str) -> None:
-    context = op.get_context()
-    schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
-    words = {
-        "schema": schema,
-        "workers": _literal(f"{schema}.workers"),
-        "living_workers": _literal(f"{schema}.living_workers"),
-    }
-    words["own_view"] = _literal(_placed(_OWN_VIEW, words))
-    statement = _placed(statement, words)
-    # Not op.execute: it would read a colon in the schema's name as a parameter.
-    if context.as_sql:
-        context.impl.static_output(f"{statement};")
-    else:
-        op.get_bind().exec_driver_sql(statement)
-
-
-def _placed(text: str, words: dict[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: words[match[1]], text)
-
-
-def _literal(text: str) -> str:
-    quoted = "'" + text.replace("'", "''") + "'"
-    return " E" + quoted.replace("\\", "\\\\") if "\\" in text else quoted

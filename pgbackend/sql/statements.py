@@ -88,4 +88,3 @@ class SegmentsSql:
 @dataclass(frozen=True, slots=True)
 class SchemaSql:
     find_revision: str
-    has_revision: str
