@@ -27,6 +27,7 @@ from pgbackend.database import (
     Database,
     is_definite,
     is_out_of_segments,
+    is_position_taken,
     is_refused_for_data,
     on_unconfirmed,
     translate,
@@ -341,6 +342,19 @@ class Appender:
         if isinstance(error, DatabaseError):
             # The log is out of segments, and they cannot be made: the INSERT itself was refused.
             self._fail(batch, error)
+            return
+        if is_out_of_segments(error):
+            # No event is at fault, and each would meet the same: so the calls are not tried apart.
+            self._fail(batch, DatabaseError(
+                "The log has no segment for its next position, and none could be made: a transaction keeps the table "
+                "`events` locked. Nothing was stored. End that transaction, and produce again."
+            ))  # fmt: skip
+            return
+        if is_position_taken(error):
+            self._fail(batch, DatabaseError(
+                f"The log's sequence gave out a position that an event has already ({error}): the log was set back. "
+                "Nothing was stored. `probe()` says how to repair it."
+            ))  # fmt: skip
             return
         if is_refused_for_data(error):
             if len(batch) > 1:

@@ -23,6 +23,7 @@ not `pg_backend_pid()` is a pooler's. Through it nothing is kept on the server f
 import asyncio
 import logging
 import random
+import re
 import socket
 import threading
 import time
@@ -507,6 +508,13 @@ def is_out_of_segments(error: BaseException) -> bool:
     """Whether a position was drawn that no segment of the log holds."""
     # The same class as a CHECK's refusal, but no constraint has a name here.
     return isinstance(error, asyncpg.CheckViolationError) and error.constraint_name is None
+
+
+def is_position_taken(error: BaseException) -> bool:
+    """Whether the sequence gave out the position of an event that is there: the primary key of a segment refused it."""
+    return isinstance(error, asyncpg.UniqueViolationError) and bool(
+        re.fullmatch(r"events(_\d+)?_pkey", str(error.constraint_name))
+    )
 
 
 def is_definite(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from pgbackend import (
     Backend,
     ConfigError,
     ConnectionLostError,
+    DatabaseError,
     Event,
     EventError,
     NotRunningError,
@@ -585,6 +586,37 @@ async def test_a_probe_of_a_log_that_is_out_of_segments_says_why_none_is_made(
     assert {name for name, text in checks.items() if text != "ok"} == {"segments"}
     # Whoever may make them does so.
     await backend.probe()
+
+
+@pytest.mark.parametrize("events", [1, 3, 50])
+async def test_a_log_that_is_out_of_segments_for_a_moment_refuses_no_event_for_good(
+    backend: Backend, database: str, events: int
+) -> None:
+    """Each way of an INSERT: alone, unnest, COPY."""
+    batch = [make_event(str(number)) for number in range(events)]
+    operator = await asyncpg.connect(database)
+    reach = await backend._use().segments.find_reach()
+    await operator.execute("SELECT setval('pgbackend.events_position_seq', $1::bigint)", reach.upper)
+    async with operator.transaction():
+        await operator.execute("LOCK TABLE pgbackend.events IN SHARE UPDATE EXCLUSIVE MODE")
+        with pytest.raises(DatabaseError, match="no segment") as caught:
+            await backend.produce_many(batch)
+    await backend.produce_many(batch)
+    stored = await operator.fetchval("SELECT count(*) FROM pgbackend.events")
+    await operator.close()
+
+    assert caught.value.sqlstate is None, "class 23 would say that the event is at fault"
+    assert stored == events
+
+
+async def test_a_position_that_is_given_out_twice_is_not_the_fault_of_the_event(
+    backend: Backend, database: str
+) -> None:
+    await backend.produce(make_event("there"))
+    await execute(database, "SELECT setval('pgbackend.events_position_seq', 1, false)")
+
+    with pytest.raises(DatabaseError, match="set back"):
+        await backend.produce(make_event("new"))
 
 
 class Probing:
