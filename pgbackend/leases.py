@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.database import Backoff, Connection, Database, is_pooled, translate
+from pgbackend.database import Backoff, Connection, Database, is_definite, is_pooled, translate
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.model import Epoch, Position
 from pgbackend.ranges import RangeSet
@@ -158,11 +158,12 @@ class Presence:
         name: str,
         lease_timeout: float,
         channel: str,
+        notify: str,
         tenure: Tenure,
         on_hint: Callable[[str], None],
         on_held: Callable[[frozenset[int]], None],
     ) -> None:
-        """Both callbacks are called in the loop of `start()`.
+        """`notify`: the statement that sends one. Both callbacks are called in the loop of `start()`.
 
         `on_hint`: with each NOTIFY's payload, with "" after connecting. `on_held`: with the epochs that are still this
         worker's, after its tenure had run out.
@@ -173,6 +174,7 @@ class Presence:
         self._name = name
         self._lease_timeout = lease_timeout
         self._channel = channel
+        self._notify = notify
         self._tenure = tenure
         self._on_hint = on_hint
         self._on_held = on_held
@@ -183,9 +185,10 @@ class Presence:
         self._thread: threading.Thread | None = None
         self._alive = threading.Event()
         self._stop = threading.Event()
-        self._told_of_pooler = False
+        self._told_deaf = False
         self._echo = f"echo {worker}"
         self._heard = 0.0
+        self._deafness = Backoff()
 
     async def start(self) -> None:
         """Return once the worker is registered, and listens if it can. Raises what the first connection raises."""
@@ -233,21 +236,13 @@ class Presence:
                 connection = await self._database.connect(direct=True)
                 closed = asyncio.Event()
                 connection.add_termination_listener(lambda _, closed=closed: closed.set())
-                if not is_pooled(connection):
-                    await connection.add_listener(self._channel, self._on_notify)
-                elif not self._told_of_pooler:
-                    self._told_of_pooler = True
-                    facts.emit(
-                        "not listening", level=logging.WARNING,
-                        reason="This connection leads through a pooler, so events are found by polling: "
-                        "let listen_dsn lead to PostgreSQL itself.",
-                    )  # fmt: skip
+                listens = await self._listen(connection)
                 await self._renew(connection)
                 self._tell(first, None)
                 backoff.reset()
                 # LISTEN is on, if it can be: whatever came before must be read, whatever comes after will be heard.
                 self._hint("")
-                await self._beat(connection, closed)
+                await self._beat(connection, closed, listens=listens)
             except Exception as error:  # noqa: BLE001 - anything means: no sign of life, try again
                 # First of all: others may take over by now, and telling may take long where nobody reads the log.
                 self._doubt()
@@ -269,26 +264,69 @@ class Presence:
         self._doubts += 1
         self._tenure.valid_until = 0.0
 
-    async def _beat(self, connection: Connection, closed: asyncio.Event) -> None:
-        """Renew three times a lease, and see that the channel is not deaf. Fails as soon as the connection is lost."""
+    async def _listen(self, connection: Connection) -> bool:
+        """Whether LISTEN is on. Events are found by polling where it cannot be, which is told once."""
+        reason = "This connection leads through a pooler"
+        if not is_pooled(connection):
+            try:
+                await connection.add_listener(self._channel, self._on_notify)
+            except Exception as error:
+                if not is_definite(error):
+                    raise
+                reason = f"LISTEN was refused: {error}"
+            else:
+                return True
+        if not self._told_deaf:
+            self._told_deaf = True
+            facts.emit(
+                "not listening", level=logging.WARNING,
+                reason=f"{reason}, so events are found by polling: let listen_dsn lead to PostgreSQL itself.",
+            )  # fmt: skip
+        return False
+
+    async def _beat(self, connection: Connection, closed: asyncio.Event, *, listens: bool) -> None:
+        """Renew three times a lease, and see that the channel is not deaf. Fails as soon as the connection is lost.
+
+        A deaf channel, or a NOTIFY that PostgreSQL refuses, costs wake-ups. It must not cost the connection: with it go
+        the leases.
+        """
         interval = self._lease_timeout / 3
-        unheard_since = time.monotonic()
-        listens = not is_pooled(connection)
+        unheard_since: float | None = None
         while True:
+            sent = time.monotonic()
             if listens:
-                await connection.execute("SELECT pg_notify($1, $2)", self._channel, self._echo, timeout=interval)
+                # What could not be sent is not expected back.
+                unheard_since = (unheard_since or sent) if await self._send_echo(connection, interval) else None
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval):
                     await closed.wait()
             if closed.is_set():
                 # Others may take the shards over from this moment on: no waiting for the next renewal to fail.
                 raise ConnectionLostError("The connection that keeps this worker's leases was closed.")
-            if self._heard > unheard_since:
-                unheard_since = time.monotonic()
-            elif listens and time.monotonic() - unheard_since > interval + _ECHO_TIMEOUT:
-                facts.emit("listener is deaf", level=logging.WARNING, channel=self._channel)
-                return
+            if unheard_since is not None and self._heard >= unheard_since:
+                unheard_since = None
+                self._deafness.reset()
+            elif unheard_since is not None and time.monotonic() - unheard_since > interval + _ECHO_TIMEOUT:
+                unheard_since = None
+                facts.emit("listener is deaf", level=self._deafness.failed(), channel=self._channel)
+                await self._listen_again(connection)
             await self._renew(connection)
+
+    async def _send_echo(self, connection: Connection, timeout: float) -> bool:
+        """Whether PostgreSQL took a NOTIFY to this worker itself: it refuses when its queue is full, for one."""
+        try:
+            await connection.fetchrow(self._notify, self._channel, self._echo, timeout=timeout)
+        except Exception as error:
+            if not is_definite(error):
+                raise
+            facts.emit("echo refused", level=logging.DEBUG, error=str(translate(error)))
+            return False
+        return True
+
+    async def _listen_again(self, connection: Connection) -> None:
+        await connection.remove_listener(self._channel, self._on_notify)
+        await connection.add_listener(self._channel, self._on_notify)
+        self._hint("")
 
     async def _renew(self, connection: Connection) -> None:
         # Before it is sent: the server's clock starts counting later than ours, never earlier.

@@ -7,9 +7,10 @@ producers' transactions it brought 7,500 durable inserts a second down to 2,400.
 
 import asyncio
 import hashlib
+import logging
 
 from pgbackend import facts
-from pgbackend.database import Database
+from pgbackend.database import Backoff, Database
 from pgbackend.errors import DatabaseError
 
 _INTERVALS = (0.005, 0.05)
@@ -17,6 +18,9 @@ _INTERVALS = (0.005, 0.05)
 the last. At 20 ms throughout, a listening process and its reads took 7 % of a busy producer's rate."""
 
 _MAX_CHANNEL_BYTES = 63
+
+_QUEUE_FULL = "54000"  # program_limit_exceeded
+_LOOK_FOR_LISTENER = " A session that listens keeps a transaction open: end the oldest one in pg_stat_activity."
 
 LEASES = "leases"
 """The payload of a hint that is about shards, not about events."""
@@ -78,6 +82,7 @@ class Notifier:
         self._statement = statement
         self._sender = sender
         self._due = asyncio.Event()
+        self._backoff = Backoff(database)
 
     def notify(self) -> None:
         """There is something new. Returns at once."""
@@ -85,10 +90,7 @@ class Notifier:
 
     async def notify_leases(self) -> None:
         """There are shards to claim, or to give up. Returns when the others were told, or cannot be."""
-        try:
-            await self._database.execute(self._statement, self._channel, LEASES)
-        except DatabaseError as error:
-            facts.emit("notify failed", error=str(error))
+        await self._send(LEASES)
 
     async def run(self) -> None:
         shortest, longest = _INTERVALS
@@ -98,9 +100,32 @@ class Notifier:
             interval = min(interval * 2, longest) if self._due.is_set() else shortest
             await self._due.wait()
             self._due.clear()
-            try:
-                await self._database.execute(self._statement, self._channel, self._sender)
-            except DatabaseError as error:
-                # Only a hint is lost: the others poll.
-                facts.emit("notify failed", error=str(error))
-            await asyncio.sleep(interval)
+            if await self._send(self._sender):
+                await asyncio.sleep(interval)
+            else:
+                await self._backoff.wait()
+
+    async def _send(self, payload: str) -> bool:
+        """Whether it was sent. Otherwise only a hint is lost: the others poll."""
+        try:
+            await self._database.execute(self._statement, self._channel, payload)
+        except DatabaseError as error:
+            full = error.sqlstate == _QUEUE_FULL
+            facts.emit(
+                "notify failed", level=self._backoff.failed(), failures=self._backoff.failures, error=str(error),
+                effect="Other processes find events by polling meanwhile." + (_LOOK_FOR_LISTENER if full else ""),
+            )  # fmt: skip
+            if full:
+                await self._make_room()
+            return False
+        if self._backoff.failures:
+            facts.emit("notify works again", failures=self._backoff.failures)
+            self._backoff.reset()
+        return True
+
+    async def _make_room(self) -> None:
+        """Have PostgreSQL free what all listeners have read: asking for the usage does it, a refused NOTIFY not."""
+        try:
+            await self._database.fetchval("SELECT pg_notification_queue_usage()")
+        except DatabaseError as error:
+            facts.emit("asking for the NOTIFY queue failed", level=logging.DEBUG, error=str(error))

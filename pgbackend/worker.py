@@ -119,6 +119,7 @@ class Worker:
             name=f"{socket.gethostname()}:{os.getpid()}",
             lease_timeout=settings.lease_timeout,
             channel=channel,
+            notify=log.sql.notify,
             tenure=self._tenure,
             on_hint=self._on_hint,
             on_held=self._on_held,

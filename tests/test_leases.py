@@ -413,6 +413,7 @@ async def test_presence_reports_what_its_first_connection_met(database: str) -> 
             name="test",
             lease_timeout=15.0,
             channel="test",
+            notify="SELECT 1",
             tenure=Tenure(),
             on_hint=lambda _: None,
             on_held=lambda _: None,

@@ -274,8 +274,8 @@ async def test_a_pooled_backend_is_no_sign_of_life(pooler: Pooler, database: str
     there = await opened(pooler.dsn(database))
     tenure = Tenure()
     presence = Presence(
-        there, schema="pgbackend", worker=uuid4(), name="w", lease_timeout=15.0, channel="c", tenure=tenure,
-        on_hint=lambda _: None, on_held=lambda _: None,
+        there, schema="pgbackend", worker=uuid4(), name="w", lease_timeout=15.0, channel="c", notify="SELECT 1",
+        tenure=tenure, on_hint=lambda _: None, on_held=lambda _: None,
     )  # fmt: skip
     await presence.start()
     row = await there.fetchrow("SELECT backend_pid, backend_start FROM pgbackend.workers")

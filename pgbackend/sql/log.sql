@@ -124,5 +124,9 @@ VALUES (true)
 ON CONFLICT DO NOTHING;
 
 -- name: notify
--- A NOTIFY must have an xid, and so a flush at its commit, which nobody needs: a lost wake-up is only a late one.
-SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2);
+-- A NOTIFY must have an xid, and so a flush at its commit, which nobody needs: a lost wake-up is only a late one. For the
+-- same reason it does not wait long for the lock that all commits with a NOTIFY share: its owner may wait for a standby.
+SELECT
+    set_config('synchronous_commit', 'off', true),
+    set_config('lock_timeout', '500ms', true),
+    pg_notify($1, $2);
