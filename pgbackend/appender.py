@@ -51,8 +51,6 @@ _COPY_EVENTS = 16
 _GRACE = 1.0
 """Seconds that `close()` may take longer than a call."""
 
-_DATA = COLUMNS.index("data")
-
 
 Done = Callable[[Exception | None], None]
 """Told once how a call ended: None is committed."""
@@ -61,8 +59,8 @@ Done = Callable[[Exception | None], None]
 @dataclass(slots=True, eq=False)
 class _Call:
     rows: Sequence[Row]
-    size: int
-    """Bytes of data."""
+    weight: int
+    """Bytes that the rows may take in memory."""
     done: Done | None
     """None once it was told, or nobody wants to know any more."""
     deadline: float
@@ -139,14 +137,14 @@ class Appender:
             else:
                 self._fail([call], self._broken)
 
-    async def append(self, rows: Sequence[Row]) -> None:
-        """Return once the rows are committed, all of them in one transaction.
+    async def append(self, rows: Sequence[Row], weight: int) -> None:
+        """Return once the rows are committed, all of them in one transaction. `weight`: the sum of what `encode` says.
 
         Raises EventError when PostgreSQL refuses their values, ProduceTimeoutError when they were not even sent in
         time, ProduceUncertainError when nobody knows, DatabaseError for any other refusal: nothing is stored then.
         """
         committed = asyncio.get_running_loop().create_future()
-        call = self._submit(rows, partial(_settle, committed))
+        call = self._submit(rows, weight, partial(_settle, committed))
         try:
             await committed
         except asyncio.CancelledError:
@@ -155,24 +153,21 @@ class Appender:
                 self._calls.remove(call)
             raise
 
-    def append_soon(self, row: Row, done: Done) -> None:
+    def append_soon(self, row: Row, weight: int, done: Done) -> None:
         """As `append()` of one row for whoever has no task to wait in: `done` gets None, or what that would raise.
 
         `done` must not raise; should it, that is logged, and nobody else notices. A task and a future less: 4 µs an
         event.
         """
-        self._submit((row,), done)
+        self._submit((row,), weight, done)
 
-    def _submit(self, rows: Sequence[Row], done: Done) -> _Call:
+    def _submit(self, rows: Sequence[Row], weight: int, done: Done) -> _Call:
         if self._broken is not None:
             raise _copy(self._broken)
         if self._task is None or self._closing:
             raise NotRunningError("This backend does not take events: call `init()` first, and not after `stop()`.")
         loop = asyncio.get_running_loop()
-        size = 0
-        for row in rows:
-            size += len(row[_DATA] or b"")
-        call = _Call(rows, size, done, loop.time() + self._timeout)
+        call = _Call(rows, weight, done, loop.time() + self._timeout)
         self._calls.append(call)
         waiting = self._waiting
         while waiting and waiting[0].done is None:
@@ -284,13 +279,13 @@ class Appender:
     def _gather(self) -> list[_Call]:
         """The next calls, as many as fit; one that is larger by itself travels alone."""
         batch: list[_Call] = []
-        events = size = 0
+        events = weight = 0
         calls = self._calls
         while calls:
             call = calls[0]
             events += len(call.rows)
-            size += call.size
-            if batch and (events > _BATCH_EVENTS or size > _BATCH_BYTES):
+            weight += call.weight
+            if batch and (events > _BATCH_EVENTS or weight > _BATCH_BYTES):
                 break
             batch.append(calls.popleft())
         return batch

@@ -43,10 +43,18 @@ Row = tuple[
 
 ExtensionValue = str | int | bool
 
+ATTRIBUTES_BYTES = 1 << 16
+"""The most that the attributes of one event have together, as `attributes_size` counts. So says the log's CHECK."""
+
+
+def attributes_size(row: Row) -> int:
+    """Bytes of all attribute texts as UTF-8. The extensions count as JSON, so their names do as well."""
+    return sum(len(text.encode()) for text in row[:10] if isinstance(text, str))
+
 
 def size_of(row: Row) -> int:
     """Bytes of the event's data and of all its attribute texts."""
-    return len(row[10] or b"") + sum(len(text.encode()) for text in row[:10] if isinstance(text, str))
+    return len(row[10] or b"") + attributes_size(row)
 
 
 # ── what makes an event valid ─────────────────────────────────────────────────────────────────────────────────────────

@@ -148,7 +148,8 @@ class Backend:
         `commit_interval`: seconds between offset commits. Longer means fewer commits and more repeats after a crash.
         `lease_timeout`: seconds after which a worker that is not heard of loses its shards.
         `produce_timeout`, `drain_timeout`: seconds that `produce()` and `stop()` take at most.
-        `max_event_bytes`: larger events are refused.
+        `max_event_bytes`: larger events are refused. It counts the data and all attributes, which have a limit of their
+        own besides: 64 KiB together.
         `pool_size`: connections for short statements, beside one that appends and one that listens.
         `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow
         targets, and repeat more after a crash.
@@ -406,16 +407,16 @@ class Backend:
         within `produce_timeout`, DatabaseError when PostgreSQL refused it: in each case it is not stored. Raises
         ProduceUncertainError when the connection was lost while PostgreSQL was committing: nobody knows.
         """
-        row = encode(event, max_event_bytes=self._settings.max_event_bytes)
-        await self._use().appender.append((row,))
+        row, weight = encode(event, max_event_bytes=self._settings.max_event_bytes)
+        await self._use().appender.append((row,), weight)
 
     def produce_soon(self, event: "BaseCloudEvent", done: Callable[[Exception | None], None]) -> None:
         """As `produce()` for whoever has no task to wait in: `done` gets None once it is committed, else the error.
 
         Raises EventError and NotRunningError at once, and `done` is not called then. `done` must not raise.
         """
-        row = encode(event, max_event_bytes=self._settings.max_event_bytes)
-        self._use().appender.append_soon(row, done)
+        row, weight = encode(event, max_event_bytes=self._settings.max_event_bytes)
+        self._use().appender.append_soon(row, weight, done)
 
     async def produce_many(self, events: Iterable["BaseCloudEvent"]) -> None:
         """Return once all of the events are committed, in one transaction and in their order.
@@ -423,10 +424,11 @@ class Backend:
         Raises as `produce()` does; none of them is stored then.
         """
         limit = self._settings.max_event_bytes
-        rows = [encode(event, max_event_bytes=limit) for event in events]
+        encoded = [encode(event, max_event_bytes=limit) for event in events]
         parts = self._use()
-        if rows:
-            await parts.appender.append(rows)
+        if encoded:
+            rows, weights = zip(*encoded, strict=True)
+            await parts.appender.append(rows, sum(weights))
 
     def _on_append(self, _count: int) -> None:
         parts = self._parts

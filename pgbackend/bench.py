@@ -138,7 +138,7 @@ class _Bench:
         self._progress = progress
         self._events = [_event(n) for n in range(events)]
         # What bare asyncpg is handed: rows that are ready to send.
-        self._rows: list[Row] = [encode(event, max_event_bytes=1 << 20) for event in self._events]
+        self._rows: list[Row] = [encode(event, max_event_bytes=1 << 20)[0] for event in self._events]
         columns = ", ".join(COLUMNS)
         values = ", ".join(f"${n}" for n in range(1, len(COLUMNS) + 1))
         self._insert = f'insert into "{schema}".events ({columns}) values ({values})'  # noqa: S608 - our own names

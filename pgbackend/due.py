@@ -9,7 +9,6 @@ from time import monotonic
 
 from pgbackend.event import Event
 from pgbackend.health import TargetHealth
-from pgbackend.reader import size_of
 from pgbackend.shard import Buried, DueRequest, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
 
 _ROOM = 200
@@ -43,11 +42,11 @@ class Due:
     def begin(self, event: Event, *, letter: int | None = None) -> None:
         """It is at work as one of those that are due again, or as a dead letter."""
         if letter is None:
-            self._events[event.position] = size_of(event)
+            self._events[event.position] = event.weight
             if event.failure is not None:
                 self._given_up.add(event.position)
         else:
-            self._letters[letter] = size_of(event)
+            self._letters[letter] = event.weight
 
     def ask(self, health: TargetHealth, *, dead_letters: bool) -> DueRequest | None:
         """What there is room for; None when there is none, or the target wants nothing.

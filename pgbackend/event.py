@@ -140,6 +140,13 @@ class Event:
         return int(row[14])
 
     @property
+    def weight(self) -> int:
+        """The bytes that it takes in memory at most. Only for events that were read from the log: SQL works it out."""
+        row: RecordLike = self._row
+        weight: int = row[15]
+        return weight
+
+    @property
     def attributes_text(self) -> dict[str, str]:
         """Every attribute as the text that came in; integers and booleans in CloudEvents' canonical text form."""
         texts = {name: text for name, text in self._core() if text is not None}

@@ -27,16 +27,16 @@ from pgbackend.sql.statements import HolesSql, LogSql
 PAGE_EVENTS = 1000
 """As the statements in log.sql have it."""
 PAGE_BYTES = 16 << 20
-"""Large data in one page; what is beyond it is read with the next."""
+"""Of large events in one page; those beyond it are read with the next. A single one is read whatever its size."""
 _HELD_EVENTS = 5000
 _HELD_BYTES = 32 << 20
 """What a reader keeps that is visible but above a hole it still waits for."""
 _OPEN_HOLE_POLL = 0.25
 """Seconds between looks at passed holes: an event comes within a second of its commit, also from plain SQL."""
 
-_DATA, _POSITION, _RECORDED_AT, _BYTES = 10, 12, 13, 15
-# What a Python object and its attributes weigh beside the data, for the byte windows.
-_EVENT_OVERHEAD = 700
+_POSITION, _RECORDED_AT, _WEIGHT = 12, 13, 15
+_LARGE = 16384
+"""Events that weigh more are read by themselves; as the statements in log.sql have it."""
 
 
 class IncarnationChanged(PgBackendError):  # noqa: N818 - a signal between the actors, never seen outside
@@ -65,16 +65,6 @@ class Batch:
 
     def __bool__(self) -> bool:
         return bool(self.events or self.opened or self.closed)
-
-
-def size_of(event: Event) -> int:
-    """Bytes that an event takes in a window."""
-    return _EVENT_OVERHEAD + len(event.data_bytes or b"")
-
-
-def _sizes(events: Iterable[Event]) -> list[int]:
-    # Not by size_of(): a third of the time.
-    return [_EVENT_OVERHEAD + len(event.data_bytes or b"") for event in events]
 
 
 class Log:
@@ -150,35 +140,32 @@ class Log:
         split = next((i for i, row in enumerate(rows) if row[_POSITION] > after), len(rows)) if holes else 0
         if split >= PAGE_EVENTS:
             rows = rows[:split]
-        full = split >= PAGE_EVENTS or len(rows) - split >= PAGE_EVENTS
+        more = split >= PAGE_EVENTS or len(rows) - split >= PAGE_EVENTS
+        if any(row[_WEIGHT] > _LARGE for row in rows):
+            rows, cut = await self._with_large(rows)
+            more = more or cut
+            split = sum(row[_POSITION] <= after for row in rows)
         events = [Event(row, row[_POSITION], row[_RECORDED_AT]) for row in rows]
-        stubs = [(i, row[_BYTES]) for i, row in enumerate(rows) if row[_DATA] is None and row[_BYTES] is not None]
-        if stubs:
-            kept = await self._fetch_data(events, rows, stubs)
-            if kept < len(rows):
-                return events[:split][:kept], events[split:kept], True
-        return events[:split], events[split:], full
+        return events[:split], events[split:], more
 
-    async def _fetch_data(self, events: list[Event], rows: list[Record], stubs: list[tuple[int, int]]) -> int:
-        """Put the large data into its events, up to `PAGE_BYTES`; how many of the events are whole."""
-        total, kept = 0, len(events)
+    async def _with_large(self, rows: list[Record]) -> tuple[list[Record], bool]:
+        """The page with the whole of its large rows, up to `PAGE_BYTES` of them; whether it was cut there."""
         wanted: list[int] = []
-        for index, size in stubs:
-            if wanted and total + size > PAGE_BYTES:
-                kept = index
-                break
-            total += size
-            wanted.append(rows[index][_POSITION])
-        found = {row[0]: row[1] for row in await self.database.fetch(self.sql.read_data, wanted, self._incarnation)}
-        if not found:
+        total, end = 0, len(rows)
+        for index, row in enumerate(rows):
+            if (weight := row[_WEIGHT]) > _LARGE:
+                total += weight
+                if wanted and total > PAGE_BYTES:
+                    end = index
+                    break
+                wanted.append(row[_POSITION])
+        large = await self.database.fetch(self.sql.read_large, wanted, self._incarnation)
+        found = {row[_POSITION]: row for row in large}
+        if len(found) < len(wanted):
             await self.verify_incarnation()
-        for index, _ in stubs:
-            row = rows[index]
-            if index < kept and (data := found.get(row[_POSITION])) is not None:
-                events[index] = Event(
-                    (*tuple(row)[:_DATA], data, *tuple(row)[_DATA + 1 :]), row[_POSITION], row[_RECORDED_AT]
-                )
-        return kept
+        # A row that was deleted meanwhile is no longer in the log: it leaves a hole like any other.
+        kept = [whole for row in rows[:end] if (whole := found.get(row[_POSITION]) if row[_WEIGHT] > _LARGE else row)]
+        return kept, end < len(rows)
 
 
 class Reader:
@@ -227,12 +214,12 @@ class Reader:
         appeared = [event for event in late if event.position not in passed]
         if appeared:
             self._held = sorted([*self._held, *appeared], key=lambda event: event.position)
-            self._held_bytes += sum(_sizes(appeared))
+            self._held_bytes += sum(event.weight for event in appeared)
         opened = self._gaps.pass_overdue(self._log.clock, now=time.monotonic()) if self._gaps else []
         before = self.position
         released = self._release()
         admitted = [*events, *released] if events else released
-        sizes = _sizes(admitted)
+        sizes = [event.weight for event in admitted]
         return Batch(
             events=admitted,
             positions=[event.position for event in admitted],
@@ -258,10 +245,10 @@ class Reader:
         self._top = last
         if self._held:
             self._held.extend(page)
-            self._held_bytes += sum(_sizes(page))
+            self._held_bytes += sum(event.weight for event in page)
         else:
             self._held = page
-            self._held_bytes = sum(_sizes(page)) if self._gaps.waiting else 0
+            self._held_bytes = sum(event.weight for event in page) if self._gaps.waiting else 0
 
     def _release(self) -> list[Event]:
         """The held events that no hole holds back any more; moves `position` along."""
@@ -277,7 +264,7 @@ class Reader:
             count += 1
         released, self._held = self._held[:count], self._held[count:]
         if released:
-            self._held_bytes = sum(_sizes(self._held))
+            self._held_bytes = sum(event.weight for event in self._held)
         self.position = max(self.position, limit - 1)
         return released
 

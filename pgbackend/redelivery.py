@@ -13,7 +13,8 @@ from pgbackend.sql import load
 from pgbackend.sql.statements import RedeliverySql
 
 _POSITION, _RECORDED_AT = 12, 13
-_LETTERS_PAGE = 100
+_LETTERS_BYTES = 16 << 20
+"""Of dead letters in one page. Its last one may be beyond it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,9 @@ class Redelivery:
         """All dead letters, or one subscription's, in the order of their ids."""
         last = 0
         while True:
-            rows = await self._database.fetch(self._sql.list_letters, last, subscription, _LETTERS_PAGE)
+            rows = await self._database.fetch(self._sql.list_letters, last, subscription, _LETTERS_BYTES)
+            if not rows:
+                return
             for row in rows:
                 last = row["letter_id"]
                 failure = Failure(error=row["error"], attempts=row["attempts"], details=json.loads(row["details"]))
@@ -98,8 +101,6 @@ class Redelivery:
                     buried_at=row["buried_at"],
                     due_at=row["due_at"],
                 )
-            if len(rows) < _LETTERS_PAGE:
-                return
 
     async def redeliver(self, ids: Sequence[int] | None, subscription: str | None) -> int:
         """Make dead letters due now; how many."""

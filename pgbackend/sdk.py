@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pgbackend.attributes import Row, checked_row, is_uri_reference, size_of, whose, whose_of
+from pgbackend.attributes import (
+    ATTRIBUTES_BYTES,
+    Row,
+    attributes_size,
+    checked_row,
+    is_uri_reference,
+    size_of,
+    whose,
+    whose_of,
+)
 from pgbackend.data import encode_data, kind_of
 from pgbackend.errors import EventError
 from pgbackend.event import Event
@@ -19,22 +28,30 @@ if TYPE_CHECKING:
     from cloudevents.core.base import BaseCloudEvent
 
 
-def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> Row:
-    """The event as a row that shares nothing with it: later changes to the event do not reach the log.
+def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> tuple[Row, int]:
+    """The event as a row that shares nothing with it, and the bytes that the row may take in memory.
 
     Raises `EventError` when it is not a valid CloudEvent, when JSON would change its data, or when it is too large.
     """
     row = event.row if isinstance(event, Event) else _encode(event)
-    # A character is at most four bytes, so that only events near the limit are measured exactly.
-    if _characters(row) * 4 > max_event_bytes and (size := size_of(row)) > max_event_bytes:
+    # A character is at most four bytes, in UTF-8 and in memory, so that only events near a limit are measured exactly.
+    attributes = _characters(row) * 4
+    weight = attributes + len(row[10] or b"")
+    if attributes > ATTRIBUTES_BYTES and (size := attributes_size(row)) > ATTRIBUTES_BYTES:
+        raise EventError(
+            f"{whose(row[1], row[2])} has {size:,} bytes of attributes, more than the {ATTRIBUTES_BYTES:,} that an "
+            "event may have. Move the long ones into its data."
+        )
+    if weight > max_event_bytes and (size := size_of(row)) > max_event_bytes:
         raise EventError(
             f"{whose(row[1], row[2])} has {size:,} bytes, more than max_event_bytes = {max_event_bytes:,}. "
             "Keep its data elsewhere and send a reference (`dataref`), or raise the limit."
         )
-    return row
+    return row, weight
 
 
 def _characters(row: Row) -> int:
+    """Of all attributes."""
     # Written out: half the time of a loop.
     return (
         len(row[1])
@@ -46,7 +63,6 @@ def _characters(row: Row) -> int:
         + len(row[7] or "")
         + len(row[8] or "")
         + len(row[9])
-        + len(row[10] or b"")
         + 3
     )
 

@@ -65,6 +65,13 @@ _EXTENSION_NAMES = """
     ]
 """
 
+_ATTRIBUTES = """
+    octet_length(specversion) + octet_length(id) + octet_length(source) + octet_length(type)
+    + coalesce(octet_length(subject), 0) + coalesce(octet_length(time), 0) + coalesce(octet_length(datacontenttype), 0)
+    + coalesce(octet_length(dataschema), 0) + coalesce(octet_length(partitionkey), 0)
+    + octet_length(extensions::text) <= 65536
+"""
+
 _DATA_ENCODING = "data_encoding IS NULL OR (data IS NOT NULL AND data_encoding IN ('json', 'text', 'base64'))"
 
 
@@ -92,6 +99,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         CheckConstraint("json_typeof(extensions) = 'object'", name="events_extensions_object"),
         CheckConstraint(_EXTENSION_NAMES, name="events_extensions_names"),
         CheckConstraint(_DATA_ENCODING, name="events_data_encoding_known"),
+        CheckConstraint(_ATTRIBUTES, name="events_attributes_size"),
         postgresql_partition_by="RANGE (position)",
     )
     Table(

@@ -28,6 +28,7 @@ from pgbackend import (
     SubscriptionNotFoundError,
     schema,
 )
+from pgbackend.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_size
 from pgbackend.database import Database
 from pgbackend.facts import Recorder
 from pgbackend.probe import Probe
@@ -35,7 +36,9 @@ from pgbackend.reader import Log
 from pgbackend.segments import Segments
 from pgbackend.subscriptions import Subscriptions
 from pgbackend.torture.proxy import Proxy
+from pgbackend.wire import parse_structured
 from tests.support.catch import Catch, make_event
+from tests.support.events import structured
 from tests.support.polling import eventually
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
@@ -433,6 +436,34 @@ async def test_an_event_that_is_no_cloudevent_or_too_large_is_refused_by_name_an
     await backend.stop()
 
     assert await execute(database, "SELECT array_agg(id) FROM pgbackend.events") == ["fits"]
+
+
+@pytest.mark.parametrize("name", ["id", "source", "subject", "dataschema", "partitionkey", "n", "n" * 30_000])
+async def test_the_attributes_of_an_event_have_64_kib_together_by_any_way_into_the_log(
+    database: str, name: str
+) -> None:
+    def event(size: int) -> Event:
+        text = "u:" + "é" * 15_000
+        return parse_structured(structured(**{name: text + "x" * size, "other": "y"}, data="z" * 100_000))
+
+    fits = event(ATTRIBUTES_BYTES - attributes_size(event(0).row))
+    large = event(ATTRIBUTES_BYTES - attributes_size(event(0).row) + 1)
+    insert = f"INSERT INTO pgbackend.events ({', '.join(COLUMNS)}) VALUES ({', '.join(f'${n}' for n in range(1, 13))})"
+    backend = Backend(database)
+    await backend.init()
+    connection = await asyncpg.connect(database)
+    await backend.produce(fits)
+    await connection.execute(insert, *fits.row)
+    with pytest.raises(EventError, match="65,537 bytes of attributes"):
+        await backend.produce(large)
+    with pytest.raises(EventError, match="65,537 bytes of attributes"):
+        await backend.produce_many([fits, large])
+    with pytest.raises(asyncpg.CheckViolationError, match="events_attributes_size"):
+        await connection.execute(insert, *large.row)
+    await connection.close()
+    await backend.stop()
+
+    assert await execute(database, "SELECT count(*) FROM pgbackend.events") == 2
 
 
 async def test_data_may_hold_any_octets(database: str) -> None:

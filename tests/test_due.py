@@ -7,6 +7,7 @@ from pgbackend.due import Due
 from pgbackend.event import Event
 from pgbackend.health import TargetHealth
 from pgbackend.model import Failure
+from tests.support.events import log_row
 from tests.test_shard import make_shard
 
 GIVEN_UP = Failure(error="no", attempts=1, details={})
@@ -20,8 +21,7 @@ def due() -> Due:
 
 def begin(account: Due, positions: Iterable[int], failure: Failure | None = None) -> None:
     for position in positions:
-        row = ("1.0", str(position), "/s", "t", None, None, None, None, None, "{}", None, None)
-        account.begin(Event(row, position, None, 1, failure))
+        account.begin(Event(log_row(position), position, None, 1, failure))
 
 
 def asked(account: Due, *, down: bool, dead_letters: bool = True) -> tuple[int, bool] | None:

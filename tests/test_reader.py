@@ -1,3 +1,4 @@
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from pgbackend.attributes import COLUMNS
 from pgbackend.database import Database
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import PAGE_BYTES, PAGE_EVENTS, Batch, IncarnationChanged, Log, Reader
@@ -231,6 +233,50 @@ async def test_a_page_of_large_data_is_bounded_and_nothing_is_left_out(log: Log,
     assert all(event.data_bytes == data for batch in batches for event in batch.events)
 
 
+@pytest.mark.parametrize("column", ["id", "subject", "extensions", "partitionkey"])
+@pytest.mark.parametrize(("count", "size", "more"), [(400, 50_000, ""), (40, 1_000_000, "😀"), (3, 30_000_000, "")])
+async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
+    log: Log, sql: Any, column: str, count: int, size: int, more: str
+) -> None:
+    """Also of those that an older log took in, and where one character makes Python keep four bytes for each."""
+    await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_attributes_size")
+    value = f'{{"a": "{"x" * size}{more}"}}' if column == "extensions" else "x" * size + more
+    columns = {"id": "a", "source": "/s", "type": "t", "datacontenttype": "text/plain", column: value}
+    await sql.execute(
+        f"INSERT INTO pgbackend.events ({', '.join(columns)}) "
+        f"SELECT {', '.join(f'${n}' for n in range(1, len(columns) + 1))} FROM generate_series(1, {count})",
+        *columns.values(),
+    )
+    reader = Reader(log, after=0)
+    positions: list[int] = []
+    while len(positions) < count:
+        batch = await reader.read()
+        positions += batch.positions
+        taken = sum(sys.getsizeof(part) for event in batch.events for part in event.row)
+        assert taken <= batch.size
+        assert batch.size <= PAGE_BYTES or len(batch.events) == 1
+        assert all(event.row[COLUMNS.index(column)] == value for event in batch.events)
+
+    assert positions == list(range(1, count + 1))
+
+
+async def test_an_event_that_is_deleted_while_its_page_is_read_is_not_handed_out(
+    log: Log, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Database.fetch
+
+    async def delete_before(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        if "read_large" in statement:
+            await sql.execute("DELETE FROM pgbackend.events WHERE id = 'a'")
+        return await fetch(self, statement, *args, **options)
+
+    await sql.execute(LARGE, ["a", "b"], b"x" * 20_000)
+    monkeypatch.setattr(Database, "fetch", delete_before)
+    reader = Reader(log, after=0)
+
+    assert await read_until(reader, "the other one", bool) == ["b"]
+
+
 async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_behind_them(
     log: Log, database: str, sql: Any
 ) -> None:
@@ -254,7 +300,7 @@ async def test_an_event_never_gets_its_large_data_from_another_life_of_the_serve
     fetch = Database.fetch
 
     async def crash_between(self: Database, statement: str, *args: Any, **options: Any) -> Any:
-        if "read_data" in statement:
+        if "read_large" in statement:
             await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
         return await fetch(self, statement, *args, **options)
 

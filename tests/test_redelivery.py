@@ -4,8 +4,10 @@ from typing import Any
 
 import asyncpg
 import pytest
+from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry, SubscriptionNotFoundError, worker
+from pgbackend.database import Database
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 
@@ -38,6 +40,80 @@ async def waiting(backend: Backend, count: int) -> None:
 
 async def reject(event: Event) -> None:
     raise Reject("no", details={"id": event.id})
+
+
+def of_60_kb(id_: str, *, attributes: bool) -> CloudEvent:
+    text = "x" * 60_000
+    given = {"id": id_, "source": "test", "type": "test", "datacontenttype": "text/plain"}
+    return CloudEvent(given | {"subject": text}) if attributes else CloudEvent(given, text)
+
+
+@pytest.mark.parametrize("attributes", [False, True])
+@pytest.mark.parametrize("letters_too", [False, True])
+async def test_what_is_due_again_stays_within_the_bytes_of_a_window(
+    database: str, *, attributes: bool, letters_too: bool
+) -> None:
+    at_work: set[str] = set()
+    most = handled = 0
+
+    async def handle(event: Event) -> None:
+        nonlocal most, handled
+        at_work.add(event.id)
+        most = max(most, len(at_work))
+        await asyncio.sleep(0.01)
+        at_work.discard(event.id)
+        handled += 1
+
+    async def all_handled() -> bool:
+        return handled == 60
+
+    async with Backend(database, window_bytes=1_000_000, **SETTINGS) as backend:
+        await backend.produce_many([of_60_kb(str(n), attributes=attributes) for n in range(60)])
+        await backend.subscribe("s", handle if not letters_too else reject)
+        if letters_too:
+            await backend.seek("s", "earliest")
+            await letters(backend, 60)
+            await backend.reconfigure("s", handle)
+            await backend.redeliver(subscription="s")
+        else:
+            connection = await asyncpg.connect(database)
+            await connection.execute("""
+                INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
+                SELECT 's', position, key_hash, 1, now(), 'failed' FROM pgbackend.events""")
+            await connection.close()
+        await eventually("all are handled", all_handled)
+
+    assert most <= 1 + 1_000_000 // 60_000
+
+
+@pytest.mark.parametrize("attributes", [False, True])
+async def test_dead_letters_are_listed_in_pages_that_end_by_bytes(
+    database: str, monkeypatch: pytest.MonkeyPatch, *, attributes: bool
+) -> None:
+    async with Backend(database, **SETTINGS) as backend:
+        await backend.subscribe("s", reject)
+        await backend.produce_many([make_event(str(n)) for n in range(120)])
+        await letters(backend, 120)
+        connection = await asyncpg.connect(database)
+        text = "convert_to(repeat('x', 1000000), 'UTF8')"
+        column = f"subject = encode({text}, 'escape')" if attributes else f"data = {text}"
+        await connection.execute(f"UPDATE pgbackend.dead_letters SET {column} WHERE letter_id % 2 = 0")
+        await connection.close()
+        pages: list[int] = []
+        fetch = Database.fetch
+
+        async def measured(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+            rows = await fetch(self, statement, *args, **options)
+            if "list_letters" in statement:
+                pages.append(sum(len(row["subject"] or "") + len(row["data"] or b"") for row in rows))
+            return rows
+
+        monkeypatch.setattr(Database, "fetch", measured)
+        listed = [letter.event.id async for letter in backend.dead_letters("s")]
+
+    assert listed == [str(n) for n in range(120)]
+    assert sum(pages) == 60_000_000
+    assert max(pages) <= 17_000_000
 
 
 async def test_an_event_that_waits_to_be_tried_again_is_tried_after_a_restart_and_its_attempts_count_on(

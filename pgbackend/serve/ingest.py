@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from pgbackend import facts, wire
-from pgbackend.attributes import size_of
+from pgbackend.attributes import ATTRIBUTES_BYTES, attributes_size, size_of
 from pgbackend.errors import (
     DatabaseError,
     EventError,
@@ -270,8 +270,7 @@ class Ingest:
                 events: Sequence[Event] = await self._read_batch(body)
             else:
                 event = wire.parse_binary(headers, body) if mode == "binary" else wire.parse_structured(body)
-                if len(body) + _ENVELOPE_BYTES > self._limits.event_bytes:
-                    self._check_size(event, "The event")
+                self._check_size(event, "The event")
                 events = (event,)
         except ContentTypeError as error:
             raise Problem(415, str(error)) from None
@@ -302,13 +301,14 @@ class Ingest:
         return events
 
     def _check_size(self, event: Event, which: str) -> None:
-        size = size_of(event.row)
-        if size > self._limits.event_bytes:
-            raise Problem(
-                413,
-                f"{which} {event.id[:80]!r} of {event.source[:80]!r} has {size} bytes: "
-                f"expected at most {self._limits.event_bytes}.",
-            )
+        attributes, size = attributes_size(event.row), size_of(event.row)
+        if attributes > ATTRIBUTES_BYTES:
+            said = f"{attributes} bytes of attributes: expected at most {ATTRIBUTES_BYTES}."
+        elif size > self._limits.event_bytes:
+            said = f"{size} bytes: expected at most {self._limits.event_bytes}."
+        else:
+            return
+        raise Problem(413, f"{which} {event.id[:80]!r} of {event.source[:80]!r} has {said}")
 
     # Telling how things are
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pgbackend.attributes import size_of
+from pgbackend.attributes import ATTRIBUTES_BYTES, attributes_size, size_of
 from pgbackend.errors import ConfigError
 from pgbackend.event import Event, attributes_with
 
@@ -162,10 +162,9 @@ class Tracing:
         carrier = self._carrier()
         if len(carrier.get("tracestate", "")) > _STATE_CHARACTERS:
             del carrier["tracestate"]
-        room = _EVENT_BYTES - sum(len(value) for value in carrier.values())
         return [
-            attributes_with(event, carrier)
-            if event.attribute("traceparent") is None and size_of(event.row) <= room
+            traced
+            if event.attribute("traceparent") is None and _is_taken(traced := attributes_with(event, carrier))
             else event
             for event in events
         ]
@@ -216,6 +215,10 @@ class Tracing:
             if event.subject is not None:
                 attributes["cloudevents.event_subject"] = event.subject
         return attributes
+
+
+def _is_taken(event: Event) -> bool:
+    return attributes_size(event.row) <= ATTRIBUTES_BYTES and size_of(event.row) <= _EVENT_BYTES
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Named SQL statements: the `.sql` files beside this module, with the log's schema put in.
 
 A file is prose in comments, then statements. Each opens with `-- name: commit_offsets`, goes on with comment lines that
-say what it guarantees, and ends where the next one opens. Of the text, only two words are replaced:
+say what it guarantees, and ends where the next one opens. Of the text, only three words are replaced:
 
     {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
     {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
+    {weight}            the bytes that an event takes in memory, of its unqualified columns: SELECT {weight} AS weight
 
 The statements of a file are declared as fields of a frozen dataclass in `statements.py`, so a mistyped name is a type
 error, and a field without a statement (or the reverse) fails when its actor is built, not when it is needed:
@@ -33,7 +34,16 @@ else:
     StatementsT = TypeVar("StatementsT")
 
 _NAME = re.compile(r"^-- name: *(\w+) *$")
-_PLACEHOLDER = re.compile(r"\{(schema|schema_literal)\}")
+_PLACEHOLDER = re.compile(r"\{(schema|schema_literal|weight)\}")
+# The objects, the data, and up to four bytes for each character of the attributes. octet_length() fetches no TOAST.
+_WEIGHT = """(
+    700 + coalesce(octet_length(data), 0) + 4 * (
+        octet_length(id)::bigint + octet_length(source) + octet_length(type) + coalesce(octet_length(subject), 0)
+        + coalesce(octet_length(time), 0) + coalesce(octet_length(datacontenttype), 0)
+        + coalesce(octet_length(dataschema), 0) + coalesce(octet_length(partitionkey), 0)
+        + octet_length(extensions::text)
+    )
+)"""
 # PostgreSQL cuts longer names off, silently: two logs would become one.
 _MAX_IDENTIFIER_BYTES = 63
 
@@ -77,7 +87,7 @@ def file_names() -> list[str]:
 
 def place_schema(text: str, *, schema: str) -> str:
     """`text` with its placeholders replaced, in one pass: a schema named "{schema}" is a name like any other."""
-    words = {"schema": quote_ident(schema), "schema_literal": quote_literal(schema)}
+    words = {"schema": quote_ident(schema), "schema_literal": quote_literal(schema), "weight": _WEIGHT}
     return _PLACEHOLDER.sub(lambda match: words[match[1]], text)
 
 

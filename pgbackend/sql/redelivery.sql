@@ -5,11 +5,11 @@
 -- its room by count and bytes, the first in any case, and without those that are at work already.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, epoch, attempt, failure, begun
+    data_encoding, position, recorded_at, key_hash, weight, epoch, attempt, failure, begun
 FROM (
     SELECT
         event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.begun,
-        sum(octet_length(event.data)) OVER (
+        sum(event.weight) OVER (
             PARTITION BY asked.epoch ORDER BY due.due_at, event.position
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
         ) AS bytes_before
@@ -33,7 +33,11 @@ FROM (
         ORDER BY waiting.due_at
         LIMIT asked.room
     ) AS due
-    JOIN {schema}.events AS event ON event.position = due.position
+    CROSS JOIN LATERAL (
+        SELECT *, {weight} AS weight
+        FROM {schema}.events
+        WHERE position = due.position
+    ) AS event
 ) AS found
 WHERE bytes_before IS NULL OR bytes_before < room_bytes
 ORDER BY due_at;
@@ -42,18 +46,18 @@ ORDER BY due_at;
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, epoch, attempt, letter_id, begun
+    data_encoding, position, recorded_at, key_hash, weight, epoch, attempt, letter_id, begun
 FROM (
     SELECT
         due.*, asked.epoch, asked.room_bytes,
-        sum(octet_length(due.data)) OVER (
+        sum(due.weight) OVER (
             PARTITION BY asked.epoch ORDER BY due.due_at, due.letter_id
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
         ) AS bytes_before
     FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::int[], $6::bigint[])
         AS asked (epoch, subscription, shard, shards, room, room_bytes)
     CROSS JOIN LATERAL (
-        SELECT *
+        SELECT *, {weight} AS weight
         FROM {schema}.dead_letters AS letter
         WHERE letter.subscription = asked.subscription
             AND letter.due_at <= clock_timestamp()
@@ -81,14 +85,26 @@ WHERE subscription = $1
     AND key_hash % $3::int = $2::int;
 
 -- name: list_letters
+-- A page of them, which ends by count or by weight; the first in any case.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, letter_id, subscription, attempts, error, details, buried_at, due_at
-FROM {schema}.dead_letters
-WHERE letter_id > $1
-    AND ($2::text IS NULL OR subscription = $2)
-ORDER BY letter_id
-LIMIT $3;
+    data_encoding, position, recorded_at, key_hash, weight, letter_id, subscription, attempts, error, details,
+    buried_at, due_at
+FROM (
+    SELECT
+        *,
+        sum(weight) OVER (ORDER BY letter_id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS weight_before
+    FROM (
+        SELECT *, {weight} + 4 * (octet_length(error) + octet_length(details::text)) AS weight
+        FROM {schema}.dead_letters
+        WHERE letter_id > $1
+            AND ($2::text IS NULL OR subscription = $2)
+        ORDER BY letter_id
+        LIMIT 100
+    ) AS letter
+) AS page
+WHERE weight_before IS NULL OR weight_before < $3
+ORDER BY letter_id;
 
 -- name: redeliver_letters
 -- Send dead letters on their way again, from the first attempt on.

@@ -15,7 +15,7 @@ class LogSql:
     append_one: str
     read_page: str
     read_page_and_holes: str
-    read_data: str
+    read_large: str
     find_position: str
     find_gaps: str
     find_incarnation: str

@@ -182,6 +182,16 @@ class TestLimits:
             assert "index 1" in answer.detail
             assert len(await broker.stored()) == 3
 
+    async def test_attributes_beyond_64_kib_are_413(self, broker: Broker) -> None:
+        for members in ({"subject": "x" * 70_000}, {"subject": "é" * 33_000}, {f"n{n}": "x" * 700 for n in range(100)}):
+            large = envelope("big", **members)
+            for headers, body in ((STRUCTURED, large), (BATCH, b"[%b,%b]" % (envelope(1), large))):
+                answer = await broker.send(headers, body)
+                assert (answer.status, "bytes of attributes" in answer.detail) == (413, True)
+                assert "'big' of '/shop'" in answer.detail
+        assert (await broker.send(STRUCTURED, envelope(subject="x" * 60_000))).status == 202
+        assert len(await broker.stored()) == 1
+
     async def test_a_length_that_is_too_large_is_refused_before_the_body_is_sent(self, broker: Broker) -> None:
         head = b"POST / HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
         assert (await broker.talk(head)).startswith(b"HTTP/1.1 413 ")

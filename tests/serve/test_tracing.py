@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from pgbackend.attributes import ATTRIBUTES_BYTES
 from pgbackend.errors import ConfigError
 from pgbackend.event import Event
 from pgbackend.serve import tracing
@@ -375,6 +376,15 @@ class TestSpans:
         assert stored.attribute("traceparent") is None
         assert stored.data_bytes == data
 
+    async def test_an_event_with_large_attributes_is_taken_as_it_is(self, database: str, collector: Collector) -> None:
+        subject = "x" * (ATTRIBUTES_BYTES - 80)
+        async with traces() as traced, serving(database, tracing=traced) as broker:
+            assert (await broker.send(STRUCTURED, envelope(subject=subject))).status == 202
+            await collector.wait("send")
+            [stored] = await broker.stored()
+        assert stored.attribute("traceparent") is None
+        assert stored.subject == subject
+
     @pytest.mark.usefixtures("collector")
     async def test_a_long_tracestate_is_not_stored(self, database: str) -> None:
         state = ",".join(f"vendor{number}={'x' * 100}" for number in range(10))
@@ -489,6 +499,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
+from pgbackend.attributes import ATTRIBUTES_BYTES
 from pgbackend.errors import ConfigError
 from pgbackend.serve import app, delivery, ingest, metrics, logs, tracing, triggers
 try:

@@ -113,7 +113,7 @@ async def test_a_page_with_open_holes_reads_only_the_holes_and_the_page(connecti
 
 async def test_large_data_is_looked_up_by_position(connection: Any) -> None:
     incarnation = await connection.fetchval(LOG.find_incarnation)
-    plan = await explain(connection, LOG.read_data, [2, 9_990_100, 19_990_100], incarnation)
+    plan = await explain(connection, LOG.read_large, [2, 9_990_100, 19_990_100], incarnation)
 
     assert scans_of_events(plan) <= {"Index Scan", "Bitmap Heap Scan"}
     assert rows_touched(plan) == 3

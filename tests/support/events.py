@@ -46,8 +46,14 @@ def sdk(data: object = None, **attributes: object) -> CloudEvent:
     return CloudEvent({**BARE, "time": datetime(2026, 1, 2, tzinfo=UTC), **attributes}, data)  # type: ignore[arg-type]
 
 
+def log_row(position: int) -> tuple[object, ...]:
+    """A row as the log's statements return it, of a small event."""
+    event = ("1.0", str(position), "/s", "t", None, None, None, None, None, "{}", None, None)
+    return (*event, position, None, 1, 1000)
+
+
 def put(event: BaseCloudEvent) -> Event:
-    return Event(encode(event, max_event_bytes=1 << 20))
+    return Event(encode(event, max_event_bytes=1 << 20)[0])
 
 
 name = st.from_regex(r"[a-z0-9]{1,20}", fullmatch=True).filter(

@@ -13,6 +13,7 @@ from pgbackend.event import Event
 from pgbackend.holes import AppenderClock, Evidence
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log, Reader
+from tests.support.events import log_row
 
 HOLE_WAIT = 2.0
 
@@ -156,10 +157,7 @@ class _SimulatedClock(AppenderClock):
 
 
 def _events(positions: Iterable[int]) -> list[Event]:
-    return [
-        Event(("1.0", str(position), "test", "test", None, None, None, None, None, "{}", None, None), position)
-        for position in positions
-    ]
+    return [Event(log_row(position), position) for position in positions]
 
 
 class Account:

@@ -1,0 +1,43 @@
+"""The attributes of one event have at most 64 KiB together, also when plain SQL writes them.
+
+Revision ID: 0010
+Revises: 0004
+"""
+
+from alembic.operations import Operations
+
+from pgbackend import ddl
+
+revision = "0010"
+down_revision = "0004"
+
+
+def upgrade(*, op: Operations) -> None:
+    ddl.run(op, UPGRADE, validate=_VALIDATE)
+
+
+def downgrade(*, op: Operations) -> None:
+    ddl.run(op, DOWNGRADE)
+
+
+# Only an empty log is validated: a scan would hold up producers, and events that were taken in before may have more.
+# Readers cope with any size.
+_VALIDATE = """
+BEGIN
+    IF NOT EXISTS (SELECT FROM {schema}.events) THEN
+        ALTER TABLE {schema}.events VALIDATE CONSTRAINT events_attributes_size;
+    END IF;
+END"""
+
+UPGRADE: tuple[str, ...] = (
+    """
+    ALTER TABLE {schema}.events ADD CONSTRAINT events_attributes_size CHECK (
+        octet_length(specversion) + octet_length(id) + octet_length(source) + octet_length(type)
+        + coalesce(octet_length(subject), 0) + coalesce(octet_length(time), 0)
+        + coalesce(octet_length(datacontenttype), 0) + coalesce(octet_length(dataschema), 0)
+        + coalesce(octet_length(partitionkey), 0) + octet_length(extensions::text) <= 65536
+    ) NOT VALID""",
+    "DO {validate}",
+)
+
+DOWNGRADE: tuple[str, ...] = ("ALTER TABLE {schema}.events DROP CONSTRAINT events_attributes_size",)
