@@ -20,7 +20,6 @@ Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up 
 import asyncio
 import inspect
 import logging
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
@@ -41,8 +40,19 @@ from pgbackend.errors import (
     ProbeError,
     SchemaError,
     SubscriptionNotFoundError,
+    shown,
 )
-from pgbackend.model import MAX_SHARDS, ConsumerDispatcher, DeadLetter, EventFilter, Info, Order, Position, Status
+from pgbackend.model import (
+    MAX_CONCURRENCY,
+    MAX_SHARDS,
+    ConsumerDispatcher,
+    DeadLetter,
+    EventFilter,
+    Info,
+    Order,
+    Position,
+    Status,
+)
 from pgbackend.probe import Probe, all_ok, distrust
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
@@ -63,6 +73,10 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 
 _LIFE_POLL = 0.05
+_DAY = 86_400
+"""The most seconds that a setting takes. `workers` has the same limit for `lease_timeout`."""
+MAX_EVENT_BYTES = 256 << 20
+"""The largest `max_event_bytes`: a message to PostgreSQL ends at 1 GiB, and takes copies on the way there."""
 _HAND_OVER = 5.0
 """Seconds beyond its own bounds that a worker may need to give a shard up."""
 _Result = TypeVar("_Result")
@@ -137,7 +151,9 @@ class Backend:
         window_bytes: int = 16 << 20,
         buffer_bytes: int = 64 << 20,
     ) -> None:
-        """Nothing is connected yet. Raises ConfigError for a setting that cannot be.
+        """Nothing is connected yet. Raises ConfigError for a setting out of its range, which the message names.
+
+        Times are in seconds, a day at most.
 
         `dsn`: where the log is. It may name several hosts: the one that is the primary is used, now and after a
         failover. `listen_dsn`: a direct way there, where `dsn` leads through a pooler.
@@ -149,7 +165,7 @@ class Backend:
         `lease_timeout`: seconds after which a worker that is not heard of loses its shards.
         `produce_timeout`, `drain_timeout`: seconds that `produce()` and `stop()` take at most.
         `max_event_bytes`: larger events are refused. It counts the data and all attributes, which have a limit of their
-        own besides: 64 KiB together.
+        own besides: 64 KiB together. 256 MiB at most.
         `pool_size`: connections for short statements, beside one that appends and one that listens.
         `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow
         targets, and repeat more after a crash.
@@ -165,14 +181,17 @@ class Backend:
             ("produce_timeout", produce_timeout), ("drain_timeout", drain_timeout), ("hole_wait", hole_wait),
         ):  # fmt: skip
             at_least = 0 if name in ("hole_wait", "drain_timeout") else 0.001
-            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not at_least <= seconds < math.inf:
-                raise ConfigError(f"{name} is {seconds!r}: expected a number of seconds of at least {at_least:g}.")
-        for name, count in (
-            ("max_event_bytes", max_event_bytes), ("pool_size", pool_size), ("window_events", window_events),
-            ("window_bytes", window_bytes), ("buffer_bytes", buffer_bytes),
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not at_least <= seconds <= _DAY:
+                raise ConfigError(
+                    f"{name} is {shown(seconds)}: expected a number of seconds from {at_least:g} to {_DAY} (a day)."
+                )
+        for name, count, at_most in (
+            ("max_event_bytes", max_event_bytes, MAX_EVENT_BYTES), ("pool_size", pool_size, 1000),
+            ("window_events", window_events, 100_000), ("window_bytes", window_bytes, 1 << 40),
+            ("buffer_bytes", buffer_bytes, 1 << 40),
         ):  # fmt: skip
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ConfigError(f"{name} is {count!r}: expected a whole number of at least 1.")
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= at_most:
+                raise ConfigError(f"{name} is {shown(count)}: expected a whole number from 1 to {at_most}.")
         self._settings = Settings(
             schema=schema,
             hole_wait=hole_wait,
@@ -776,7 +795,7 @@ def _check_dispatching(
     """Raises ConfigError for what a process cannot run a subscription with."""
     if not callable(dispatcher):
         raise ConfigError(f"The dispatcher of {name!r} is {dispatcher!r}: expected a function that takes an event.")
-    _check_count(name, "concurrency", concurrency)
+    _check_count(name, "concurrency", concurrency, at_most=MAX_CONCURRENCY)
     if not isinstance(retry, Retry):
         raise ConfigError(f"retry is {retry!r}: expected a Retry.")
     if filter_ is not None and (not callable(filter_) or inspect.iscoroutinefunction(filter_)):
@@ -785,9 +804,9 @@ def _check_dispatching(
         raise ConfigError(f"dead_letter is {dead_letter!r}: expected a function that takes an event.")
 
 
-def _check_count(name: str, label: str, count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"{label} of {name!r} is {count!r}: expected a whole number of at least 1.")
+def _check_count(name: str, label: str, count: object, *, at_most: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= at_most:
+        raise ConfigError(f"{label} of {name!r} is {shown(count)}: expected a whole number from 1 to {at_most}.")
 
 
 def _check_terms(name: str, *, start: object, end: object, order: str, shards: int) -> None:
@@ -796,9 +815,7 @@ def _check_terms(name: str, *, start: object, end: object, order: str, shards: i
         raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
     if order not in ("none", "key", "strict"):
         raise ConfigError(f"order of {name!r} is {order!r}: expected none, key or strict.")
-    _check_count(name, "shards", shards)
-    if shards > MAX_SHARDS:
-        raise ConfigError(f"shards of {name!r} is {shards}: expected at most {MAX_SHARDS}.")
+    _check_count(name, "shards", shards, at_most=MAX_SHARDS)
     if order == "strict" and shards != 1:
         raise ConfigError(f"Subscription {name!r} is strict with {shards} shards: log order needs a single one.")
     for label, bound in (("start", start), ("end", end)):

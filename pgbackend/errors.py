@@ -22,6 +22,19 @@ Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; mes
 
 from collections.abc import Mapping, Sequence
 
+_PRINTED_BITS = 128
+
+
+def shown(value: object) -> str:
+    """A value that was refused, for a message: cut, because Python does not print integers of thousands of digits.
+
+    >>> shown("30"), shown(10**5000)
+    ("'30'", 'an integer of 16610 bits')
+    """
+    if isinstance(value, int) and value.bit_length() > _PRINTED_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r:.100}"
+
 
 class PgBackendError(Exception):
     """Base of every error of this package."""

@@ -24,6 +24,9 @@ Order = Literal["none", "key", "strict"]
 MAX_SHARDS = 1024
 """Of a subscription: each worker looks at every shard there is each second."""
 
+MAX_CONCURRENCY = 10_000
+"""Of a shard: it keeps a task for each event at work, or a thread for a plain function."""
+
 ConsumerDispatcher = Callable[["Event"], Awaitable[Any] | Any]
 """Handles one event. Returning means handled, raising means failed. A plain function runs in a thread."""
 

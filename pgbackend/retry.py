@@ -1,11 +1,15 @@
 """How long to wait before an event is tried again: a policy, and nothing else."""
 
-import math
 import random
 from dataclasses import dataclass
 from typing import Literal
 
-from pgbackend.errors import ConfigError
+from pgbackend.errors import ConfigError, shown
+
+_MOST_ATTEMPTS = 2**31 - 1
+"""What the column `attempt` holds."""
+_CENTURY = 36_525 * 86_400
+"""The longest wait in seconds: every date within it is one that PostgreSQL can store."""
 
 Backoff = Literal["constant", "linear", "exponential"]
 
@@ -32,12 +36,15 @@ class Retry:
     """Up to this share of a wait is added to it at random, so that failures do not come back in step."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
-            raise ConfigError(f"Retry.attempts is {self.attempts!r}: expected a whole number of at least 1.")
-        for name in ("delay", "max_delay", "jitter"):
+        attempts = self.attempts
+        if not isinstance(attempts, int) or isinstance(attempts, bool) or not 1 <= attempts <= _MOST_ATTEMPTS:
+            raise ConfigError(
+                f"Retry.attempts is {shown(attempts)}: expected a whole number from 1 to {_MOST_ATTEMPTS}."
+            )
+        for name, at_most in (("delay", _CENTURY), ("max_delay", _CENTURY), ("jitter", 10.0)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ConfigError(f"Retry.{name} is {value!r}: expected a finite number of at least 0.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= at_most:
+                raise ConfigError(f"Retry.{name} is {shown(value)}: expected a number from 0 to {at_most:.0f}.")
         if self.backoff not in ("constant", "linear", "exponential"):
             raise ConfigError(f"Retry.backoff is {self.backoff!r}: expected constant, linear or exponential.")
 

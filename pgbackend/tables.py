@@ -164,6 +164,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("asked_at", _TIMESTAMPTZ),
         PrimaryKeyConstraint("id", name="workers_pkey"),
         CheckConstraint("lease_timeout > interval '0'", name="workers_lease_timeout_positive"),
+        CheckConstraint("lease_timeout <= interval '1 day'", name="workers_lease_timeout_bounded"),
         postgresql_with=_HOT,
     )
     Table(

@@ -30,6 +30,7 @@ from pgbackend import (
 )
 from pgbackend.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_size
 from pgbackend.database import Database
+from pgbackend.errors import shown
 from pgbackend.facts import Recorder
 from pgbackend.probe import Probe
 from pgbackend.reader import Log
@@ -233,18 +234,30 @@ async def test_logs_in_other_schemas_of_one_database_know_nothing_of_each_other(
         {"produce_timeout": "30"}, {"drain_timeout": True}, {"pool_size": 0}, {"max_event_bytes": 1.5},
         {"window_events": -1}, {"window_bytes": True}, {"buffer_bytes": 0}, {"schema": ""}, {"schema": "a\0b"},
         {"dsn": "mysql://db"}, {"dsn": "not a dsn"}, {"listen_dsn": "nonsense"},
+        {"lease_timeout": 1e12}, {"lease_timeout": 86_401}, {"poll_interval": 1e300}, {"commit_interval": 10**400},
+        {"produce_timeout": 1e10}, {"drain_timeout": 1e10}, {"hole_wait": 1e10}, {"pool_size": 1001},
+        {"max_event_bytes": (256 << 20) + 1}, {"window_events": 100_001}, {"window_bytes": 1 << 41},
+        {"buffer_bytes": 10**5000},
     ],
-    ids=str,
+    ids=lambda setting: next(iter(setting)),
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused_before_any_connection(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Backend(**{"dsn": NOWHERE, **setting})
 
 
+def test_a_refused_setting_is_named_with_its_range() -> None:
+    with pytest.raises(ConfigError, match=r"lease_timeout is 1000000000000\.0: .* from 0\.001 to 86400"):
+        Backend(NOWHERE, lease_timeout=1e12)
+    with pytest.raises(ConfigError, match=r"buffer_bytes is an integer of 16610 bits: .* from 1 to 1099511627776"):
+        Backend(NOWHERE, buffer_bytes=10**5000)
+
+
 @pytest.mark.parametrize(
     "option",
     [
         {"name": ""}, {"name": "a\0b"}, {"name": 7}, {"dispatcher": None}, {"order": "fifo"}, {"concurrency": 0},
+        {"concurrency": 10_001}, {"concurrency": 10**5000},
         {"shards": 0}, {"shards": 2.0}, {"shards": 1025}, {"order": "strict", "shards": 2},
         {"start": "now"}, {"start": True},
         {"start": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
@@ -253,7 +266,7 @@ def test_a_setting_that_cannot_be_is_refused_before_any_connection(setting: dict
         {"name": "lone \ud800"}, {"filter": "type = 'a'"}, {"filter": asyncio.sleep},
     ],
     # Without addresses: every test process must call it the same.
-    ids=lambda option: ascii({name: getattr(value, "__name__", value) for name, value in option.items()}),
+    ids=lambda option: ascii({name: getattr(value, "__name__", shown(value)) for name, value in option.items()}),
 )  # fmt: skip
 async def test_an_option_that_cannot_be_is_refused_and_nothing_is_stored(
     backend: Backend, option: dict[str, Any]

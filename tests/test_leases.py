@@ -164,6 +164,20 @@ async def test_a_worker_that_could_not_see_its_own_start_lives_as_long_as_its_ba
 
 
 @pytest.mark.owner
+async def test_no_row_can_make_a_lease_endless(backend: Backend, database: str) -> None:
+    connection = await asyncpg.connect(database)
+    try:
+        for lease_timeout in ("1000000 years", "1 day 1 ms"):
+            with pytest.raises(asyncpg.CheckViolationError, match="workers_lease_timeout_bounded"):
+                await connection.execute(
+                    "INSERT INTO pgbackend.workers (id, name, lease_timeout) VALUES ($1, 'x', $2::text::interval)",
+                    uuid4(),
+                    lease_timeout,
+                )
+    finally:
+        await connection.close()
+
+
 async def test_nothing_can_be_claimed_in_another_life_of_the_server(backend: Backend, database: str) -> None:
     await backend.subscribe("s", Catch())
     async with opened(database) as log:

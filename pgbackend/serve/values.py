@@ -18,11 +18,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_core import PydanticCustomError
 from yarl import URL
 
-from pgbackend.model import MAX_SHARDS
+from pgbackend.model import MAX_CONCURRENCY, MAX_SHARDS
 
 _MAX_POSITION = 2**63 - 1
 _MAX_RETRIES = 2**31 - 2
-_MAX_CONCURRENCY = 10_000
 _MAX_NAME = 200
 _LONGEST = 36_525 * 86_400.0  # a century, in seconds: what PostgreSQL and the event loop can surely wait
 _SECRET_BYTES = 1 << 16  # more than a header may have; what is larger is another file, or one without end
@@ -327,7 +326,7 @@ HeaderName = Annotated[str, AfterValidator(_header_name), _pattern("[A-Za-z0-9!#
 HeaderValue = Annotated[str, BeforeValidator(_secret), AfterValidator(_header_value), WithJsonSchema(_SECRET)]
 Retries = Annotated[int, BeforeValidator(_whole(0, _MAX_RETRIES)), WithJsonSchema(_whole_schema(0, _MAX_RETRIES))]
 Concurrency = Annotated[
-    int, BeforeValidator(_whole(1, _MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, _MAX_CONCURRENCY))
+    int, BeforeValidator(_whole(1, MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, MAX_CONCURRENCY))
 ]
 Shards = Annotated[int, BeforeValidator(_whole(1, MAX_SHARDS)), WithJsonSchema(_whole_schema(1, MAX_SHARDS))]
 StartPosition = Annotated[int, BeforeValidator(_position(0)), WithJsonSchema(_whole_schema(0, _MAX_POSITION))]
