@@ -30,6 +30,7 @@ from pgbackend.database import (
     is_position_taken,
     is_refused_for_data,
     on_unconfirmed,
+    repeat,
     translate,
 )
 from pgbackend.errors import (
@@ -297,7 +298,7 @@ class Appender:
         rows = batch[0].rows if len(batch) == 1 else [row for call in batch for row in call.rows]
         try:
             try:
-                await self._insert(connection, rows)
+                await repeat(lambda: self._insert(connection, rows), self._timeout)
             except Exception as error:
                 if not is_out_of_segments(error):
                     raise

@@ -29,9 +29,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 else:
     Connection = asyncpg.Connection  # generic in its stubs only
 Record = asyncpg.Record
+_Result = TypeVar("_Result")
 
 CONNECT_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 15.0
@@ -75,6 +76,10 @@ _LOST_SQLSTATES = frozenset({
 _POOLER_SQLSTATE = "08P01"
 """protocol_violation: what pgbouncer gives each error of its own. PostgreSQL would have to be sent nonsense."""
 INSUFFICIENT_PRIVILEGE = "42501"
+_CONFLICTS = frozenset({"40001", "40P01"})
+"""serialization_failure and deadlock_detected: nothing is wrong with the statement, and nothing of it has happened."""
+_REPEAT_PAUSE = 0.5
+"""Seconds between two tries of it, at most."""
 _SCHEMA_SQLSTATES = frozenset({"3F000", "42P01", "42703", "42883"})
 
 
@@ -252,6 +257,7 @@ class Database:
                 assert role is not None  # noqa: S101 - a SELECT of scalars
                 _refuse_role(target, host, in_recovery=role["in_recovery"], read_only=role["read_only"])
                 self._primaries.admit(connection, await self._find_timeline(connection), where=_name(target, host))
+                await self._prepare(connection)
             except BaseException:
                 connection.terminate()
                 raise
@@ -300,6 +306,16 @@ class Database:
         )
         return connection
 
+    async def _prepare(self, connection: Connection) -> None:
+        """Make the session what the statements rely on. Raises ConfigError where that is not possible."""
+        if not is_pooled(connection):
+            await connection.execute(self._sql.prepare_session, timeout=CONNECT_TIMEOUT)
+        elif await connection.fetchval(self._sql.hides_warnings, timeout=CONNECT_TIMEOUT):
+            raise ConfigError(
+                "client_min_messages hides warnings, and through a pooler pgbackend cannot change it: a commit without "
+                "its standby would go unnoticed. Set it to warning for this role and database."
+            )
+
     async def _find_timeline(self, connection: Connection) -> tuple[int, int] | None:
         """The cluster and its timeline; None for a service that does not tell."""
         try:
@@ -338,19 +354,36 @@ class Database:
     async def fetch(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> list[Record]:
         """All rows of one statement in its own transaction."""
         async with self.acquire(timeout) as connection:
-            return await connection.fetch(statement, *args, timeout=timeout)
+            return await repeat(lambda: connection.fetch(statement, *args, timeout=timeout), timeout)
 
     async def fetchrow(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> Record | None:
         async with self.acquire(timeout) as connection:
-            return await connection.fetchrow(statement, *args, timeout=timeout)
+            return await repeat(lambda: connection.fetchrow(statement, *args, timeout=timeout), timeout)
 
     async def fetchval(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> Any:
         async with self.acquire(timeout) as connection:
-            return await connection.fetchval(statement, *args, timeout=timeout)
+            return await repeat(lambda: connection.fetchval(statement, *args, timeout=timeout), timeout)
 
     async def execute(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> None:
         async with self.acquire(timeout) as connection:
-            await connection.execute(statement, *args, timeout=timeout)
+            await repeat(lambda: connection.execute(statement, *args, timeout=timeout), timeout)
+
+
+async def repeat(attempt: Callable[[], Awaitable[_Result]], timeout: float) -> _Result:
+    """The result of `attempt()`, one transaction: made again while PostgreSQL rolls it back to resolve a conflict.
+
+    Raises what the last attempt raised, once `timeout` seconds have passed.
+    """
+    backoff = Backoff(cap=_REPEAT_PAUSE)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return await attempt()
+        except (asyncpg.PostgresError, DatabaseError) as error:
+            if error.sqlstate not in _CONFLICTS or time.monotonic() > deadline:
+                raise
+            facts.emit("repeated after a conflict", level=logging.DEBUG, error=str(error))
+        await backoff.wait()
 
 
 def _name(target: Target, host: Host | None) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.database import Backoff, Connection, Database, is_definite, is_pooled, translate
+from pgbackend.database import Backoff, Connection, Database, is_definite, is_pooled, repeat, translate
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.model import Epoch, Position
 from pgbackend.ranges import RangeSet
@@ -331,10 +331,9 @@ class Presence:
     async def _renew(self, connection: Connection) -> None:
         # Before it is sent: the server's clock starts counting later than ours, never earlier.
         asked = time.monotonic()
-        held = await connection.fetchval(
-            self._sql.renew, self._worker, self._name, self._lease_timeout, connection.get_server_pid(),
-            timeout=self._lease_timeout / 3,
-        )  # fmt: skip
+        timeout = self._lease_timeout / 3
+        given = (self._worker, self._name, self._lease_timeout, connection.get_server_pid())
+        held = await repeat(lambda: connection.fetchval(self._sql.renew, *given, timeout=timeout), timeout)
         until = asked + self._lease_timeout
         if time.monotonic() < self._tenure.valid_until:
             self._tenure.valid_until = until

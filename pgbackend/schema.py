@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.sql import quoted_name
 
 from pgbackend import ddl
-from pgbackend.database import INSUFFICIENT_PRIVILEGE, Connection, translate
+from pgbackend.database import INSUFFICIENT_PRIVILEGE, STATEMENT_TIMEOUT, Connection, repeat, translate
 from pgbackend.errors import ConfigError, DatabaseError, SchemaError
 from pgbackend.sql import load, quote_ident, quote_literal
 from pgbackend.sql.statements import SchemaSql
@@ -93,6 +93,10 @@ async def migrate(connect: Callable[[], Awaitable[Connection]], schema: str, *, 
     """
     quote_ident(schema)
     _check_known(to)
+    await repeat(lambda: _migrate_once(connect, schema, to), STATEMENT_TIMEOUT)
+
+
+async def _migrate_once(connect: Callable[[], Awaitable[Connection]], schema: str, to: str) -> None:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connect,

@@ -374,13 +374,17 @@ async def test_a_primary_that_was_left_behind_is_not_gone_back_to(pair: Pair) ->
     await direct.close()
 
 
-async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lone: Server) -> None:
+@pytest.mark.parametrize("told", ["notice", "error"])
+async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lone: Server, told: str) -> None:
+    """Also where the server is set to keep its warnings to itself."""
+
     async def is_cancelled() -> bool:
         return bool(await lone.value(
             "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
             " AND (query ILIKE '%insert%' OR query ILIKE 'copy%')"
         ))  # fmt: skip
 
+    await lone.configure("client_min_messages", told)
     backend = Backend(lone.dsn)
     await backend.init()
     await lone.configure("synchronous_standby_names", "nobody")
@@ -391,6 +395,7 @@ async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lon
         with pytest.raises(ProduceUncertainError, match="standby"):
             await producing
     await lone.configure("synchronous_standby_names", "")
+    await lone.configure("client_min_messages", "notice")
     await backend.produce(make_event("after"))
     await backend.stop()
 

@@ -12,3 +12,29 @@ SELECT
     system_identifier,
     ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint AS timeline
 FROM pg_control_system();
+
+-- name: prepare_session
+-- What the statements of this package rely on, whatever the role, the database, the server or the DSN sets. Limits of
+-- time: each statement has one of its own, and the connection of the leases is idle for long. client_min_messages: a
+-- commit without its standby is told in a warning. Joined, because an older server does not know all of them.
+-- Not here: synchronous_commit, search_path, TimeZone and default_transaction_read_only are the user's to set.
+SELECT set_config(wanted.name, wanted.setting, false)
+FROM (
+    VALUES
+        ('client_min_messages', 'warning'),
+        ('default_transaction_isolation', 'read committed'),
+        ('default_transaction_deferrable', 'off'),
+        ('idle_in_transaction_session_timeout', '60s'),
+        ('idle_session_timeout', '0'),
+        ('lock_timeout', '0'),
+        ('statement_timeout', '0'),
+        ('transaction_timeout', '0'),
+        ('standard_conforming_strings', 'on'),
+        ('DateStyle', 'ISO, MDY'),
+        ('IntervalStyle', 'postgres')
+) AS wanted (name, setting)
+JOIN pg_catalog.pg_settings AS known ON known.name = wanted.name;
+
+-- name: hides_warnings
+-- Through a pooler nothing can be set for long.
+SELECT current_setting('client_min_messages') IN ('error', 'fatal', 'panic');

@@ -17,7 +17,7 @@ LEFT JOIN (
     ORDER BY length(relname) DESC, relname DESC
     LIMIT 1
 ) AS newest ON true
-LEFT JOIN regexp_match(pg_get_expr(relpartbound, newest.oid), '\(''(\d+)''\) TO \(''(\d+)''\)') AS bounds ON true;
+LEFT JOIN regexp_match(pg_get_expr(relpartbound, newest.oid), '[(]''([0-9]+)''[)] TO [(]''([0-9]+)''[)]') AS bounds ON true;
 
 -- name: make_segment
 -- The bounds of the segment that was made, with the owner's rights, by a function of the log (migration 0003). It decides

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 class ConnectSql:
     find_role: str
     find_timeline: str
+    prepare_session: str
+    hides_warnings: str
 
 
 @dataclass(frozen=True, slots=True)
