@@ -6,6 +6,7 @@ to it; and a connection gives each request its own answer, or an error.
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,17 @@ from aiohttp.client_proto import ResponseHandler
 
 _INTERIM_ANSWERS = 8
 """Informational (1xx) answers to one request; beyond that they are a flood. Go's client takes 5."""
+_EMPTY_LINES = 8
+"""Bytes of line ends before a status line. Some servers send one line end too many after a body."""
+_HEAD_BYTES = 1 << 16
+"""From the request to the end of its answer's head, interim answers included."""
+_FRAMING_BYTES = 1 << 16
+"""Head, chunk sizes and trailers of an answer, beyond one byte of them for each byte of its body."""
+_PIECE_BYTES = 1 << 14
+"""Of a body at a time: in 256 KiB the parser finds 40,000 chunks, or answers that nobody asked for, and takes 0.1 s."""
+
+_empty_lines = re.compile(rb"[\r\n]*").match
+_end_of_head = re.compile(rb"\n\r?\n").search
 
 
 def resolve_many_names() -> None:
@@ -79,22 +91,77 @@ class _TargetConnection(ResponseHandler):
         self._requests = 0
         self._answers = 0
         self._interim = 0
+        self._received = 0
+        """Bytes since the request."""
+        self._empty = 0
+        """Bytes of line ends that came before a status line."""
+        self._head = b""
+        """The last bytes of a head whose end has not come."""
 
     def set_response_params(self, **options: Any) -> None:
         # aiohttp calls it before it sends a request.
         self._requests += 1
-        self._interim = 0
+        self._interim = self._received = self._empty = 0
         super().set_response_params(**options)
 
     def data_received(self, data: bytes) -> None:
-        # One head at a time: the parser makes an object of each interim answer before anybody can count them, and
-        # for what must not come behind an answer, such as the body of a 204, it would throw the answer away.
-        while self._answers < self._requests and 4 <= (end := data.find(b"\r\n\r\n") + 4) < len(data):
-            super().data_received(data[:end])
-            data = data[end:]
-            if self.exception() is not None:
-                return
-        super().data_received(data)
+        if not data:
+            super().data_received(data)  # aiohttp goes on with what it held back
+        start = 0
+        while start < len(data) and self.exception() is None:
+            if self._answers < self._requests:
+                start = self._feed_head(data, start)
+            elif self._is_answered():
+                # Kept, it would be read as the answer to the next request, which the target has not seen.
+                self._give_up("sends more than its answer")
+            else:
+                start = self._feed_body(data, start)
+
+    def _feed_head(self, data: bytes, start: int) -> int:
+        """Give the parser one head, or what is there of it; where the next one begins.
+
+        One at a time: the parser makes an object of each interim answer before anybody can count them, and for what
+        must not come behind an answer, such as the body of a 204, it would throw the answer away.
+        """
+        if not self._head:
+            empty = _empty_lines(data, start)
+            assert empty is not None  # noqa: S101 - it matches nothing as well
+            self._empty += empty.end() - start
+            if self._empty > _EMPTY_LINES:
+                self._give_up("sends empty lines before its answer")
+                return start
+            start = empty.end()
+        seam = _end_of_head(self._head + data[start : start + 2])
+        if seam is not None:
+            end = start + seam.end() - len(self._head)
+        else:
+            found = _end_of_head(data, start)
+            end = len(data) if found is None else found.end()
+        if start < end:
+            whole = seam is not None or found is not None
+            self._head = b"" if whole else (self._head + data[max(start, end - 2) : end])[-2:]
+            self._received += end - start
+            super().data_received(data[start:end])
+        if self._answers < self._requests and self._received > _HEAD_BYTES and self.exception() is None:
+            self._give_up(f"sends more than {_HEAD_BYTES} bytes before the body of its answer")
+        return end
+
+    def _feed_body(self, data: bytes, start: int) -> int:
+        """Give the parser the next piece of a body; where the rest begins."""
+        end = min(len(data), start + _PIECE_BYTES)
+        self._received += end - start
+        super().data_received(data[start:end])
+        payload = self._payload
+        # What the parser has not been through yet is no framing: it holds that back while nobody reads the body.
+        if payload is None or self._reading_paused or self.exception() is not None:
+            return end
+        if self._received - 2 * payload.total_bytes > _FRAMING_BYTES:
+            self._give_up("sends more framing than body", payload)
+        return end
+
+    def _is_answered(self) -> bool:
+        """Whether the last request has its whole answer."""
+        return 0 < self._requests == self._answers and (self._payload is None or self._payload.is_eof())
 
     def feed_data(self, data: Any, size: int = 0) -> None:
         status = data[0].code
@@ -115,8 +182,11 @@ class _TargetConnection(ResponseHandler):
             exc = StaleConnectionError(str(exc))
         super().set_exception(exc, *cause)
 
-    def _give_up(self, reason: str) -> None:
-        self.set_exception(aiohttp.ClientConnectionError(reason))
+    def _give_up(self, reason: str, payload: aiohttp.StreamReader | None = None) -> None:
+        error = aiohttp.ClientConnectionError(reason)
+        if payload is not None:
+            payload.set_exception(error)
+        self.set_exception(error)
         if self.transport is not None:
             self.transport.abort()
 

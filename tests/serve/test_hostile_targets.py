@@ -3,6 +3,7 @@
 import asyncio
 import resource
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from pgbackend.backend import Backend
 from pgbackend.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.retry import Retry
-from pgbackend.serve.delivery import Delivery, open_session
+from pgbackend.serve.delivery import Delivery, DeliveryError, open_session
 from pgbackend.serve.egress import Connector
 from tests.serve.broker import envelope
 from tests.serve.hostile import behaving
@@ -159,6 +160,73 @@ async def test_what_is_odd_but_says_2xx_is_delivered_once(
 
     async with raw_server(talk) as url:
         delivery = Delivery(session, URL(url), trigger="odd", timeout=30.0)
+        for n in range(3):
+            await delivery(event(n))
+    assert requests == 3
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/cloudevents-batch+json\r\nTransfer-Encoding: chunked\r\n\r\n"
+ANSWERED = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"\r\n" * (1 << 20) + ANSWERED, "sends empty lines before its answer"),
+        (b"\n" * (1 << 20) + ANSWERED, "sends empty lines before its answer"),
+        (b"HTTP/1.1 103 Early Hints\n\n" * 100_000 + ANSWERED, "sends interim answers and no final one"),
+        (b"HTTP/1.1 103 Early Hints\r\n\r" + b"\nHTTP/1.1 103 x\r\n\r" * 100_000, "interim answers and no final one"),
+        (b"HTTP/1.1 200 OK\r\n" + b"".join(b"x%d: %b\r\n" % (n, b"y" * 8000) for n in range(99)), "65536 bytes"),
+        (CHUNKED + b"1\r\n[\r\n" * 300_000, "sends more framing than body"),
+        (CHUNKED + b"1;" + b"x" * (1 << 20), "sends more framing than body"),
+        (CHUNKED + b"0" * (1 << 20), "sends more framing than body"),
+        (ANSWERED + b"HTTP/1.1 200 OK\r\n\r\n" * 100_000, None),
+        (ANSWERED + b"\r\n" * (1 << 20), None),
+    ],
+    ids=[
+        "CRLFs", "LFs", "interim answers", "interim answers in two", "long headers", "tiny chunks", "chunk extension",
+        "zeros of a chunk size", "more answers", "CRLFs behind the answer",
+    ],
+)  # fmt: skip
+async def test_an_answer_costs_little_however_it_is_wrapped(
+    answer: bytes, said: str | None, session: aiohttp.ClientSession
+) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        for start in range(0, len(answer), 1 << 16):
+            writer.write(answer[start : start + (1 << 16)])
+            await writer.drain()
+        await reader.read()
+
+    async def store(events: object) -> None:
+        raise AssertionError("nothing was replied")
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="odd", timeout=30.0, reply=store)
+        began = time.process_time()
+        if said is None:
+            await delivery(event(1))
+        else:
+            with pytest.raises(DeliveryError, match=said):
+                await delivery(event(1))
+        spent = time.process_time() - began
+    assert spent < 0.25
+
+
+async def test_a_head_in_single_bytes_is_a_head(session: aiohttp.ClientSession) -> None:
+    requests = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while await read_request(reader):
+            requests += 1
+            for byte in b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok":
+                writer.write(bytes((byte,)))
+                await writer.drain()
+                await asyncio.sleep(0)
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="slow", timeout=30.0)
         for n in range(3):
             await delivery(event(n))
     assert requests == 3
