@@ -36,8 +36,21 @@ def shown(value: object) -> str:
     return f"{value!r:.100}"
 
 
+def _rebuilt(kind: type[Exception], args: tuple[object, ...], fields: dict[str, object]) -> Exception:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
+
+def _reduce(error: Exception) -> tuple[object, ...]:
+    # By default, unpickling calls the class with `args` alone, and breaks a pool of processes where it needs keywords.
+    return _rebuilt, (type(error), error.args, error.__dict__)
+
+
 class PgBackendError(Exception):
     """Base of every error of this package."""
+
+    __reduce__ = _reduce
 
 
 class ConfigError(PgBackendError, ValueError):
@@ -135,6 +148,8 @@ class Reject(Exception):  # noqa: N818 - a signal, not an error
     with the failure.
     """
 
+    __reduce__ = _reduce
+
     def __init__(self, reason: str, *, details: Mapping[str, str] | None = None) -> None:
         super().__init__(reason)
         self.details = dict(details or {})
@@ -145,6 +160,8 @@ class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
 
     Counts as an attempt. The wait is the longer of `delay` and what the policy says, up to the policy's `max_delay`.
     """
+
+    __reduce__ = _reduce
 
     def __init__(self, reason: str, *, delay: float, details: Mapping[str, str] | None = None) -> None:
         super().__init__(reason)
@@ -159,6 +176,8 @@ class Pause(Exception):  # noqa: N818 - a signal, not an error
     `reconfigure()` or until it subscribes anew. `status()` says so, with the reason. Other processes that run the
     subscription find out by themselves. Raised by a `dead_letter` dispatcher it counts as `Reject`.
     """
+
+    __reduce__ = _reduce
 
     def __init__(self, reason: str, *, details: Mapping[str, str] | None = None) -> None:
         super().__init__(reason)

@@ -38,6 +38,8 @@ class RecordLike(Protocol):
 class Event:
     """One event of the log. Works wherever the SDK's `CloudEvent` does, and is never changed: subscriptions share it.
 
+    It can be pickled and copied, so a dispatcher may hand it to another process.
+
     >>> from pgbackend.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","data":{"n": 1.0}}')
     >>> event.get_data()
@@ -241,6 +243,11 @@ class Event:
         if extensions is None:
             extensions = self._extensions = read_extensions(self._row[9])
         return extensions
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A driver's record has no other form that pickle and copy know.
+        row = tuple(self._row)
+        return type(self), (row, self._position, self._recorded_at, self._attempt, self._failure)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Event):

@@ -1,6 +1,7 @@
 """Which events a subscription takes: predicates on attributes, in the dialects of CloudEvents' Subscriptions API.
 
-`subscribe(filter=…)` takes one of these or any function of an `Event`; they combine. What they promise: texts are
+`subscribe(filter=…)` takes one of these or any function of an `Event`; they combine. Called on their own, they take an
+event of the SDK as well, and raise `EventError` for what is no valid one. What they promise: texts are
 compared exactly, case included; integers and booleans by their canonical text (`42`, `true`), in CESQL by their type;
 `time` by the text that came in; and an attribute that an event lacks matches nothing, whatever the dialect. A filter
 that could never mean anything raises `ConfigError` when it is made.
@@ -11,17 +12,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
+from typing import Any as Anything
 
 from pgbackend import cesql, facts
 from pgbackend.attributes import is_name
 from pgbackend.errors import ConfigError
+from pgbackend.sdk import as_event
 
 if TYPE_CHECKING:
+    from cloudevents.core.base import BaseCloudEvent
+
     from pgbackend.attributes import ExtensionValue
     from pgbackend.event import Event
     from pgbackend.model import EventFilter
 
 _Lookup = Callable[["Event"], str | None]
+_Matches = Callable[[Anything], bool]
+"""Of an `Event`; fails with AttributeError for an event of the SDK."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +44,20 @@ class Exact:
     """
 
     attributes: Mapping[str, str]
-    _matches: "EventFilter" = field(init=False, repr=False, compare=False)
+    _matches: _Matches = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         texts = _checked("Exact", self.attributes)
         object.__setattr__(self, "attributes", texts)
         object.__setattr__(self, "_matches", _all([_exact(_lookup(name), text) for name, text in texts.items()]))
 
-    def __call__(self, event: "Event") -> bool:
+    def __call__(self, event: "Event | BaseCloudEvent") -> bool:
         """Whether the event matches."""
-        return self._matches(event)
+        try:
+            return self._matches(event)
+        except AttributeError:
+            # An event of the SDK: asking for its type first would cost each other one.
+            return self._matches(as_event(event))
 
     def __hash__(self) -> int:
         return hash(frozenset(self.attributes.items()))
@@ -57,16 +68,20 @@ class Prefix:
     """Matches when each named attribute begins with this text."""
 
     attributes: Mapping[str, str]
-    _matches: "EventFilter" = field(init=False, repr=False, compare=False)
+    _matches: _Matches = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         texts = _checked("Prefix", self.attributes)
         object.__setattr__(self, "attributes", texts)
         object.__setattr__(self, "_matches", _all([_prefix(_lookup(name), text) for name, text in texts.items()]))
 
-    def __call__(self, event: "Event") -> bool:
+    def __call__(self, event: "Event | BaseCloudEvent") -> bool:
         """Whether the event matches."""
-        return self._matches(event)
+        try:
+            return self._matches(event)
+        except AttributeError:
+            # An event of the SDK: asking for its type first would cost each other one.
+            return self._matches(as_event(event))
 
     def __hash__(self) -> int:
         return hash(frozenset(self.attributes.items()))
@@ -77,16 +92,20 @@ class Suffix:
     """Matches when each named attribute ends with this text."""
 
     attributes: Mapping[str, str]
-    _matches: "EventFilter" = field(init=False, repr=False, compare=False)
+    _matches: _Matches = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         texts = _checked("Suffix", self.attributes)
         object.__setattr__(self, "attributes", texts)
         object.__setattr__(self, "_matches", _all([_suffix(_lookup(name), text) for name, text in texts.items()]))
 
-    def __call__(self, event: "Event") -> bool:
+    def __call__(self, event: "Event | BaseCloudEvent") -> bool:
         """Whether the event matches."""
-        return self._matches(event)
+        try:
+            return self._matches(event)
+        except AttributeError:
+            # An event of the SDK: asking for its type first would cost each other one.
+            return self._matches(as_event(event))
 
     def __hash__(self) -> int:
         return hash(frozenset(self.attributes.items()))
@@ -175,9 +194,13 @@ class CESQL:
         object.__setattr__(self, "mistake", expression.mistake)
         object.__setattr__(self, "_evaluate", expression.evaluate)
 
-    def __call__(self, event: "Event") -> bool:
+    def __call__(self, event: "Event | BaseCloudEvent") -> bool:
         """Whether the event matches."""
-        return self._evaluate(event) is True
+        try:
+            return self._evaluate(event) is True
+        except AttributeError:
+            # An event of the SDK: asking for its type first would cost each other one.
+            return self._evaluate(as_event(event)) is True
 
 
 def _checked(dialect: str, attributes: object) -> dict[str, str]:

@@ -50,6 +50,11 @@ def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> tuple[Row, int]:
     return row, weight
 
 
+def as_event(event: "BaseCloudEvent") -> Event:
+    """The event as one of the log, which has no position yet. Raises `EventError` when it is not a valid CloudEvent."""
+    return event if isinstance(event, Event) else Event(_encode(event))
+
+
 def _characters(row: Row) -> int:
     """Of all attributes."""
     # Written out: half the time of a loop.

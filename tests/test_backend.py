@@ -1,4 +1,6 @@
 import asyncio
+import copy
+import pickle
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -274,6 +276,24 @@ async def test_an_option_that_cannot_be_is_refused_and_nothing_is_stored(
     with pytest.raises(ConfigError):
         await backend.subscribe(**{"name": "s", "dispatcher": print, **option})
     assert (await backend.status()).subscriptions == ()
+
+
+# What a dispatcher is handed.
+
+
+async def test_an_event_can_be_pickled_and_copied_by_its_dispatcher(database: str) -> None:
+    handed: asyncio.Queue[Event] = asyncio.Queue()
+    async with Backend(database) as backend:
+        await backend.subscribe("s", handed.put)
+        await backend.produce(make_event("a", "text", key="k"))
+        async with asyncio.timeout(30):
+            event = await handed.get()
+
+    for again in (pickle.loads(pickle.dumps(event)), copy.copy(event), copy.deepcopy(event)):  # noqa: S301 - our own
+        assert again == event
+        assert (again.recorded_at, again.attempt, again.key_hash) == (event.recorded_at, 1, event.key_hash)
+        assert again.attributes_text == event.attributes_text
+        assert again.get_data() == "text"
 
 
 # Names.

@@ -1,8 +1,12 @@
 """The error tree as drawn is the error tree as it is."""
 
+import copy
 import inspect
+import pickle
 import re
 from collections.abc import Iterator
+
+import pytest
 
 from pgbackend import errors
 
@@ -33,3 +37,24 @@ def test_drawing_equals_classes() -> None:
 def test_signals_are_not_errors() -> None:
     assert not issubclass(errors.Reject, errors.PgBackendError)
     assert not issubclass(errors.RetryAfter, errors.PgBackendError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.ConfigError("one", "two"),
+        errors.DatabaseError("refused", sqlstate="42501"),
+        errors.SchemaError("behind", found="0001", expected="0002"),
+        errors.SubscriptionBusyError("busy", workers=["a:1"]),
+        errors.ProbeError("broken", checks={"log": "broken"}),
+        errors.Reject("never", details={"code": "404"}),
+        errors.RetryAfter("closed", delay=60, details={"code": "503"}),
+        errors.Pause("gone", details={"code": "410"}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_can_go_from_one_process_to_another(error: Exception) -> None:
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - our own
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert again.__dict__ == error.__dict__

@@ -1,13 +1,15 @@
 import json
+from datetime import UTC, datetime
 from typing import Any as Anything
 
 import pytest
+from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgbackend.errors import ConfigError
+from pgbackend.errors import ConfigError, EventError
 from pgbackend.event import Event
-from pgbackend.filters import All, Any, Exact, Not, Prefix, Suffix
+from pgbackend.filters import CESQL, All, Any, Exact, Not, Prefix, Suffix
 from pgbackend.model import EventFilter
 from pgbackend.wire import parse_structured
 
@@ -174,3 +176,28 @@ def test_filters_are_values() -> None:
     assert repr(All([made])) == "All(filters=(Exact(attributes={'type': 'x'}),))"
     with pytest.raises(AttributeError):
         made.attributes = {"type": "z"}  # type: ignore[misc]  # that is the point
+
+
+@pytest.mark.parametrize(
+    "dialect",
+    [
+        Exact({"type": "order.created", "items": "3"}),
+        Exact({"time": "2026-01-02T03:04:05Z"}),
+        Prefix({"datacontenttype": "text/"}),
+        Suffix({"dataschema": "/schema"}),
+        CESQL("items > 2 AND LENGTH(subject) = 2"),
+        All([Prefix({"source": "/shop"}), Any([CESQL("EXISTS items"), Exact({"id": "2"})])]),
+        Not(Exact({"id": "2"})),
+    ],
+    ids=repr,
+)
+def test_an_event_of_the_sdk_is_judged_like_one_of_the_log(dialect: EventFilter) -> None:
+    attributes = {
+        "id": "1", "source": "/shop", "type": "order.created", "subject": "eu", "items": 3,
+        "datacontenttype": "text/plain", "dataschema": "https://shop/schema", "time": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    }  # fmt: skip
+    accepts: Anything = dialect
+    assert accepts(CloudEvent(attributes, "text"))
+    assert not All([dialect, Exact({"id": "2"})])(CloudEvent(attributes, "text"))  # type: ignore[arg-type] # the point
+    with pytest.raises(EventError, match="Expected a CloudEvent"):
+        accepts("no event")
