@@ -61,9 +61,9 @@ from pgbackend.retry import Retry
 from pgbackend.sdk import encode
 from pgbackend.segments import Segments
 from pgbackend.sql import quote_ident
-from pgbackend.subscriptions import Definition, Place, Subscriptions, Terms, exists, not_found
+from pgbackend.subscriptions import Definition, Place, Subscriptions, Terms, busy, exists, not_found
 from pgbackend.wakeup import Hints, Notifier, channel
-from pgbackend.worker import Settings, Worker
+from pgbackend.worker import Settings, Worker, process_name
 
 if TYPE_CHECKING:
     from cloudevents.core.base import BaseCloudEvent
@@ -547,6 +547,9 @@ class Backend:
     async def unsubscribe(self, name: str) -> None:
         """Return once nothing of the subscription is in flight here and its offset is committed.
 
+        What is still at work after `drain_timeout` is cancelled, and is dispatched again once somebody subscribes. A
+        plain function cannot be cancelled: the log names its event, which may then be handled twice at once.
+
         The offset stays: to subscribe again goes on from there. When PostgreSQL cannot be reached to commit it, that is
         logged, and what was handled since the last commit is dispatched again then. Raises SubscriptionNotFoundError
         when this backend does not run it.
@@ -556,7 +559,7 @@ class Backend:
         if registration is None:
             raise _not_run(name)
         if self._worker is not None:
-            await self._worker.release(name)
+            await self._worker.stop_subscription(name)
         registration.close()
 
     async def delete_subscription(self, name: str) -> None:
@@ -575,7 +578,9 @@ class Backend:
         """Return once the subscription's next event is the first behind `place`.
 
         `place`: a position, a date, "earliest" or "latest". What was waiting to be tried again is dropped, dead letters
-        stay. Works wherever the subscription runs. Raises SubscriptionNotFoundError when there is none.
+        stay. Works wherever the subscription runs. What is at work is not cancelled: here it is waited for up to
+        `drain_timeout`, and if it takes longer, it ends without effect on the offset, and this process dispatches from
+        the new place once it has ended. Raises SubscriptionNotFoundError when there is none.
         """
         parts = self._use()
         registration = self._registrations.get(name)
@@ -587,15 +592,17 @@ class Backend:
             # Here it runs: at rest while it is moved, so that nothing from the old place comes after.
             async with self._at_rest(registration):
                 await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
+                if self._worker is not None:
+                    # What is at work for too long to be waited for settles nothing any more.
+                    self._worker.lose_subscription(name)
         await parts.notifier.notify_leases()
 
     async def alter_subscription(self, name: str, *, order: Order, end: int | datetime | None, start: Place) -> None:
         """Return once what is stored of the subscription is so: its order, its end, where it was told to start.
 
-        Nothing is lost or repeated. It rests meanwhile: every worker that runs it is asked to let what is at work end
-        and to give its shards up, and is waited for up to `drain_timeout`. After that they are taken from it, and only
-        what is at work there may be dispatched again. Where several processes make the same call, one of them alters
-        it, and the others find it done.
+        Nothing is lost or repeated. It rests meanwhile: every worker that runs it lets what is at work end, within its
+        `drain_timeout`, and gives its shards up. Nothing is cancelled for that. Where several processes make the same
+        call, one of them alters it, and the others find it done.
 
         `order`: failed events that wait to be tried again keep their attempts; from now on they hold up those behind
         them, or do not any more. On the way to a single shard log order begins where that one does: what the others
@@ -604,7 +611,8 @@ class Backend:
         which are still tried again. `start`: a position or a date which is not the one that it was given last moves it
         there as `seek()` does, once; "earliest" and "latest" move nothing.
 
-        Raises SubscriptionNotFoundError when there is none, ConfigError for what cannot be: nothing has changed then.
+        Raises SubscriptionNotFoundError when there is none, ConfigError for what cannot be, SubscriptionBusyError when
+        a worker does not give a shard up: nothing has changed then, and that worker goes on.
         """
         _check_terms(name, start=start, end=end, order=order, shards=1)
         parts = self._use()
@@ -614,11 +622,11 @@ class Backend:
         if stored is None:
             return
         registration = self._registrations.get(name) if terms.disturb(stored) else None
-        async with self._at_rest(registration) if registration is not None else nullcontext():
+        async with self._at_rest(registration) if registration is not None else nullcontext(True) as rests:
+            if not rests:
+                raise busy(name, [process_name()])
             altered = await self._in_this_life(
-                lambda: parts.subscriptions.alter(
-                    name, terms, patience=self._settings.drain_timeout, on_rest=self._tell_workers
-                )
+                lambda: parts.subscriptions.alter(name, terms, patience=self._patience, on_rest=self._tell_workers)
             )
         if altered:
             facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
@@ -636,18 +644,12 @@ class Backend:
         from then on.
 
         Raises SubscriptionNotFoundError when there is none, ConfigError for a number that cannot be,
-        SubscriptionBusyError when a worker does not give a shard up: nothing has changed then.
+        SubscriptionBusyError when a worker does not give a shard up: nothing has changed then, and that worker goes on.
         """
         _check_terms(name, start="latest", end=None, order="none", shards=shards)
         parts = self._use()
         changed = await self._in_this_life(
-            lambda: parts.subscriptions.reshard(
-                name,
-                shards,
-                # A worker that is frozen is not waited for longer than its lease.
-                patience=max(self._settings.drain_timeout, self._settings.lease_timeout) + _HAND_OVER,
-                on_rest=self._tell_workers,
-            )
+            lambda: parts.subscriptions.reshard(name, shards, patience=self._patience, on_rest=self._tell_workers)
         )
         if changed:
             facts.emit("subscription resharded", subscription=name, shards=shards)
@@ -659,14 +661,20 @@ class Backend:
             self._worker.claim_soon()
         await self._use().notifier.notify_leases()
 
+    @property
+    def _patience(self) -> float:
+        """Seconds in which workers elsewhere give a shard up or refuse to; a frozen one has lost its lease by then."""
+        return max(self._settings.drain_timeout, self._settings.lease_timeout) + _HAND_OVER
+
     @asynccontextmanager
-    async def _at_rest(self, registration: Registration) -> AsyncIterator[None]:
-        """Entered once nothing of the subscription is in flight here; its shards stay free until it is left."""
+    async def _at_rest(self, registration: Registration) -> AsyncIterator[bool]:
+        """Entered once nothing of the subscription is in flight here; its shards stay free until it is left.
+
+        Or with False, when something is at work for longer than `drain_timeout`: then it is dispatched as before.
+        """
         registration.resting += 1
         try:
-            if self._worker is not None:
-                await self._worker.release(registration.name)
-            yield
+            yield self._worker is None or await self._worker.rest_subscription(registration.name)
         finally:
             registration.resting -= 1
             if self._worker is not None:

@@ -27,6 +27,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from time import monotonic
@@ -130,6 +131,10 @@ class Pump:
         """What is being dispatched, by slot."""
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
+        self._holds = 0
+        """How many want nothing begun for now."""
+        self._halted = False
+        """Whether nothing is begun: it is stopping, or somebody holds it."""
         self._feed = Feed(
             registration=registration,
             shard=shard,
@@ -165,6 +170,27 @@ class Pump:
                 # Before its workers are cancelled: one whose dispatcher swallows that finds it here, and ends.
                 self._begin_no_more()
 
+    def hold(self) -> None:
+        """Begin nothing until `go_on()`. What waits here stays."""
+        self._holds += 1
+        self._halted = True
+
+    async def until_quiet(self, timeout: float | None) -> bool:
+        """Whether nothing is being dispatched any more, within `timeout` seconds. Hold it, or end it, before."""
+        if self._active:
+            self._quiet.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._quiet.wait()
+        return not self._active
+
+    def go_on(self) -> None:
+        """End one `hold()`."""
+        self._holds -= 1
+        if self._holds == 0 and not self._stopping:
+            self._halted = False
+            self._wake_all()
+
     async def drain(self, timeout: float) -> None:
         """Begin nothing more; return once nothing is being dispatched, after `timeout` seconds at the latest.
 
@@ -173,27 +199,37 @@ class Pump:
         self._begin_no_more()
         if self._feeding is not None:
             self._feeding.cancel()
-        if self._active:
-            self._quiet.clear()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._quiet.wait()
-            except TimeoutError:
-                facts.emit(
-                    "drain timed out",
-                    level=logging.WARNING,
-                    shard=self.shard.name,
-                    events=[event.id for event in self._active.values()][:10],
-                    threads=self.registration.threads is not None,
-                )
+        if not await self.until_quiet(timeout):
+            self.report_slow("drain timed out")
+        self.end()
+
+    def end(self) -> None:
+        """Begin nothing more, and leave what waits here to the shard's next owner. Nothing should be at work by now."""
+        self._begin_no_more()
+        if self._feeding is not None:
+            self._feeding.cancel()
         self._feed.close()
         if self.shard.is_over:
             # Those that take over find in its offset what is left: nobody reads for this shard again.
             self.shard.window.seal()
             self._note(self.shard)
 
+    def at_work(self) -> list[Event]:
+        """The events that are being dispatched."""
+        return list(self._active.values())
+
+    def report_slow(self, fact: str) -> None:
+        """Name in the log what is still being dispatched."""
+        facts.emit(
+            fact,
+            level=logging.WARNING,
+            shard=self.shard.name,
+            events=[event.id for event in self._active.values()][:10],
+            threads=self.registration.threads is not None,
+        )
+
     def _begin_no_more(self) -> None:
-        self._stopping = True
+        self._stopping = self._halted = True
         self._ready.clear()
         self._again.clear()
         self._letters.clear()
@@ -209,13 +245,16 @@ class Pump:
         self._spare += self._workers - before
         refused = self._let_go()
         # All of them: some may have to leave, and each of the others finds more to do or sleeps again.
-        for _ in range(len(self._idle)):
-            self._wake()
-        self._wake_if_more()
+        self._wake_all()
         return refused
 
     def _wanted_workers(self) -> int:
         return 1 if self._strict else self.registration.concurrency
+
+    @property
+    def halted(self) -> bool:
+        """Whether it begins nothing now."""
+        return self._halted
 
     @property
     def retiring(self) -> bool:
@@ -251,7 +290,7 @@ class Pump:
     def lose(self) -> None:
         """The lease is gone: begin nothing more, commit nothing more. What is at work may end."""
         self.shard.lost = True
-        self._stopping = True
+        self._stopping = self._halted = True
 
     # What the window has taken on: ready, or behind others.
 
@@ -326,7 +365,7 @@ class Pump:
 
     def ask_due(self) -> DueRequest | None:
         """What this pump would take now of the events that are due again; None when it has no room, or is paused."""
-        if self._stopping or self.shard.lost:
+        if self._halted or self.shard.lost:
             return None
         registration = self.registration
         return self._due.ask(registration.health, dead_letters=registration.dispatch_dead is not None)
@@ -372,7 +411,7 @@ class Pump:
                 self._spare += 1
                 self._wake_if_more()
                 return
-            if health.paused is not None or not (ready or self._again or self._letters):
+            if self._halted or health.paused is not None or not (ready or self._again or self._letters):
                 await self._wait()
             elif not shard.may_dispatch():
                 # In doubt, not lost: the heartbeat says which within moments.
@@ -403,7 +442,7 @@ class Pump:
         breath = monotonic() + _BREATH
         while (
             ready
-            and not (again or letters or health.held or self._stopping)
+            and not (again or letters or health.held or self._halted)
             and (now := monotonic()) < tenure.valid_until
         ):
             if now > breath:
@@ -435,7 +474,7 @@ class Pump:
                     feed.make_room()
             finally:
                 del active[position]
-                if not active and self.retiring:
+                if not active and self.halted:
                     self._quiet.set()
 
     async def _wait(self) -> None:
@@ -455,9 +494,14 @@ class Pump:
                 future.set_result(None)
                 return
         # Its tasks may be ending by now, and take in no more.
-        if self._spare > 0 and self._tasks is not None and not self._stopping:
+        if self._spare > 0 and self._tasks is not None and not self._halted:
             self._spare -= 1
             self._tasks.create_task(self._work(), name=f"deliver {self.shard.name}")
+
+    def _wake_all(self) -> None:
+        for _ in range(len(self._idle)):
+            self._wake()
+        self._wake_if_more()
 
     def _wake_if_more(self) -> None:
         if self._ready or self._again or self._letters:
@@ -467,13 +511,13 @@ class Pump:
         """While the target is down: one event at a time, at the times that its health allows."""
         health = self.registration.health
         async with self._probe_turn:
-            while health.down and health.paused is None and not self._stopping and not self._letters:
+            while health.down and health.paused is None and not self._halted and not self._letters:
                 left = health.next_probe - monotonic()
                 if left <= 0 and not health.probing:
                     break
                 # Another shard's probe may take long; what is for the dead-letter dispatcher does not wait for it.
                 await asyncio.sleep(min(left, _LEASE_POLL) if left > 0 else _LEASE_POLL)
-            if not health.down or health.paused is not None or self._stopping or self._letters:
+            if not health.down or health.paused is not None or self._halted or self._letters:
                 return
             if not self.shard.may_dispatch():
                 return
@@ -509,7 +553,7 @@ class Pump:
             if self._stopping or self._is_let_go(again, health):
                 return
             health = self.registration.health
-            if health.paused is not None or (health.down and not probe and again.event.failure is None):
+            if self._halted or health.paused is not None or (health.down and not probe and again.event.failure is None):
                 # Since it was taken; by what was alone before it, perhaps.
                 self._put_back(again)
                 return
@@ -527,7 +571,7 @@ class Pump:
                 raise
             finally:
                 self._active.pop(again.slot, None)
-                if self.retiring and not self._active:
+                if self.halted and not self._active:
                     self._quiet.set()
         finally:
             self._alone.release()
@@ -627,14 +671,13 @@ class Pump:
                 self._done(again, Forgotten(position=event.position))
         finally:
             del self._active[again.slot]
-            if self._stopping and not self._active:
+            if self._halted and not self._active:
                 self._quiet.set()
 
     def _succeed(self, health: TargetHealth) -> None:
         if health.succeeded():
             facts.emit("target is up", level=logging.WARNING, subscription=self.registration.name)
-            for _ in range(len(self._idle)):
-                self._wake()
+            self._wake_all()
 
     def _fail(
         self,

@@ -6,7 +6,7 @@ nothing older is replayed. For `latest` that takes the fence: positions up to th
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -194,8 +194,8 @@ class Subscriptions:
         """What is stored is as `terms` say; whether it was this call that made it so.
 
         Where somebody still runs one of its shards, all who do are asked to let what is at work end and to give theirs
-        up; `on_rest` is awaited once that is asked. After `patience` seconds a shard is taken from its owner, who
-        commits nothing more. Several calls for the same do it once.
+        up; `on_rest` is awaited once that is asked. Raises SubscriptionBusyError when one of them refuses, or has not
+        done so in `patience` seconds. Several calls for the same do it once.
         """
         deadline = time.monotonic() + patience
         pause = _IMPATIENCE
@@ -211,7 +211,7 @@ class Subscriptions:
                 )  # fmt: skip
                 life = self._log.incarnation
                 offset = await self._locate(terms.start) if terms.move(stored) else None
-                if await self._change(stored, wanted, offset, life, at_once=time.monotonic() >= deadline):
+                if await self._change(stored, wanted, offset, life, at_once=False):
                     return True
                 if pause == _IMPATIENCE:
                     await rest.enter_async_context(self._at_rest(name, patience, on_rest))
@@ -235,9 +235,22 @@ class Subscriptions:
             await self._log.database.execute(self._sql.rest, name, 0.0)
 
     async def _stay_at_rest(self, name: str, deadline: float, on_rest: Callable[[], Awaitable[None]]) -> None:
-        """Ask for it again where it is over: another call that has what it wanted ends it for all."""
-        if await self._log.database.fetchval(self._sql.rest_again, name, deadline - time.monotonic() + _REST):
+        """Ask for it again where it is over: another call that has what it wanted ends it for all.
+
+        Raises SubscriptionBusyError when a worker has refused, or the deadline is past.
+        """
+        left = deadline - time.monotonic()
+        row = await self._log.database.fetchrow(self._sql.rest_again, name, max(left, 0.0) + _REST)
+        assert row is not None  # noqa: S101 - a SELECT of scalars
+        if row["refused"] or left <= 0:
+            owners = [row["name"] for row in await self._log.database.fetch(self._sql.find_owners, name)]
+            raise busy(name, owners)
+        if row["again"]:
             await on_rest()
+
+    async def refuse_rest(self, name: str) -> None:
+        """Tell whoever wants the subscription to rest that something is at work here for too long."""
+        await self._log.database.execute(self._sql.refuse_rest, name)
 
     async def _change(
         self, stored: Definition, wanted: Definition, offset: _Offset | None, life: UUID | None, *, at_once: bool
@@ -272,7 +285,8 @@ class Subscriptions:
 
         Whoever runs it is asked to let what is at work end and to give its shards up; `on_rest` is awaited once that is
         asked. Should some still have a way to go to where the farthest one is, they go on to there before the new ones
-        begin: see `switch()`. Raises SubscriptionBusyError when somebody has not given one up in `patience` seconds.
+        begin: see `switch()`. Raises SubscriptionBusyError when one of them refuses, or has not done so in `patience`
+        seconds.
         """
         if await self._of_other_shards(name, shards) is None:
             return False
@@ -283,13 +297,6 @@ class Subscriptions:
                 if await self._exclusively(self._sql.reshard, name, stored.version, shards):
                     await self.switch(name)
                     return True
-                if time.monotonic() > deadline:
-                    owners = [row["name"] for row in await self._log.database.fetch(self._sql.find_owners, name)]
-                    raise SubscriptionBusyError(
-                        f"Subscription {name!r} is still run by {', '.join(owners) or 'somebody'} after "
-                        f"{patience:g} s. Its shards are as they were: try again, or end that process first.",
-                        workers=owners,
-                    )
                 await self._stay_at_rest(name, deadline, on_rest)
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, _PATIENCE)
@@ -421,6 +428,14 @@ class Subscriptions:
 
 def not_found(name: str) -> SubscriptionNotFoundError:
     return SubscriptionNotFoundError(f"There is no subscription {name!r}. `pgbackend status` lists those there are.")
+
+
+def busy(name: str, workers: Sequence[str]) -> SubscriptionBusyError:
+    return SubscriptionBusyError(
+        f"Subscription {name!r} was not changed: events are still at work in {', '.join(workers) or 'a worker'} that "
+        "take longer than its `drain_timeout`. Try again when they have ended, or stop that process first.",
+        workers=workers,
+    )
 
 
 def exists(name: str) -> SubscriptionExistsError:

@@ -11,15 +11,17 @@ import os
 import random
 import socket
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pgbackend import facts
 from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, SchemaError
+from pgbackend.event import Event
 from pgbackend.leases import Leases, Presence, Survey, SurveyedShard
 from pgbackend.offsets import Committer
 from pgbackend.pump import Pump
@@ -44,6 +46,10 @@ _CANCEL_TIMEOUT = 1.0
 """Seconds that dispatchers which are cancelled have to end, before their events go to the next owner."""
 _COMMIT_TIMEOUT = 5.0
 """Seconds that the last commit may take at least, however short the time to drain."""
+_OUTLAST_POLL = 0.02
+"""Seconds between looks at whether what is at work has ended, before its shard is given up."""
+_LONGEST_KEPT = 600.0
+"""Seconds after which a shard that was not given up may be held again, at most."""
 _EXTEND = 5.0
 """Seconds between looks at the segments while the log is quiet."""
 _SEGMENT_PAUSE = 0.2
@@ -65,6 +71,34 @@ class Settings:
     window_events: int
     window_bytes: int
     buffer_bytes: int
+
+
+_Result = TypeVar("_Result")
+
+
+def process_name() -> str:
+    """What the workers of this process are called where others see them."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class _Kept:
+    """Why a shard was not given up: events that were at work there for too long."""
+
+    __slots__ = ("_slow", "_until", "pause")
+
+    def __init__(self, slow: Sequence[Event], *, pause: float = 0.0, before: "_Kept | None" = None) -> None:
+        """`pause`: seconds until it may be tried again, twice as long as after the one `before`."""
+        self._slow = {id(event): event for event in slow}
+        self.pause: float = min(pause if before is None else 2 * before.pause, _LONGEST_KEPT)
+        self._until = time.monotonic() + self.pause
+
+    def blocks(self, pump: Pump) -> bool:
+        """Whether one of the events is still at work."""
+        return not self._slow.keys().isdisjoint(map(id, pump.at_work()))
+
+    def forbids(self, pump: Pump) -> bool:
+        """Whether the pump should not be held now: it would take too long again."""
+        return bool(pump.at_work()) and (self.blocks(pump) or time.monotonic() < self._until)
 
 
 class Worker:
@@ -96,10 +130,12 @@ class Worker:
         self._id = uuid4()
         self._tenure = Tenure()
         self._pumps: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
-        self._retiring: Counter[ShardKey] = Counter()
-        """Shards whose pumps are ending here."""
-        self._leaving: set[int] = set()
-        """Epochs of the shards that this worker is giving up so that others have their share."""
+        self._leaving: set[tuple[int, bool]] = set()
+        """Epochs of the shards that this worker is giving up while it goes on, and whether it does so at once."""
+        self._giving_up: set[asyncio.Task[None]] = set()
+        """What gives shards up while this worker goes on. It waits for dispatchers, so stopping cancels it."""
+        self._kept: dict[int, _Kept] = {}
+        """Why shards were not given up, by epoch."""
         self._alone = asyncio.Lock()
         """Held by the one pump that dispatches an event with care."""
         self._free_since: dict[ShardKey, float] = {}
@@ -116,7 +152,7 @@ class Worker:
             log.database,
             schema=settings.schema,
             worker=self._id,
-            name=f"{socket.gethostname()}:{os.getpid()}",
+            name=process_name(),
             lease_timeout=settings.lease_timeout,
             channel=channel,
             notify=log.sql.notify,
@@ -124,6 +160,8 @@ class Worker:
             on_hint=self._on_hint,
             on_held=self._on_held,
         )
+        self._broken: asyncio.Future[None]
+        """What a pump has died of."""
         self._tail: Tail | None = None
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -146,29 +184,47 @@ class Worker:
                     buffer_bytes=self._settings.buffer_bytes,
                     tasks=tasks,
                 )
+                self._broken = asyncio.get_running_loop().create_future()
                 standing = [
-                    tasks.create_task(self._committer.run(), name="commit offsets"),
                     tasks.create_task(self._run_rounds(), name="claim shards"),
+                    tasks.create_task(self._committer.run(), name="commit offsets"),
                     tasks.create_task(self._run_redelivery(), name="redeliver"),
                     tasks.create_task(self._run_segments(), name="extend segments"),
+                    tasks.create_task(self._watch_pumps(), name="watch over the pumps"),
                 ]
                 facts.emit("worker started", worker=str(self._id))
-                await stop.wait()
-                standing[1].cancel()
-                await self._retire(list(self._pumps))
-                for task in standing:
-                    task.cancel()
-                await self._leave()
+                try:
+                    await stop.wait()
+                    for task in (standing[0], *self._giving_up):
+                        task.cancel()
+                    await self._stop_shards(list(self._pumps))
+                    for task in standing:
+                        task.cancel()
+                    await self._leave()
+                finally:
+                    self._cut_off()
         except BaseExceptionGroup as group:
             # One cause is enough to end it; a new life of the server explains whatever else came with it.
             changed, other = group.split(IncarnationChanged)
             raise _first(changed or other) from group
         finally:
             self._tasks = None
-            for pump, _ in self._pumps.values():
-                pump.lose()
-            await self._presence.stop()
-            facts.emit("worker stopped", worker=str(self._id))
+            try:
+                if pumps := {task for _, task in self._pumps.values()}:
+                    await asyncio.wait(pumps, timeout=_CANCEL_TIMEOUT)
+            finally:
+                await self._presence.stop()
+                facts.emit("worker stopped", worker=str(self._id))
+
+    async def _watch_pumps(self) -> None:
+        """Raise what a pump has died of."""
+        await self._broken
+
+    def _cut_off(self) -> None:
+        """End the pumps that are left, when this worker is cancelled or fails."""
+        for pump, task in self._pumps.values():
+            pump.lose()
+            task.cancel()
 
     async def _leave(self) -> None:
         try:
@@ -190,20 +246,51 @@ class Worker:
         """Dead letters were sent on their way again."""
         self._due.set()
 
-    async def release(self, name: str) -> None:
-        """Return once nothing of this subscription is in flight here, its offsets are committed and its shards free."""
+    async def stop_subscription(self, name: str) -> None:
+        """Return once nothing of this subscription is in flight here, its offsets are committed and its shards free.
+
+        What is still at work after `drain_timeout` is cancelled.
+        """
+        if mine := await self._shards_of(name):
+            await self._in_own_task(self._stop_shards(mine), name=f"stop {name}")
+        await self._notifier.notify_leases()
+
+    async def rest_subscription(self, name: str) -> bool:
+        """Whether nothing of this subscription is in flight here any more, its offsets committed and its shards free.
+
+        Nothing is cancelled: when something is at work for longer than `drain_timeout`, dispatching goes on.
+        """
+        mine = await self._shards_of(name)
+        if mine and await self._in_own_task(self._hand_over(mine), name=f"give up {name}") is False:
+            return False
+        await self._notifier.notify_leases()
+        return True
+
+    def lose_subscription(self, name: str) -> None:
+        """Its shards have new epochs: begin nothing more under the old ones."""
+        for pump, _ in list(self._pumps.values()):
+            if pump.registration.name == name:
+                self._on_lost(pump.shard)
+
+    async def _shards_of(self, name: str) -> list[int]:
+        """The epochs of the shards of this subscription that run here."""
         # A round that claimed before the registration went has ended by then, and its pump is among them.
         async with self._one_round:
-            mine = [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
-        if mine and self._tasks is not None:
-            retiring = self._retire(mine)
-            try:
-                # A task of its own: a caller that stops waiting must not leave pumps that neither run nor end.
-                await asyncio.wait({self._tasks.create_task(retiring, name=f"give up {name}")})
-            except RuntimeError:
-                # The worker is ending, and gives up all it has.
-                retiring.close()
-        await self._notifier.notify_leases()
+            return [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
+
+    async def _in_own_task(self, call: Coroutine[Any, Any, _Result], *, name: str) -> _Result | None:
+        """What the call returns, None if the worker ends first and gives up all it has.
+
+        A caller that stops waiting must not leave pumps that neither run nor end.
+        """
+        try:
+            assert self._tasks is not None  # noqa: S101 - only a running worker has shards
+            task = self._tasks.create_task(call, name=name)
+        except (AssertionError, RuntimeError):
+            call.close()
+            return None
+        await asyncio.wait({task})
+        return None if task.cancelled() else task.result()
 
     def states(self) -> dict[str, str]:
         """By subscription: what it is doing here, all its shards considered."""
@@ -253,6 +340,7 @@ class Worker:
         known = set(self._pumps)
         survey = await self._leases.survey()
         held = {shard.epoch for shard in survey.shards if shard.owner == self._id}
+        self._kept = {epoch: kept for epoch, kept in self._kept.items() if epoch in self._pumps}
         for epoch in known - held:
             if epoch in self._pumps:
                 self._on_lost(self._pumps[epoch][0].shard)
@@ -261,20 +349,18 @@ class Worker:
         # Claimed, but the connection broke before its pump began.
         await self._leases.release([epoch for epoch in held if epoch not in known])
         await self._switch_shards(survey)
-        self._give_up(self._to_rest(survey))
+        self._give_up(self._to_rest(survey), at_once=True)
 
         me = Peer(self._id, self._able(), asks=True)
         peers = {peer.id: peer for peer in survey.peers} | {self._id: me}
+        leaving = {epoch for epoch, _ in self._leaving}
         open_now = {shard.key: shard for shard in _to_be_run(survey)}
         plan = share(
-            {
-                key: None if shard.free or shard.epoch in self._leaving else shard.owner
-                for key, shard in open_now.items()
-            },
+            {key: None if shard.free or shard.epoch in leaving else shard.owner for key, shard in open_now.items()},
             list(peers.values()),
         )
         # One whose pump is still ending here would run twice in this process, and nobody can be asked for it meanwhile.
-        here = {pump.shard.lease.key for pump, _ in self._pumps.values()} | set(+self._retiring)
+        here = {pump.shard.lease.key for pump, _ in self._pumps.values()}
         wanted = [
             key for key, worker in plan.items()
             if worker == self._id and open_now[key].owner != self._id and key not in here
@@ -372,7 +458,9 @@ class Worker:
             seconds_until=self._seconds_until,
             prove_end=self._prove_end,
         )
-        task = self._tasks.create_task(pump.run(), name=f"pump {shard.name}")
+        # Not in the group: it would wait for ever for a dispatcher that swallows its cancellation.
+        task = asyncio.create_task(pump.run(), name=f"pump {shard.name}")
+        task.add_done_callback(self._on_pump_ended)
         self._pumps[lease.epoch] = (pump, task)
         self._due.set()
         facts.emit(
@@ -380,47 +468,108 @@ class Worker:
             position=lease.position, pending=lease.pending.count(), crashes=lease.crashes,
         )  # fmt: skip
 
-    def _give_up(self, epochs: Iterable[int]) -> None:
-        """Begin to give these shards up, each as soon as what is at work there has ended."""
-        assert self._tasks is not None  # noqa: S101 - rounds run inside run()
-        for epoch in set(epochs) & set(self._pumps) - self._leaving:
-            self._leaving.add(epoch)
-            self._tasks.create_task(self._hand_over(epoch), name=f"give up {self._pumps[epoch][0].shard.name}")
+    def _on_pump_ended(self, task: "asyncio.Task[None]") -> None:
+        """What a pump dies of ends the worker."""
+        if not task.cancelled() and (error := task.exception()) is not None and not self._broken.done():
+            self._broken.set_exception(error)
 
-    async def _hand_over(self, epoch: int) -> None:
+    def _give_up(self, epochs: Iterable[int], *, at_once: bool = False) -> None:
+        """Begin to give these shards up, each once nothing is at work there.
+
+        `at_once`: begin nothing there from now on. Otherwise only once what is at work now has ended: the others need
+        not stand still for a single slow dispatcher.
+        """
+        for epoch in set(epochs) & set(self._pumps):
+            if (epoch, at_once) not in self._leaving:
+                self._leaving.add((epoch, at_once))
+                pump, _ = self._pumps[epoch]
+                self._in_background(self._share_out(epoch, pump, at_once=at_once), name=f"give up {pump.shard.name}")
+
+    def _in_background(self, giving_up: Coroutine[Any, Any, None], *, name: str) -> None:
+        assert self._tasks is not None  # noqa: S101 - rounds run inside run()
+        task = self._tasks.create_task(giving_up, name=name)
+        self._giving_up.add(task)
+        task.add_done_callback(self._giving_up.discard)
+
+    async def _share_out(self, epoch: int, pump: Pump, *, at_once: bool) -> None:
+        """Give a shard up if what is at work there ends in time; otherwise it stays here."""
         try:
-            await self._retire([epoch])
+            given_up = (at_once or await self._outlast(pump)) and await self._hand_over([epoch])
         finally:
-            self._leaving.discard(epoch)
-        self._rounds.ring()
-        await self._notifier.notify_leases()
+            self._leaving.discard((epoch, at_once))
+        if given_up:
+            self._rounds.ring()
+            await self._notifier.notify_leases()
+        elif at_once:
+            # Whoever asked for it to rest need not wait any longer.
+            with suppress(DatabaseError):
+                await self._subscriptions.refuse_rest(pump.registration.name)
+
+    async def _outlast(self, pump: Pump) -> bool:
+        """Whether what is at work now ends within `drain_timeout`. Others are dispatched meanwhile."""
+        now_at_work = _Kept(pump.at_work())
+        deadline = time.monotonic() + self._settings.drain_timeout
+        while now_at_work.blocks(pump) and time.monotonic() < deadline:  # noqa: ASYNC110 - rare, and plain
+            await asyncio.sleep(_OUTLAST_POLL)
+        return not now_at_work.blocks(pump)
+
+    async def _hand_over(self, epochs: Iterable[int]) -> bool:
+        """Give these shards up together once nothing is at work there; whether they were given up.
+
+        When something is at work for longer than `drain_timeout`, all of them stay here and go on. They are not held
+        again before that has ended and some time has passed, so slow dispatchers do not stop the shard for good.
+        """
+        pumps = {epoch: self._pumps[epoch][0] for epoch in epochs if epoch in self._pumps}
+        if any(epoch in self._kept and self._kept[epoch].forbids(pump) for epoch, pump in pumps.items()):
+            return False
+        for pump in pumps.values():
+            pump.hold()
+        try:
+            timeout = self._settings.drain_timeout
+            if all(await asyncio.gather(*(pump.until_quiet(timeout) for pump in pumps.values()))):
+                await self._retire(pumps)
+                return True
+            for epoch, pump in pumps.items():
+                if slow := pump.at_work():
+                    pump.report_slow("shard kept")
+                    before = self._kept.get(epoch)
+                    self._kept[epoch] = _Kept(slow, pause=max(timeout, _ROUND), before=before)
+            return False
+        finally:
+            for pump in pumps.values():
+                pump.go_on()
+            self._due.set()
+
+    async def _stop_shards(self, epochs: Iterable[int]) -> None:
+        """Drain these shards together and give them up; what is still at work after `drain_timeout` is cancelled."""
+        pumps = {epoch: self._pumps[epoch][0] for epoch in epochs if epoch in self._pumps}
+        await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for pump in pumps.values()))
+        await self._retire(pumps)
 
     async def _retire(self, epochs: Iterable[int]) -> None:
-        """Drain these pumps together, commit, and give their shards up."""
+        """End these pumps, commit, and give their shards up."""
         # One may just have gone: two reasons to give a shard up, an end of the lease and of the subscription, may meet.
         leaving = [(epoch, *self._pumps[epoch]) for epoch in epochs if epoch in self._pumps]
-        self._retiring.update(pump.shard.lease.key for _, pump, _ in leaving)
+        if not leaving:
+            return
+        for _, pump, task in leaving:
+            pump.end()
+            task.cancel()
+        # Before the shards are given up: the next owner should not dispatch beside those that are cut short.
+        await asyncio.wait({task for _, _, task in leaving}, timeout=_CANCEL_TIMEOUT)
         try:
-            await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for _, pump, _ in leaving))
-            for _, _, task in leaving:
-                task.cancel()
-            if leaving:
-                # Before the shards are given up: the next owner should not dispatch beside those that are cut short.
-                await asyncio.wait({task for _, _, task in leaving}, timeout=_CANCEL_TIMEOUT)
-            try:
-                async with asyncio.timeout(max(self._settings.drain_timeout, _COMMIT_TIMEOUT)):
-                    await self._committer.run_once()
-                    await self._leases.release([epoch for epoch, pump, _ in leaving if not pump.shard.lost])
-            except (DatabaseError, TimeoutError, IncarnationChanged) as error:
-                # Others take over when this worker is gone; what was not committed is dispatched again.
-                facts.emit("release failed", level=logging.WARNING, error=str(error))
-            for epoch, pump, _ in leaving:
-                pump.lose()
-                self._pumps.pop(epoch, None)
-                facts.emit("lease released", subscription=pump.registration.name, shard=pump.shard.lease.shard)
-            await asyncio.gather(*(task for _, _, task in leaving), return_exceptions=True)
-        finally:
-            self._retiring.subtract(pump.shard.lease.key for _, pump, _ in leaving)
+            async with asyncio.timeout(max(self._settings.drain_timeout, _COMMIT_TIMEOUT)):
+                await self._committer.run_once()
+                await self._leases.release([epoch for epoch, pump, _ in leaving if not pump.shard.lost])
+        except (DatabaseError, TimeoutError, IncarnationChanged) as error:
+            # Others take over when this worker is gone; what was not committed is dispatched again.
+            facts.emit("release failed", level=logging.WARNING, error=str(error))
+        for epoch, pump, task in leaving:
+            pump.lose()
+            if not task.done():
+                pump.report_slow("dispatcher abandoned")
+            self._pumps.pop(epoch, None)
+            facts.emit("lease released", subscription=pump.registration.name, shard=pump.shard.lease.shard)
 
     def _on_lost(self, shard: Shard) -> None:
         """Somebody else has the shard, or it was moved: end its pump; what is at work there may finish first."""
@@ -432,12 +581,15 @@ class Worker:
             return
         pump.lose()
         facts.emit("lease lost", level=logging.WARNING, subscription=pump.registration.name, shard=shard.lease.shard)
-        self._tasks.create_task(self._end_lost(shard.lease.epoch), name=f"end {shard.name}")
+        self._in_background(self._end_lost(shard.lease.epoch, pump), name=f"end {shard.name}")
 
-    async def _end_lost(self, epoch: int) -> None:
-        if epoch in self._pumps:
-            await self._retire([epoch])
-            self._rounds.ring()
+    async def _end_lost(self, epoch: int, pump: Pump) -> None:
+        """End its pump once nothing is at work there, however long that takes: it is not claimed anew here before."""
+        if not await pump.until_quiet(self._settings.drain_timeout):
+            pump.report_slow("lost shard is still at work")
+            await pump.until_quiet(None)
+        await self._retire([epoch])
+        self._rounds.ring()
 
     # Failed events that are due again.
 
@@ -448,7 +600,7 @@ class Worker:
         if mark.outcomes:
             entry[0].committed(mark)
             self._due.set()
-        if shard.is_over and shard.lease.epoch not in self._leaving:
+        if shard.is_over and (shard.lease.epoch, True) not in self._leaving:
             self._rounds.ring()
 
     async def _run_redelivery(self) -> None:

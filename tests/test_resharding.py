@@ -322,7 +322,7 @@ async def test_a_worker_that_does_not_let_go_is_named_and_goes_on(
         await backend.subscribe("s", gate, start="earliest", concurrency=1)
         await backend.produce(make_event("a"))
         await gate.holds(1)
-        with pytest.raises(SubscriptionBusyError, match=rf":{os.getpid()} after 0.1 s") as caught:
+        with pytest.raises(SubscriptionBusyError, match=rf":{os.getpid()} that take longer") as caught:
             await caller.reshard("s", 4)
         assert caught.value.workers == (f"{socket.gethostname()}:{os.getpid()}",)
         gate.open()

@@ -67,6 +67,7 @@ class SubscriptionsSql:
     note_start_bound: str
     rest: str
     rest_again: str
+    refuse_rest: str
     find_owners: str
     reshard: str
     switch_shards: str

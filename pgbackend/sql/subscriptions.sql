@@ -138,12 +138,27 @@ SET resting_until = CASE WHEN $2::float8 > 0 THEN clock_timestamp() + make_inter
 WHERE name = $1;
 
 -- name: rest_again
--- The same for $2 seconds, unless it is at rest.
+-- The same for $2 seconds, unless it is at rest or somebody has refused that.
+WITH again AS (
+    UPDATE {schema}.subscriptions
+    SET resting_until = clock_timestamp() + make_interval(secs => $2::float8)
+    WHERE name = $1
+        AND (resting_until IS NULL OR resting_until <= clock_timestamp())
+        AND resting_until IS DISTINCT FROM '-infinity'
+    RETURNING name
+)
+SELECT
+    EXISTS (SELECT FROM again) AS again,
+    EXISTS (
+        SELECT FROM {schema}.subscriptions WHERE name = $1 AND resting_until = '-infinity'
+    ) AS refused;
+
+-- name: refuse_rest
+-- Tell whoever wants it to rest that one of its shards is not given up now.
 UPDATE {schema}.subscriptions
-SET resting_until = clock_timestamp() + make_interval(secs => $2::float8)
+SET resting_until = '-infinity'
 WHERE name = $1
-    AND (resting_until IS NULL OR resting_until <= clock_timestamp())
-RETURNING true;
+    AND resting_until > clock_timestamp();
 
 -- name: find_owners
 -- The workers that are alive and have a shard of this subscription, by their names.
