@@ -194,7 +194,8 @@ def test_filters_are_values() -> None:
 def test_an_event_of_the_sdk_is_judged_like_one_of_the_log(dialect: EventFilter) -> None:
     attributes = {
         "id": "1", "source": "/shop", "type": "order.created", "subject": "eu", "items": 3,
-        "datacontenttype": "text/plain", "dataschema": "https://shop/schema", "time": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        "datacontenttype": "text/plain", "dataschema": "https://shop/schema",
+        "time": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     }  # fmt: skip
     accepts: Anything = dialect
     assert accepts(CloudEvent(attributes, "text"))
