@@ -9,7 +9,8 @@ their answers in order, each its own.
 
 A connection, told apart by `Connection.look_after`:
 
-    receiving   from its start, or the first byte of a request, to that request's last byte: 408 when that takes long
+    receiving   from its start, or the first byte of a request, to that request's last byte: 408 when that takes long,
+                as `_Arrival` tells
     committing  until the answer is written: the backend's `produce_timeout` bounds it
     unread      its client does not read: aborted after a while
     idle        between two requests: closed after a while
@@ -22,13 +23,18 @@ two thirds of what uvicorn costs. Any other goes uvicorn's way as soon as that i
 import asyncio
 import re
 import resource
+from collections import deque
+from collections.abc import Sized
 from http import HTTPStatus
 from typing import cast
 
 import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from pgbackend.serve.clients import Budget
 from pgbackend.serve.ingest import STOPPING, Ingest, Problem, come_back
 
 _HEAD_BYTES = 1 << 16
@@ -36,17 +42,22 @@ _HEADERS = 500
 """In one request. Each takes a hundred bytes besides its own: 64 KiB of tiny ones would be 2 MB."""
 _HEAD_TOO_LARGE = f"The request's headers are too large: expected at most {_HEAD_BYTES} bytes, in {_HEADERS} headers."
 _PATIENCE = 20.0
-"""Seconds that a request may take to arrive, a longer one has to bring `_BYTES_A_SECOND` meanwhile; and seconds that
-an answer may take to be read."""
+"""Seconds that a request may take to arrive, or to say nothing; and seconds that an answer may take to be read."""
 _BYTES_A_SECOND = 4096
+"""What a request must bring to go on for longer."""
+_LONGEST_ARRIVAL = 120.0
+"""Seconds that a request may take to arrive, however much it brings."""
 _KEEP_ALIVE = 75.0
 _MAX_CONNECTIONS = 10_000
 _MAX_QUEUED = 100
 """Requests that a connection may send ahead of its answers."""
-_QUEUED_BYTES = 64 << 20
-"""Of all such requests together."""
+_HEAD_BUDGET = 64 << 20
+"""Bytes of all such requests, and of all heads that are arriving."""
 _QUEUED_REQUEST = 2_500
-"""Bytes of memory that such a request takes besides its body."""
+"""Bytes of memory that a request takes besides its head and its body."""
+_HEADER = 170
+"""Bytes of memory that a header takes besides its own: 500 tiny ones are 2 KB of bytes and 85 KB of memory."""
+_BUSY = "The broker holds as many requests as it can. Nothing was stored; send it again."
 
 # `http://host` for `http://host/`, which uvicorn does not know.
 _add_path = re.compile(rb"^([a-z]+://[^/?#]*)(?=[?#]|$)", re.IGNORECASE).sub
@@ -55,13 +66,14 @@ _add_path = re.compile(rb"^([a-z]+://[^/?#]*)(?=[?#]|$)", re.IGNORECASE).sub
 class State(ServerState):
     """What the connections of a server share."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         super().__init__()
+        self.places = Budget(limit)
+        """For connections, handshakes among them."""
+        self.heads = Budget(_HEAD_BUDGET)
         self.stopping = False
         self.refused = 0
         """Connections that were refused since somebody looked, for there were too many."""
-        self.queued_bytes = 0
-        """What is held of requests that were sent ahead of answers."""
         self.tell_date(b"")
 
     def tell_date(self, date: bytes) -> None:
@@ -72,17 +84,23 @@ class State(ServerState):
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection."""
-
-    limit = min(_MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    """The connection of a client at `address`, which `clients` sees as one. `admitted`: there was a place for it."""
 
     _state: State
     _receiving = True
-    _since = 0.0
-    """When it began to receive, to be unread, to be idle."""
+    _began = 0.0
+    """When it began to receive."""
+    _arrival: "_Arrival | None" = None
+    """Of what it receives, once somebody has looked."""
+    _idle_since = 0.0
+    _unread_since = 0.0
     _closing_since: float | None = None
     _received_bytes = 0
     _body_bytes = 0
+    _bodiless_bytes = 0
+    """Received since the last byte of a body."""
+    _begun_bytes = 0
+    """What may have arrived of a head that is not all there."""
     _head_bytes = 0
     _in_head = True
     _undecided = False
@@ -91,33 +109,52 @@ class Connection(HttpToolsProtocol):
     """The body of an undecided one."""
     _answering: RequestResponseCycle | None = None
     """The one whose answer is next, of those that went uvicorn's way or have one behind them that did."""
-    _queued_bytes = 0
+    _held_bytes = 0
+    """Of the state's budget for heads."""
     _offers_upgrade = False
     _refusal = HTTPStatus.BAD_REQUEST
 
+    def __init__(self, config: Config, state: State, address: str, *, admitted: bool) -> None:
+        super().__init__(config, state, {"address": address})
+        self._address = address
+        self._admitted = admitted
+        self._state = state
+        self._ingest = cast("Ingest", config.app)
+        self._queued_heads: deque[int] = deque()
+        """The memory that each request of `pipeline` takes besides its body."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._state = cast("State", self.server_state)
-        self._ingest = cast("Ingest", self.config.app)
-        self._since = self.loop.time()
-        if len(self.connections) > self.limit:
+        self.flow = _Flow(transport, self.pipeline)
+        self._began = self.loop.time()
+        if not self._admitted:
             self._state.refused += 1
             self._refuse(come_back("Too many connections. Come back later."))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.leave()
         if self._answering is not None:
             # Uvicorn told only the newest, which may be queued behind this one.
             self._answering.disconnected = True
             self._answering.message_event.set()
         self.pipeline.clear()
-        self._account_for_queue()
+        self._queued_heads.clear()
+        self._receiving = False
+        self._account()
+
+    def leave(self) -> None:
+        """Give its place to another. Again, it does nothing."""
+        if self._admitted:
+            self._admitted = False
+            self._state.places.give_back(self._address, 1)
 
     def data_received(self, data: bytes) -> None:
         if self.parser is None or self.transport.is_closing():
             return
         size = len(data)
         self._received_bytes += size
+        body_bytes = self._body_bytes
         if self._in_head:
             self._head_bytes += size
         try:
@@ -130,16 +167,22 @@ class Connection(HttpToolsProtocol):
         except (httptools.HttpParserError, ValueError):
             self.send_400_response("")
             return
-        if self.pipeline:
-            self._account_for_queue()
         if self._in_head:
             too_large = self._head_bytes > _HEAD_BYTES or len(self.headers or ()) > _HEADERS
         else:
-            # Chunks of one byte have five around it; trailers, which nobody reads, would be kept by the parser.
+            # The parser keeps trailers, which nobody reads: they are what brings no body. Chunks of one byte have five
+            # around it.
+            self._bodiless_bytes = self._bodiless_bytes + size if body_bytes == self._body_bytes else 0
             around = self._received_bytes - self._body_bytes
-            too_large = self._receiving and around > 2 * _HEAD_BYTES + 8 * self._body_bytes
+            too_large = self._receiving and (
+                self._bodiless_bytes > _HEAD_BYTES or around > 2 * _HEAD_BYTES + 8 * self._body_bytes
+            )
         if too_large and not self.transport.is_closing():
             self._refuse(Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _HEAD_TOO_LARGE))
+        elif self.pipeline or self._held_bytes or (self._receiving and self._in_head):
+            # An upper bound: where the head begins in these bytes is the parser's secret.
+            self._begun_bytes += size
+            self._account()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's says None, which asyncio takes for False
         """Whether the connection stays: for the answers to whole requests. Nobody waits for one that is not."""
@@ -151,9 +194,12 @@ class Connection(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self._receiving = True
-        self._since = self.loop.time()
+        self._began = self.loop.time()
+        self._arrival = None
         self._received_bytes = 0
         self._body_bytes = 0
+        self._bodiless_bytes = 0
+        self._begun_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # Fields after the body are no headers: nobody authorized them, and they must not become attributes.
@@ -235,7 +281,8 @@ class Connection(HttpToolsProtocol):
         """Do what uvicorn would have done with the head and the body so far. Raises ValueError to refuse them."""
         if not self._is_answered() and len(self.pipeline) >= _MAX_QUEUED:
             raise ValueError("so many requests ahead of their answers")
-        url, headers, expects, piece = _add_path(rb"\1/", self.url), self.headers, self.expect_100_continue, self._piece
+        url, headers, piece = _add_path(rb"\1/", self.url), self.headers, self._piece
+        expects = self.expect_100_continue and self.parser.get_http_version() != "1.0"  # which knows no such answer
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue, self._piece = url, headers, expects, b""
         self.scope["headers"] = headers
@@ -244,31 +291,44 @@ class Connection(HttpToolsProtocol):
         self._undecided = False
         if is_next:
             self._answering = self.cycle
-        elif len(self.pipeline) == 1:
-            self._answering = before
+        else:
+            self._queued_heads.appendleft(_QUEUED_REQUEST + len(url) + _memory_of(headers))
+            if len(self.pipeline) == 1:
+                self._answering = before
         if self._state.stopping:
             self.cycle.keep_alive = False
         if piece:
             super().on_body(piece)
 
     def on_response_complete(self) -> None:
-        self._since = self.loop.time()
+        self._idle_since = self.loop.time()
         if self.pipeline:
             self._answering, _ = self.pipeline[-1]
             super().on_response_complete()
-            self._account_for_queue()
+            if len(self._queued_heads) > len(self.pipeline):
+                self._queued_heads.pop()
+            self._account()
         elif not self.transport.is_closing():
             # Uvicorn would have a timer for each answer; a connection that is idle for long is found by looking.
             self.flow.resume_reading()
 
-    def _account_for_queue(self) -> None:
-        """Requests that were sent ahead of answers are bounded together, whoever sent them."""
-        held = sum(len(cycle.body) + _QUEUED_REQUEST for cycle, _ in self.pipeline)
-        self._state.queued_bytes += held - self._queued_bytes
-        self._queued_bytes = held
-        if held and self._state.queued_bytes > _QUEUED_BYTES:
+    def _account(self) -> None:
+        """Requests that were sent ahead of answers, and a head that is not all there, count for their address."""
+        held = sum(len(cycle.body) for cycle, _ in self.pipeline) + sum(self._queued_heads)
+        if self._receiving and self._in_head:
+            held += self._begun_bytes + _HEADER * len(self.headers or ())
+        more = held - self._held_bytes
+        heads = self._state.heads
+        if more <= 0:
+            heads.give_back(self._address, -more)
+        elif not heads.take(self._address, more):
             self._state.refused += 1
-            self.transport.abort()
+            if self.pipeline:
+                self.transport.abort()  # memory is scarce: what is queued must go at once
+            elif not self.transport.is_closing():
+                self._refuse(come_back(_BUSY))
+            return
+        self._held_bytes = held
 
     def _decline_upgrade(self, rest: bytes) -> None:
         """Go on as if the request had not offered another protocol, as Java's client does with every first one.
@@ -299,7 +359,7 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._since = self.loop.time()
+        self._unread_since = self.loop.time()
 
     def look_after(self, now: float) -> None:
         """Cut off a client that takes too long, whatever it is that it does."""
@@ -309,12 +369,14 @@ class Connection(HttpToolsProtocol):
             elif now - self._closing_since > _PATIENCE:
                 self.transport.abort()
         elif self.flow.write_paused:
-            if now - self._since > _PATIENCE:
+            if now - self._unread_since > _PATIENCE:
                 self.transport.abort()
         elif self._receiving:
-            if now - self._since > _PATIENCE + self._received_bytes / _BYTES_A_SECOND:
+            if self._arrival is None:
+                self._arrival = _Arrival(self._began)
+            if self._arrival.is_too_slow(now, self._received_bytes):
                 self._refuse(Problem(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive."))
-        elif self._is_answered() and now - self._since > _KEEP_ALIVE:
+        elif self._is_answered() and now - self._idle_since > _KEEP_ALIVE:
             self.transport.close()
 
     def shutdown(self) -> None:
@@ -358,13 +420,14 @@ class Connection(HttpToolsProtocol):
             if not self.pipeline:
                 return False
             self.pipeline.popleft()
+            self._queued_heads.popleft()
             self.cycle = self.pipeline[0][0] if self.pipeline else cast("RequestResponseCycle", self._answering)
         elif self._is_answered():
             return False
         self._receiving = False
         self.cycle.keep_alive = False
         self.flow.pause_reading()
-        self._account_for_queue()
+        self._account()
         return True
 
     def _has_cycle(self) -> bool:
@@ -379,6 +442,36 @@ class Connection(HttpToolsProtocol):
         lines = [b"HTTP/1.1 %d %b" % (problem.status, HTTPStatus(problem.status).phrase.encode())]
         lines += [b"%b: %b" % header for header in headers]
         return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+class _Flow(FlowControl):
+    """Uvicorn's, but that nothing is read while requests wait for their turn, whatever else is answered."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
+class _Arrival:
+    """How a request arrives. Its bytes buy it time, but never more than `_PATIENCE` from now."""
+
+    __slots__ = ("_began", "_bytes", "_credit", "_looked_at")
+
+    def __init__(self, began: float) -> None:
+        self._began = self._looked_at = began
+        self._bytes = 0
+        self._credit = _PATIENCE
+
+    def is_too_slow(self, now: float, received: int) -> bool:
+        """Whether it has taken too long, or brought too little of late."""
+        passed, self._looked_at = now - self._looked_at, now
+        brought, self._bytes = received - self._bytes, received
+        self._credit = min(_PATIENCE, self._credit - passed + brought / _BYTES_A_SECOND)
+        return self._credit < 0 or now - self._began > _LONGEST_ARRIVAL
 
 
 class _Exchange:
@@ -401,6 +494,15 @@ class _Exchange:
         self._connection.send_whole(problem, keep_alive=self.keep_alive)
 
 
+def _memory_of(headers: list[tuple[bytes, bytes]]) -> int:
+    return sum(len(name) + len(value) for name, value in headers) + _HEADER * len(headers)
+
+
+def limit_of_connections() -> int:
+    """How many clients may be connected, so that half of the files that this process may open are left for others."""
+    return min(_MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
 def allow_many_connections() -> None:
     """This process may open as many files as it is allowed to, up to what the broker can use."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -408,4 +510,3 @@ def allow_many_connections() -> None:
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        Connection.limit = min(_MAX_CONNECTIONS, wanted // 2)

@@ -1,8 +1,9 @@
 """Takes CloudEvents in over HTTP: an ASGI application without a framework, since it is the broker's hot path.
 
 A request is answered 202 only after its events are committed; anything else says what is wrong with which event, or
-that the outcome is unknown. What a client can make the broker hold is bounded three ways: per request, by count of
-events in a batch, and over all requests together. Bodies that are too large are refused while they arrive.
+that the outcome is unknown. Four bounds limit what clients make the broker hold: per request, by count of events in a
+batch, over all requests of an address, and over all requests together. Bodies that are too large are refused while
+they arrive.
 
 An event whose request is there in one piece, as nearly all are, needs no task and none of ASGI's messages: its
 `connection` hands it to `take_whole()`. That way is for what is beyond doubt; all else goes through `__call__`, which
@@ -45,6 +46,7 @@ from pgbackend.errors import (
     ProduceUncertainError,
 )
 from pgbackend.event import Event
+from pgbackend.serve.clients import Budget
 from pgbackend.serve.config import IngestAuth
 from pgbackend.wire import ContentTypeError
 
@@ -65,6 +67,10 @@ _ACCEPTED: Message = {"type": "http.response.start", "status": 202, "headers": [
 _NO_BODY: Message = {"type": "http.response.body", "body": b""}
 # What attributes in headers, or the envelope of a structured event, may add to the data.
 _ENVELOPE_BYTES = 1 << 16
+_SMALL_BYTES = 1 << 16
+_SHARE_OF_SMALL = 15
+"""An address may hold so many times what is left when a small body comes in pieces. The large bodies of a reverse
+proxy's clients, which get what is left once, must not keep small ones out."""
 _BREATH = 0.02
 """Seconds of reading a batch after which others have their turn: a large one takes a second."""
 _READ_PATHS = ("/healthz", "/readyz", "/metrics")
@@ -85,7 +91,8 @@ class Limits:
     batch_events: int = 10_000
     """In one batch."""
     held_bytes: int = 256 << 20
-    """Of all bodies that are arriving or being committed. Beyond it requests are told to come back."""
+    """Of all bodies that are arriving or being committed. Beyond it, or beyond an address's share as `Budget` has it,
+    requests are told to come back."""
 
 
 class Problem(Exception):  # noqa: N818 - an answer, not an error
@@ -111,6 +118,7 @@ def come_back(detail: str) -> Problem:
 
 
 STOPPING = "The broker is stopping. Nothing was stored; send it again."
+_FULL = "The broker holds as many events as it can, of all or of this address. Nothing was stored; send it again."
 
 
 class Ingest:
@@ -131,7 +139,7 @@ class Ingest:
         self._metrics = metrics
         self._tracing = tracing
         self._readiness = _Readiness(backend)
-        self._held_bytes = 0
+        self._held = Budget(self._limits.held_bytes)
         self._retired = False
         self._stopping = False
         # Within it no limit of an event can be broken, so that nothing has to be measured.
@@ -190,7 +198,8 @@ class Ingest:
             or b"content-encoding" in fields
             or (b"transfer-encoding" in fields and fields[b"transfer-encoding"].lower() != b"chunked")
             or size > self._whole_bytes
-            or self._held_bytes + size > self._limits.held_bytes
+            # It is there, and goes as soon as it is committed: no client can make it stay, so no address has a share.
+            or self._held.held + size > self._held.total
             or self._stopping
             or self._tracing is not None
         ):
@@ -207,7 +216,7 @@ class Ingest:
                 return False
 
             def done(error: Exception | None) -> None:
-                self._held_bytes -= size
+                self._held.held -= size
                 if error is None:
                     if self._metrics is not None:
                         self._metrics.ingested(1, perf_counter() - started)
@@ -220,7 +229,7 @@ class Ingest:
             self._backend.produce_soon(event, done)
         except Exception:  # noqa: BLE001 - `__call__` meets it, too, and has the words for it
             return False
-        self._held_bytes += size
+        self._held.held += size
         return True
 
     async def _take(self, scope: Message, receive: Receive) -> bool:
@@ -240,6 +249,7 @@ class Ingest:
             limit = limit * 2 + _ENVELOPE_BYTES  # base64 and escapes; the event itself is measured once it is parsed
         if length > limit:
             raise _too_large(mode, limit)
+        address: str = scope["state"]["address"]
         body = bytearray()
         held = 0
         try:
@@ -251,15 +261,15 @@ class Ingest:
                 some: bytes = message["body"]
                 if len(body) + len(some) > limit:
                     raise _too_large(mode, limit)
-                if self._held_bytes + len(some) > self._limits.held_bytes:
-                    raise come_back("The broker holds as many events as it can. Nothing was stored; send it again.")
+                share = _SHARE_OF_SMALL if len(body) + len(some) <= _SMALL_BYTES else 1
+                if not self._held.take(address, len(some), share=share):
+                    raise come_back(_FULL)
                 held += len(some)
-                self._held_bytes += len(some)
                 body += some
                 more = message["more_body"]
             await self._commit(mode, headers, bytes(body))
         finally:
-            self._held_bytes -= held
+            self._held.give_back(address, held)
         return True
 
     async def _commit(self, mode: str, headers: _Headers, body: bytes) -> None:

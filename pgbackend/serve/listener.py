@@ -12,14 +12,15 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterator, MutableSequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import cast
 
 import uvicorn
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError
-from pgbackend.serve.connection import Connection, State
+from pgbackend.serve.clients import address_of
+from pgbackend.serve.connection import Connection, State, limit_of_connections
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.tls import TLS
 
@@ -140,7 +141,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, app: Ingest, tls: TLS | None, share: Share | None) -> None:
         super().__init__(config)
-        self.server_state: State = State()
+        self.server_state: State = State(limit_of_connections())
         self.accepting = asyncio.Event()
         self._app = app
         self._tls = tls
@@ -206,7 +207,7 @@ class _Server(uvicorn.Server):
     def _accept_one(self, bound: socket.socket) -> bool:
         """Whether there was one."""
         try:
-            client, _ = bound.accept()
+            client, (host, *_) = bound.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return False
         except OSError as error:
@@ -215,13 +216,16 @@ class _Server(uvicorn.Server):
             self._pause_accepting(0.1, self._resume_accepting)
             return False
         client.setblocking(False)
+        address = address_of(host)
+        admitted = self.server_state.places.take(address, 1)
+        connection = Connection(self.config, self.server_state, address, admitted=admitted)
         if self._tls is None:
-            self._begin(self._connect(client), self._connecting)
-        elif len(self._handshakes) + len(self.server_state.connections) >= Connection.limit:
+            self._begin(self._connect(client, connection), self._connecting)
+        elif admitted:
+            self._begin(self._shake_hands(client, connection, self._tls.context), self._handshakes)
+        else:
             self.server_state.refused += 1
             client.close()
-        else:
-            self._begin(self._shake_hands(client, self._tls.context), self._handshakes)
         return True
 
     @staticmethod
@@ -230,26 +234,26 @@ class _Server(uvicorn.Server):
         among.add(task)
         task.add_done_callback(among.discard)
 
-    async def _connect(self, client: socket.socket) -> None:
-        with suppress(OSError):  # it has gone
-            await asyncio.get_running_loop().connect_accepted_socket(self._connection, client)
+    async def _connect(self, client: socket.socket, connection: Connection) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, client)
+        except OSError:  # it has gone
+            connection.leave()
 
-    async def _shake_hands(self, client: socket.socket, context: ssl.SSLContext) -> None:
-        connection = self._connection()
+    async def _shake_hands(self, client: socket.socket, connection: Connection, context: ssl.SSLContext) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection, client, ssl=context, ssl_handshake_timeout=_HANDSHAKE, ssl_shutdown_timeout=_GRACE
             )
         except OSError as error:  # ssl's errors and timeouts are among them
+            connection.leave()
             self._failed_handshakes += 1
             self._handshake_error = str(error) or type(error).__name__
         except asyncio.CancelledError:
             # Made just before it was cancelled, it would be closed without being told.
+            connection.leave()
             self.server_state.connections.discard(connection)
             raise
-
-    def _connection(self) -> Connection:
-        return Connection(self.config, self.server_state, {})
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
@@ -265,7 +269,9 @@ class _Server(uvicorn.Server):
             connection.look_after(now)
         refused, self.server_state.refused = self.server_state.refused, 0
         if refused:
-            facts.emit("connections refused", level=logging.WARNING, count=refused, limit=Connection.limit)
+            facts.emit(
+                "connections refused", level=logging.WARNING, count=refused, limit=self.server_state.places.total
+            )
         failed, self._failed_handshakes = self._failed_handshakes, 0
         if failed:
             facts.emit("tls handshakes failed", count=failed, last=self._handshake_error)

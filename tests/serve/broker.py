@@ -28,7 +28,9 @@ from pgbackend.serve.triggers import Triggers
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
 """Of a valid event in binary mode."""
 
-HEAD = b"POST / HTTP/1.1\r\n" + b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
+    f"{name}: {value}\r\n".encode() for name, value in HEADERS.items()
+)
 """A request with them, but for its last lines."""
 
 STRUCTURED = {"content-type": "application/cloudevents+json"}

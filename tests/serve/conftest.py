@@ -10,6 +10,7 @@ from tests.serve.broker import Broker, Commits, serving
 from tests.serve.target import Target, listening
 
 _ON_UVLOOP = {
+    "test_clients",
     "test_connection",
     "test_delivery",
     "test_egress",

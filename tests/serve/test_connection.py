@@ -29,8 +29,8 @@ NOT_HTTP = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a port without it
     b"\x00" * 1000,
     b"POST / HTTP/9.9\r\n\r\n",
-    b"POST /\xff\xfe HTTP/1.1\r\n\r\n",
-    b"POST  HTTP/1.1\r\n\r\n",
+    b"POST /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST  HTTP/1.1\r\nHost: localhost\r\n\r\n",
     HEAD + b"no colon\r\n\r\n",
     HEAD + b": no name\r\n\r\n",
     HEAD + b"ce-subject: a\x00b\r\n\r\n",
@@ -80,10 +80,10 @@ async def test_headers_that_are_no_attributes_are_400(broker: Broker) -> None:
 @pytest.mark.parametrize(
     "sent",
     [
-        b"POST / HTTP/1.1\r\nX: " + b"x" * 200_000,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000,
         b"POST /" + b"x" * 200_000,
-        b"POST / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000,
-        b"POST / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 50_000,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"x" * 2_000_000,
     ],
     ids=["a header without end", "a path without end", "headers without end", "a large header", "trailers"],
@@ -225,7 +225,7 @@ async def test_who_sends_no_more_in_the_middle_of_a_request_gets_the_answers_to_
     assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == whole
     assert [event.data_bytes for event in await broker.stored()] == [b"x"] * whole
     await _is_forgotten(broker)
-    assert broker.listener._server.server_state.queued_bytes == 0
+    assert broker.listener._server.server_state.heads.held == 0
 
 
 async def test_who_goes_away_while_its_event_is_stored_is_forgotten_after_that(
@@ -247,10 +247,8 @@ async def _is_forgotten(broker: Broker) -> None:
     await eventually("no connection is left", gone)
 
 
-async def test_more_connections_than_there_may_be_are_told_to_come_back(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection_module.Connection, "limit", 3)
+async def test_more_connections_than_there_may_be_are_told_to_come_back(broker: Broker) -> None:
+    broker.listener._server.server_state.places.total = 4
     idle = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
     answer = await broker.talk()
     assert answer.startswith(b"HTTP/1.1 503 ")
@@ -261,7 +259,8 @@ async def test_more_connections_than_there_may_be_are_told_to_come_back(
 
 async def test_pipelined_requests_are_answered_in_order(broker: Broker) -> None:
     requests = [
-        b"POST / HTTP/1.1\r\n%bContent-Type: application/cloudevents+json\r\nContent-Length: %d\r\n\r\n%b"
+        b"POST / HTTP/1.1\r\nHost: localhost\r\n%b"
+        b"Content-Type: application/cloudevents+json\r\nContent-Length: %d\r\n\r\n%b"
         % (b"Connection: close\r\n" if number == 9 else b"", len(body), body)
         for number in range(10)
         for body in [envelope(number)]
@@ -312,9 +311,9 @@ async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_
 @pytest.mark.parametrize(
     ("sent", "answered", "later"),
     [
-        (b"GET /healthz HTTP/1.1\r\nContent-Length: 10\r\n\r\n12345", b"200", b""),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n12345", b"200", b""),
         (HEAD + b"Content-Length: 99999999\r\n\r\n12345", b"413", b""),
-        (b"GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"200", b"GARBAGE\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"200", b"GARBAGE\r\n"),
     ],
     ids=["half a body", "half a body that is too large", "a body that is none"],
 )
@@ -408,7 +407,7 @@ async def test_a_target_that_is_a_whole_url_is_understood(
 
 
 async def test_it_is_no_proxy(broker: Broker) -> None:
-    answer = await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\n\r\n")
+    answer = await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 405 ")
     assert b"\r\nallow: OPTIONS, POST\r\n" in answer
 
@@ -421,7 +420,7 @@ async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypa
         with socket.create_connection((broker.host, broker.port), timeout=30) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             while True:
-                connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 50)
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
 
     with pytest.raises(ConnectionError):
         await asyncio.to_thread(flood)
@@ -434,7 +433,7 @@ async def test_who_does_not_read_its_last_answer_is_cut_off(
     monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
     monkeypatch.setattr(Problem, "body", lambda _: b"x" * 10_000_000)
     connection = socket.create_connection((broker.host, broker.port))
-    connection.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     state = broker.listener._server.server_state
 
     async def gone() -> bool:
@@ -446,7 +445,7 @@ async def test_who_does_not_read_its_last_answer_is_cut_off(
 
 async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
-    for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n"):
+    for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         writer.write(request)
         await reader.readuntil(b"\r\n\r\n")
     monkeypatch.setattr(connection_module, "_KEEP_ALIVE", 0.5)
@@ -456,7 +455,7 @@ async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypat
 
 
 async def test_too_many_requests_ahead_of_their_answers_are_not_taken_and_the_rest_is_answered(broker: Broker) -> None:
-    answer = await broker.talk(b"GET / HTTP/1.1\r\n\r\n" * 1000)
+    answer = await broker.talk(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
     assert 100 <= answer.count(b"HTTP/1.1 404 ") < 200
     assert answer.rpartition(b"HTTP/1.1 ")[2].lower().count(b"connection: close") == 1
 
@@ -464,7 +463,7 @@ async def test_too_many_requests_ahead_of_their_answers_are_not_taken_and_the_re
 async def test_all_connections_together_hold_a_bounded_number_of_requests_that_were_sent_ahead(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_QUEUED_BYTES", 1_000_000)
+    broker.listener._server.server_state.heads.total = 1_000_000
     held: list[Callable[[], None]] = []
     monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: held.append(partial(produce_soon, *arguments)))
     request = HEAD + b"Content-Length: 10000\r\n\r\n" + b"x" * 10_000
@@ -475,7 +474,7 @@ async def test_all_connections_together_hold_a_bounded_number_of_requests_that_w
         await recorder.wait("connections refused")
     state = broker.listener._server.server_state
     assert 0 < len(state.connections) < 10
-    assert 0 < state.queued_bytes <= 1_000_000
+    assert 0 < state.heads.held <= 1_000_000
     monkeypatch.setattr(Backend, "produce_soon", produce_soon)
     for release in held:
         release()
@@ -491,7 +490,7 @@ async def test_all_connections_together_hold_a_bounded_number_of_requests_that_w
     assert served > 0
 
     async def nothing_queued() -> bool:
-        return state.queued_bytes == 0
+        return state.heads.held == 0
 
     await eventually("nothing is queued", nothing_queued)
 
@@ -507,12 +506,12 @@ async def test_requests_ahead_of_their_answers_are_counted_whatever_comes_behind
     state = broker.listener._server.server_state
 
     async def counted() -> bool:
-        return state.queued_bytes > 20_000
+        return state.heads.held > 20_000
 
     await eventually("they are counted", counted)
     commits.go_on()
     assert (await reader.read()).count(b"HTTP/1.1 202 ") == 21
-    assert state.queued_bytes == 0
+    assert state.heads.held == 0
     writer.close()
 
 
@@ -527,6 +526,6 @@ async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing
     state = broker.listener._server.server_state
 
     async def forgotten() -> bool:
-        return state.queued_bytes == 0 and len(state.connections) == 1
+        return state.heads.held == 0 and len(state.connections) == 1
 
     await eventually("both connections are forgotten", forgotten)

@@ -193,13 +193,14 @@ class TestLimits:
         assert len(await broker.stored()) == 1
 
     async def test_a_length_that_is_too_large_is_refused_before_the_body_is_sent(self, broker: Broker) -> None:
-        head = b"POST / HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: 100-continue\r\n"
+        head += b"Content-Length: 99999999\r\n\r\n"
         assert (await broker.talk(head)).startswith(b"HTTP/1.1 413 ")
 
     async def test_an_endless_body_is_refused_while_it_arrives(self, broker: Broker) -> None:
         reader, writer = await asyncio.open_connection(broker.host, broker.port)
         headers = b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
-        writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + headers + b"\r\n")
+        writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n" + headers + b"\r\n")
         async with asyncio.timeout(60):
             answered = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
             sent = 0
@@ -210,7 +211,7 @@ class TestLimits:
         assert answered.result().startswith(b"HTTP/1.1 413 ")
         assert sent < 16 << 20
         # What is still on its way is thrown away, and the connection is good for another request.
-        writer.write(b"0\r\n\r\n" + b"POST / HTTP/1.1\r\nContent-Length: 0\r\n" + headers + b"\r\n")
+        writer.write(b"0\r\n\r\n" + b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n" + headers + b"\r\n")
         await reader.readuntil(b"}")
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
         writer.close()
@@ -246,8 +247,8 @@ class TestLimits:
 
     async def test_all_requests_together_hold_a_bounded_number_of_bytes(self, database: str) -> None:
         """Slow clients that each stay below the limit of one request cannot exhaust memory together."""
-        async with serving(database, limits=Limits(held_bytes=1_000_000)) as broker:
-            head = b"POST / HTTP/1.1\r\nContent-Length: 400000\r\n"
+        async with serving(database, limits=Limits(held_bytes=2_000_000)) as broker:
+            head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000\r\n"
             head += b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items()) + b"\r\n"
             slow = [await asyncio.open_connection(broker.host, broker.port) for _ in range(2)]
             for _, writer in slow:
@@ -539,7 +540,7 @@ class TestReadiness:
 
         monkeypatch.setattr(Backend, "probe", slow)
         _, writer = await asyncio.open_connection(broker.host, broker.port)
-        writer.write(b"GET /readyz HTTP/1.1\r\n\r\n")
+        writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await asked.wait()
         other = asyncio.create_task(broker.request("GET", "/readyz"))
         writer.transport.abort()
@@ -583,33 +584,52 @@ class TestWholeRequests:
         structured = envelope(data={"n": 1})
         twice = b"Content-Type: text/plain\r\nContent-Type: application/cloudevents+json\r\n"
         requests = [
-            (b"POST / HTTP/1.1\r\n" + head + length, 202),
-            (b"POST /a/b?c=%ff HTTP/1.1\r\n" + head + length, 202),
-            (b"POST /%2f HTTP/1.1\r\n" + head + b"ce-subject: caf%C3%A9\r\nCE-X: 1\r\n" + length, 202),
-            (b"POST / HTTP/1.0\r\n" + head + length, 202),
-            (b"POST / HTTP/1.1\r\n" + head + b"Content-Encoding: identity\r\n" + length, 202),
-            (b"POST / HTTP/1.1\r\n" + head + b"Content-Encoding: gzip\r\n" + length, 415),
-            (b"POST / HTTP/1.1\r\n" + head + b"Content-Type: application/cloudevents+xml\r\n" + length, 415),
-            (b"POST / HTTP/1.1\r\n" + head + twice + b"Content-Length: %d\r\n\r\n" % len(structured) + structured, 400),
-            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: gzip, chunked\r\n" + chunked, 501),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + length, 202),
+            (b"POST /a/b?c=%ff HTTP/1.1\r\nHost: localhost\r\n" + head + length, 202),
             (
-                b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n" + chunked,
-                501,
-            ),
-            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: Chunked\r\n" + chunked, 202),
-            (b"POST / HTTP/1.1\r\n" + head + b"ce-data: x\r\n" + length, 400),
-            (b"POST / HTTP/1.1\r\n" + head + b"ce-id: 2\r\n" + length, 400),
-            (b"POST / HTTP/1.1\r\n" + head + b"Transfer-Encoding: chunked\r\n" + chunked, 202),
-            (b"POST / HTTP/1.1\r\n" + head + b"\r\n", 202),
-            (
-                b"POST / HTTP/1.1\r\nContent-Type: Application/CloudEvents+JSON\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(structured), structured),
+                b"POST /%2f HTTP/1.1\r\nHost: localhost\r\n" + head + b"ce-subject: caf%C3%A9\r\nCE-X: 1\r\n" + length,
                 202,
             ),
-            (b"PUT / HTTP/1.1\r\n" + head + length, 405),
-            (b"GET /healthz HTTP/1.1\r\n\r\n", 200),
+            (b"POST / HTTP/1.0\r\n" + head + length, 202),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"Content-Encoding: identity\r\n" + length, 202),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"Content-Encoding: gzip\r\n" + length, 415),
+            (
+                b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+                + head
+                + b"Content-Type: application/cloudevents+xml\r\n"
+                + length,
+                415,
+            ),
+            (
+                b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+                + head
+                + twice
+                + b"Content-Length: %d\r\n\r\n" % len(structured)
+                + structured,
+                400,
+            ),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"Transfer-Encoding: gzip, chunked\r\n" + chunked, 501),
+            (
+                b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+                + head
+                + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n"
+                + chunked,
+                501,
+            ),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"Transfer-Encoding: Chunked\r\n" + chunked, 202),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"ce-data: x\r\n" + length, 400),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"ce-id: 2\r\n" + length, 400),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"Transfer-Encoding: chunked\r\n" + chunked, 202),
+            (b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n", 202),
+            (
+                b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: Application/CloudEvents+JSON\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(structured), structured),
+                202,
+            ),
+            (b"PUT / HTTP/1.1\r\nHost: localhost\r\n" + head + length, 405),
+            (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
         ]
-        close = b"GET /never HTTP/1.1\r\nConnection: close\r\n\r\n"
+        close = b"GET /never HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         for request, status in requests:
             rows = []
             for cut in range(0, len(request), 7):

@@ -87,7 +87,7 @@ async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_cl
     answer = await connections[0][0].read()
     assert answer.startswith(b"HTTP/1.1 202 ")
     assert b"connection: close" in answer
-    connections[1][1].write(b"GET /readyz HTTP/1.1\r\n\r\n")
+    connections[1][1].write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     answer = await connections[1][0].read()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"retry-after: 1" in answer
@@ -119,10 +119,10 @@ async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
 async def test_a_stopped_broker_is_alive_until_it_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener_module, "_LINGER", 10.0)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
-    writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await reader.readuntil(b"}")
     broker.listener.stop()
-    writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     writer.close()
 

@@ -17,7 +17,9 @@ from tests.support.polling import eventually
 
 pytestmark = pytest.mark.slow
 
-HEAD = b"POST / HTTP/1.1\r\n" + b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
+    f"{name}: {value}\r\n".encode() for name, value in HEADERS.items()
+)
 MIB = 1 << 20
 
 
@@ -127,7 +129,7 @@ async def test_headers_without_end_are_not_kept(database: str) -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         HEAD + b"Content-Length: 0\r\n\r\n",
         HEAD + b"Content-Encoding: identity\r\nContent-Length: 10000\r\n\r\n" + b"x" * 10_000,
     ],

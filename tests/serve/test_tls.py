@@ -20,7 +20,7 @@ from tests.serve.broker import HEADERS, Broker, Commits, serving
 from tests.support.polling import eventually
 
 REQUEST = (
-    b"POST / HTTP/1.1\r\n"
+    b"POST / HTTP/1.1\r\nHost: localhost\r\n"
     + b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
     + b"Content-Length: 4\r\nConnection: close\r\n\r\nbody"
 )
@@ -203,14 +203,12 @@ class TestSlowClients:
                 assert await reader.read() == b""
                 writer.close()
 
-    async def test_handshakes_count_among_the_connections(
-        self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(connection_module.Connection, "limit", 3)
+    async def test_handshakes_count_among_the_connections(self, broker: Broker, files: Files) -> None:
+        broker.listener._server.server_state.places.total = 6
         with Recorder() as recorder:
             silent = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
             assert await is_refused(broker, files.client(known_by=files.clients))
-            assert (await recorder.wait("connections refused"))["limit"] == 3
+            assert (await recorder.wait("connections refused"))["limit"] == 6
         for _, writer in silent:
             writer.close()
 

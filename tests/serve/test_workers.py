@@ -112,7 +112,8 @@ class Senders:
         self._sent += 1
         id_ = str(self._sent)
         writer.write(
-            f"POST / HTTP/1.1\r\nhost: x\r\nce-specversion: 1.0\r\nce-id: {id_}\r\nce-source: /load\r\nce-type: t\r\n"
+            f"POST / HTTP/1.1\r\nhost: localhost\r\n"
+            f"ce-specversion: 1.0\r\nce-id: {id_}\r\nce-source: /load\r\nce-type: t\r\n"
             f"content-length: 1\r\nconnection: {'close' if close else 'keep-alive'}\r\n\r\nx".encode()
         )
         try:
