@@ -29,6 +29,8 @@ class Due:
         """Those of them that are for the dead-letter dispatcher."""
         self._letters: dict[int, int] = {}
         """Sizes by dead letter, of those that were sent again."""
+        self._gone: set[int] = set()
+        """Events whose rows are gone, until that is on record."""
         self._times: list[float] = []
 
     def __len__(self) -> int:
@@ -37,7 +39,7 @@ class Due:
 
     def __contains__(self, position: int) -> bool:
         """Whether the event is at work already."""
-        return position in self._events
+        return position in self._events or position in self._gone
 
     def begin(self, event: Event, *, letter: int | None = None) -> None:
         """It is at work as one of those that are due again, or as a dead letter."""
@@ -47,6 +49,10 @@ class Due:
                 self._given_up.add(event.position)
         else:
             self._letters[letter] = event.weight
+
+    def skip(self, position: int) -> None:
+        """It was due, and its row is gone from the log."""
+        self._gone.add(position)
 
     def ask(self, health: TargetHealth, *, dead_letters: bool) -> DueRequest | None:
         """What there is room for; None when there is none, or the target wants nothing.
@@ -68,7 +74,7 @@ class Due:
             given_up=given_up,
             room=room,
             room_bytes=room_bytes,
-            positions=list(self._events),
+            positions=[*self._events, *self._gone],
             letters=list(self._letters),
         )
 
@@ -90,6 +96,7 @@ class Due:
 
     def _leave(self, position: int) -> None:
         self._events.pop(position, None)
+        self._gone.discard(position)
         self._given_up.discard(position)
 
     def next(self) -> float | None:

@@ -5,14 +5,14 @@ the shard does, for now or for good.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 
 from pgbackend.event import Event
 from pgbackend.ranges import Range
 from pgbackend.reader import Batch
 from pgbackend.registration import Registration
-from pgbackend.shard import Shard
+from pgbackend.shard import Shard, Skipped
 from pgbackend.tail import Cursor
 
 _FINISH_POLL = 0.05
@@ -32,9 +32,14 @@ class Feed:
         note: Callable[[Shard], None],
         take: Callable[[Event], None],
         take_run: Callable[[Sequence[Event]], None],
-        let_go: Callable[[int], None],
+        let_go: Callable[[int, int], None],
+        waiting: Collection[int],
     ) -> None:
-        """`take`, `take_run`: given what the window has taken on. `let_go`: given the position of what is refused."""
+        """`take`, `take_run`: given what the window has taken on.
+
+        `let_go`: given the first position of what is refused or skipped, and the first behind it.
+        `waiting`: events that failed under a former owner, and have not been begun or let go since.
+        """
         self._registration = registration
         self._shard = shard
         self._lease = shard.lease
@@ -43,6 +48,7 @@ class Feed:
         self._take = take
         self._take_run = take_run
         self._let_go = let_go
+        self._waiting = waiting
         self._room: asyncio.Future[None] | None = None
         self.waits = False
         """Whether it waits for room in the window."""
@@ -64,15 +70,23 @@ class Feed:
     async def run(self) -> None:
         """Read until the shard ends."""
         window, cursor, stop, ended = self._shard.window, self._cursor, self._lease.stop, False
+        first = (self._lease.start_position or 0) + 1
         while not ended:
             batch = await cursor.next(window.holes)
             for hole in batch.opened:
                 window.add_hole(self._before_stop(hole))
+            upto = batch.upto if stop is None else min(batch.upto, stop - 1)
+            for lower, upper in batch.gone:
+                self._skip(window.lose(max(lower, first), upper if stop is None else min(upper, stop)))
             await self._admit(batch)
             for hole in batch.closed:
-                window.close_hole(hole)
-            upto = batch.upto if stop is None else min(batch.upto, stop - 1)
-            if upto > window.position or batch.closed or batch.opened:
+                # What was read once was an event; the rest was rolled back.
+                self._skip(window.close_hole(hole))
+            if self._waiting:
+                # They were in the log when they failed, and should have come by now.
+                gone = [position for position in self._waiting if position <= upto and not window.owes(position)]
+                self._skip([(position, position + 1) for position in gone])
+            if upto > window.position or batch.closed or batch.opened or batch.gone:
                 window.advance(upto)
                 self._note(self._shard)
             cursor.advance(batch.upto)
@@ -80,6 +94,12 @@ class Feed:
                 stop is not None and batch.upto >= stop - 1 and not window.holes.below(stop - 1)
             )
         self.close()
+
+    def _skip(self, lost: Sequence[Range]) -> None:
+        """Have it recorded that these positions were still to be handled, and that their rows are gone."""
+        for lower, upper in lost:
+            self._shard.note(Skipped(lower=lower, upper=upper))
+            self._let_go(lower, upper)
 
     def _before_stop(self, hole: Range) -> Range:
         stop = self._lease.stop
@@ -116,7 +136,7 @@ class Feed:
                 refused = not await self._has_room(event, batch.sizes[index])
             if refused:
                 window.skip(position)
-                self._let_go(position)
+                self._let_go(position, position + 1)
                 continue
             window.open(position, batch.sizes[index])
             self._take(event)

@@ -21,8 +21,8 @@ _Grants = tuple[tuple[str, str], ...]
 _EVENT = ", ".join(COLUMNS)
 _TERMS = "ordering, start_at, end_position, end_at, start_bound, start_position"
 _ALTERED = f"{_TERMS}, shards, resting_until"
-_OFFSET = "position, pending, epoch, owner, completed_at, until"
-_NEW_OFFSET = "subscription, shard, shards, position, pending, epoch"
+_OFFSET = "position, pending, holes, epoch, owner, completed_at, until"
+_NEW_OFFSET = "subscription, shard, shards, position, pending, holes, epoch"
 
 _EVERYBODY: _Grants = (
     ("USAGE", "SCHEMA {schema}"),
@@ -50,6 +50,7 @@ _CONSUMER: _Grants = (
     ("SELECT, DELETE, INSERT (subscription, position, key_hash)", "TABLE {schema}.redeliveries"),
     ("INSERT (attempt, due_at, last_error, failure, begun)", "TABLE {schema}.redeliveries"),
     ("UPDATE (attempt, due_at, last_error, failure, begun)", "TABLE {schema}.redeliveries"),
+    ("SELECT, INSERT (subscription, positions)", "TABLE {schema}.skipped"),
     ("SELECT, DELETE", "TABLE {schema}.dead_letters"),
     (f"INSERT (subscription, position, recorded_at, key_hash, {_EVENT})", "TABLE {schema}.dead_letters"),
     ("INSERT (attempts, error, details)", "TABLE {schema}.dead_letters"),
@@ -66,6 +67,7 @@ _OPERATOR: _Grants = (
     ("SELECT", "TABLE {schema}.living_workers"),
     ("SELECT", "TABLE {schema}.workers"),
     ("SELECT, DELETE", "TABLE {schema}.redeliveries"),
+    ("SELECT", "TABLE {schema}.skipped"),
     ("SELECT, UPDATE (attempt, due_at, begun)", "TABLE {schema}.dead_letters"),
 )
 

@@ -178,14 +178,16 @@ class Gaps:
             self._gaps = [gap for gap in self._gaps if gap.blockers is None or gap.blockers]
         return dead
 
-    def add(self, lower: int, upper: int) -> None:
-        """A page lacks these positions. Evidence that is older than the page, and covers them, still holds."""
+    def add(self, lower: int, upper: int) -> bool:
+        """A page lacks these positions; whether they are dead. Evidence older than the page that covers them holds."""
         if lower >= upper:
-            return
+            return False
         covered = self._evidence is not None and upper - 1 <= self._evidence.upto
         blockers = self._evidence.appenders if covered and self._evidence else None
         if blockers is None or blockers:
             self._gaps.append(_Gap(lower, upper, blockers, passed=False))
+            return False
+        return True
 
     def pass_overdue(self, clock: AppenderClock, *, now: float) -> list[Range]:
         """Go beyond the gaps in front whose appenders are all overdue; what was passed."""

@@ -119,6 +119,7 @@ class Leases:
                 until=row["until"],
                 position=Position(row["position"]),
                 pending=RangeSet.parse(row["pending"]),
+                holes=RangeSet.parse(row["holes"]),
                 place=row["ctid"],
                 complete=row["completed_at"] is not None,
                 crashes=row["crashes"],

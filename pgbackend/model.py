@@ -120,6 +120,10 @@ class SubscriptionStatus:
     again all the same is among `redeliveries`."""
     redeliveries: int
     dead_letters: int
+    skipped: int
+    """Positions that were still to be handled when their rows were gone from the log: removed with a segment, or
+    deleted. Of a removed segment all count that the subscription had not read; some may have been rolled back. Rows
+    that were deleted one by one before it read them cannot be told from rolled-back ones, and do not count."""
     last_error: str | None
     complete: bool
     state: str

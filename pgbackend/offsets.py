@@ -16,11 +16,14 @@ from uuid import UUID
 from pgbackend import facts
 from pgbackend.database import Backoff, Record
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
+from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
-from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard
+from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard, Skipped
 from pgbackend.sql import load
 from pgbackend.sql.statements import OffsetsSql
 
+_TOLD_RANGES = 20
+"""How many skipped ranges a line of the log names at most."""
 _SHARE = 0.1
 """Committing takes at most this share of the time."""
 
@@ -142,12 +145,14 @@ class Committer:
             [mark.complete for mark in marks.values()],
             self._worker,
             self._log.incarnation,
+            [mark.holes for mark in marks.values()],
         )
         return self._confirm(marks, rows)
 
     async def _commit_by_key(self, marks: dict[Shard, Mark]) -> dict[Shard, Mark]:
         """Commit marks with all their outcomes; those whose lease is lost."""
         outcomes = [(shard.lease.epoch, outcome) for shard, mark in marks.items() for outcome in mark.outcomes.values()]
+        ordered = {shard.lease.epoch for shard in marks if shard.lease.order != "none"}
         rows = await self._log.database.fetch(
             self._sql.commit_by_key,
             json.dumps(
@@ -159,6 +164,7 @@ class Committer:
                         "epoch": shard.lease.epoch,
                         "position": mark.position,
                         "pending": mark.pending,
+                        "holes": mark.holes,
                         "complete": mark.complete,
                         "calm": mark.calm,
                     }
@@ -177,6 +183,7 @@ class Committer:
                         "error": outcome.error,
                         "failure": asdict(outcome.failure) if outcome.failure else None,
                         "begun": outcome.begun,
+                        "stays": epoch in ordered,
                     }
                     for epoch, outcome in outcomes
                     if isinstance(outcome, Scheduled)
@@ -224,8 +231,23 @@ class Committer:
                     if isinstance(outcome, LetterFailed)
                 ]
             ),
+            json.dumps(
+                [
+                    {"epoch": epoch, "lower": outcome.lower, "upper": outcome.upper}
+                    for epoch, outcome in outcomes
+                    if isinstance(outcome, Skipped)
+                ]
+            ),
         )
-        return self._confirm(marks, rows)
+        names = {shard.lease.epoch: shard.lease.subscription for shard in marks}
+        # A subscription with several shards here says the same of each.
+        skipped = {names[row["epoch"]]: RangeSet.parse(row["skipped"]) for row in rows if row["skipped"]}
+        for name, ranges in skipped.items():
+            _tell_skipped(name, ranges)
+        lost = {row["epoch"]: row["lost"] for row in rows}
+        return self._confirm(
+            {shard: mark.without(lost.get(shard.lease.epoch, ())) for shard, mark in marks.items()}, rows
+        )
 
     def _confirm(self, marks: dict[Shard, Mark], rows: Iterable[Record]) -> dict[Shard, Mark]:
         """Take the server's word for what was committed; the marks that it does not mention."""
@@ -242,3 +264,15 @@ class Committer:
         if places:
             facts.emit("offsets committed", level=logging.DEBUG, shards=len(places))
         return missing
+
+
+def _tell_skipped(subscription: str, ranges: RangeSet) -> None:
+    told = RangeSet(list(ranges)[:_TOLD_RANGES])
+    facts.emit(
+        "events skipped",
+        level=logging.WARNING,
+        subscription=subscription,
+        positions=ranges.count(),
+        ranges=f"{told}{' and more' if len(ranges) > len(told) else ''}",
+        reason="Their rows are gone from the log: a segment was removed, or rows were deleted.",
+    )

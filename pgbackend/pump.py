@@ -43,6 +43,7 @@ from pgbackend.feed import Feed, settle_all
 from pgbackend.health import TargetHealth
 from pgbackend.lanes import Lanes, sift
 from pgbackend.model import Failure
+from pgbackend.ranges import RangeSet
 from pgbackend.registration import Registration
 from pgbackend.shard import (
     Buried,
@@ -54,6 +55,7 @@ from pgbackend.shard import (
     Outcome,
     Scheduled,
     Shard,
+    Skipped,
     Waiting,
     outcome_key,
 )
@@ -143,6 +145,7 @@ class Pump:
             take=self._make_ready,
             take_run=self._make_run_ready,
             let_go=self._forget_waiting,
+            waiting=self._waiting,
         )
         self._feeding: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -336,7 +339,7 @@ class Pump:
         # Those behind a key first: what is let go in front of them makes the next one ready.
         parked = self._lanes.sift(self.registration.passes)
         for event in parked:
-            self._forget_waiting(event.position)
+            self._forget_waiting(event.position, event.position + 1)
             self.shard.window.settle(event.position)
         gone = [_Again(event, handed_over=False) for event in sift(self._ready, self.registration.passes)]
         for queue in (self._again, self._letters):
@@ -356,10 +359,13 @@ class Pump:
             self._note(self.shard)
         return len(parked) + len(gone)
 
-    def _forget_waiting(self, position: int) -> None:
-        """An event is let go: should it have failed under a former owner, nobody is to try it again."""
-        if self._waiting.pop(position, None) is not None:
-            self.shard.note(Forgotten(position=position))
+    def _forget_waiting(self, lower: int, upper: int) -> None:
+        """These events are let go: should one have failed under a former owner, nobody is to try it again."""
+        if not self._waiting:
+            return
+        for position in [lower] if upper == lower + 1 else [one for one in self._waiting if lower <= one < upper]:
+            if self._waiting.pop(position, None) is not None:
+                self.shard.note(Forgotten(position=position))
 
     # What is due again.
 
@@ -385,6 +391,18 @@ class Pump:
         self._queue_of(event).append(again)
         self._wake()
 
+    def skip_due(self, positions: Sequence[int]) -> None:
+        """Skip failed events whose rows are gone from the log."""
+        fresh = [position for position in positions if position not in self._due]
+        if self._stopping or self.shard.lost or not fresh:
+            return
+        for position in fresh:
+            self._due.skip(position)
+            self.shard.note(Forgotten(position=position))
+        for lower, upper in RangeSet.of(fresh):
+            self.shard.note(Skipped(lower=lower, upper=upper))
+        self._note(self.shard)
+
     def next_due(self) -> float | None:
         """When something that this pump scheduled is due, in monotonic seconds."""
         return self._due.next()
@@ -396,6 +414,13 @@ class Pump:
     def committed(self, mark: Mark) -> None:
         """What the mark says is durable now: events that were handed over may be found due again."""
         self._due.committed(mark)
+        for outcome in mark.outcomes.values():
+            if isinstance(outcome, Buried):
+                facts.emit(
+                    "event buried", level=logging.WARNING, subscription=self.registration.name,
+                    position=outcome.position, event_id=outcome.event_id, event_source=outcome.event_source,
+                    error=outcome.failure.error,
+                )  # fmt: skip
 
     # Delivering: ready → dispatcher → settled.
 
@@ -651,7 +676,7 @@ class Pump:
         if dispatch is None:
             # It was on its way to a dead-letter dispatcher that this process does not have.
             assert event.failure is not None  # noqa: S101 - only those have none
-            self._done(again, Buried(position=event.position, failure=event.failure))
+            self._done(again, _buried(event, event.failure))
             return
         self._active[again.slot] = event
         try:
@@ -745,12 +770,7 @@ class Pump:
                 attempt=0, delay=0.0, error=text, details=details,
             )  # fmt: skip
             return
-        facts.emit(
-            "event buried", level=logging.WARNING,
-            subscription=registration.name, position=event.position, event_id=event.id, event_source=event.source,
-            error=failure.error,
-        )  # fmt: skip
-        self._done(again, Buried(position=event.position, failure=failure))
+        self._done(again, _buried(event, failure))
 
     def _pause(self, event: Event, signal: Pause, health: TargetHealth, again: _Again | None) -> None:
         """Put the event back where it was taken from, and take nothing more for a target that wants nothing more."""
@@ -833,6 +853,10 @@ class Pump:
             self._feed.close()
             self._note(self.shard)
             facts.emit("subscription complete", subscription=self.registration.name, shard=self.shard.lease.shard)
+
+
+def _buried(event: Event, failure: Failure) -> Buried:
+    return Buried(position=event.position, failure=failure, event_id=event.id, event_source=event.source)
 
 
 def _attempt(again: _Again) -> int:

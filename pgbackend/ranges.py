@@ -93,6 +93,19 @@ class RangeSet:
     def union(self, other: "RangeSet") -> "RangeSet":
         return RangeSet([*self, *other])
 
+    def difference(self, other: Iterable[Range]) -> "RangeSet":
+        rest = self.copy()
+        for lower, upper in other:
+            rest.remove(lower, upper)
+        return rest
+
+    def within(self, lower: int, upper: int) -> list[Range]:
+        """What of it lies in one range."""
+        first = bisect_right(self._uppers, lower)
+        last = bisect_left(self._lowers, upper)
+        parts = zip(self._lowers[first:last], self._uppers[first:last], strict=True)
+        return [(max(a, lower), min(b, upper)) for a, b in parts]
+
     def copy(self) -> "RangeSet":
         twin = RangeSet()
         twin._lowers = self._lowers.copy()

@@ -5,11 +5,16 @@ know: the events in the order of their admission, up to where the log is account
 behind. Between `read_page` and a batch stands only `Gaps` (pgbackend/holes.py); this module does the I/O around it.
 
 Its promise: an event is in exactly one batch of a reader, and a position at or below `upto` that was in none is either
-in an open hole or dead for ever.
+in an open hole, or gone from the log, or dead for ever.
+
+**Gone.** A removed segment looks like a roll-back of all that was in it. So whenever dead positions reach from one
+segment into another, or to the log's end, the reader asks which segments there are. Single rows that somebody deleted
+are seen as gone where they had been read once: between the two reads of a large event here, else by their subscription.
 """
 
 import asyncio
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -62,9 +67,11 @@ class Batch:
     """Bytes of its events, about."""
     again: float | None
     """Seconds until the reader should look again by itself; None: when there is a hint or the clock says so."""
+    gone: Sequence[Range] = ()
+    """Positions at or below `upto` that somebody has removed from the log; they may be in `closed` as well."""
 
     def __bool__(self) -> bool:
-        return bool(self.events or self.opened or self.closed)
+        return bool(self.events or self.opened or self.closed or self.gone)
 
 
 class Log:
@@ -77,6 +84,8 @@ class Log:
         self.clock = AppenderClock(hole_wait=hole_wait)
         self._one_check = asyncio.Lock()
         self._incarnation: UUID | None = None
+        self._segments: list[Range] = []
+        """Those that were there when somebody looked last."""
 
     @property
     def incarnation(self) -> UUID | None:
@@ -125,10 +134,33 @@ class Log:
         begun = [row["xact_start"] for row in await self.database.fetch(self._holes_sql.describe_appenders)]
         return None if None in begun else min(begun, default=None)
 
-    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> tuple[list[Event], list[Event], bool]:
+    def is_in_one_segment(self, lower: int, upper: int) -> bool:
+        """Whether both positions belong to one segment that was there when somebody looked last."""
+        index = bisect_right(self._segments, (lower + 1,)) - 1
+        return index >= 0 and upper < self._segments[index][1]
+
+    async def find_removed(self, ranges: Sequence[Range]) -> list[Range]:
+        """The parts of these ranges for which the log has no segment any more."""
+        rows = await self.database.fetch(self.sql.find_segments)
+        self._segments = [(row["lower"], row["upper"]) for row in rows]
+        return list(RangeSet(ranges).difference(self._segments))
+
+    async def find_first_segment(self) -> int:
+        """Where the log's first segment begins."""
+        rows = await self.database.fetch(self.sql.find_segments)
+        return rows[0]["lower"] if rows else 0
+
+    def forget_segments(self) -> None:
+        """Whoever asks for a segment looks again."""
+        self._segments = []
+
+    async def read(
+        self, *, after: int, holes: RangeSet, page: bool = True
+    ) -> tuple[list[Event], list[Event], bool, list[int]]:
         """What appeared in `holes`, what is above `after` (unless not `page`), and whether there is more to read.
 
-        When the holes have more than a page, nothing of what is above them is returned.
+        When the holes have more than a page, nothing of what is above them is returned. At last the positions of events
+        that were deleted while they were being read, in ascending order.
         """
         if holes:
             rows = await self.database.fetch(self.sql.read_page_and_holes, after, self._incarnation, str(holes), page)
@@ -136,20 +168,24 @@ class Log:
             rows = await self.database.fetch(self.sql.read_page, after, self._incarnation)
         if not rows:
             await self.verify_incarnation()
-            return [], [], False
+            return [], [], False, []
         split = next((i for i, row in enumerate(rows) if row[_POSITION] > after), len(rows)) if holes else 0
         if split >= PAGE_EVENTS:
             rows = rows[:split]
         more = split >= PAGE_EVENTS or len(rows) - split >= PAGE_EVENTS
+        gone: list[int] = []
         if any(row[_WEIGHT] > _LARGE for row in rows):
-            rows, cut = await self._with_large(rows)
+            rows, cut, gone = await self._with_large(rows)
             more = more or cut
             split = sum(row[_POSITION] <= after for row in rows)
         events = [Event(row, row[_POSITION], row[_RECORDED_AT]) for row in rows]
-        return events[:split], events[split:], more
+        return events[:split], events[split:], more, gone
 
-    async def _with_large(self, rows: list[Record]) -> tuple[list[Record], bool]:
-        """The page with the whole of its large rows, up to `PAGE_BYTES` of them; whether it was cut there."""
+    async def _with_large(self, rows: list[Record]) -> tuple[list[Record], bool, list[int]]:
+        """The page with the whole of its large rows, up to `PAGE_BYTES` of them; whether it was cut there.
+
+        And the positions of those that were deleted meanwhile: they are not in the page any more.
+        """
         wanted: list[int] = []
         total, end = 0, len(rows)
         for index, row in enumerate(rows):
@@ -163,9 +199,8 @@ class Log:
         found = {row[_POSITION]: row for row in large}
         if len(found) < len(wanted):
             await self.verify_incarnation()
-        # A row that was deleted meanwhile is no longer in the log: it leaves a hole like any other.
         kept = [whole for row in rows[:end] if (whole := found.get(row[_POSITION]) if row[_WEIGHT] > _LARGE else row)]
-        return kept, end < len(rows)
+        return kept, end < len(rows), [position for position in wanted if position not in found]
 
 
 class Reader:
@@ -179,11 +214,15 @@ class Reader:
         self._held: list[Event] = []
         self._held_bytes = 0
         self._blocked_reads = 0
+        self._gone: list[Range] = []
+        """Found to be removed from the log, and not told yet."""
         self.position = after
+        log.forget_segments()
 
     def adopt(self, holes: Iterable[Range]) -> None:
         """Also watch these holes from now on; what appears in them comes with a later batch."""
         self._gaps.adopt(holes)
+        self._log.forget_segments()
 
     @property
     def waiting(self) -> bool:
@@ -201,15 +240,26 @@ class Reader:
             evidence = await self._log.check()
             self._gaps.narrow(evidence)
         room = len(self._held) < _HELD_EVENTS and self._held_bytes < _HELD_BYTES
-        late, page, more = await self._log.read(after=self._top, holes=self._gaps.ranges(), page=room)
+        late, page, more, gone = await self._log.read(after=self._top, holes=self._gaps.ranges(), page=room)
         # After the read: what is still missing now, and has nobody left to fill it, is dead.
         passed = set(self._gaps.fill([event.position for event in late])) if late else set()
         closed = self._gaps.bury() if self._gaps and not (late and more) else []
-        self._take(page)
+        dead = [gap for gap in closed if not self._log.is_in_one_segment(*gap)]
+        dead += self._take(page)
+        if gone:
+            # Not holes: they had been filled.
+            self._gaps.fill(gone)
+            self._gone.extend((position, position + 1) for position in gone)
         if prove and evidence is not None and room and not more and evidence.upto > self._top:
             # Nothing above the last row was visible after the evidence: the rest up to its `upto` is a hole as well.
-            self._gaps.add(self._top + 1, evidence.upto + 1)
+            if self._gaps.add(self._top + 1, evidence.upto + 1):
+                dead.append((self._top + 1, evidence.upto + 1))
+            else:
+                # No event above it shows that its segment is still there.
+                self._log.forget_segments()
             self._top = evidence.upto
+        if dead:
+            self._gone.extend(await self._log.find_removed(dead))
         events = [event for event in late if event.position in passed]
         appeared = [event for event in late if event.position not in passed]
         if appeared:
@@ -229,18 +279,31 @@ class Reader:
             closed=[gap for gap in closed if gap[0] <= before],
             size=sum(sizes),
             again=self._again(more=more and room, progress=bool(admitted or opened or closed)),
+            gone=self._passed_gone() if self._gone else (),
         )
 
-    def _take(self, page: list[Event]) -> None:
-        """Keep a page's events, and note what is missing between them."""
+    def _passed_gone(self) -> list[Range]:
+        """What is gone at or below `position`; the rest is told when it is passed."""
+        gone = RangeSet(self._gone)
+        passed = list(gone.below(self.position))
+        self._gone = list(gone.difference(passed))
+        return passed
+
+    def _take(self, page: list[Event]) -> list[Range]:
+        """Keep a page's events, and note what is missing between them; what of that is dead, beyond one segment."""
+        dead: list[Range] = []
         if not page:
-            return
+            return dead
         top = self._top
         last = page[-1].position
         if last - top != len(page):
             for event in page:
-                if event.position != top + 1:
-                    self._gaps.add(top + 1, event.position)
+                if (
+                    event.position != top + 1
+                    and self._gaps.add(top + 1, event.position)
+                    and not self._log.is_in_one_segment(top + 1, event.position)
+                ):
+                    dead.append((top + 1, event.position))
                 top = event.position
         self._top = last
         if self._held:
@@ -249,6 +312,7 @@ class Reader:
         else:
             self._held = page
             self._held_bytes = sum(event.weight for event in page) if self._gaps.waiting else 0
+        return dead
 
     def _release(self) -> list[Event]:
         """The held events that no hole holds back any more; moves `position` along."""

@@ -36,9 +36,13 @@ class Redelivery:
         self._database = database
         self._sql = load(RedeliverySql, "redelivery", schema=schema)
 
-    async def find_due(self, requests: Sequence[DueRequest]) -> list[DueEvent]:
-        """For each shard, up to the room it has, its events and dead letters whose time has come."""
+    async def find_due(self, requests: Sequence[DueRequest]) -> tuple[list[DueEvent], dict[int, list[int]]]:
+        """For each shard, up to the room it has, its events and dead letters whose time has come.
+
+        And by epoch the failed events whose rows are gone from the log: all of them, since the first that is met.
+        """
         found: list[DueEvent] = []
+        gone: dict[int, list[int]] = {}
         if from_log := [request for request in requests if request.events]:
             rows = await self._database.fetch(
                 self._sql.find_due,
@@ -54,7 +58,16 @@ class Redelivery:
                     begun=row["begun"],
                 )
                 for row in rows
+                if row["position"] is not None
             ]
+            hit = {row["epoch"] for row in rows if row["position"] is None}
+            for request in from_log:
+                lease = request.lease
+                if lease.epoch in hit:
+                    rows = await self._database.fetch(
+                        self._sql.find_gone, lease.subscription, lease.shard, lease.shards, request.positions
+                    )
+                    gone[lease.epoch] = [row["position"] for row in rows]
         if for_target := [request for request in requests if not request.given_up]:
             rows = await self._database.fetch(
                 self._sql.find_due_letters,
@@ -70,7 +83,7 @@ class Redelivery:
                 )
                 for row in rows
             ]
-        return found
+        return found, gone
 
     async def find_attempts(self, lease: Lease) -> dict[int, Waiting]:
         """By position: what a former owner noted of this shard's failed events."""

@@ -8,8 +8,8 @@ and never in neither. Of several outcomes for one event only the last is kept.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from pgbackend.model import Epoch, Failure, Order, Position
@@ -46,6 +46,9 @@ class Buried:
 
     position: int
     failure: Failure
+    event_id: str | None = None
+    event_source: str | None = None
+    """Of the event, for people. None when it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,16 @@ class LetterFailed:
     """As of `Scheduled`."""
 
 
-Outcome = Scheduled | Forgotten | Buried | LetterDelivered | LetterFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """Positions that were still to be handled, and whose rows are gone from the log. Kept on record."""
+
+    lower: int
+    upper: int
+    """The first position that is not among them."""
+
+
+Outcome = Scheduled | Forgotten | Buried | LetterDelivered | LetterFailed | Skipped
 OutcomeKey = tuple[str, int]
 
 
@@ -76,6 +88,8 @@ def outcome_key(outcome: Outcome) -> OutcomeKey:
     """Outcomes with the same key replace each other."""
     if isinstance(outcome, LetterDelivered | LetterFailed):
         return ("letter", outcome.letter)
+    if isinstance(outcome, Skipped):
+        return ("skipped", outcome.lower)
     return ("event", outcome.position)
 
 
@@ -104,6 +118,8 @@ class Lease:
     """Where it ends for good, and shards of another number take over: the last position that is its own."""
     position: Position
     pending: RangeSet
+    holes: RangeSet
+    """The part of `pending` in which nobody has seen an event: it may have been rolled back."""
     place: tuple[int, int]
     """The offset row's ctid."""
     complete: bool
@@ -174,10 +190,19 @@ class Mark:
 
     position: int
     pending: str
+    holes: str
+    """The part of `pending` in which nobody has seen an event."""
     complete: bool
     calm: bool
     """Whether what was open when the shard was claimed from a dead worker is settled."""
     outcomes: Mapping[OutcomeKey, Outcome]
+
+    def without(self, lost: Collection[int]) -> "Mark":
+        """The mark as it was committed when these positions were gone from the log: nothing is due or kept of them."""
+        if not lost:
+            return self
+        gone: dict[OutcomeKey, Outcome] = {("event", position): Forgotten(position=position) for position in lost}
+        return replace(self, outcomes={**self.outcomes, **gone})
 
 
 @dataclass(slots=True, eq=False)
@@ -199,7 +224,8 @@ class Shard:
     noted: bool = False
     """Whether the committer knows that there may be something to commit."""
     outcomes: dict[OutcomeKey, Outcome] = field(default_factory=dict)
-    committed: tuple[int, str] = (0, "{}")
+    committed: tuple[int, str, str] = (0, "{}", "{}")
+    """Position, pending and holes, as its row has them."""
 
     @property
     def name(self) -> str:
@@ -221,21 +247,21 @@ class Shard:
         """Take what there is to commit; None when the row says it already."""
         self.noted = False
         position, pending = self.window.mark()
-        text = str(pending)
+        text, holes = str(pending), str(self.window.unseen(position))
         outcomes, self.outcomes = self.outcomes, {}
         calm = self.calm and self.crashes > 0
-        if not (outcomes or self.complete or calm) and (position, text) == self.committed:
+        if not (outcomes or self.complete or calm) and (position, text, holes) == self.committed:
             return None
-        return Mark(position, text, self.complete, calm, outcomes)
+        return Mark(position, text, holes, self.complete, calm, outcomes)
 
     def give_back(self, mark: Mark) -> None:
         """The commit did not happen, or nobody knows: commit it again with the next."""
         self.outcomes = {**mark.outcomes, **self.outcomes}
-        self.committed = (-1, "")
+        self.committed = (-1, "", "")
 
     def confirm(self, mark: Mark, place: tuple[int, int]) -> None:
         """The row says it now."""
         self.place = place
-        self.committed = (mark.position, mark.pending)
+        self.committed = (mark.position, mark.pending, mark.holes)
         if mark.calm:
             self.crashes = 0

@@ -320,11 +320,21 @@ class Subscriptions:
             raise not_found(name)
 
     async def _locate(self, place: Place) -> _Offset:
-        """Where the offsets are put for a place."""
-        if place == "earliest":
-            return _Offset(0)
+        """Where the offsets are put for a place. Not in front of the log's first segment.
+
+        What has been removed there was not owed to a subscription that comes later, so it is not to count as skipped.
+        """
         if place == "latest":
             return _Offset(*await self._latest())
+        offset = await self._locate_behind(place)
+        before = await self._log.find_first_segment() - 1
+        if offset.position >= before:
+            return offset
+        return replace(offset, position=max(offset.position, min(before, (await self._log.check()).upto)))
+
+    async def _locate_behind(self, place: Place) -> _Offset:
+        if place == "earliest":
+            return _Offset(0)
         if isinstance(place, datetime):
             return _Offset(await self._position_before(place), start_at=place)
         if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < 1 << 63:
@@ -414,6 +424,7 @@ class Subscriptions:
             lag_seconds=None if complete else max(0.0, *(row["lag_seconds"] or 0.0 for row in rows)),
             redeliveries=rows[0]["redeliveries"],
             dead_letters=rows[0]["dead_letters"],
+            skipped=rows[0]["skipped"],
             last_error=rows[0]["last_error"],
             complete=complete,
             state=state or ("elsewhere" if owned else "stopped"),

@@ -24,6 +24,7 @@ from sqlalchemy.dialects.postgresql import (
     BOOLEAN,
     BYTEA,
     INT8MULTIRANGE,
+    INT8RANGE,
     INTEGER,
     INTERVAL,
     JSON,
@@ -143,6 +144,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("owner", UUID),
         Column("completed_at", _TIMESTAMPTZ),
         Column("crashes", INTEGER, nullable=False, server_default=text("0")),
+        Column("holes", INT8MULTIRANGE, nullable=False, server_default=text("'{}'")),
         PrimaryKeyConstraint("subscription", "shards", "shard", name="offsets_pkey"),
         _of_subscription(subscriptions, "offsets"),
         CheckConstraint("shard >= 0 AND shard < shards", name="offsets_shard_in_range"),
@@ -204,6 +206,16 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         CheckConstraint("attempt >= 0 AND attempts >= 0", name="dead_letters_attempt_not_negative"),
         Index("dead_letters_event", "subscription", "position", unique=True),
         Index("dead_letters_due", "subscription", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    )
+    Table(
+        "skipped",
+        tables,
+        Column("subscription", TEXT, nullable=False),
+        Column("positions", INT8RANGE, nullable=False),
+        Column("skipped_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        PrimaryKeyConstraint("subscription", "positions", name="skipped_pkey"),
+        _of_subscription(subscriptions, "skipped"),
+        CheckConstraint("NOT isempty(positions)", name="skipped_positions_not_empty"),
     )
     return tables
 

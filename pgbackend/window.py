@@ -17,10 +17,15 @@ from pgbackend.ranges import Range, RangeSet
 class Window:
     """Positions in flight, bounded by count and bytes."""
 
-    __slots__ = ("_in_flight", "_put_off", "_top", "bytes", "holes", "max_bytes", "max_events", "position")
+    __slots__ = ("_in_flight", "_put_off", "_seen", "_top", "bytes", "holes", "max_bytes", "max_events", "position")
 
-    def __init__(self, *, position: int, pending: RangeSet, max_events: int, max_bytes: int) -> None:
-        """Begin behind an offset. `pending` is what the offset lists: it may hold events, holes, or both."""
+    def __init__(
+        self, *, position: int, pending: RangeSet, max_events: int, max_bytes: int, seen: RangeSet | None = None
+    ) -> None:
+        """Begin behind an offset. `pending` is what the offset lists: it may hold events, holes, or both.
+
+        `seen`: the part of it that is known to hold events. They were read before, and are to be read again.
+        """
         self.position = position
         """How far the log has been read for this shard."""
         self.holes = pending.copy()
@@ -29,6 +34,7 @@ class Window:
         self.bytes = 0
         self._in_flight: dict[int, int] = {}
         self._put_off = RangeSet()
+        self._seen = RangeSet() if seen is None else seen.copy()
         self._top = position
 
     def __len__(self) -> int:
@@ -52,6 +58,10 @@ class Window:
     def admits(self, position: int) -> bool:
         """Whether an event has not been seen by this shard: it is further on, or fills a hole."""
         return position > self.position or position in self.holes
+
+    def owes(self, position: int) -> bool:
+        """Whether a position that was read is in flight, put off, or a hole."""
+        return position in self._in_flight or position in self.holes or position in self._put_off
 
     def open(self, position: int, size: int) -> None:
         """Take on an event that `admits()` let in: from now on it is in flight."""
@@ -82,11 +92,13 @@ class Window:
             self._put_off.add(self.position + 1, position + 1)
             self.position = position
         else:
-            self.holes.discard(position)
+            self._fill(position)
             self._put_off.add(position, position + 1)
 
     def _fill(self, position: int) -> None:
         self.holes.discard(position)
+        if self._seen:
+            self._seen.discard(position)
         if self._put_off:
             self._put_off.discard(position)
 
@@ -100,9 +112,22 @@ class Window:
         """A hole that the reader passed; the part that this shard has gone by already is known to it."""
         self.holes.add(max(hole[0], self.position + 1), hole[1])
 
-    def close_hole(self, hole: Range) -> None:
-        """Nothing can appear there any more."""
+    def close_hole(self, hole: Range) -> list[Range]:
+        """Nothing can appear there any more; the positions among them whose events were read once, and are gone."""
+        lost = self._seen.within(*hole) if self._seen else []
         self.holes.remove(*hole)
+        for part in lost:
+            self._seen.remove(*part)
+        return lost
+
+    def lose(self, lower: int, upper: int) -> list[Range]:
+        """What was in this range is gone from the log; the part of it that was not settled, nor taken on."""
+        lost = self.holes.within(lower, upper)
+        self.holes.remove(lower, upper)
+        self._seen.remove(lower, upper)
+        if upper > self.position + 1:
+            lost.append((max(lower, self.position + 1), upper))
+        return lost
 
     def advance(self, upto: int) -> None:
         """Everything up to here has been opened, skipped, or is a hole."""
@@ -126,6 +151,11 @@ class Window:
         pending = RangeSet.of(position for position in in_flight if position <= mark)
         left = self._left_below(mark)
         return mark, left.union(pending) if left else pending
+
+    def unseen(self, mark: int) -> RangeSet:
+        """What is pending at or below a mark without an event that anybody has seen: it may have been rolled back."""
+        left = self._left_below(mark)
+        return left.difference(self._seen) if left and self._seen else left
 
     def _left_below(self, limit: int) -> RangeSet:
         holes = self.holes.below(limit)

@@ -440,12 +440,13 @@ class Worker:
                 pending=lease.pending,
                 max_events=self._settings.window_events,
                 max_bytes=self._settings.window_bytes,
+                seen=lease.pending.difference(lease.holes),
             ),
             tenure=self._tenure,
             place=lease.place,
             complete=lease.complete,
             crashes=lease.crashes,
-            committed=(lease.position, str(lease.pending)),
+            committed=(lease.position, str(lease.pending), str(lease.holes)),
         )
         pump = Pump(
             registration=registration,
@@ -632,9 +633,13 @@ class Worker:
         for pump in pumps:
             pump.passed_due(now)
         requests = [request for pump in pumps if (request := pump.ask_due()) is not None]
-        for due in await self._redelivery.find_due(requests):
+        found, gone = await self._redelivery.find_due(requests)
+        for due in found:
             if due.epoch in self._pumps:
                 self._pumps[due.epoch][0].take_due(due.event, due.letter, begun=due.begun)
+        for epoch, positions in gone.items():
+            if epoch in self._pumps:
+                self._pumps[epoch][0].skip_due(positions)
 
     # What the pumps ask of the server.
 

@@ -51,7 +51,7 @@ class Owner:
                 window=Window(position=lease.position, pending=lease.pending, max_events=100, max_bytes=10**6),
                 tenure=Tenure(),
                 place=lease.place,
-                committed=(lease.position, str(lease.pending)),
+                committed=(lease.position, str(lease.pending), str(lease.holes)),
             )
             for lease in await claim_free(self.leases, *(names or ("s",)))
         ]

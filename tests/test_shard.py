@@ -21,7 +21,7 @@ def make_shard(*, position: int = 0, pending: str = "{}") -> Shard:
     ranges = RangeSet.parse(pending)
     lease = Lease(
         subscription="billing", shard=1, shards=2, epoch=Epoch(7), until=None, position=Position(position),
-        pending=ranges, place=(0, 1), complete=False, crashes=0, head=0, order="none",
+        pending=ranges, holes=ranges, place=(0, 1), complete=False, crashes=0, head=0, order="none",
         start_position=None, start_at=None, end_position=None, end_at=None,
     )  # fmt: skip
     return Shard(
@@ -29,7 +29,7 @@ def make_shard(*, position: int = 0, pending: str = "{}") -> Shard:
         window=Window(position=position, pending=ranges, max_events=10, max_bytes=1000),
         tenure=Tenure(),
         place=(0, 1),
-        committed=(position, pending),
+        committed=(position, pending, pending),
     )
 
 

@@ -73,6 +73,7 @@ def _render(info: Info, status: Status) -> str:
             "PENDING",
             "REDELIVERIES",
             "DEAD LETTERS",
+            "SKIPPED",
             "STATE",
             "OWNER",
         )
@@ -86,6 +87,7 @@ def _render(info: Info, status: Status) -> str:
                 sum(shard.pending for shard in subscription.shards),
                 subscription.redeliveries,
                 subscription.dead_letters,
+                subscription.skipped,
                 "complete" if subscription.complete else subscription.state,
                 ", ".join(sorted({shard.owner_name for shard in subscription.shards if shard.owner_name})) or "-",
             )

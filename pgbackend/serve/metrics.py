@@ -470,14 +470,18 @@ class _Log:
         age = _by_trigger("pgbackend_subscription_lag_seconds", "Age of the oldest event that is not settled.")
         waiting = _by_trigger("pgbackend_subscription_waiting_events", "Failed events that wait to be tried again.")
         letters = _by_trigger("pgbackend_subscription_dead_letter_events", "Dead letters that are kept in PostgreSQL.")
+        skipped = _by_trigger(
+            "pgbackend_subscription_skipped_events", "Positions still to be handled whose rows are gone from the log."
+        )
         for one in status.subscriptions:
             name = (one.name,)
             lag.add_metric(name, one.lag)
             waiting.add_metric(name, one.redeliveries)
             letters.add_metric(name, one.dead_letters)
+            skipped.add_metric(name, one.skipped)
             if one.lag_seconds is not None:  # it is, of a subscription that is complete
                 age.add_metric(name, one.lag_seconds)
-        yield from (lag, age, waiting, letters)
+        yield from (lag, age, waiting, letters, skipped)
 
 
 def _by_trigger(name: str, text: str) -> GaugeMetricFamily:

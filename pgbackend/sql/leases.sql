@@ -89,7 +89,8 @@ WHERE stored.subscription = locked.subscription
     AND stored.shard = locked.shard
     AND (SELECT id FROM {schema}.incarnation) = $5
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
-    stored.pending::text AS pending, stored.epoch, stored.ctid, stored.completed_at, stored.crashes,
+    stored.pending::text AS pending, stored.holes::text AS holes, stored.epoch, stored.ctid, stored.completed_at,
+    stored.crashes,
     (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head,
     locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at;
 

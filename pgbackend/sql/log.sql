@@ -136,6 +136,18 @@ WHERE lower < upper
 ORDER BY lower DESC
 LIMIT $3;
 
+-- name: find_segments
+-- The segments that are part of the log, in its order: not those that are detached, or on their way to it.
+SELECT (bounds[1])::bigint AS lower, (bounds[2])::bigint AS upper
+FROM pg_catalog.pg_inherits
+JOIN pg_catalog.pg_class AS segment ON segment.oid = inhrelid
+CROSS JOIN LATERAL regexp_match(
+    pg_get_expr(segment.relpartbound, segment.oid), '\(''(\d+)''\) TO \(''(\d+)''\)'
+) AS bounds
+WHERE inhparent = to_regclass(quote_ident({schema_literal}) || '.events')
+    AND NOT inhdetachpending
+ORDER BY lower;
+
 -- name: find_incarnation
 SELECT id
 FROM {schema}.incarnation;

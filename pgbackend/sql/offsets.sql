@@ -7,9 +7,10 @@
 UPDATE {schema}.offsets AS stored
 SET position = marked.position,
     pending = marked.pending::int8multirange,
+    holes = marked.holes::int8multirange,
     completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END
-FROM unnest($1::bigint[], $2::tid[], $3::bigint[], $4::text[], $5::boolean[])
-    AS marked (epoch, place, position, pending, complete)
+FROM unnest($1::bigint[], $2::tid[], $3::bigint[], $4::text[], $5::boolean[], $8::text[])
+    AS marked (epoch, place, position, pending, complete, holes)
 WHERE stored.ctid = marked.place
     AND stored.epoch = marked.epoch
     AND stored.owner = $6
@@ -20,17 +21,19 @@ RETURNING stored.epoch, stored.ctid;
 -- name: commit_by_key
 -- The same by primary key, together with what became of failed events: an event is either in the log's path or in
 -- redelivery, never in both, because both change in this one statement. Every part but the first is fenced by it.
+-- An event whose row is gone is neither scheduled nor buried: it is returned as lost, and recorded as skipped.
 WITH marked AS (
     SELECT *
     FROM jsonb_to_recordset($1::jsonb) AS mark (
-        subscription text, shards int, shard int, epoch bigint, position bigint, pending text, complete boolean,
-        calm boolean
+        subscription text, shards int, shard int, epoch bigint, position bigint, pending text, holes text,
+        complete boolean, calm boolean
     )
 ),
 fenced AS (
     UPDATE {schema}.offsets AS stored
     SET position = marked.position,
         pending = marked.pending::int8multirange,
+        holes = marked.holes::int8multirange,
         completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END,
         crashes = CASE WHEN marked.calm THEN 0 ELSE stored.crashes END
     FROM marked
@@ -112,6 +115,49 @@ failed_letters AS (
     JOIN fenced USING (epoch)
     WHERE letter.letter_id = failed.letter
         AND letter.subscription = fenced.subscription
+),
+lost AS (
+    -- In ordered modes a scheduled event stays pending, so it is not lost before its last attempt is.
+    SELECT fenced.epoch, fenced.subscription, failed.position
+    FROM jsonb_to_recordset($4::jsonb || $6::jsonb) AS failed (epoch bigint, position bigint, stays boolean)
+    JOIN fenced USING (epoch)
+    WHERE failed.stays IS NOT TRUE
+        -- One look-up for each: a join may read the whole log.
+        AND (SELECT event.position FROM {schema}.events AS event WHERE event.position = failed.position) IS NULL
+),
+skipped AS (
+    INSERT INTO {schema}.skipped (subscription, positions)
+    SELECT gone.subscription, fresh
+    FROM (
+        SELECT subscription, range_agg(positions) AS positions
+        FROM (
+            SELECT fenced.subscription, int8range(found.lower, found.upper) AS positions
+            FROM jsonb_to_recordset($9::jsonb) AS found (epoch bigint, lower bigint, upper bigint)
+            JOIN fenced USING (epoch)
+            UNION ALL
+            SELECT subscription, int8range(position, position + 1)
+            FROM lost
+        ) AS part
+        GROUP BY subscription
+    ) AS gone
+    CROSS JOIN LATERAL (
+        -- Other shards may have met the same gap, and a former owner may have recorded it before it died.
+        SELECT coalesce(range_agg(known.positions), '{}') AS positions
+        FROM {schema}.skipped AS known
+        WHERE known.subscription = gone.subscription
+            AND known.positions && range_merge(gone.positions)
+    ) AS recorded
+    CROSS JOIN LATERAL unnest(gone.positions - recorded.positions) AS fresh
+    ON CONFLICT DO NOTHING
+    RETURNING subscription, positions
 )
-SELECT epoch, ctid
+SELECT
+    epoch,
+    ctid,
+    ARRAY (SELECT lost.position FROM lost WHERE lost.epoch = fenced.epoch) AS lost,
+    (
+        SELECT range_agg(skipped.positions)::text
+        FROM skipped
+        WHERE skipped.subscription = fenced.subscription
+    ) AS skipped
 FROM fenced;

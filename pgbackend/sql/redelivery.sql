@@ -2,7 +2,8 @@
 
 -- name: find_due
 -- For each shard that asks: its failed events whose time has come, oldest first, with their content from the log. Within
--- its room by count and bytes, the first in any case, and without those that are at work already.
+-- its room by count and bytes, the first in any case, and without those that are at work already. One whose row is gone
+-- from the log has no position here.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
     data_encoding, position, recorded_at, key_hash, weight, epoch, attempt, failure, begun
@@ -33,14 +34,28 @@ FROM (
         ORDER BY waiting.due_at
         LIMIT asked.room
     ) AS due
-    CROSS JOIN LATERAL (
+    LEFT JOIN LATERAL (
+        -- By itself for each: a join may read the whole log.
         SELECT *, {weight} AS weight
         FROM {schema}.events
         WHERE position = due.position
-    ) AS event
+        OFFSET 0
+    ) AS event ON true
 ) AS found
 WHERE bytes_before IS NULL OR bytes_before < room_bytes
 ORDER BY due_at;
+
+-- name: find_gone
+-- A shard's failed events whose rows are gone from the log, due or not, without those that are at work: they are skipped
+-- together, because each by itself would be a range of its own on record.
+SELECT waiting.position
+FROM {schema}.redeliveries AS waiting
+WHERE waiting.subscription = $1
+    AND waiting.key_hash % $3::int = $2::int
+    AND waiting.position <> ALL ($4::bigint[])
+    AND (SELECT event.position FROM {schema}.events AS event WHERE event.position = waiting.position) IS NULL
+ORDER BY waiting.position
+LIMIT 10000;
 
 -- name: find_due_letters
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.

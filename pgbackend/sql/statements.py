@@ -20,6 +20,7 @@ class LogSql:
     read_large: str
     find_position: str
     find_gaps: str
+    find_segments: str
     find_incarnation: str
     begin_incarnation: str
     notify: str
@@ -53,6 +54,7 @@ class LeasesSql:
 @dataclass(frozen=True, slots=True)
 class RedeliverySql:
     find_due: str
+    find_gone: str
     find_due_letters: str
     find_attempts: str
     list_letters: str

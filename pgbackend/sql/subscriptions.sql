@@ -18,8 +18,8 @@ WITH created AS (
     ON CONFLICT (name) DO NOTHING
     RETURNING name, shards
 )
-INSERT INTO {schema}.offsets (subscription, shard, shards, position, pending, epoch)
-SELECT created.name, shard, created.shards, $7, $8::text::int8multirange,
+INSERT INTO {schema}.offsets (subscription, shard, shards, position, pending, holes, epoch)
+SELECT created.name, shard, created.shards, $7, $8::text::int8multirange, $8::text::int8multirange,
     nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
 FROM created
 CROSS JOIN LATERAL generate_series(0, created.shards - 1) AS shard
@@ -120,6 +120,15 @@ SET position = CASE
             + int8multirange(int8range(stored.position + 1, greatest(stored.position, owed.last) + 1))
             - owed.positions
         ELSE stored.pending
+    END,
+    -- What nobody has read yet counts as a hole: there may be no event.
+    holes = CASE
+        WHEN $8::bigint IS NOT NULL THEN $9::text::int8multirange
+        WHEN owed.to_none THEN
+            stored.holes
+            + int8multirange(int8range(stored.position + 1, greatest(stored.position, owed.last) + 1))
+            - owed.positions
+        ELSE stored.holes - owed.positions
     END,
     epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
     owner = NULL,
@@ -248,6 +257,7 @@ WITH found AS MATERIALIZED (
     SELECT stored.shards, stored.shard, stored.ctid AS place, stored.until IS NOT NULL AS old,
         stored.pending
         + int8multirange(int8range(stored.position + 1, greatest(stored.position, stored.until) + 1)) AS pending,
+        stored.pending - stored.holes AS known,
         stored.until IS NULL
         OR (worker.id IS NULL AND stored.position >= least(stored.until, subscription.end_position - 1)) AS is_over
     FROM {schema}.offsets AS stored
@@ -271,6 +281,12 @@ left_over AS MATERIALIZED (
             WHERE ended.old
         ) AS any_shard,
         range_intersect_agg(found.pending) FILTER (WHERE found.old) AS every_shard,
+        (
+            SELECT coalesce(range_agg(event), '{}')
+            FROM found AS ended
+            CROSS JOIN LATERAL unnest(ended.known) AS event
+            WHERE ended.old
+        ) AS known,
         max(found.shards) FILTER (WHERE found.old) AS old_shards,
         max(found.shards) FILTER (WHERE NOT found.old) AS new_shards
     FROM found
@@ -315,6 +331,7 @@ ended AS (
 UPDATE {schema}.offsets AS stored
 SET pending = left_over.any_shard - seen.positions
         + coalesce((SELECT owed.positions FROM owed WHERE owed.shard = stored.shard), '{}'),
+    holes = left_over.any_shard - left_over.known - seen.positions,
     epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs'))
 FROM left_over
 CROSS JOIN seen
@@ -359,6 +376,16 @@ SELECT
     (
         SELECT count(*) FROM {schema}.dead_letters AS letter WHERE letter.subscription = subscription.name
     ) AS dead_letters,
+    (
+        -- Two shards may have recorded parts of each other's ranges at the same time.
+        SELECT coalesce(sum(upper(range) - lower(range)), 0)::bigint
+        FROM (
+            SELECT range_agg(record.positions) AS positions
+            FROM {schema}.skipped AS record
+            WHERE record.subscription = subscription.name
+        ) AS recorded
+        CROSS JOIN LATERAL unnest(recorded.positions) AS range
+    ) AS skipped,
     (
         SELECT waiting.last_error
         FROM {schema}.redeliveries AS waiting

@@ -126,7 +126,7 @@ async def test_offsets_are_committed_by_ctid(connection: Any) -> None:
     plan = await explain(
         connection, OFFSETS.commit_offsets,
         [row["epoch"] for row in rows], [row["ctid"] for row in rows], [200] * count, ["{[150,160)}"] * count,
-        [False] * count, rows[0]["owner"], incarnation,
+        [False] * count, rows[0]["owner"], incarnation, ["{}"] * count,
     )  # fmt: skip
 
     assert {node["Node Type"] for node in on(plan, "offsets")} <= {"Tid Scan", "ModifyTable"}
@@ -142,6 +142,13 @@ async def test_due_events_are_found_by_subscription_and_time(connection: Any) ->
     assert {node["Node Type"] for node in on(plan, "redeliveries")} == {"Index Scan"}
     # One of them is at work already.
     assert max(node["Actual Rows"] * node["Actual Loops"] for node in on(plan, "redeliveries")) <= 201
+
+
+async def test_failures_without_events_are_found_by_one_look_at_the_log_for_each(connection: Any) -> None:
+    plan = await explain(connection, REDELIVERY.find_gone, "subscription 1", 0, 1, [5])
+
+    assert scans_of_events(plan) == {"Index Only Scan"}
+    assert rows_touched(plan) <= 20_000
 
 
 async def test_the_status_looks_at_one_event_for_each_thing_that_is_owed(connection: Any) -> None:

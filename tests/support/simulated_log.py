@@ -129,14 +129,25 @@ class SimulatedLog:
         await self._step()
         return Evidence(upto, appenders, None)
 
-    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> tuple[list[Event], list[Event], bool]:
+    def is_in_one_segment(self, lower: int, upper: int) -> bool:  # noqa: ARG002 - it has but one
+        return True
+
+    def forget_segments(self) -> None:
+        pass
+
+    async def find_removed(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:  # noqa: ARG002 - the same
+        return []
+
+    async def read(
+        self, *, after: int, holes: RangeSet, page: bool = True
+    ) -> tuple[list[Event], list[Event], bool, list[int]]:
         await self._step()
         late = [position for position in sorted(self.visible) if position in holes][: self._page]
         above = [position for position in sorted(self.visible) if position > after][: self._page] if page else []
         if len(late) >= self._page:
             above = []
         await self._step()
-        return _events(late), _events(above), len(late) >= self._page or len(above) >= self._page
+        return _events(late), _events(above), len(late) >= self._page or len(above) >= self._page, []
 
     async def appenders(self) -> tuple[str, ...]:
         return tuple(sorted(self.open_now()))
