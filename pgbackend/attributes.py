@@ -93,7 +93,7 @@ def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | 
     if content_type is not None and not kind_of(content_type):
         raise EventError(f"attribute 'datacontenttype' is {short(content_type)}: expected a media type.")
     schema = None if (value := take("dataschema", None)) is None else _text("dataschema", value)
-    if schema is not None and not _uri(schema):
+    if schema is not None and not _schema(schema):
         raise EventError(f"attribute 'dataschema' is {short(schema)}: expected an absolute URI.")
     key = None if (value := take("partitionkey", None)) is None else _text("partitionkey", value)
     extensions = write_extensions(attributes) if attributes else "{}"
@@ -152,7 +152,8 @@ is_name = re.compile(r"[a-z0-9]+").fullmatch
 _URI_PLAIN = r"[^\s\x00-\x20\x7f<>\"\\^`{|}%]*+"
 _URI_CHARACTERS = rf"{_URI_PLAIN}(?:%[0-9A-Fa-f]{{2}}{_URI_PLAIN})*+"
 _uri_reference = re.compile(_URI_CHARACTERS).fullmatch
-_uri = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*+:(?!\Z){_URI_CHARACTERS}").fullmatch
+# CloudEvents wants an absolute URI. A fragment alone passes too: Azure Event Grid sends "#" and the data's version.
+_schema = re.compile(rf"(?:[A-Za-z][A-Za-z0-9+.-]*+:(?!\Z)|#){_URI_CHARACTERS}").fullmatch
 is_time = re.compile(
     r"""(?!0000)                                    # datetime has no year 0, so that a dispatcher could not read it
         (?: \d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])

@@ -8,6 +8,7 @@ Rejected: the SDK's own JSON and HTTP bindings, because they decode and re-encod
 guess types and invent missing attributes.
 """
 
+import codecs
 import json
 import re
 from base64 import b64decode, b64encode
@@ -228,7 +229,14 @@ def _octets(text: object, name: str) -> bytes:
     raise EventError(f"{name} is not base64.")
 
 
+_BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""Of UTF-32 the little-endian one begins like that of UTF-16."""
+
+
 def _utf8_text(body: bytes) -> str:
+    if body.startswith(_BOMS):
+        # RFC 8259, 8.1. Some parsers skip it; a text without it means the same to all.
+        raise EventError("The JSON begins with a byte order mark (BOM): send it as UTF-8 without one.")
     try:
         return str(body, "utf-8")
     except UnicodeDecodeError as error:

@@ -3,13 +3,14 @@ from typing import Any
 
 import asyncpg
 import pytest
+from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.attributes import COLUMNS, ExtensionValue, canonical, read_extensions
 from pgbackend.errors import EventError
 from pgbackend.event import Event, attributes_with
 from pgbackend.filters import CESQL, Exact
 from pgbackend.sdk import encode
-from pgbackend.wire import parse_binary, parse_structured, write_binary
+from pgbackend.wire import parse_binary, parse_structured, write_binary, write_structured
 from tests.support.events import BARE, binary, sdk, structured
 
 
@@ -29,6 +30,17 @@ def test_null_attributes_are_absent() -> None:
     assert event.row == parse_structured(structured()).row
 
 
+@pytest.mark.parametrize("schema", ["#", "#1.0", "#/definitions/order", "urn:x", "https://example.com/schema#1"])
+def test_a_dataschema_may_be_a_fragment_alone_as_azure_event_grid_sends_it(schema: str) -> None:
+    members = {"specversion": "1.0", "id": "1", "source": "/s", "type": "t", "dataschema": schema}
+    from_json = parse_structured(json.dumps(members).encode())
+    from_headers = parse_binary([(f"ce-{name}".encode(), value.encode()) for name, value in members.items()], b"")
+    from_sdk = Event(encode(CloudEvent(dict(members)), max_event_bytes=9999)[0])
+    for event in (from_json, from_headers, from_sdk):
+        assert event.get_dataschema() == schema
+        assert parse_structured(write_structured(event)).get_dataschema() == schema
+
+
 @pytest.mark.parametrize(
     "members",
     [
@@ -38,6 +50,9 @@ def test_null_attributes_are_absent() -> None:
         {"dataschema": "relative/path"},
         {"dataschema": "urn:"},
         {"dataschema": "urn:a b"},
+        {"dataschema": "#a b"},
+        {"dataschema": "#%2"},
+        {"dataschema": "/#"},
         {"datacontenttype": ""},
         {"datacontenttype": "json"},
         {"datacontenttype": "text/plain\r\nX-Evil: 1"},

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import quote, urlsplit
 
 import asyncpg
@@ -84,8 +85,14 @@ def test_the_health_check_asks_what_the_broker_answers() -> None:
     [check] = re.findall(r"CMD (\[\"python\".*\])", DOCKERFILE)
     program, flag, code = json.loads(check)
     assert (program, flag) == ("python", "-c")
-    compile(code, "HEALTHCHECK", "exec")
     assert "/healthz" in code
+    asked = []
+    for port in (None, "9090", "tcp://10.0.171.239:8080"):  # the last as Kubernetes has it for a Service `pgbackend`
+        environment = {} if port is None else {"PGBACKEND_PORT": port}
+        with patch.dict("os.environ", environment, clear=True), patch("urllib.request.urlopen") as urlopen:
+            exec(compile(code, "HEALTHCHECK", "exec"), {})  # noqa: S102 - our own
+        asked.append(urlopen.call_args.args[0])
+    assert asked == [f"http://127.0.0.1:{port}/healthz" for port in (8080, 9090, 8080)]
 
 
 def test_the_composition_mounts_a_configuration_that_is_valid() -> None:

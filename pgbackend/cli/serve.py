@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from pgbackend import facts
 from pgbackend.cli.options import backend_options
 from pgbackend.errors import ConfigError
 
@@ -35,6 +38,20 @@ class _Sectioned(click.Command):
         with formatter.section("Other"):
             formatter.write_dl(list(records.values()))
 
+
+class _PortOption(click.Option):
+    """A port whose variable Kubernetes may have set: a Service called `pgbackend` makes PGBACKEND_PORT a URL."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        value = super().resolve_envvar_value(ctx)
+        if value is not None and _SERVICE_LINK.match(value):
+            ctx.meta.setdefault(_IGNORED, {})[self.envvar] = value
+            return None
+        return value
+
+
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
+_IGNORED = "pgbackend.ignored"
 
 _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -93,6 +110,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
 )
 @click.option(
     "--port",
+    cls=_PortOption,
     type=click.IntRange(0, 65535),
     metavar="NUMBER",
     envvar="PGBACKEND_PORT",
@@ -162,7 +180,7 @@ def serve(context: click.Context, /, *, check_config: Path | None, print_schema:
         elif check_config is not None:
             _check(context, check_config)
         else:
-            _serve(_settings(context, options))
+            _serve(_settings(context, options), ignored=context.meta.get(_IGNORED, {}))
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"`pgbackend serve` needs the package {error.name}. Run `pip install 'pgbackend[all]'`."
@@ -188,12 +206,17 @@ def _check(context: click.Context, file: Path) -> None:
     click.echo(f"{file}: valid, {counted}" + (f": {', '.join(triggers)}" if triggers else ""))
 
 
-def _serve(settings: "Settings") -> None:
+def _serve(settings: "Settings", *, ignored: Mapping[str, str]) -> None:
     import uvloop  # noqa: PLC0415 - as above
 
     from pgbackend.serve import app, logs, supervisor  # noqa: PLC0415 - as above
 
     logs.configure(settings.log_format, settings.log_level)
+    for variable, value in ignored.items():
+        facts.emit(
+            "variable ignored", level=logging.WARNING, variable=variable, value=value,
+            reason="Kubernetes set it for a Service of that name. Set enableServiceLinks: false, or give the option.",
+        )  # fmt: skip
     run = app.serve if settings.workers == 1 else supervisor.supervise
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(settings, say=click.echo))

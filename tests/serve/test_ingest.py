@@ -120,6 +120,10 @@ class TestStructuredMode:
         (b"[" * 100_000, "object"),
         (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":' + b"[" * 100_000, "nested too deeply"),
         (b'{"id":' + b"9" * 10_000 + b"}", "integer"),
+        *(
+            (envelope("bom").decode().encode(encoding), "byte order mark (BOM)")
+            for encoding in ("utf-8-sig", "utf-16", "utf-32")
+        ),
     ]
 
     async def test_what_is_no_event_is_400_and_says_why(self, broker: Broker) -> None:
@@ -128,6 +132,10 @@ class TestStructuredMode:
             assert answer.status == 400, body[:100]
             assert said in answer.detail
         assert await broker.stored() == []
+
+    async def test_a_batch_with_a_byte_order_mark_is_400_and_says_so(self, broker: Broker) -> None:
+        answer = await broker.send({"content-type": "application/cloudevents-batch+json"}, b"\xef\xbb\xbf[]")
+        assert (answer.status, "byte order mark (BOM)" in answer.detail) == (400, True)
 
     async def test_another_format_is_415(self, broker: Broker) -> None:
         for name in (

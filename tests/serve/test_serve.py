@@ -120,6 +120,32 @@ async def test_what_stands_on_the_command_line_beats_the_environment(database: s
         assert "trigger: billing" in (await serve.listening() and serve.said)
 
 
+@pytest.mark.parametrize("link", ["tcp://10.0.171.239:8080", "udp://[fd00::1]:53", "sctp://10.0.0.1:9"])
+async def test_a_port_that_kubernetes_made_of_a_service_is_ignored_with_a_warning(link: str) -> None:
+    environment = {
+        "PGBACKEND_PORT": link,
+        "PGBACKEND_SERVICE_HOST": "10.0.171.239",
+        "PGBACKEND_SERVICE_PORT": "8080",
+        "PGBACKEND_PORT_8080_TCP": link,
+        "PGBACKEND_PORT_8080_TCP_PROTO": "tcp",
+        "PGBACKEND_DSN": "postgresql://nobody@127.0.0.1:1/nothing",
+        "PGBACKEND_STARTUP_TIMEOUT": "0",
+        "PGBACKEND_LOG_FORMAT": "json",
+    }
+    async with running(env=environment) as serve:
+        assert await serve.ended() == 1  # of the database: the port is the default one
+        warning, *_ = (await serve.complaint()).splitlines()
+    assert json.loads(warning) | {"variable": "PGBACKEND_PORT", "value": link, "level": "warning"} == json.loads(
+        warning
+    )
+
+
+async def test_a_port_that_is_none_is_still_refused() -> None:
+    async with running(env={"PGBACKEND_PORT": "http"}) as serve:
+        assert await serve.ended() == 2
+        assert "PGBACKEND_PORT" in await serve.complaint()
+
+
 @pytest.mark.slow
 async def test_without_a_dsn_it_starts_a_postgresql_of_its_own_and_finds_its_data_again(
     target: Target, tmp_path: Path
