@@ -13,7 +13,7 @@ import asyncio
 import time
 from base64 import b64encode
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -30,7 +30,7 @@ from pgbackend.errors import EventError, Pause, Reject, RetryAfter
 from pgbackend.event import Event, attributes_with
 from pgbackend.serve import egress
 from pgbackend.serve.egress import Connector, StaleConnectionError
-from pgbackend.serve.replies import Replies, Reply, ReplyError, Store
+from pgbackend.serve.replies import Replies, Reply, ReplyBudget, ReplyError, Store
 
 if TYPE_CHECKING:
     from pgbackend.serve.metrics import TriggerMetrics
@@ -100,12 +100,14 @@ class Delivery:
         headers: Mapping[str, str] | None = None,
         reply: Store | None = None,
         hops: int = 255,
+        replies: ReplyBudget | None = None,
         connections: int = 256,
         metrics: "TriggerMetrics | None" = None,
         tracing: "Tracing | None" = None,
     ) -> None:
         """`reply` stores the events of a response; without it, or beyond `hops` of them in a chain, they are dropped.
 
+        `replies`: the bytes that replies may hold, which deliveries of a process share.
         `connections`: how many requests may be open at a time, over all shards. One that waits for its turn does not
         use up its timeout.
         """
@@ -120,7 +122,7 @@ class Delivery:
         self._replies: Replies | None = None
         if reply is not None:
             self._replies = Replies(
-                reply, hops=hops, trigger=trigger, url=self._shown, metrics=metrics, tracing=tracing
+                reply, hops=hops, trigger=trigger, url=self._shown, budget=replies, metrics=metrics, tracing=tracing
             )
         self._slots = asyncio.Semaphore(connections)
         self._metrics = metrics
@@ -161,19 +163,23 @@ class Delivery:
         self, event: Event, headers: CIMultiDict[str], body: bytes, answered: "Answered | None" = None
     ) -> None:
         try:
-            answer = await self._send(headers, body)
-            if answered is not None:
-                answered(answer.status)
-            if not 200 <= answer.status < 300:
-                self._fail(answer)
-            if answer.reply is not None and self._replies is not None:
-                await self._replies.take(answer.reply, to=event)
+            async with AsyncExitStack() as held:
+                answer = await self._send(headers, body, held=held)
+                if answered is not None:
+                    answered(answer.status)
+                if not 200 <= answer.status < 300:
+                    self._fail(answer)
+                if answer.reply is not None and self._replies is not None:
+                    await self._replies.take(answer.reply, to=event)
         except ReplyError as error:
             reason = f"{self._shown} {error}"
             raise DeliveryError(reason, details=self._details(error.code, str(error)), status=error.code) from error
 
-    async def _send(self, headers: CIMultiDict[str], body: bytes, *, again: bool = True) -> _Answer:
-        """The target's answer. Raises DeliveryError without one, and Reject for what cannot be sent."""
+    async def _send(
+        self, headers: CIMultiDict[str], body: bytes, *, held: AsyncExitStack, again: bool = True
+    ) -> _Answer:
+        """The target's answer; `held` keeps room for a reply. DeliveryError without one, Reject if it can't be sent."""
+        deadline = asyncio.get_running_loop().time() + (self._timeout.total or 0.0)
         try:
             async with self._session.post(
                 self._url,
@@ -184,13 +190,13 @@ class Delivery:
                 timeout=self._timeout,
                 allow_redirects=False,
             ) as response:
-                return await self._read(response)
+                return await self._read(response, held, deadline)
         except StaleConnectionError as error:
             if again:
                 # No failed attempt: the target closed an idle connection just when it was used again. Once, and over a
                 # new one: its others may be as stale; or this event is what it dies of, one process after the other.
                 with egress.new_connection():
-                    return await self._send(headers, body, again=False)
+                    return await self._send(headers, body, held=held, again=False)
             raise self._unanswered(error) from None
         except _BROKEN as error:
             raise self._unanswered(error) from None
@@ -200,7 +206,7 @@ class Delivery:
 
     # What comes back.
 
-    async def _read(self, response: aiohttp.ClientResponse) -> _Answer:
+    async def _read(self, response: aiohttp.ClientResponse, held: AsyncExitStack, deadline: float) -> _Answer:
         status, said = response.status, bytearray()
         if not 200 <= status < 300:
             with suppress(*_BROKEN):  # the status is the verdict, whatever becomes of the body
@@ -208,7 +214,7 @@ class Delivery:
             return _Answer(status, bytes(said), retry_after=response.headers.get("Retry-After"))
         if self._replies is not None and (mode := self._replies.mode_of(response.headers)) is not None:
             try:
-                return _Answer(status, reply=await self._replies.read(response, mode))
+                return _Answer(status, reply=await self._replies.read(response, mode, held=held, deadline=deadline))
             except _BROKEN as error:
                 raise ReplyError(status, f"broke off: {self._why(error)}") from None
         if not response.content.at_eof():

@@ -27,6 +27,7 @@ from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, NotRunningError, SubscriptionBusyError, SubscriptionNotFoundError
 from pgbackend.serve.config import Configuration, Trigger
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, refuse_without_target
+from pgbackend.serve.replies import ReplyBudget
 
 if TYPE_CHECKING:
     from pgbackend.model import ConsumerDispatcher, EventFilter
@@ -56,6 +57,7 @@ class Triggers:
         self._metrics = metrics
         self._tracing = tracing
         self._hops = hops
+        self._replies = ReplyBudget()
         self._target_connections = target_connections
         self._in_force: dict[str, Trigger] = {}
         """What the backend runs, and as what."""
@@ -178,6 +180,7 @@ class Triggers:
             metrics=self._metrics.trigger(name) if is_target and self._metrics is not None else None,
             reply=self._backend.produce_many,
             hops=self._hops,
+            replies=self._replies,
             connections=self._target_connections,
             tracing=self._tracing,
         )

@@ -22,6 +22,7 @@ from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope
 from tests.serve.target import Target, raw_server, read_request
 from tests.support.catch import Catch
+from tests.support.polling import eventually
 
 ORDER = wire.parse_structured(envelope("order"))
 
@@ -278,6 +279,86 @@ async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, deli
         ("delivered", None),
         *(("failed", status) for status in (503, 502, 503, 503, 403, 410, None)),
     ]
+
+
+class TestMemory:
+    async def test_a_reply_of_too_many_events_fails_its_event(
+        self, target: Target, delivery: DeliveryMaker, log: Log
+    ) -> None:
+        replying(target, b"[%b]" % b",".join([envelope()] * replies.BATCH_EVENTS), BATCH)
+        await delivery(target.url)(ORDER)
+        assert len(log.events) == replies.BATCH_EVENTS
+        # What stands behind those that there may be is not even read.
+        replying(target, b"[%b,]" % b",".join([envelope()] * (replies.BATCH_EVENTS + 1)), BATCH)
+        with pytest.raises(DeliveryError, match="its reply has more than 100 events") as caught:
+            await delivery(target.url)(ORDER)
+        assert caught.value.details["knativeerrorcode"] == "502"
+        assert len(log.events) == replies.BATCH_EVENTS
+
+    async def test_replies_that_never_end_take_no_more_than_their_trigger_s_share(
+        self, session: aiohttp.ClientSession, target: Target, log: Log
+    ) -> None:
+        """Of two targets, one holds its replies; the other's large ones come through meanwhile, one after the other."""
+        budget = replies.ReplyBudget(8 << 20)
+        begun = 0
+
+        async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal begun
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/cloudevents+json\r\n")
+            writer.write(b"Content-Length: 400000\r\n\r\n" + b" " * 200_000)
+            await writer.drain()
+            begun += 1
+            await reader.read()
+
+        async def all_have_begun() -> bool:
+            return begun == 20
+
+        replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
+        async with raw_server(hold) as held:
+            bad = Delivery(session, URL(held), trigger="bad", timeout=60.0, reply=log.produce, replies=budget)
+            good = Delivery(session, URL(target.url), trigger="good", timeout=30.0, reply=log.produce, replies=budget)
+            waiting = [asyncio.create_task(bad(ORDER)) for _ in range(20)]
+            await eventually("all of them have begun", all_have_begun)
+            await asyncio.gather(*(good(ORDER) for _ in range(20)))
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+        assert len(log.events) == 20
+
+    async def test_replies_of_all_triggers_hold_no_more_bytes_than_there_may_be(
+        self, session: aiohttp.ClientSession, target: Target
+    ) -> None:
+        storing = most = 0
+
+        async def store(events: Sequence[Event]) -> None:
+            nonlocal storing, most
+            storing += 1
+            most = max(most, storing)
+            await asyncio.sleep(0.01)
+            storing -= 1
+
+        replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
+        budget = replies.ReplyBudget(4 << 20)
+        deliveries = [
+            Delivery(session, URL(target.url), trigger=str(n), timeout=30.0, reply=store, replies=budget)
+            for n in range(10)
+        ]
+        await asyncio.gather(*(delivery(ORDER) for delivery in deliveries for _ in range(3)))
+        # Each may take four times its bytes in memory.
+        assert most == (4 << 20) // 800_000
+
+    async def test_a_reply_for_which_there_is_no_room_ends_with_its_timeout(
+        self, session: aiohttp.ClientSession, target: Target, log: Log
+    ) -> None:
+        replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
+        budget = replies.ReplyBudget(1 << 20)
+        delivery = Delivery(session, URL(target.url), trigger="a", timeout=0.5, reply=log.produce, replies=budget)
+        async with budget.taken(1 << 20):
+            with pytest.raises(DeliveryError, match=r"broke off: no response within 0\.5 s"):
+                await delivery(ORDER)
+        await delivery(ORDER)
+        assert len(log.events) == 1
 
 
 class TestHops:
