@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SECTIONS = {
     "Database": ["dsn", "listen_dsn", "schema", "startup_timeout", "data_dir"],
     "Configuration": ["config", "config_inline", "check_config", "print_schema"],
-    "Taking events in": ["host", "port", "tls_cert", "tls_key", "tls_client_ca"],
+    "Taking events in": ["host", "port", "admin_port", "tls_cert", "tls_key", "tls_client_ca"],
     "Delivering them": ["deny_private_targets", "max_hops"],
     "Process": ["workers", "log_format", "log_level"],
 }
@@ -118,6 +118,14 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     show_default=True,
     show_envvar=True,
     help="0 is any free one.",
+)
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    metavar="NUMBER",
+    envvar="PGBACKEND_ADMIN_PORT",
+    show_envvar=True,
+    help="A port for probes and metrics alone, without TLS. /metrics is then no longer at --port.",
 )
 @_file("--tls-cert", "PGBACKEND_TLS_CERT", "Serve HTTPS with this certificate chain; read again when it changes.")
 @_file("--tls-key", "PGBACKEND_TLS_KEY", "Its private key, where that is not in the same file.")

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +30,11 @@ from pgbackend.backend import Backend
 from pgbackend.database import Backoff
 from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
 from pgbackend.serve import delivery, egress, tracing
+from pgbackend.serve.admin import Admin
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.connection import allow_many_connections
 from pgbackend.serve.ingest import Ingest
-from pgbackend.serve.listener import Listener, Share, bind
+from pgbackend.serve.listener import Listener, Ports, Share, bind
 from pgbackend.serve.metrics import Metrics
 from pgbackend.serve.reload import changes, says_once
 from pgbackend.serve.tls import TLS
@@ -60,6 +61,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     """0 is any free one."""
+    admin_port: int | None = None
+    """For probes and metrics, without TLS. 0 is any free one; without it they are at `port`."""
     tls_cert: Path | None = None
     """Without one it is plain HTTP."""
     tls_key: Path | None = None
@@ -88,10 +91,22 @@ async def serve(settings: Settings, *, say: Callable[[str], None] = print) -> No
     `say` is told, in lines for people, where the broker listens and what it does, once it does. Raises PgBackendError.
     """
     configuration = configuration_of(settings)
-    with bind(settings.host, settings.port) as bound, obeying_signals() as orders:
+    with closing(bind_ports(settings)) as ports, obeying_signals() as orders:
         if settings.dsn is None:
             say(embedded_notice(settings))
-        await run(settings, configuration, bound, orders, lambda: announce(settings, configuration, bound, say))
+        await run(settings, configuration, ports, orders, lambda: announce(settings, configuration, ports, say))
+
+
+def bind_ports(settings: Settings) -> Ports:
+    """Sockets where the settings say. Raises ConfigError."""
+    events = bind(settings.host, settings.port)
+    if settings.admin_port is None:
+        return Ports(events)
+    try:
+        return Ports(events, bind(settings.host, settings.admin_port, option="--admin-port"))
+    except ConfigError:
+        events.close()
+        raise
 
 
 def configuration_of(settings: Settings) -> Configuration:
@@ -106,16 +121,16 @@ def configuration_of(settings: Settings) -> Configuration:
 async def run(
     settings: Settings,
     configuration: Configuration,
-    bound: socket.socket,
+    ports: Ports,
     orders: Orders,
     on_serving: Callable[[], None],
     *,
     share: Share | None = None,
 ) -> None:
-    """Serve on `bound`, which is the listener's from then on, until `orders` say stop; return once it is drained.
+    """Serve on `ports`, which are the listeners' from then on, until `orders` say stop; return once it is drained.
 
-    `share`: of the connections, where other processes serve on `bound`, too. `on_serving` is called once events are
-    taken in. Raises PgBackendError.
+    `share`: of the connections for events, where other processes serve on `ports`, too. `on_serving` is called once
+    events are taken in. Raises PgBackendError.
     """
     tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
@@ -133,10 +148,17 @@ async def run(
                     await triggers.apply(configuration)
 
                 if await _finished(prepare(), unless=orders.stop):
-                    ingest = Ingest(backend, auth=configuration.ingest, metrics=metrics, tracing=traces)
+                    ingest = Ingest(
+                        backend,
+                        auth=configuration.ingest,
+                        metrics=metrics,
+                        tracing=traces,
+                        has_admin=ports.admin is not None,
+                    )
                     following = _Following(settings, triggers, ingest, tls)
-                    listener = Listener(ingest, bound, tls=tls, share=share)
-                    await _run(backend, listener, following, orders, on_serving)
+                    listener = Listener(ingest, ports.events, tls=tls, share=share)
+                    admin = None if ports.admin is None else Listener(Admin(ingest), ports.admin)
+                    await _run(backend, listener, admin, following, orders, on_serving)
     finally:
         await backend.stop()
         if traces is not None:
@@ -198,20 +220,30 @@ async def _finished(work: Coroutine[Any, Any, None], *, unless: asyncio.Event) -
 
 
 async def _run(
-    backend: Backend, listener: Listener, following: "_Following", orders: Orders, on_serving: Callable[[], None]
+    backend: Backend,
+    listener: Listener,
+    admin: Listener | None,
+    following: "_Following",
+    orders: Orders,
+    on_serving: Callable[[], None],
 ) -> None:
-    """Serve until told to stop; then drain the listener, then the backend. When one ends by itself, so do all."""
+    """Serve until told to stop; then drain the listener, then the backend. When one ends by itself, so do all.
+
+    `admin` tells how things are until all is drained.
+    """
     # No TaskGroup: it would cancel all of them together, and the order of the drain is what keeps promises.
     running = asyncio.create_task(backend.start(), name="backend")
     listening = asyncio.create_task(listener.run(), name="listener")
     keeping_up = asyncio.create_task(following.run(orders.reload), name="watch over the configuration")
-    started = asyncio.create_task(listener.wait_started(), name="wait for the listener")
+    telling = set() if admin is None else {asyncio.create_task(admin.run(), name="admin listener")}
+    parts = {running, listening, keeping_up, *telling}
+    started = asyncio.create_task(_all_started(listener, admin), name="wait for the listeners")
     stopped: asyncio.Task[Any] = asyncio.create_task(orders.stop.wait(), name="wait for a signal")
     try:
-        await asyncio.wait({running, listening, keeping_up, started}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*parts, started}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             on_serving()
-            await asyncio.wait({running, listening, keeping_up, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*parts, stopped}, return_when=asyncio.FIRST_COMPLETED)
         died = running.done()
         keeping_up.cancel()
         await asyncio.wait({keeping_up})
@@ -219,14 +251,23 @@ async def _run(
         await asyncio.wait({listening})
         await backend.stop()
         await asyncio.wait({running})
-        for task in (running, listening, keeping_up):
+        if admin is not None:
+            admin.stop()
+            await asyncio.wait(telling)
+        for task in parts:
             _raise_reason(task)
         if died:
             raise PgBackendError("The backend stopped without being asked to. Its log says more.")
     finally:
-        for task in (started, stopped, keeping_up, listening, running):
+        for task in (started, stopped, *parts):
             task.cancel()
-        await asyncio.wait({started, stopped, keeping_up, listening, running})
+        await asyncio.wait({started, stopped, *parts})
+
+
+async def _all_started(listener: Listener, admin: Listener | None) -> None:
+    await listener.wait_started()
+    if admin is not None:
+        await admin.wait_started()
 
 
 def _raise_reason(task: asyncio.Task[None]) -> None:
@@ -340,24 +381,22 @@ def embedded_notice(settings: Settings) -> str:
     return f"No --dsn is given: starting an embedded PostgreSQL in {_directory(settings)}"
 
 
-def announce(
-    settings: Settings, configuration: Configuration, bound: socket.socket, say: Callable[[str], None]
-) -> None:
+def announce(settings: Settings, configuration: Configuration, ports: Ports, say: Callable[[str], None]) -> None:
     """The broker takes events in: people know from `say`, systemd as sd_notify(3) has it."""
-    say(_welcome(settings, configuration, *bound.getsockname()[:2]))
+    say(_welcome(settings, configuration, ports))
     if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.connect(f"\0{address[1:]}" if address.startswith("@") else address)
             systemd.sendall(b"READY=1")
 
 
-def _welcome(settings: Settings, configuration: Configuration, host: str, port: int) -> str:
+def _welcome(settings: Settings, configuration: Configuration, ports: Ports) -> str:
     """What a person needs to know of a broker that serves, and the line to try it with."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only to name another
-    reachable = f"[{reachable}]" if ":" in reachable else reachable
-    url = f"{'http' if settings.tls_cert is None else 'https'}://{reachable}:{port}/"
+    url = f"{'http' if settings.tls_cert is None else 'https'}://{_shown(ports.events)}/"
     info = _backend(settings).info()
     lines = [f"Broker takes CloudEvents at {url}", f"  log: schema {info.schema}, {info.server}"]
+    if ports.admin is not None:
+        lines.append(f"  probes and metrics: http://{_shown(ports.admin)}/healthz, /readyz and /metrics")
     for name, trigger in configuration.triggers.items():
         target = "no target URL" if trigger.target.url is None else delivery.shown(trigger.target.url)
         lines.append(f"  trigger: {name} -> {target}")
@@ -377,3 +416,10 @@ def _welcome(settings: Settings, configuration: Configuration, host: str, port: 
     data = shlex.quote('{"hello": "world"}')
     lines.append(f"Try: curl -i {url} {options} -d {data}")
     return "\n".join(lines)
+
+
+def _shown(bound: socket.socket) -> str:
+    """Host and port, as a URL has them, by which this machine reaches a socket."""
+    host, port = bound.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only to name another
+    return f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"

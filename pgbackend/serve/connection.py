@@ -26,7 +26,7 @@ import resource
 from collections import deque
 from collections.abc import Sized
 from http import HTTPStatus
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import httptools
 from uvicorn.config import Config
@@ -36,6 +36,9 @@ from uvicorn.server import ServerState
 
 from pgbackend.serve.clients import Budget
 from pgbackend.serve.ingest import STOPPING, Ingest, Problem, come_back
+
+if TYPE_CHECKING:
+    from pgbackend.serve.admin import Admin
 
 _HEAD_BYTES = 1 << 16
 _HEADERS = 500
@@ -119,7 +122,7 @@ class Connection(HttpToolsProtocol):
         self._address = address
         self._admitted = admitted
         self._state = state
-        self._ingest = cast("Ingest", config.app)
+        self._ingest = cast("Ingest | Admin", config.app)
         self._queued_heads: deque[int] = deque()
         """The memory that each request of `pipeline` takes besides its body."""
 

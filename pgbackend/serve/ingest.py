@@ -110,6 +110,7 @@ class Problem(Exception):  # noqa: N818 - an answer, not an error
 
 
 _RETRY = (b"retry-after", b"1")
+_READ = (b"allow", b"GET, HEAD")
 
 
 def come_back(detail: str) -> Problem:
@@ -122,7 +123,10 @@ _FULL = "The broker holds as many events as it can, of all or of this address. N
 
 
 class Ingest:
-    """The ASGI application. `backend` must be initialized; `auth` says who may send."""
+    """The ASGI application. `backend` must be initialized; `auth` says who may send.
+
+    `has_admin`: the metrics are at the admin port, and no longer here.
+    """
 
     def __init__(
         self,
@@ -132,8 +136,10 @@ class Ingest:
         limits: Limits | None = None,
         metrics: "Metrics | None" = None,
         tracing: "Tracing | None" = None,
+        has_admin: bool = False,
     ) -> None:
         self._backend = backend
+        self._has_admin = has_admin
         self._authorize = _authorizer(auth or IngestAuth())
         self._limits = limits or Limits()
         self._metrics = metrics
@@ -176,11 +182,20 @@ class Ingest:
             elif method == "OPTIONS":
                 await _write(send, 200, b"", *_allowed(scope))
             else:
-                await self._tell(scope, send)
+                await self._tell(scope, send, is_admin=False)
         except Problem as problem:
             await self._refuse(send, problem, counts=method == "POST")
         except Exception as error:  # noqa: BLE001 - a bug must answer too, and leave its trace
             await self._refuse(send, _failure(error), counts=True)
+
+    async def tell(self, scope: Message, send: Send) -> None:
+        """A request to the admin port is answered."""
+        try:
+            await self._tell(scope, send, is_admin=True)
+        except Problem as problem:
+            await self._refuse(send, problem, counts=False)
+        except Exception as error:  # noqa: BLE001 - as above
+            await self._refuse(send, _failure(error), counts=False)
 
     # Taking events in
 
@@ -322,10 +337,12 @@ class Ingest:
 
     # Telling how things are
 
-    async def _tell(self, scope: Message, send: Send) -> None:
+    async def _tell(self, scope: Message, send: Send, *, is_admin: bool) -> None:
         """Answer a GET or a HEAD, and methods that nobody knows."""
         path = scope["path"]
         if scope["method"] not in ("GET", "HEAD"):
+            if is_admin:
+                raise Problem(405, "This port takes no events. Send them to the broker's other port.", _READ)
             said = f"{scope['method']} is not understood. Events are sent by POST."
             raise Problem(405, said, (b"allow", _methods(path)))
         if path == "/healthz":
@@ -335,7 +352,7 @@ class Ingest:
             if wrong is not None:
                 raise come_back(wrong)
             await _write(send, 200, b'{"ok": "true"}', _JSON)
-        elif path == "/metrics" and self._metrics is not None:
+        elif path == "/metrics" and (is_admin or not self._has_admin) and self._metrics is not None:
             accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), None)
             body, content_type = await self._metrics.exposition(accept)
             await _write(send, 200, body, (b"content-type", content_type.encode()))

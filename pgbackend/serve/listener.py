@@ -13,12 +13,14 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterator, MutableSequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import uvicorn
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError
+from pgbackend.serve.admin import Admin
 from pgbackend.serve.clients import address_of
 from pgbackend.serve.connection import Connection, State, limit_of_connections
 from pgbackend.serve.ingest import Ingest
@@ -30,14 +32,31 @@ _LINGER = 0.5
 """Seconds that idle connections stay when the broker stops: what their clients are just sending is taken."""
 _GRACE = 3.0
 """Seconds that requests which are still arriving get when the broker stops."""
+_ADMINS = 200
+"""Connections to the admin port."""
 _SLACK = 2
 """Connections that a process may have more than another that shares its port, without leaving the next ones to it."""
 _COURTESY = 0.01
 """Seconds that it leaves them to the others; who waits then is taken by whoever is there."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to that address, not listening yet. Raises ConfigError when that cannot be."""
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The sockets that a broker serves on."""
+
+    events: socket.socket
+    admin: socket.socket | None = None
+
+    def close(self) -> None:
+        for bound in filter(None, (self.events, self.admin)):
+            bound.close()
+
+
+def bind(host: str, port: int, *, option: str = "--port") -> socket.socket:
+    """A socket bound to that address, not listening yet. Raises ConfigError when that cannot be.
+
+    `option`: what to choose another port with.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # Where a name has both, IPv4 first: it is what clients try that know only one.
@@ -50,16 +69,16 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise _no_port(host, port, error) from None
+        raise _no_port(host, port, option, error) from None
     bound.setblocking(False)
     return bound
 
 
-def _no_port(host: str, port: int, error: OSError) -> ConfigError:
+def _no_port(host: str, port: int, option: str, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRNOTAVAIL:
         return ConfigError(f"Host {host!r} is no address of this machine. Choose another with --host.")
     reason = "it is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error)).lower()
-    return ConfigError(f"Cannot listen on port {port} of {host}: {reason}. Choose another with --port.")
+    return ConfigError(f"Cannot listen on port {port} of {host}: {reason}. Choose another with {option}.")
 
 
 class Share:
@@ -89,10 +108,11 @@ class Listener:
     """Serves `app` on a bound socket until `stop()`; takes over the socket."""
 
     def __init__(
-        self, app: Ingest, bound: socket.socket, *, tls: TLS | None = None, share: Share | None = None
+        self, app: Ingest | Admin, bound: socket.socket, *, tls: TLS | None = None, share: Share | None = None
     ) -> None:
         self._app = app
         self._socket = bound
+        self._option = "--admin-port" if isinstance(app, Admin) else "--port"
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -117,7 +137,7 @@ class Listener:
             await self._server.serve(sockets=[self._socket])
         except OSError as error:
             host, port = self._socket.getsockname()[:2]
-            raise _no_port(host, port, error) from None
+            raise _no_port(host, port, self._option, error) from None
         finally:
             await self._server.stop_accepting()
 
@@ -139,9 +159,10 @@ class Listener:
 class _Server(uvicorn.Server):
     """Uvicorn's, but that signals are the broker's, and that connections are looked after from the accept on."""
 
-    def __init__(self, config: uvicorn.Config, app: Ingest, tls: TLS | None, share: Share | None) -> None:
+    def __init__(self, config: uvicorn.Config, app: Ingest | Admin, tls: TLS | None, share: Share | None) -> None:
         super().__init__(config)
-        self.server_state: State = State(limit_of_connections())
+        limit = limit_of_connections()
+        self.server_state: State = State(min(limit, _ADMINS) if isinstance(app, Admin) else limit)
         self.accepting = asyncio.Event()
         self._app = app
         self._tls = tls

@@ -5,9 +5,10 @@
                              ▼  └─ a new worker, after a wait
                             died
 
-The supervisor binds the port and touches no event; each worker is a whole broker on the shared socket, and leases
-decide which of them delivers what. Its promise: while one worker lives, nobody is refused; a restart refuses nobody and
-loses no request; when the supervisor itself is killed, its workers drain and end.
+The supervisor binds the ports and touches no event; each worker is a whole broker on the shared sockets, and leases
+decide which of them delivers what. Any worker answers at the admin port, for all of them. The promise: while one worker
+lives, nobody is refused; a restart refuses nobody and loses no request; when the supervisor itself is killed, its
+workers drain and end.
 
 A worker is spawned, never forked: a fork would inherit an event loop. It gets its settings through a pipe, since a
 command line can be read by everybody, tells through another that it listens or why it cannot, and sees the supervisor's
@@ -24,11 +25,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from socket import socket
 
 import uvloop
 
@@ -37,7 +37,7 @@ from pgbackend.database import Backoff
 from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.serve import app, counted, logs, metrics
 from pgbackend.serve.app import Orders, Settings
-from pgbackend.serve.listener import Share, bind
+from pgbackend.serve.listener import Ports, Share
 from pgbackend.serve.reload import says_once
 
 DRAIN_TIMEOUT = 50.0
@@ -63,9 +63,9 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
             f"{settings.config} can be read only once, and each worker reads it: give a file, or --config-inline."
         )
     configuration = app.configuration_of(settings)
-    bound = bind(settings.host, settings.port)
-    supervisor = Supervisor(settings, bound)
-    with bound, counted.new_directory() as directory:
+    ports = app.bind_ports(settings)
+    supervisor = Supervisor(settings, ports)
+    with closing(ports), counted.new_directory() as directory:
         # Before the first worker starts: that they count together is decided when they import `metrics`.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
 
@@ -76,15 +76,15 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
         with app.obeying_signals(at_once=at_once) as orders:
             if settings.dsn is None:
                 say(app.embedded_notice(settings))
-            await supervisor.run(orders, lambda: app.announce(settings, configuration, bound, say))
+            await supervisor.run(orders, lambda: app.announce(settings, configuration, ports, say))
 
 
 class Supervisor:
-    """Keeps `settings.workers` workers on `bound`."""
+    """Keeps `settings.workers` workers on `ports`."""
 
-    def __init__(self, settings: Settings, bound: socket) -> None:
+    def __init__(self, settings: Settings, ports: Ports) -> None:
         self._settings = settings
-        self._bound = bound
+        self._ports = ports
         self._alive: set[_Worker] = set()
         # Twice as many: a worker that drains and its successor live at the same time.
         self._connections = _spawn.RawArray("i", [Share.NOBODY] * (2 * settings.workers))
@@ -98,7 +98,7 @@ class Supervisor:
             task.cancel()
         await asyncio.wait({stopped, keeping})
         # Before the workers end: who comes from then on is refused, and does not queue for nobody.
-        self._bound.close()
+        self._ports.close()
         undrained = await self._drain()
         if not keeping.cancelled():
             keeping.result()
@@ -165,7 +165,7 @@ class Supervisor:
         taken = {worker.number for worker in self._alive}
         number = next(number for number in range(len(self._connections)) if number not in taken)
         try:
-            worker = _Worker(self._settings, self._bound, Share(self._connections, number), number)
+            worker = _Worker(self._settings, self._ports, Share(self._connections, number), number)
         except OSError as error:
             # Out of memory, processes or files. That may pass, and the other workers go on.
             raise PgBackendError(f"A worker process cannot be made: {error.strerror}.") from error
@@ -228,11 +228,11 @@ class _Place:
 class _Worker:
     """The supervisor's end of one worker. It runs from the beginning."""
 
-    def __init__(self, settings: Settings, bound: socket, share: Share, number: int) -> None:
+    def __init__(self, settings: Settings, ports: Ports, share: Share, number: int) -> None:
         self.number = number
         self._born = time.monotonic()
         self._reports, theirs = _spawn.Pipe(duplex=False)
-        self._process = _spawn.Process(target=_work, args=(settings, bound, share, theirs))
+        self._process = _spawn.Process(target=_work, args=(settings, ports, share, theirs))
         # Before the mask is set: starting the tracker takes it away.
         resource_tracker.ensure_running()
         # A worker is born deaf to the SIGINT that a terminal sends to everyone: its supervisor tells it what to do.
@@ -294,7 +294,7 @@ async def _readable(file: int) -> None:
 # In the worker
 
 
-def _work(settings: Settings, bound: socket, share: Share, reports: Connection) -> None:
+def _work(settings: Settings, ports: Ports, share: Share, reports: Connection) -> None:
     """A worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -305,7 +305,7 @@ def _work(settings: Settings, bound: socket, share: Share, reports: Connection) 
             counted.held(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            runner.run(_serve(settings, bound, share, reporting))
+            runner.run(_serve(settings, ports, share, reporting))
     except PgBackendError as error:
         reporting.problem(error)
         sys.exit(1)
@@ -331,9 +331,9 @@ class _Reporting:
             self._connection.send(problem)
 
 
-async def _serve(settings: Settings, bound: socket, share: Share, reporting: _Reporting) -> None:
+async def _serve(settings: Settings, ports: Ports, share: Share, reporting: _Reporting) -> None:
     with _orders() as orders:
-        await app.run(settings, app.configuration_of(settings), bound, orders, reporting.listening, share=share)
+        await app.run(settings, app.configuration_of(settings), ports, orders, reporting.listening, share=share)
 
 
 @contextmanager
