@@ -20,6 +20,7 @@ Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up 
 import asyncio
 import inspect
 import logging
+from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
@@ -28,7 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from uuid import uuid4
 
-from pgbackend import facts, schema
+from pgbackend import facts, schema, sockets
 from pgbackend.appender import Appender
 from pgbackend.database import Backoff, Database
 from pgbackend.dsn import describe_dsn, normalize_dsn
@@ -130,7 +131,9 @@ class Backend:
     ...         await backend.subscribe("billing", print)
     ...         await backend.produce(event)
 
-    Safe for all tasks of one event loop, not for several threads.
+    It belongs to the event loop and the process in which `init()` runs. There it is safe for all tasks. From other
+    threads, such as those that plain functions run in, use `asyncio.run_coroutine_threadsafe(backend.produce(event),
+    loop)`. Any other use raises PgBackendError at once; after a fork, and in each `asyncio.run()`, make a new one.
     """
 
     def __init__(
@@ -210,6 +213,9 @@ class Backend:
         self._channel = channel(schema)
         self._registrations: dict[str, Registration] = {}
         self._hints = Hints()
+        self._home: asyncio.AbstractEventLoop | None = None
+        """The event loop that it belongs to, since `init()`."""
+        self._forks = sockets.forks()
         self._one_init = asyncio.Lock()
         self._parts: _Parts | None = None
         self._notifying: asyncio.Task[None] | None = None
@@ -247,11 +253,21 @@ class Backend:
         does not answer or is a standby (its `sqlstate` is 25006 then), SchemaError when the tables are behind (with
         `migrate=False`) or ahead of this version, or cannot be trusted: the sequence is behind its events.
         """
+        self._check_home()
+        home = self._home = asyncio.get_running_loop()
+        self._forks = sockets.forks()
         async with self._one_init:
             if self._stopped:
                 raise NotRunningError("This backend was stopped. Make a new one.")
             if self._parts is None:
-                await self._init(migrate=migrate)
+                # A try before this one may have failed.
+                self._home = home
+                try:
+                    await self._init(migrate=migrate)
+                except BaseException:
+                    # Nothing is open: it may be tried again in another loop.
+                    self._home = None
+                    raise
 
     async def _init(self, *, migrate: bool) -> None:
         name, settings = self._settings.schema, self._settings
@@ -379,6 +395,7 @@ class Backend:
 
         First dispatching, as `start()` says; then events being produced; then connections. Safe at any time, and again.
         """
+        self._check_home()
         self._stop.set()
         self._stopped = True
         if self._running is not None:
@@ -725,7 +742,25 @@ class Backend:
         if not all_ok(checks):
             raise ProbeError(" ".join(text for text in checks.values() if text != "ok"), checks=checks)
 
+    def _check_home(self) -> None:
+        """Raises PgBackendError when this is not the event loop in which `init()` ran, or not its process."""
+        # In a forked child no loop counts as running, not even one that the fork happened in.
+        home = self._home
+        if home is None or home is _get_running_loop():
+            return
+        if self._forks != sockets.forks():
+            where = "the process that this one was forked from. Make a new Backend here"
+        elif home.is_closed():
+            where = "an event loop that is closed. Make a new Backend in each `asyncio.run()`"
+        else:
+            where = "another event loop, the one in which `init()` ran"
+        raise PgBackendError(
+            f"This Backend belongs to {where}. From other threads, hand calls to its loop with "
+            "`asyncio.run_coroutine_threadsafe(call, loop)`."
+        )
+
     def _use(self) -> "_Parts":
+        self._check_home()
         if self._parts is None:
             raise NotRunningError(
                 "This backend was stopped. Make a new one."

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
-from pgbackend import facts
+from pgbackend import facts, sockets
 from pgbackend.dsn import Host, Target
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.sql import load
@@ -152,6 +152,7 @@ class Database:
         self._target = Target.of(dsn)
         self._listen_target = Target.of(listen_dsn) if listen_dsn else self._target
         self._pool_size = pool_size
+        self._forks = sockets.forks()
         # A name that the DSN gives its connections stays: it tells people whose they are.
         self._name = self._target.application_name or name
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -199,6 +200,10 @@ class Database:
         Raises ConnectionLostError, after `timeout` seconds at the latest, when none of the hosts is a primary now; its
         `sqlstate` is 25006 when one of them is a standby.
         """
+        if self._forks != sockets.forks():
+            raise ConnectionLostError(
+                "This process was forked from the one that the Backend belongs to. Make a new Backend in it."
+            )
         return await self._connect_first(self._listen_target if direct else self._target, timeout)
 
     async def _connect_first(self, target: Target, timeout: float) -> Connection:
@@ -295,6 +300,7 @@ class Database:
         return pooled
 
     async def _dial(self, target: Target, host: Host | None, **options: Any) -> Connection:
+        loop = sockets.Loop()
         connection: Connection = await asyncpg.connect(  # type: ignore[call-overload] # it takes the text, too
             target.dsn,
             host=host.name if host else None,
@@ -302,8 +308,11 @@ class Database:
             timeout=CONNECT_TIMEOUT,
             target_session_attrs="any",
             server_settings={"application_name": self._name},
+            loop=loop,
             **options,
         )
+        # It looks up its own tasks by their loop.
+        connection._loop = loop.running  # type: ignore[attr-defined] # noqa: SLF001 - asyncpg has no other way
         return connection
 
     async def _prepare(self, connection: Connection) -> None:
