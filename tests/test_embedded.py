@@ -6,13 +6,16 @@ import pwd
 import random
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -313,13 +316,13 @@ async def test_an_initialization_that_was_killed_is_begun_anew(tmp_path: Path) -
         server = _server(directory)
         starting = asyncio.create_task(server.start())
 
-        def is_at_work(directory: Path = directory, starting: asyncio.Task[str] = starting) -> bool:
-            return any((directory / "postgresql").glob("data.new-*/base")) or starting.done()
+        def is_at_work(directory: Path = directory) -> bool:
+            return any((directory / "postgresql").glob("data.new-*/*"))
 
-        await _until("initdb works", is_at_work)
+        await _until("initdb works", lambda: is_at_work() or starting.done())  # noqa: B023 - awaited at once
         for keeper in keepers(directory):
             os.kill(keeper, signal.SIGKILL)
-        killed_in_time = any((directory / "postgresql").glob("data.new-*/base"))
+        killed_in_time = is_at_work()
         try:
             await starting
         except EmbeddedServerError as error:
@@ -333,6 +336,44 @@ async def test_an_initialization_that_was_killed_is_begun_anew(tmp_path: Path) -
     async with _server(directory) as server:
         await _write(server.dsn, 1)
     assert not list((directory / "postgresql").glob("data.new-*"))
+
+
+async def test_what_a_killed_initialization_left_is_deleted_at_any_start(tmp_path: Path) -> None:
+    async with _server(tmp_path):
+        pass
+    left = tmp_path / "postgresql/data.new-killed"
+    (left / "base").mkdir(parents=True)
+    for path in (left, left / "base"):
+        os.chown(path, left.parent.stat().st_uid, -1)
+    async with _server(tmp_path):
+        assert not list((tmp_path / "postgresql").glob("data.new-*"))
+
+
+@as_root
+async def test_what_a_killed_keeper_left_in_the_directory_of_root_is_deleted(tmp_path: Path) -> None:
+    left = Path(tempfile.mkdtemp(dir="/var/lib/pgbackend/initdb"))
+    async with _server(tmp_path):
+        assert not left.exists()
+
+
+@pytest.mark.parametrize("former", [False, True], ids=["new", "of a former version"])
+async def test_by_tcp_nobody_comes_in_without_a_password(tmp_path: Path, *, former: bool) -> None:
+    if former:
+        async with _server(tmp_path):
+            pass
+        rules = tmp_path / "postgresql/data/pg_hba.conf"
+        rules.write_text(rules.read_text().replace("scram-sha-256\n", "trust\n"))
+        assert rules.read_text().count("trust\n") >= 6
+    address = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}.1"
+    settings = {"fsync": "off", "listen_addresses": address}
+    async with EmbeddedServer(tmp_path, settings=settings) as server:
+        await _query(server.dsn, "select 1")
+        startup = b"\0\3\0\0user\0postgres\0database\0postgres\0\0"
+        with socket.create_connection((address, 5432), source_address=("127.0.0.1", 0)) as connection:
+            connection.sendall((len(startup) + 4).to_bytes(4, "big") + startup)
+            answer = connection.recv(9)
+        assert answer[:1] == b"R"
+        assert int.from_bytes(answer[5:9], "big") == 10  # a password is asked for
 
 
 async def test_interrupting_a_user_leaves_the_server_alone(tmp_path: Path) -> None:
@@ -401,6 +442,48 @@ async def test_a_child_of_a_fork_is_no_user(tmp_path: Path) -> None:
     finally:
         let_go.set()
         await asyncio.to_thread(child.join)
+
+
+async def test_a_child_that_is_forked_while_a_lock_is_opened_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler may fork at any moment: here, in another thread, right after each open()."""
+    children: list[int] = []
+    slow = threading.Thread(target=lambda: None)
+    let_go, held = os.pipe()
+    opened = os.open
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            os.close(held)
+            os.read(let_go, 1)
+            os._exit(0)
+        children.append(child)
+
+    def open_and_fork(*args: Any, **named: Any) -> int:
+        nonlocal slow
+        fd = opened(*args, **named)
+        if args[0] == "users" and not slow.is_alive():
+            slow = threading.Thread(target=fork)
+            slow.start()
+            slow.join(0.3)  # it may have to wait for us
+        return fd
+
+    server = _server(tmp_path)
+    monkeypatch.setattr(os, "open", open_and_fork)
+    try:
+        await server.start()
+        monkeypatch.undo()
+        slow.join()
+        assert children
+        await server.stop()
+        assert not processes(tmp_path)
+    finally:
+        os.close(held)
+        for child in children:
+            await asyncio.to_thread(os.waitpid, child, 0)
+        os.close(let_go)
 
 
 @pytest.mark.parametrize(
@@ -478,6 +561,99 @@ async def test_as_root_it_runs_as_the_owner_of_the_directory(tmp_path: Path) -> 
         await _query(server.dsn, "select 1")
         assert Path(f"/proc/{postmaster(owned)}").stat().st_uid == _uid("nobody")
     assert {path.stat().st_uid for path in (owned / "postgresql/data").rglob("*")} == {_uid("nobody")}
+
+
+@as_root
+@pytest.mark.parametrize("owner", [65533, 65534], ids=["number", "account"])
+async def test_as_root_a_link_placed_during_initdb_leads_nowhere(tmp_path: Path, owner: int) -> None:
+    owned, roots = tmp_path / "owned", tmp_path / "roots"
+    for directory in (owned, roots, roots / "sub"):
+        directory.mkdir()
+    for name in ("shadow", "sub/keys"):
+        (roots / name).write_text("root only")
+    os.chown(owned, owner, owner)
+    starting = asyncio.create_task(_server(owned).start())
+    await _until("initdb works", lambda: any(owned.glob("postgresql/data.new-*")) or starting.done())
+    [new] = owned.glob("postgresql/data.new-*")
+    new.rename(f"{new}.moved")
+    new.symlink_to(roots)
+    with pytest.raises(EmbeddedServerError):
+        await starting
+    await _no_server_is_left(owned)
+    assert {path.stat().st_uid for path in (roots, *roots.rglob("*"))} == {0}
+    assert {path.name for path in roots.rglob("*")} == {"shadow", "sub", "keys"}
+
+
+@as_root
+async def test_as_root_a_home_that_becomes_a_link_leads_nowhere(tmp_path: Path) -> None:
+    owned, roots = tmp_path / "owned", tmp_path / "roots"
+    owned.mkdir()
+    roots.mkdir()
+    os.chown(owned, 65533, 65533)
+    server = _server(owned)
+    await server.start()
+    (owned / "postgresql").rename(owned / "moved")
+    (owned / "postgresql").symlink_to(roots)
+    await server.stop()
+    assert not list(roots.iterdir())
+    with pytest.raises(EmbeddedServerError, match="Not a directory"):
+        await _server(owned).start()
+    assert not list(roots.iterdir())
+
+
+@as_root
+async def test_as_root_what_lies_in_a_directory_belongs_to_its_owner_from_the_beginning(tmp_path: Path) -> None:
+    owned = tmp_path / "owned"
+    owned.mkdir()
+    os.chown(owned, 65533, 0)
+    async with _server(owned / "a" / "b") as server:
+        await _query(server.dsn, "select 1")
+        assert Path(f"/proc/{postmaster(owned / 'a/b')}").stat().st_uid == 65533
+        assert Path(f"/proc/{postmaster(owned / 'a/b')}").stat().st_gid != 0
+        made = {*owned.rglob("*")}
+        assert {path.lstat().st_uid for path in made} == {65533}
+        assert not {path.lstat().st_gid for path in made} & {0}
+
+
+@as_root
+@pytest.mark.parametrize("name", ["data", "users", "run"])
+async def test_as_root_a_link_in_the_home_is_refused(tmp_path: Path, name: str) -> None:
+    owned, roots = tmp_path / "owned", tmp_path / "roots"
+    owned.mkdir()
+    roots.mkdir()
+    (roots / "PG_VERSION").write_text("18\n")
+    os.chown(owned, 65533, 65533)
+    async with _server(owned):
+        pass
+    link = owned / "postgresql" / name
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        link.rename(f"{link}.moved")
+    link.symlink_to(roots)
+    before = roots.stat()
+    if name == "run":  # the owner makes another
+        async with _server(owned) as server:
+            await _query(server.dsn, "select 1")
+    else:
+        with pytest.raises(EmbeddedServerError):
+            await _server(owned).start()
+    assert [path.name for path in roots.iterdir()] == ["PG_VERSION"]
+    assert (before.st_uid, before.st_mode, before.st_mtime) == (0, roots.stat().st_mode, roots.stat().st_mtime)
+
+
+@as_root
+async def test_as_root_a_home_that_a_stranger_made_is_refused(tmp_path: Path) -> None:
+    public = tmp_path / "public"
+    public.mkdir()
+    public.chmod(0o1777)
+    (public / "postgresql").mkdir(mode=0o700)
+    os.chown(public / "postgresql", 65533, 65533)
+    with pytest.raises(EmbeddedServerError, match="anybody could have made it"):
+        await _server(public).start()
+    os.chown(public, 65532, 65532)
+    with pytest.raises(EmbeddedServerError, match="belongs to user 65533, not to 65532"):
+        await _server(public).start()
 
 
 @as_root
@@ -571,6 +747,35 @@ def test_the_default_directory_is_where_this_users_data_belongs(monkeypatch: pyt
     else:
         monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
         assert default_directory() == Path("/somewhere/pgbackend")
+
+
+def test_a_user_without_a_home_is_told_to_name_a_directory() -> None:
+    """As in a container that runs under any number: no HOME, no line in the password file."""
+    program = """
+import os, sys
+from pgbackend.embedded import EmbeddedServer, default_directory
+from pgbackend.errors import EmbeddedServerError
+import platformdirs, platformdirs.unix
+os.environ.pop("HOME", None)
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(54321)
+    os.setuid(54321)
+else:
+    import pwd
+    def unknown(_): raise KeyError
+    pwd.getpwuid = unknown
+for attempt in (default_directory, lambda: EmbeddedServer("~/data"), lambda: EmbeddedServer("~nobody-of-this-name/x")):
+    try:
+        sys.exit(f"found {attempt()}")
+    except EmbeddedServerError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 3
 
 
 def test_without_the_wheel_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
