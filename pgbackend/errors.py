@@ -20,7 +20,11 @@ Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; mes
     └── ProbeError
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from decimal import Decimal
+from numbers import Real
 
 _PRINTED_BITS = 128
 
@@ -34,6 +38,27 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > _PRINTED_BITS:
         return f"an integer of {value.bit_length()} bits"
     return f"{value!r:.100}"
+
+
+def seconds_of(delay: object) -> float:
+    """A delay in any of its usual forms as seconds. Raises ConfigError for what is no finite number.
+
+    >>> seconds_of("60"), seconds_of(timedelta(minutes=1)), seconds_of(Decimal("0.5"))
+    (60.0, 60.0, 0.5)
+    """
+    seconds = math.nan
+    try:
+        if isinstance(delay, timedelta):
+            seconds = delay.total_seconds()
+        elif not isinstance(delay, bool) and isinstance(delay, str | Decimal | Real):
+            seconds = float(delay)
+    except (ValueError, OverflowError):
+        pass
+    if not math.isfinite(seconds):
+        raise ConfigError(
+            f"delay is {shown(delay)}: expected a finite number of seconds, also as text, or a timedelta."
+        )
+    return seconds
 
 
 def _rebuilt(kind: type[Exception], args: tuple[object, ...], fields: dict[str, object]) -> Exception:
@@ -159,13 +184,18 @@ class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a dispatcher: failed, and not to be tried again within `delay` seconds.
 
     Counts as an attempt. The wait is the longer of `delay` and what the policy says, up to the policy's `max_delay`.
+
+    `delay` may also be a timedelta, a Decimal, or a number as text, as a Retry-After header has it. It becomes a float.
+    Raises ConfigError for anything else.
     """
 
     __reduce__ = _reduce
 
-    def __init__(self, reason: str, *, delay: float, details: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, reason: str, *, delay: float | str | Decimal | timedelta, details: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(reason)
-        self.delay = delay
+        self.delay = seconds_of(delay)
         self.details = dict(details or {})
 
 

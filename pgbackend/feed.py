@@ -34,11 +34,13 @@ class Feed:
         take_run: Callable[[Sequence[Event]], None],
         let_go: Callable[[int, int], None],
         waiting: Collection[int],
+        passes: Callable[[Event], bool],
     ) -> None:
         """`take`, `take_run`: given what the window has taken on.
 
         `let_go`: given the first position of what is refused or skipped, and the first behind it.
         `waiting`: events that failed under a former owner, and have not been begun or let go since.
+        `passes`: whether the filter lets an event through.
         """
         self._registration = registration
         self._shard = shard
@@ -49,6 +51,7 @@ class Feed:
         self._take_run = take_run
         self._let_go = let_go
         self._waiting = waiting
+        self._passes = passes
         self._room: asyncio.Future[None] | None = None
         self.waits = False
         """Whether it waits for room in the window."""
@@ -128,7 +131,7 @@ class Feed:
             refused = picky and (
                 (shards > 1 and event.key_hash % shards != shard)
                 or (bounded and self._is_before_start(event))
-                or (registration.filter is not None and not registration.passes(event))
+                or (registration.filter is not None and not self._passes(event))
             )
             if not refused and not window.fits(batch.sizes[index]):
                 # There may be a filter after that.
@@ -164,7 +167,7 @@ class Feed:
         health = self._registration.health
         while not self._shard.window.fits(size):
             await self._until_room()
-        return health is self._registration.health or self._registration.passes(event)
+        return health is self._registration.health or self._passes(event)
 
     async def _until_room(self) -> None:
         self._room = asyncio.get_running_loop().create_future()

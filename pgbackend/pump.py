@@ -3,7 +3,8 @@
 States of an event in a pump, with what moves it on:
 
     read ──filter, start or shard says no──▶ skipped
-     │   ╰──behind the end──▶ pending, until the end is another one
+     │   ├──behind the end──▶ pending, until the end is another one
+     │   ╰──filter fails, or is not asked yet──▶ in doubt: dispatched like a retry, and the filter is asked just before
      │ admit: the window has room
      ▼
     ready ──────── a worker takes it ──────▶ dispatching ──returns──▶ settled
@@ -28,23 +29,25 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from datetime import datetime
 from time import monotonic
+from typing import Any
 
 from pgbackend import facts
 from pgbackend.care import Care, ProcessDied
 from pgbackend.database import Backoff
 from pgbackend.due import Due
-from pgbackend.errors import DatabaseError, Pause, Reject, RetryAfter
+from pgbackend.errors import DatabaseError
 from pgbackend.event import Event
-from pgbackend.failures import describe, details_of, message_of
+from pgbackend.failures import Thrown, describe, leave_process
 from pgbackend.feed import Feed, settle_all
 from pgbackend.health import TargetHealth
 from pgbackend.lanes import Lanes, sift
 from pgbackend.model import Failure
 from pgbackend.ranges import RangeSet
-from pgbackend.registration import Registration
+from pgbackend.registration import Registration, complete
 from pgbackend.shard import (
     Buried,
     DueRequest,
@@ -131,12 +134,17 @@ class Pump:
         self._timers: dict[asyncio.TimerHandle, _Again] = {}
         self._active: dict[int, Event] = {}
         """What is being dispatched, by slot."""
+        self._doubts: set[int] = set()
+        """Positions of events that the filter has not decided on."""
         self._quiet: asyncio.Event = asyncio.Event()
         self._stopping = False
         self._holds = 0
         """How many want nothing begun for now."""
         self._halted = False
         """Whether nothing is begun: it is stopping, or somebody holds it."""
+        self._ended = False
+        """Whether what still runs of it is being cancelled."""
+        self._runner: asyncio.Task[Any] | None = None
         self._feed = Feed(
             registration=registration,
             shard=shard,
@@ -146,6 +154,7 @@ class Pump:
             take_run=self._make_run_ready,
             let_go=self._forget_waiting,
             waiting=self._waiting,
+            passes=self._passes,
         )
         self._feeding: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -159,6 +168,7 @@ class Pump:
         if self._stopping:
             return
         name = self.shard.name
+        self._runner = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             if not self._lease.complete:
@@ -171,6 +181,7 @@ class Pump:
                 await asyncio.get_running_loop().create_future()
             finally:
                 # Before its workers are cancelled: one whose dispatcher swallows that finds it here, and ends.
+                self._ended = True
                 self._begin_no_more()
 
     def hold(self) -> None:
@@ -300,7 +311,9 @@ class Pump:
     def _make_ready(self, event: Event) -> None:
         """Queue an event, or park it behind its key, or hold it back until its noted time has come."""
         # First its lane: a late event of the same one may have it, and what was noted waits until it is free.
-        if self._ordered and (not self._lanes.enter(event) or self._hold_back(event)):
+        if self._ordered and not self._lanes.enter(event):
+            return
+        if self._hold_back(event):
             return
         self._ready.append(event)
         if len(self._ready) == 1:
@@ -320,9 +333,17 @@ class Pump:
             self._wake()
 
     def _hold_back(self, event: Event) -> bool:
-        """Whether the event has failed under a former owner: then it comes when it is due."""
-        if not self._waiting or (before := self._waiting.pop(event.position, None)) is None:
-            return False
+        """Whether the event does not go straight on.
+
+        One that has failed under a former owner comes when it is due, and one in doubt goes the way of retries.
+        """
+        before = self._waiting.pop(event.position, None) if self._waiting else None
+        if before is None:
+            if event.position not in self._doubts:
+                return False
+            self._again.append(_Again(event, handed_over=False))
+            self._wake()
+            return True
         again = _Again(
             event.with_delivery(attempt=before.attempt + 1, failure=before.failure),
             handed_over=False,
@@ -337,18 +358,20 @@ class Pump:
         if self.registration.filter is None or self.shard.lost:
             return 0
         # Those behind a key first: what is let go in front of them makes the next one ready.
-        parked = self._lanes.sift(self.registration.passes)
+        parked = self._lanes.sift(self._passes)
         for event in parked:
             self._forget_waiting(event.position, event.position + 1)
             self.shard.window.settle(event.position)
-        gone = [_Again(event, handed_over=False) for event in sift(self._ready, self.registration.passes)]
+        gone = [_Again(event, handed_over=False) for event in sift(self._ready, self._passes)]
+        in_doubt = sift(self._ready, lambda event: event.position not in self._doubts)
+        self._again.extend(_Again(event, handed_over=False) for event in in_doubt)
         for queue in (self._again, self._letters):
-            refused = [again for again in queue if again.letter is None and not self.registration.passes(again.event)]
+            refused = [again for again in queue if again.letter is None and not self._passes(again.event)]
             for again in refused:
                 queue.remove(again)
             gone += refused
         for timer, again in list(self._timers.items()):
-            if not self.registration.passes(again.event):
+            if not self._passes(again.event):
                 timer.cancel()
                 del self._timers[timer]
                 gone.append(again)
@@ -358,6 +381,14 @@ class Pump:
             self._feed.make_room()
             self._note(self.shard)
         return len(parked) + len(gone)
+
+    def _passes(self, event: Event) -> bool:
+        """Whether the event is wanted, as far as is known by now: see `Registration.passes()`."""
+        if self._care.taken and self.registration.filter is not None:
+            # The filter may be what kills the process: it is asked after it is noted that the attempt has begun.
+            self._doubts.add(event.position)
+            return True
+        return self.registration.passes(event, self._doubts)
 
     def _forget_waiting(self, lower: int, upper: int) -> None:
         """These events are let go: should one have failed under a former owner, nobody is to try it again."""
@@ -385,7 +416,7 @@ class Pump:
             return
         self._due.begin(event, letter=letter)
         again = _Again(event, handed_over=True, letter=letter, begun=begun)
-        if letter is None and not self.registration.passes(event):
+        if letter is None and not self._passes(event):
             self._done(again, Forgotten(position=event.position))
             return
         self._queue_of(event).append(again)
@@ -425,38 +456,62 @@ class Pump:
     # Delivering: ready → dispatcher → settled.
 
     async def _work(self) -> None:
-        """A standing worker: takes one event after the other. A task an event would cost 6 µs each."""
-        shard, ready = self.shard, self._ready
-        while True:
-            if self._stopping:
-                return
-            health = self.registration.health
-            if self._spare < 0:
-                # Fewer are wanted now. Should it have been woken for something, another one does that.
-                self._spare += 1
-                self._wake_if_more()
-                return
-            if self._halted or health.paused is not None or not (ready or self._again or self._letters):
-                await self._wait()
-            elif not shard.may_dispatch():
-                # In doubt, not lost: the heartbeat says which within moments.
-                await asyncio.sleep(_LEASE_POLL)
-            elif self._letters:
-                again = self._letters.popleft()
-                self._wake_if_more()
-                await self._retry(again, probe=False)
-            elif health.down:
-                await self._probe()
-            elif self._again:
-                again = self._again.popleft()
-                self._wake_if_more()
-                await self._retry(again, probe=False)
-            elif self._care.taken:
-                await self._retry(_Again(ready.popleft(), handed_over=False), probe=False)
-            else:
-                await self._deliver()
+        """A standing worker: takes one event after the other. A task an event would cost 6 µs each.
 
-    async def _deliver(self) -> None:
+        It ends when fewer are wanted, and when a dispatcher has left something behind in its task. Then another one,
+        in a task of its own, goes on in its place.
+        """
+        task, context = _current_task(), self.registration.context
+        try:
+            while not self._stopping and self._spare >= 0 and not self._is_spent(task, context):
+                await self._work_once(task, context)
+        except asyncio.CancelledError:
+            if self._is_ending():
+                raise
+            # A dispatcher asked for it, and has returned since.
+        self._spare += 1
+        self._wake_if_more()
+
+    def _is_ending(self) -> bool:
+        """Whether a cancellation is meant for the pump: its own task is then cancelled before any deliverer runs."""
+        return self._ended or (self._runner is not None and self._runner.cancelling() > 0)
+
+    def _is_spent(self, task: "asyncio.Task[Any]", context: Context) -> bool:
+        """Whether the next event must not run in this task.
+
+        Its context is not what it was (copies that nobody has changed compare equal at once, in 0.1 µs), or it was
+        cancelled by a dispatcher or by something that this has left behind.
+        """
+        try:
+            return task.cancelling() > 0 or context is not self.registration.context or copy_context() != context
+        except Exception:  # noqa: BLE001 - comparing values of users' variables may raise anything
+            return True
+
+    async def _work_once(self, task: "asyncio.Task[Any]", context: Context) -> None:
+        """Do what is most urgent, or wait until there is something to do."""
+        shard, ready = self.shard, self._ready
+        health = self.registration.health
+        if self._halted or health.paused is not None or not (ready or self._again or self._letters):
+            await self._wait()
+        elif not shard.may_dispatch():
+            # In doubt, not lost: the heartbeat says which within moments.
+            await asyncio.sleep(_LEASE_POLL)
+        elif self._letters:
+            again = self._letters.popleft()
+            self._wake_if_more()
+            await self._retry(again, probe=False)
+        elif health.down:
+            await self._probe()
+        elif self._again:
+            again = self._again.popleft()
+            self._wake_if_more()
+            await self._retry(again, probe=False)
+        elif self._care.taken:
+            await self._retry(_Again(ready.popleft(), handed_over=False), probe=False)
+        else:
+            await self._deliver(task, context)
+
+    async def _deliver(self, task: "asyncio.Task[Any]", context: Context) -> None:
         """The straight way: dispatch what is ready, until something else wants to be done."""
         shard, window, tenure, feed = self.shard, self.shard.window, self.shard.tenure, self._feed
         ready, again, letters, active = self._ready, self._again, self._letters, self._active
@@ -479,12 +534,11 @@ class Pump:
             position = event.position
             active[position] = event
             try:
-                await dispatch(event)
-            except asyncio.CancelledError:
-                if _is_cancelled():
+                if (result := await dispatch(event)) is not None:
+                    await complete(result)
+            except BaseException as error:
+                if self._is_cut_off(error, task):
                     raise
-                self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), health)
-            except Exception as error:  # noqa: BLE001 - whatever a dispatcher raises is a failure of its event
                 self._fail(event, error, health)
             else:
                 if not shard.lost:
@@ -501,6 +555,19 @@ class Pump:
                 del active[position]
                 if not active and self.halted:
                     self._quiet.set()
+            try:
+                # As `_is_spent()`, which costs twice as much.
+                if task.cancelling() or copy_context() != context:
+                    return
+            except Exception:  # noqa: BLE001 - as there
+                return
+
+    def _is_cut_off(self, error: BaseException, task: "asyncio.Task[Any]") -> bool:
+        """Whether a dispatch ends because its deliverer does. Whatever else it ends with is a failure of its event."""
+        if issubclass(type(error), asyncio.CancelledError):
+            return self._is_ending()
+        # The interpreter closes a task that nobody runs any more.
+        return issubclass(type(error), GeneratorExit) and not _is_running(task)
 
     async def _wait(self) -> None:
         future = asyncio.get_running_loop().create_future()
@@ -521,7 +588,9 @@ class Pump:
         # Its tasks may be ending by now, and take in no more.
         if self._spare > 0 and self._tasks is not None and not self._halted:
             self._spare -= 1
-            self._tasks.create_task(self._work(), name=f"deliver {self.shard.name}")
+            self._tasks.create_task(
+                self._work(), name=f"deliver {self.shard.name}", context=self.registration.context.copy()
+            )
 
     def _wake_all(self) -> None:
         for _ in range(len(self._idle)):
@@ -574,6 +643,9 @@ class Pump:
             if not self._is_let_go(again, health):
                 self._put_back(again)
             return
+        except asyncio.CancelledError:
+            self._put_back(again)
+            raise
         try:
             if self._stopping or self._is_let_go(again, health):
                 return
@@ -592,7 +664,7 @@ class Pump:
                     self._care.handled(concurrency=self.registration.concurrency)
             except asyncio.CancelledError:
                 # This process ends, or its lease, and nobody can say that it was this event's doing.
-                self._record(noted or again, attempt=again.event.attempt - 1, begun=again.begun)
+                self._put_back(replace(again, noted=True, handed_over=again.handed_over or not self._ordered))
                 raise
             finally:
                 self._active.pop(again.slot, None)
@@ -603,7 +675,7 @@ class Pump:
 
     def _is_let_go(self, again: _Again, health: TargetHealth) -> bool:
         """Let an event go that is not wanted any more, if it was reconfigured since its target had this health."""
-        if health is self.registration.health or again.letter is not None or self.registration.passes(again.event):
+        if health is self.registration.health or again.letter is not None or self._passes(again.event):
             return False
         self._done(again, Forgotten(position=again.event.position))
         return True
@@ -679,14 +751,23 @@ class Pump:
             self._done(again, _buried(event, event.failure))
             return
         self._active[again.slot] = event
+        task = _current_task()
+        # A dead letter was taken on once, and so was what goes to the dead-letter dispatcher.
+        in_doubt = again.letter is None and event.failure is None and event.position in self._doubts
         try:
-            await dispatch(event)
-        except asyncio.CancelledError:
-            if _is_cancelled():
+            if in_doubt:
+                if not self.registration.matches(event):
+                    self._done(again, Forgotten(position=event.position))
+                    return
+                self._doubts.discard(event.position)
+                in_doubt = False
+            if (result := await dispatch(event)) is not None:
+                await complete(result)
+        except BaseException as error:
+            if self._is_cut_off(error, task):
                 raise
-            self._fail(event, asyncio.CancelledError("the dispatcher was cancelled"), health, probe=probe, again=again)
-        except Exception as error:  # noqa: BLE001 - whatever a dispatcher raises is a failure of its event
-            self._fail(event, error, health, probe=probe, again=again)
+            # What the filter throws says nothing about the target.
+            self._fail(event, error, health, probe=probe, again=again, asked=not in_doubt)
         else:
             if event.failure is None:
                 self._succeed(health)
@@ -712,37 +793,38 @@ class Pump:
         *,
         probe: bool = False,
         again: _Again | None = None,
+        asked: bool = True,
     ) -> None:
         """Decide what becomes of an event that failed, and have it committed.
 
-        `health`: of the target that it had, if that is not the one of now.
+        `health`: of the target that it had, if that is not the one of now. `asked`: whether the target was asked at
+        all.
         """
+        leave_process(error, subscription=self.registration.name, position=event.position)
+        thrown = Thrown.of(error)
         registration, retry = self.registration, self.registration.retry
         health = health or registration.health
-        if health.retired and (again is None or again.letter is None) and not self.registration.passes(event):
+        if health.retired and (again is None or again.letter is None) and not self._passes(event):
             # Reconfigured while it was at work: it is not wanted any more.
             self._done(again or _Again(event, handed_over=False), Forgotten(position=event.position))
             return
-        if isinstance(error, Pause) and event.failure is None:
-            self._pause(event, error, health, again)
+        if thrown.pauses and event.failure is None:
+            self._pause(event, thrown, health, again)
             return
         again = again or _Again(event, handed_over=False)
-        text, details = describe(error), details_of(error)
+        text, details = thrown.error, thrown.details
         facts.emit(
             "dispatch failed",
             subscription=registration.name, position=event.position, event_id=event.id, event_source=event.source,
             attempt=event.attempt, error=text,
         )  # fmt: skip
-        rejected = isinstance(error, Reject | Pause)
         # In strict order every attempt counts: nothing can be probed past the event that fails.
-        if event.failure is None and not rejected and not self._strict:
+        if event.failure is None and not thrown.final and not self._strict and asked:
             down = health.failed(event.position, now=monotonic(), probe=probe)
             if down:
                 facts.emit("target is down", level=logging.WARNING, subscription=registration.name, error=text)
-        if event.attempt < retry.attempts and not rejected:
-            delay = retry.wait_before(event.attempt)
-            if isinstance(error, RetryAfter):
-                delay = max(delay, min(error.delay, retry.max_delay))
+        if event.attempt < retry.attempts and not thrown.final:
+            delay = max(retry.wait_before(event.attempt), min(thrown.delay, retry.max_delay))
             # Beyond all dates that PostgreSQL has, it would be refused, with every other shard's commit.
             delay = min(delay, _LONGEST)
             facts.emit(
@@ -772,18 +854,18 @@ class Pump:
             return
         self._done(again, _buried(event, failure))
 
-    def _pause(self, event: Event, signal: Pause, health: TargetHealth, again: _Again | None) -> None:
+    def _pause(self, event: Event, signal: Thrown, health: TargetHealth, again: _Again | None) -> None:
         """Put the event back where it was taken from, and take nothing more for a target that wants nothing more."""
         if again is not None:
             self._put_back(again)
         elif not self._stopping:
             self._ready.appendleft(event)
-        reason = message_of(signal) or "no reason was given"
+        reason = signal.reason or "no reason was given"
         if health.pause(reason):
             facts.emit(
                 "subscription paused", level=logging.WARNING,
                 subscription=self.registration.name, reason=reason, position=event.position,
-                event_id=event.id, event_source=event.source, details=details_of(signal),
+                event_id=event.id, event_source=event.source, details=signal.details,
             )  # fmt: skip
 
     def _schedule(self, again: _Again, *, attempt: int, delay: float, error: str, details: dict[str, str]) -> None:
@@ -824,6 +906,7 @@ class Pump:
     def _done(self, again: _Again, outcome: Outcome) -> None:
         """The event leaves the pump; what became of it is committed with the offset."""
         event = again.event
+        self._doubts.discard(event.position)
         if self.shard.lost:
             return
         if again.handed_over:
@@ -863,7 +946,14 @@ def _attempt(again: _Again) -> int:
     return again.event.attempt
 
 
-def _is_cancelled() -> bool:
-    """Whether it is this task that is being cancelled, not just something that the dispatcher awaited."""
+def _current_task() -> "asyncio.Task[Any]":
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    assert task is not None  # noqa: S101 - deliverers are tasks
+    return task
+
+
+def _is_running(task: "asyncio.Task[Any]") -> bool:
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:  # there is no event loop any more
+        return False

@@ -11,19 +11,23 @@ import asyncio
 import contextvars
 import inspect
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from pgbackend import facts
+from pgbackend.errors import shown
 from pgbackend.event import Event
-from pgbackend.failures import describe
+from pgbackend.failures import describe, leave_process
 from pgbackend.health import TargetHealth
 from pgbackend.model import ConsumerDispatcher, EventFilter
 from pgbackend.retry import Retry
 
 Dispatch = Callable[[Event], Coroutine[Any, Any, object]]
+
+_LAYERS = 16
+"""How many partials and callable objects may stand around a function."""
 
 
 class Registration:
@@ -37,6 +41,8 @@ class Registration:
     dispatch_dead: Dispatch | None
     health: TargetHealth
     threads: ThreadPoolExecutor | None
+    context: contextvars.Context
+    """The context of the call that gave the dispatcher: each event's handling starts with it. Only copies are run."""
 
     def __init__(
         self,
@@ -72,17 +78,33 @@ class Registration:
         if reason is not None:
             facts.emit("subscription resumed", subscription=self.name, reason=reason)
 
-    def passes(self, event: Event) -> bool:
-        """Whether the filter lets the event through."""
+    def passes(self, event: Event, doubts: set[int]) -> bool:
+        """Whether the filter lets the event through; True as well when the filter fails, and then it is in doubt.
+
+        `doubts`: the positions whose events the filter has not decided on. It is asked again when such an event is
+        dispatched, and what it throws then is a failure of that event.
+        """
         try:
-            return self.filter is None or bool(self.filter(event))
-        except Exception as error:  # noqa: BLE001 - a user's predicate may raise anything
-            # Neither matched nor not: dispatch decides, as it would for an event that cannot be handled.
+            passes = self.matches(event)
+        except BaseException as error:  # noqa: BLE001 - a user's predicate may raise anything
             facts.emit(
                 "filter failed", level=logging.ERROR, subscription=self.name, position=event.position,
                 event_id=event.id, event_source=event.source, error=describe(error),
             )  # fmt: skip
+            leave_process(error, subscription=self.name, position=event.position)
+            doubts.add(event.position)
             return True
+        doubts.discard(event.position)
+        return passes
+
+    def matches(self, event: Event) -> bool:
+        """What the filter says. Raises what it raises, and TypeError when it says nothing that can be used."""
+        if self.filter is None:
+            return True
+        verdict: object = self.context.copy().run(self.filter, event)
+        if verdict is not True and verdict is not False and _is_not_run(verdict):
+            raise _not_run("filter", verdict)
+        return bool(verdict)
 
     def close(self, *, cancel: bool = False) -> None:
         """Its threads end when they have done what they were given; what none has begun is cancelled if so wanted."""
@@ -97,6 +119,7 @@ class Registration:
         concurrency: int,
         retry: Retry,
     ) -> None:
+        self.context = contextvars.copy_context()
         self.filter = filter
         self.concurrency = concurrency
         self.retry = retry
@@ -107,8 +130,7 @@ class Registration:
 
     def _as_async(self, dispatcher: ConsumerDispatcher) -> Dispatch:
         """The dispatcher as a coroutine function; plain functions run in the subscription's own threads."""
-        plain = dispatcher.func if isinstance(dispatcher, partial) else dispatcher
-        if inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None)):  # noqa: B004
+        if is_async(dispatcher):
             return dispatcher  # type: ignore[return-value] # just seen
         if self.threads is None:
             self.threads = ThreadPoolExecutor(max_workers=self.concurrency, thread_name_prefix=f"pgbackend {self.name}")
@@ -121,11 +143,52 @@ class Registration:
                 # No future carries it: on 3.11 it would wait for ever.
                 raise RuntimeError("the dispatcher raised StopIteration") from error
 
-        async def in_thread(event: Event) -> None:
+        async def in_thread(event: Event) -> object:
             context = contextvars.copy_context()
-            result = await asyncio.get_running_loop().run_in_executor(threads, context.run, call, event)
-            if inspect.isawaitable(result):
-                # A plain callable that returns an awaitable, such as a lambda around a coroutine function.
-                await result
+            return await asyncio.get_running_loop().run_in_executor(threads, context.run, call, event)
 
         return in_thread
+
+
+async def complete(result: object) -> None:
+    """Await what a dispatcher has returned, such as the coroutine that a lambda made.
+
+    Raises TypeError for a result that nothing runs: a generator, or one more thing to await.
+    """
+    if inspect.isawaitable(result):
+        result = await result
+    if _is_not_run(result):
+        raise _not_run("dispatcher", result)
+
+
+def is_async(function: object) -> bool:
+    """Whether calling it makes a coroutine."""
+    return any(inspect.iscoroutinefunction(layer) for layer in _layers(function))
+
+
+def is_generator(function: object) -> bool:
+    """Whether calling it makes a generator, of either kind: nothing of its body has run by then."""
+    return any(inspect.isgeneratorfunction(layer) or inspect.isasyncgenfunction(layer) for layer in _layers(function))
+
+
+def _layers(function: object) -> Iterator[object]:
+    """The function, and what is called by calling it: behind partials, and an object's `__call__`."""
+    for _ in range(_LAYERS):
+        yield function
+        if isinstance(function, partial):
+            function = function.func
+        elif inspect.isroutine(function) or inspect.isclass(function):
+            return
+        else:
+            function = getattr(function, "__call__", None)  # noqa: B004 - its code is what is looked at
+
+
+def _is_not_run(result: object) -> bool:
+    return isinstance(result, Generator | AsyncGenerator) or inspect.isawaitable(result)
+
+
+def _not_run(role: str, result: object) -> TypeError:
+    if inspect.iscoroutine(result):
+        # Python would warn as well that nobody awaited it.
+        result.close()
+    return TypeError(f"the {role} returned {shown(result)}, which nothing runs: return once the work is done")

@@ -178,6 +178,77 @@ class Detailed(Exception):  # noqa: N818 - as users name them
     details = MappingProxyType({"status": 503})
 
 
+class Panic(BaseException):
+    """As extensions in Rust raise it: pydantic-core, polars, tokenizers."""
+
+
+class RudeAtAll(RetryAfter):
+    """A signal that raises whatever it is asked."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __str__(self) -> str:
+        raise Panic("no text for you")
+
+    @property  # type: ignore[misc] # the point
+    def __class__(self) -> Any:
+        raise Panic("no class")
+
+    @property
+    def delay(self) -> float:  # type: ignore[override] # the point
+        raise Panic("no delay")
+
+    @property
+    def details(self) -> Any:  # type: ignore[override] # the point
+        raise Panic("no details")
+
+
+class Unmade(Reject):
+    def __init__(self) -> None:
+        """Without the fields that `Reject` has."""
+
+
+def _delay(delay: object) -> RetryAfter:
+    error = RetryAfter("busy", delay=0)
+    error.delay = delay  # type: ignore[assignment] # the point
+    return error
+
+
+async def _make_retry_after(event: Event) -> None:
+    raise RetryAfter("busy", delay=None)  # type: ignore[arg-type] # the point
+
+
+async def _cancel_itself(event: Event) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(0)
+
+
+async def _cancel_itself_later(event: Event) -> None:
+    """As a library does that sets a timer and never calls `uncancel()`."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().call_soon(task.cancel)
+    await asyncio.sleep(60)
+
+
+def _panic(event: Event) -> None:
+    raise Panic("index out of bounds")
+
+
+def _generate_later(event: Event) -> Any:
+    return (number for number in range(3))
+
+
+async def _return_coroutine_twice(event: Event) -> Any:
+    async def forgotten() -> Any:
+        return forgotten()
+
+    return forgotten()
+
+
 def _cancel(event: Event) -> None:
     raise asyncio.CancelledError
 
@@ -203,21 +274,97 @@ def _raise(error: BaseException) -> Callable[[Event], Coroutine[Any, Any, None]]
         (_raise(Rude()), "Rude"),
         (_raise(RuntimeError("nul \0 and a lone \ud800")), "RuntimeError: nul \\0 and a lone \\ud800"),
         (_raise(RuntimeError("x" * 100_000)), "RuntimeError: xxx"),
+        (_raise(RuntimeError("\0" * 10_000_000)), "RuntimeError: \\0"),
+        (_raise(Panic("index out of bounds")), "Panic: index"),
+        (_panic, "Panic: index"),
+        (_raise(GeneratorExit()), "GeneratorExit"),
+        (_raise(RudeAtAll()), "RudeAtAll"),
+        (_raise(Unmade()), "Unmade"),
+        (_raise(BaseExceptionGroup("several", [Panic("one"), SystemExit(3)])), "BaseExceptionGroup: several"),
+        (_raise(ExceptionGroup("several", [Reject("one")])), "ExceptionGroup: several"),
+        (_raise(_delay("60")), "RetryAfter: busy"),
+        (_raise(_delay(None)), "RetryAfter: busy"),
+        (_raise(_delay(float("nan"))), "RetryAfter: busy"),
+        (_make_retry_after, "ConfigError: delay is None"),
+        (_cancel_itself, "CancelledError: its task was cancelled"),
+        (_cancel_itself_later, "CancelledError: its task was cancelled"),
+        (_generate_later, "TypeError: the dispatcher returned <generator"),
+        (_return_coroutine_twice, "TypeError: the dispatcher returned <coroutine"),
     ],
-    ids=["cancel in a thread", "cancel", "stop iteration in a thread", "timeout", "rude", "unstorable", "endless"],
-)
+    ids=[
+        "cancel in a thread", "cancel", "stop iteration in a thread", "timeout", "rude", "unstorable", "endless",
+        "nuls", "panic", "panic in a thread", "generator exit", "rude at all", "unmade", "base group", "group",
+        "delay is text", "delay is None", "delay is nan", "delay is refused", "cancel itself", "cancel itself later",
+        "generator", "coroutine of a coroutine",
+    ],
+)  # fmt: skip
 async def test_whatever_a_dispatcher_raises_is_a_failure_of_its_event_and_of_nothing_else(
     database: str, dispatcher: Any, expected: str
 ) -> None:
     catch = Catch()
-    async with running(database) as backend:
-        await backend.subscribe("s", dispatcher, retry=Retry(attempts=1), concurrency=1)
+    async with asyncio.timeout(60), running(database) as backend:
+        await backend.subscribe("s", dispatcher, retry=Retry(attempts=2, delay=0.01, max_delay=0.01), concurrency=1)
         await backend.subscribe("other", catch)
         await produce(backend, "a", "b")
         found = await letters(backend, 2)
         await catch.has("a", "b")
+        states = {one.name: one.state for one in (await backend.status()).subscriptions}
+        await settled(backend)
 
     assert all(letter.failure.error.startswith(expected) for letter in found)
+    assert states == {"s": "running", "other": "running"}
+
+
+@pytest.mark.parametrize("order", ["key", "strict"])
+@pytest.mark.parametrize("dispatcher", [_cancel_itself, _raise(Panic("index out of bounds")), _raise(_delay("60"))])
+async def test_what_is_behind_an_event_goes_on_whatever_its_dispatcher_throws(
+    database: str, dispatcher: Any, order: Any
+) -> None:
+    catch = Catch()
+
+    async def handle(event: Event) -> None:
+        await (dispatcher if event.id == "bad" else catch)(event)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, order=order, retry=Retry(attempts=2, delay=0.01, max_delay=0.01))
+        await produce(backend, "bad", "a", "b", key="k")
+        await catch.has("a", "b")
+        (letter,) = await letters(backend, 1)
+
+    assert (letter.event.id, letter.failure.attempts, catch.ids) == ("bad", 2, ["a", "b"])
+
+
+async def test_a_cancellation_that_a_dispatcher_leaves_behind_ends_neither_the_next_event_nor_its_deliverer(
+    database: str,
+) -> None:
+    handled: list[str] = []
+
+    async def handle(event: Event) -> None:
+        await asyncio.sleep(0)
+        handled.append(event.id)
+        task = asyncio.current_task()
+        assert task is not None
+        if event.id == "now":
+            task.cancel()
+        elif event.id == "later":
+            asyncio.get_running_loop().call_later(0.05, task.cancel)
+
+    async def has_handled(*ids: str) -> None:
+        async def has() -> bool:
+            return set(ids) <= set(handled)
+
+        await eventually(f"{ids} are handled", has)
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, concurrency=1, retry=Retry(attempts=1))
+        await produce(backend, "now", "a", "later")
+        await has_handled("later")
+        await asyncio.sleep(0.2)  # the cancellation strikes while nothing is dispatched, which nothing tells
+        await produce(backend, "b")
+        await has_handled("b")
+        await settled(backend)
+
+    assert handled == ["now", "a", "later", "b"]
 
 
 async def test_details_of_any_mapping_are_kept(database: str) -> None:
@@ -229,16 +376,83 @@ async def test_details_of_any_mapping_are_kept(database: str) -> None:
     assert letter.failure.details == {"status": "503"}
 
 
-async def test_an_event_that_a_filter_fails_on_is_dispatched(database: str) -> None:
-    catch = Catch()
+def _filter(thrown: BaseException) -> Callable[[Event], bool]:
+    def takes(event: Event) -> bool:
+        if event.id == "bad":
+            raise thrown
+        return event.id != "unwanted"
 
-    def fails(event: Event) -> bool:
-        raise LookupError
+    return takes
+
+
+def _undecided(event: Event) -> Any:
+    async def takes() -> bool:
+        return True
+
+    return takes() if event.id == "bad" else event.id != "unwanted"
+
+
+@pytest.mark.parametrize("order", ["none", "key", "strict"])
+@pytest.mark.parametrize(
+    ("filter_", "expected"),
+    [
+        (_filter(LookupError("no")), "LookupError: no"),
+        (_filter(Panic("no")), "Panic: no"),
+        (_filter(asyncio.CancelledError()), "CancelledError"),
+        (_undecided, "TypeError: the filter returned <coroutine"),
+    ],
+    ids=["error", "panic", "cancel", "awaitable"],
+)
+async def test_what_a_filter_throws_is_a_failure_of_its_event_and_of_nothing_else(
+    database: str, filter_: Any, expected: str, order: Any
+) -> None:
+    catch, given_up = Catch(), Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", catch, filter=filter_, order=order, retry=AT_ONCE)
+        await backend.subscribe("t", catch, filter=filter_, order=order, retry=AT_ONCE, dead_letter=given_up)
+        await produce(backend, "a", "bad", "unwanted", "b", key="k")
+        (letter,) = await letters(backend, 1)
+        await settled(backend, "s")
+        await settled(backend, "t")
+
+    assert (letter.event.id, letter.subscription, letter.failure.attempts) == ("bad", "s", 3)
+    assert letter.failure.error.startswith(expected)
+    assert sorted(catch.ids) == ["a", "a", "b", "b"]
+    assert given_up.ids == ["bad"]
+
+
+async def test_a_filter_that_fails_for_a_time_decides_later(database: str) -> None:
+    catch, asked = Catch(), 0
+
+    def takes(event: Event) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            raise LookupError
+        return event.id == "a"
 
     async with running(database) as backend:
-        await backend.subscribe("s", catch, filter=fails)
-        await produce(backend, "a")
-        await catch.has("a")
+        await backend.subscribe("s", catch, filter=takes, concurrency=1, retry=AT_ONCE)
+        await produce(backend, "a", "b")
+        await settled(backend)
+
+    assert catch.ids == ["a"]
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_a_new_filter_that_fails_on_what_waits_here_does_not_let_it_through(database: str, order: Any) -> None:
+    gate, catch = Gate(), Catch()
+    async with running(database) as backend:
+        await backend.subscribe("s", gate, order=order, concurrency=1)
+        await produce(backend, "at work", "bad", "unwanted", "b", key="k")
+        await gate.holds(1)
+        await backend.reconfigure("s", catch, filter=_filter(Panic("no")), concurrency=1, retry=Retry(attempts=1))
+        gate.open()
+        await catch.has("b")
+        (letter,) = await letters(backend, 1)
+        await settled(backend)
+
+    assert (letter.event.id, catch.ids) == ("bad", ["b"])
 
 
 async def test_what_a_filter_refuses_counts_as_handled(database: str) -> None:
@@ -832,7 +1046,8 @@ async def test_what_a_later_filter_refuses_is_not_waited_for_any_more(database: 
 async def test_a_delay_beyond_all_dates_does_not_stop_the_commits(database: str, order: Any) -> None:
     catch = Catch(fails=lambda event: event.id == "bad")
     async with running(database) as backend:
-        await backend.subscribe("s", catch, order=order, retry=Retry(delay=1e15, max_delay=1e300))
+        century = 36_525 * 86_400
+        await backend.subscribe("s", catch, order=order, retry=Retry(delay=century, max_delay=century))
         await produce(backend, "bad", "good")
         await catch.has("good")
 

@@ -2,6 +2,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -575,3 +576,73 @@ async def test_a_backend_that_is_not_started_yet_is_reconfigured(database: str) 
     await catch.has("a")
     await backend.stop()
     await starting
+
+
+# The context that each event is handled in.
+
+tenant: ContextVar[object] = ContextVar("tenant", default="nobody")
+
+
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("ambiguous")
+
+    __hash__ = None  # type: ignore[assignment] # as numpy's arrays have it
+
+
+@pytest.mark.parametrize("kind", ["async", "plain", "lambda", "retries", "filter", "dead letter", "incomparable"])
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_each_event_starts_with_the_context_of_subscribe(database: str, kind: str, order: Any) -> None:
+    saw: list[object] = []
+
+    def enter(event: Event) -> None:
+        saw.append(tenant.get())
+        tenant.set(Incomparable() if kind == "incomparable" else event.id)
+
+    async def handle(event: Event) -> None:
+        enter(event)
+        await asyncio.sleep(0)
+        if kind == "retries" and event.attempt == 1:
+            raise RuntimeError("once more")
+
+    async def reject(event: Event) -> None:
+        raise Reject("no")
+
+    def takes(event: Event) -> bool:
+        enter(event)
+        return True
+
+    async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
+        tenant.set("whoever subscribes")
+        dispatchers: dict[str, Any] = {"plain": enter, "filter": print, "dead letter": reject}
+        dispatchers["lambda"] = lambda event: handle(event)  # noqa: PLW0108 - the point
+        await backend.subscribe(
+            "s",
+            dispatchers.get(kind, handle),
+            filter=takes if kind == "filter" else None,
+            dead_letter=handle if kind == "dead letter" else None,
+            order=order,
+            concurrency=2,
+            retry=Retry(attempts=2, delay=0.01, max_delay=0.01),
+        )
+        tenant.set("whoever produces")
+        count = 6 if kind == "retries" else 3
+
+        async def all_seen() -> bool:
+            return len(saw) >= count
+
+        for id_ in ("a", "b", "c"):
+            await backend.produce(make_event(id_, key="k"))
+        await eventually("all events are handled", all_seen)
+
+        assert saw == ["whoever subscribes"] * count
+
+        tenant.set("whoever reconfigures")
+        await backend.reconfigure("s", handle, retry=Retry(attempts=2, delay=0.01, max_delay=0.01))
+        saw.clear()
+        await backend.produce(make_event("d", key="k"))
+        count = 1
+        await eventually("one more is handled", all_seen)
+
+        assert saw[0] == "whoever reconfigures"
+    assert tenant.get() == "whoever reconfigures"
