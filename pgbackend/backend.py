@@ -18,7 +18,6 @@ Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up 
 """
 
 import asyncio
-import inspect
 import logging
 from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -43,6 +42,7 @@ from pgbackend.errors import (
     SubscriptionNotFoundError,
     shown,
 )
+from pgbackend.failures import describe
 from pgbackend.model import (
     MAX_CONCURRENCY,
     MAX_SHARDS,
@@ -57,7 +57,7 @@ from pgbackend.model import (
 from pgbackend.probe import Probe, all_ok, distrust
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
-from pgbackend.registration import Registration
+from pgbackend.registration import Registration, is_async, is_generator
 from pgbackend.retry import Retry
 from pgbackend.sdk import encode
 from pgbackend.segments import Segments
@@ -223,7 +223,13 @@ class Backend:
         self._stop = asyncio.Event()
         self._stopped = False
         self._running: asyncio.Task[None] | None = None
+        self._died: BaseException | None = None
+        """What ended the worker that was started last, if it was not told to end."""
         self._background: asyncio.Task[None] | None = None
+        self._body: asyncio.Task[Any] | None = None
+        """The task that is inside `async with`."""
+        self._body_cancelling: int | None = None
+        """Cancellations of that task before the worker's death added one; None while the worker lives."""
 
     @classmethod
     def embedded(cls, directory: str | PathLike[str], **settings: Any) -> Self:
@@ -330,6 +336,7 @@ class Backend:
         if not self._stopped:
             # Set by an earlier call that was cancelled.
             self._stop.clear()
+        self._died = None
         self._running = asyncio.create_task(self._run(), name="pgbackend worker")
         try:
             # Cancelling this call must drain first: so it never reaches the worker itself, but for a second time.
@@ -342,7 +349,8 @@ class Backend:
             running, self._running = self._running, None
         error = running.exception()
         if error is not None:
-            facts.emit("worker died", level=logging.ERROR, error=str(error))
+            self._died = error
+            facts.emit("worker died", level=logging.ERROR, error=describe(error))
             raise error
 
     async def _run(self) -> None:
@@ -418,15 +426,29 @@ class Backend:
             await self._embedded.stop()
 
     async def __aenter__(self) -> Self:
-        """`init()`, and `start()` in the background."""
+        """`init()`, and `start()` in the background. If that fails, the body is cancelled."""
         await self.init()
+        self._body = asyncio.current_task()
         self._background = asyncio.create_task(self.start(), name="pgbackend start")
+        self._background.add_done_callback(self._cancel_body)
         return self
+
+    def _cancel_body(self, background: "asyncio.Task[None]") -> None:
+        """Nothing is dispatched any more: the body of `async with` is to hear of it now, not when it ends."""
+        if self._body is not None and not background.cancelled() and background.exception() is not None:
+            self._body_cancelling = self._body.cancelling()
+            self._body.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """`stop()`. Raises what ended dispatching before, if anything did and nothing else is being raised."""
+        """`stop()`. Raises what ended dispatching before, if anything did and the body raises nothing of its own."""
+        body, self._body = self._body, None
+        if body is not None and self._body_cancelling is not None:
+            # As `asyncio.timeout()`: a cancellation that came from elsewhere as well goes on.
+            is_ours = body.uncancel() <= self._body_cancelling
+            if is_ours and isinstance(error, asyncio.CancelledError):
+                error = None
         background = self._background
         await self.stop()
         if background is not None and not background.cancelled():
@@ -490,10 +512,12 @@ class Backend:
     ) -> None:
         """Return once the subscription exists: every event that is acknowledged from now on will be dispatched to it.
 
-        `dispatcher` handles one event: returning means handled, raising means failed. Plain functions run in threads.
+        `dispatcher` handles one event: returning means handled, raising means failed, whatever it raises; only
+        SystemExit and KeyboardInterrupt end the process. Plain functions run in threads. Each event starts with the
+        context (`contextvars`) of this call.
         `start`: where a new subscription begins ("earliest", "latest", behind a position or a date); an existing one
         goes on from its offset. `end`: the position or date before which it ends. Both bounds are exclusive.
-        `filter`: a predicate on the event; what it refuses counts as handled.
+        `filter`: a predicate on the event; what it refuses counts as handled. What it raises is a failure of the event.
         `order`: "none", "key" (events with one key one after another), or "strict" (one at a time, in log order).
         `concurrency`: how many events are dispatched at a time, in each shard.
         `retry`: how often and when a failed event is tried again.
@@ -706,11 +730,19 @@ class Backend:
         return Status(
             head=Position(head),
             segments_until=Position(await parts.segments.extend()),
-            subscriptions=await parts.subscriptions.statuses(
-                head=head, running=self._worker.states() if self._worker is not None else {}
-            ),
+            subscriptions=await parts.subscriptions.statuses(head=head, running=self._states()),
             appenders=await parts.log.appenders(),
         )
+
+    def _states(self) -> dict[str, str]:
+        """By subscription: what it is doing in this process."""
+        if self._died is not None:
+            return dict.fromkeys(self._registrations, self._obituary())
+        return self._worker.states() if self._worker is not None else {}
+
+    def _obituary(self) -> str:
+        assert self._died is not None  # noqa: S101 - asked about the dead only
+        return f"worker died: {describe(self._died)}"
 
     def dead_letters(self, subscription: str | None = None) -> AsyncIterator[DeadLetter]:
         """The dead letters of one subscription, or of all, oldest first."""
@@ -736,9 +768,12 @@ class Backend:
         """Return when the log can be written to and read: a commit was made durable just now.
 
         It leaves nothing behind. Raises ProbeError, whose `checks` say for each what is wrong: `connection`, `schema`,
-        `primary`, `writable`, `privilege`, `log`, `segments`, `write`; without those that could not be made.
+        `primary`, `writable`, `privilege`, `log`, `segments`, `write`; without those that could not be made. And
+        `worker`, when the worker of this process has died.
         """
         checks = await self._use().probe.run(timeout=self._settings.produce_timeout)
+        if self._died is not None:
+            checks["worker"] = f"{self._obituary()}. Restart this process, or call start() again."
         if not all_ok(checks):
             raise ProbeError(" ".join(text for text in checks.values() if text != "ok"), checks=checks)
 
@@ -838,13 +873,25 @@ def _check_dispatching(
     """Raises ConfigError for what a process cannot run a subscription with."""
     if not callable(dispatcher):
         raise ConfigError(f"The dispatcher of {name!r} is {dispatcher!r}: expected a function that takes an event.")
+    _check_runs(name, "dispatcher", dispatcher)
     _check_count(name, "concurrency", concurrency, at_most=MAX_CONCURRENCY)
     if not isinstance(retry, Retry):
         raise ConfigError(f"retry is {retry!r}: expected a Retry.")
-    if filter_ is not None and (not callable(filter_) or inspect.iscoroutinefunction(filter_)):
-        raise ConfigError(f"filter is {filter_!r}: expected a plain function of the event, or one of filters.")
+    if filter_ is not None and (not callable(filter_) or is_async(filter_) or is_generator(filter_)):
+        raise ConfigError(
+            f"filter of {name!r} is {shown(filter_)}: expected a plain function of the event, or one of filters."
+        )
     if dead_letter is not None and not callable(dead_letter):
         raise ConfigError(f"dead_letter is {dead_letter!r}: expected a function that takes an event.")
+    _check_runs(name, "dead_letter", dead_letter)
+
+
+def _check_runs(name: str, role: str, dispatcher: object) -> None:
+    if is_generator(dispatcher):
+        raise ConfigError(
+            f"{role} of {name!r} is {shown(dispatcher)}, a generator function: calling it runs nothing. Use a function "
+            "without `yield`."
+        )
 
 
 def _check_count(name: str, label: str, count: object, *, at_most: int) -> None:

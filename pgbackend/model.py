@@ -127,8 +127,8 @@ class SubscriptionStatus:
     last_error: str | None
     complete: bool
     state: str
-    """In this process `running`, `complete`, `target down`, `waiting for …`, or `paused: ` and why; `elsewhere` when
-    another worker runs it, `stopped` when nobody does."""
+    """In this process `running`, `complete`, `target down`, `waiting for …`, or `paused: ` and why, or `worker died: `
+    and of what; `elsewhere` when another worker runs it, `stopped` when nobody does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

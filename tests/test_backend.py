@@ -3,9 +3,10 @@ import copy
 import pickle
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -296,6 +297,44 @@ async def test_an_event_can_be_pickled_and_copied_by_its_dispatcher(database: st
         assert again.get_data() == "text"
 
 
+def generates(event: Event) -> Iterator[None]:
+    yield
+
+
+async def agenerates(event: Event) -> AsyncIterator[None]:
+    yield
+
+
+class Generates:
+    def __call__(self, _event: Event) -> Iterator[None]:
+        yield
+
+    async def agenerates(self, _event: Event) -> AsyncIterator[None]:
+        yield
+
+
+@pytest.mark.parametrize(
+    ("option", "function"),
+    [
+        ("dispatcher", generates), ("dispatcher", agenerates), ("dispatcher", partial(partial(generates))),
+        ("dispatcher", Generates()), ("dispatcher", partial(Generates())), ("dispatcher", Generates().agenerates),
+        ("dead_letter", generates), ("dead_letter", Generates().agenerates),
+        ("filter", Catch()), ("filter", partial(partial(asyncio.sleep), 1)), ("filter", Catch().__call__),
+        ("filter", generates), ("filter", agenerates),
+    ],
+    ids=[*"abcdefghijklm"],
+)  # fmt: skip
+async def test_a_function_whose_call_runs_nothing_is_refused(backend: Backend, option: str, function: Any) -> None:
+    options = {"dispatcher": print, option: function}
+    with pytest.raises(ConfigError, match=f"{option} of 's'"):
+        await backend.subscribe("s", **options)
+    assert (await backend.status()).subscriptions == ()
+
+    await backend.subscribe("s", print)
+    with pytest.raises(ConfigError, match=f"{option} of 's'"):
+        await backend.reconfigure("s", **options)
+
+
 # Names.
 
 
@@ -426,6 +465,69 @@ async def test_the_context_manager_raises_what_its_body_raised(database: str) ->
         async with Backend(database) as backend:
             await backend.subscribe("s", print)
             raise KeyError("mine")
+
+
+async def test_a_worker_that_dies_cancels_the_body_of_the_context_manager(database: str) -> None:
+    went_on = False
+    with pytest.raises(SchemaError, match="offsets"):  # noqa: PT012 - the body is what waits
+        async with asyncio.timeout(60), Backend(database, poll_interval=0.1) as backend:
+            await backend.subscribe("s", print)
+            await execute(database, "ALTER TABLE pgbackend.offsets RENAME TO taken_away")
+            await asyncio.Event().wait()
+            went_on = True
+
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert not went_on
+
+
+async def test_the_death_of_a_worker_hides_neither_a_cancellation_nor_what_the_body_raises(database: str) -> None:
+    async def run(*, also_cancelled: bool) -> None:
+        async with Backend(database, poll_interval=0.1) as backend:
+            await backend.subscribe("s", print)
+            await execute(database, "ALTER TABLE pgbackend.offsets RENAME TO taken_away")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await execute(database, "ALTER TABLE pgbackend.taken_away RENAME TO offsets")
+                if not also_cancelled:
+                    raise KeyError("mine")
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.sleep(0)
+
+    with pytest.raises(KeyError, match="mine"):
+        await asyncio.wait_for(run(also_cancelled=False), 60)
+    cancelled = asyncio.create_task(run(also_cancelled=True))
+    await asyncio.wait({cancelled}, timeout=60)
+    assert cancelled.cancelled()
+
+
+async def test_a_worker_that_died_fails_the_probe_and_shows_in_status(database: str) -> None:
+    catch = Catch()
+    backend = Backend(database, poll_interval=0.1)
+    await backend.init()
+    await backend.subscribe("s", catch)
+    running = asyncio.create_task(backend.start())
+    await execute(database, "ALTER TABLE pgbackend.offsets RENAME TO taken_away")
+    await asyncio.wait({running}, timeout=60)
+    await execute(database, "ALTER TABLE pgbackend.taken_away RENAME TO offsets")
+    assert isinstance(running.exception(), SchemaError)
+
+    (status,) = (await backend.status()).subscriptions
+    assert status.state.startswith("worker died: SchemaError")
+    with pytest.raises(ProbeError, match="worker died: SchemaError") as caught:
+        await backend.probe()
+    assert set(caught.value.checks) > {"worker", "write"}
+
+    again = asyncio.create_task(backend.start())
+    await backend.produce(make_event("a"))
+    await catch.has("a")
+    await backend.probe()
+    await backend.stop()
+    await again
 
 
 async def test_unsubscribing_that_was_given_up_ends_in_the_background(database: str) -> None:
