@@ -7,12 +7,16 @@ per event, and costs next to nothing when its level is off and nobody observes.
 
 import asyncio
 import logging
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple, Self
 
 logger = logging.getLogger("pgbackend")
+
+TEXT = 1000
+"""Characters that a text may have in a log line: what events, clients and targets say has no end of its own."""
 
 Observer = Callable[[str, Mapping[str, object]], None]
 
@@ -128,6 +132,31 @@ class Recorder:
             loop.call_soon_threadsafe(happened.set)
 
 
+_containers = reprlib.Repr()
+_containers.maxlevel = 4
+_containers.maxlist = _containers.maxtuple = _containers.maxset = _containers.maxfrozenset = _containers.maxdict = 20
+_containers.maxstring = _containers.maxother = TEXT
+
+
+def text_of(value: object) -> str:
+    """The text of anything: of a list or mapping no more than people read, whatever is in it. Does not raise."""
+    try:
+        if isinstance(value, list | tuple | set | frozenset | dict):
+            return _containers.repr(value)
+        return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
+    except Exception:  # noqa: BLE001 - a user's object may fail at that, and its record is to be written all the same
+        return f"({type(value).__name__} that cannot be shown)"
+
+
+def cut(text: str, most: int = TEXT) -> str:
+    """The text, or its beginning and how long it was.
+
+    >>> cut("long text", 4)
+    'long… (9 characters)'
+    """
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
 class _Fields:
     """` key=value …`, rendered only when a handler writes the record."""
 
@@ -143,10 +172,7 @@ class _Fields:
 def _render(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    try:
-        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
-    except Exception:  # noqa: BLE001 - a user's exception may fail at that, and its record is to be written all the same
-        text = f"({type(value).__name__} that cannot be shown)"
+    text = cut(text_of(value))
     # Quoted when a reader, or a log shipper, could not tell where the value ends.
     return text if text and text.isprintable() and not set(text) & set(' "=') else repr(text)
 

@@ -32,6 +32,14 @@ def test_a_field_that_cannot_be_shown_does_not_cost_the_record(caplog: pytest.Lo
     assert caplog.records[0].getMessage() == "dispatch failed attempt=1 error='(BrokenError that cannot be shown)'"
 
 
+def test_a_long_field_is_cut_and_says_how_long_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pgbackend"):
+        facts.emit("told", text="x" * 3_000_000, listed=["y" * 3_000_000] * 100)
+    [record] = caplog.records
+    assert len(record.getMessage()) < 3000
+    assert "(3000000 characters)" in record.getMessage()
+
+
 def test_nothing_is_rendered_when_nobody_listens() -> None:
     class Loud:
         def __str__(self) -> str:

@@ -2,7 +2,8 @@
 
 Everything that is logged comes out alike, whoever logs it: facts with their fields, and the libraries' records. The
 promise: whatever an event, a client or a target says, a record is one record (it cannot break out of its line, nor
-paint a terminal), credentials in URLs are not shown, and a log that cannot be written stops nobody.
+paint a terminal), no text or list in it is longer than people read, credentials in URLs are not shown, and a log that
+cannot be written stops nobody.
 """
 
 import json
@@ -14,14 +15,22 @@ import sys
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Literal
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from pgbackend import facts
+from pgbackend.errors import shown
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_LINES = 16_000
+"""Characters of a stack trace. Its last lines count most, so the first ones go."""
+_ITEMS = 20
+"""Items of a list or mapping."""
+_DEPTH = 4
+"""Lists and mappings within one another."""
 _LIBRARIES = logging.WARNING
 """What libraries have to say below this level is of use to their own developers."""
 
@@ -71,7 +80,7 @@ class _Flood(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         fields: Mapping[str, object] = getattr(record, "fields", {})
         about = (fields.get(name) for name in ("subscription", "trigger", "shard"))
-        key = (record.name, str(record.msg), *about)
+        key = (record.name, facts.cut(str(record.msg)), *about)
         second = int(record.created)
         before, count = self._seen.get(key, (-1, 0))
         if before == second:
@@ -120,26 +129,36 @@ _RESERVED = frozenset({"exception", "stack", "_record", "_from_structlog"})
 def _as_json(_logger: WrappedLogger, _method: str, entry: EventDict) -> str:
     """One line of ASCII: JSON's escapes leave no way to end it, or to reach a terminal."""
     error = entry.pop("exception", None)
-    shown = {name: _json(value) for name, value in entry.items()}
+    said = {name: _json(value) for name, value in entry.items()}
     if error is not None:
-        shown["exception"] = {
+        said["exception"] = {
             "type": type(error).__qualname__,
-            "message": _text(_str(error)),
+            "message": _message(error),
             "stacktrace": _traceback(error),
         }
-    return json.dumps(shown)
+    if (stack := entry.get("stack")) is not None:
+        said["stack"] = _end_of(_text(stack, most=None))
+    return json.dumps(said)
 
 
-def _json(value: object) -> object:
-    if value is None or isinstance(value, bool | int):
+def _json(value: object, depth: int = _DEPTH) -> object:
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        return value if value.bit_length() <= _INTEGER_BITS else _text(shown(value))
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_json(one) for one in value]
-    if isinstance(value, Mapping):
-        return {_text(name): _json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset) and depth:
+        rest = [f"… ({len(value)} items)"] if len(value) > _ITEMS else []
+        return [_json(one, depth - 1) for one in islice(value, _ITEMS)] + rest
+    if isinstance(value, Mapping) and depth:
+        said = {_text(name): _json(one, depth - 1) for name, one in islice(value.items(), _ITEMS)}
+        return said | {"…": f"{len(value)} items"} if len(value) > _ITEMS else said
     return _text(value)
+
+
+_INTEGER_BITS = 128
+"""Longer integers are no use to a reader, and Python prints none of thousands of digits."""
 
 
 class _Console:
@@ -157,11 +176,12 @@ class _Console:
         if entry["logger"] == facts.logger.name:
             del entry["logger"]  # its text says enough
         # What is left for the renderer to do is quoting where spaces would hide a value's end.
-        shown: EventDict = {name: _printable(_shown(value)) for name, value in entry.items()}
-        line = str(self._render(logger, method, shown))
+        said: EventDict = {name: _printable(_shown(value)) for name, value in entry.items()}
+        line = str(self._render(logger, method, said))
         for block in (stack, None if exception is None else _traceback(exception)):
             if block is not None:
-                line += "".join(f"\n    {_printable(one)}" for one in _text(block).splitlines())
+                text = _end_of(_text(block, most=None))
+                line += "".join(f"\n    {_printable(one)}" for one in text.splitlines())
         return line
 
 
@@ -171,7 +191,16 @@ def _colourful() -> bool:
 
 
 def _traceback(error: BaseException) -> str:
-    return _text("".join(traceback.format_exception(error)).rstrip())
+    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    return _end_of("\n".join(_text(line) for line in lines))
+
+
+def _message(error: BaseException) -> str:
+    return _text(facts.text_of(error).removeprefix(f"{type(error).__name__}: "))
+
+
+def _end_of(text: str) -> str:
+    return text if len(text) <= _LINES else f"({len(text)} characters) …{text[-_LINES:]}"
 
 
 def _printable(text: str) -> str:
@@ -182,17 +211,12 @@ def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else _text(value)
 
 
-def _text(value: object) -> str:
-    """The text of anything, without the credentials of the URLs in it."""
-    text = f"{type(value).__name__}: {_str(value)}" if isinstance(value, BaseException) else _str(value)
-    return _CREDENTIALS.sub("://…@", text) if "@" in text else text
-
-
-def _str(value: object) -> str:
-    try:
-        return str(value)
-    except Exception:  # noqa: BLE001 - a record is written, whatever its fields are
-        return f"({type(value).__name__} that cannot be shown)"
+def _text(value: object, most: int | None = facts.TEXT) -> str:
+    """The text of anything, without the credentials of the URLs in it; of a longer one the first `most` characters."""
+    text = facts.text_of(value)
+    # Before it is cut: without its @ nobody could tell what is a password.
+    text = _CREDENTIALS.sub("://…@", text) if "@" in text else text
+    return text if most is None else facts.cut(text, most)
 
 
 # Up to the last @ before the path: passwords hold that sign, too.

@@ -49,8 +49,47 @@ in_json = pytest.mark.parametrize("log", ["json"], indirect=True)
 on_console = pytest.mark.parametrize("log", ["console"], indirect=True)
 
 
+@pytest.mark.parametrize("log", ["json", "console"], indirect=True)
+def test_no_text_makes_a_long_line(log: Lines) -> None:
+    long = "x" * 3_000_000
+    nested: list[object] = [long]
+    for _ in range(200):
+        nested = [nested]
+    emits: list[Callable[[], None]] = [
+        lambda: facts.emit("a text", error=long),
+        lambda: facts.emit("a list", events=[long] * 100),
+        lambda: facts.emit("a mapping", details={f"{n}{long}": long for n in range(30)}),
+        lambda: facts.emit("nested", events=nested),
+        lambda: facts.emit("octets", data=long.encode()),
+        lambda: facts.emit("an error", error=ValueError(long)),
+        lambda: facts.emit("an integer", number=10**100_000),
+        lambda: facts.emit("raised", exc_info=raised(ValueError(long))),
+        lambda: facts.emit("raised", exc_info=raised(ValueError(f"{long}\n" * 9))),
+        lambda: facts.emit("raised", exc_info=raised(ExceptionGroup("many", [ValueError(long)] * 20))),
+        lambda: logging.getLogger("aiohttp").error("It said %s", long),
+        lambda: logging.getLogger("aiohttp").error(long, exc_info=raised(ValueError(long))),
+    ]
+    for emit in emits:
+        before = len(log())
+        emit()
+        written = log()[before:]
+        assert written
+        assert sum(map(len, written)) < 60_000, written[0][:100]
+
+
 @in_json
 class TestJson:
+    def test_what_was_cut_says_how_long_it_was(self, log: Lines) -> None:
+        facts.emit("failed", error="x" * 1001, events=["x"] * 21, details={str(n): "x" for n in range(21)})
+        said = json.loads(log()[0])
+        assert said["error"] == "x" * 1000 + "… (1001 characters)"
+        assert said["events"] == ["x"] * 20 + ["… (21 items)"]
+        assert said["details"] == {str(n): "x" for n in range(20)} | {"…": "21 items"}
+
+    def test_a_password_is_not_shown_because_its_text_was_cut(self, log: Lines) -> None:
+        facts.emit("failed", error="x" * 980 + " postgresql://me:secret-secret-secret-secret@db/x")
+        assert "secret" not in log()[0]
+
     def test_a_fact_is_one_object_with_its_fields(self, log: Lines) -> None:
         facts.emit(
             "dispatch failed", level=logging.WARNING, subscription="billing", event_id="7", attempt=3, delay=0.25
