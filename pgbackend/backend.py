@@ -45,6 +45,7 @@ from pgbackend.errors import (
 from pgbackend.failures import describe
 from pgbackend.model import (
     MAX_CONCURRENCY,
+    MAX_POSITION,
     MAX_SHARDS,
     ConsumerDispatcher,
     DeadLetter,
@@ -62,7 +63,17 @@ from pgbackend.retry import Retry
 from pgbackend.sdk import encode
 from pgbackend.segments import Segments
 from pgbackend.sql import quote_ident
-from pgbackend.subscriptions import Definition, Place, Subscriptions, Terms, busy, exists, not_found
+from pgbackend.subscriptions import (
+    Definition,
+    Place,
+    Subscriptions,
+    Terms,
+    busy,
+    checked_end,
+    checked_place,
+    exists,
+    not_found,
+)
 from pgbackend.wakeup import Hints, Notifier, channel
 from pgbackend.worker import Settings, Worker, process_name
 
@@ -527,7 +538,8 @@ class Backend:
         Raises SubscriptionExistsError when this backend runs one of that name, SubscriptionMismatchError when the
         stored one has another order, shard count or end, ConfigError for options that cannot be.
         """
-        _check_terms(name, start=start, end=end, order=order, shards=shards)
+        _check_terms(name, order=order, shards=shards)
+        start, end = checked_place(start, f"start of {name!r}"), checked_end(end, f"end of {name!r}")
         _check_dispatching(name, dispatcher, dead_letter, filter, concurrency, retry)
         parts = self._use()
         if name in self._registrations:
@@ -623,6 +635,7 @@ class Backend:
         `drain_timeout`, and if it takes longer, it ends without effect on the offset, and this process dispatches from
         the new place once it has ended. Raises SubscriptionNotFoundError when there is none.
         """
+        place = checked_place(place, f"The place to seek in {name!r}")
         parts = self._use()
         registration = self._registrations.get(name)
         if await parts.subscriptions.find(name) is None:
@@ -655,7 +668,8 @@ class Backend:
         Raises SubscriptionNotFoundError when there is none, ConfigError for what cannot be, SubscriptionBusyError when
         a worker does not give a shard up: nothing has changed then, and that worker goes on.
         """
-        _check_terms(name, start=start, end=end, order=order, shards=1)
+        _check_terms(name, order=order, shards=1)
+        start, end = checked_place(start, f"start of {name!r}"), checked_end(end, f"end of {name!r}")
         parts = self._use()
         end_position, end_at = _bounds(end)
         terms = Terms(order=order, end_position=end_position, end_at=end_at, start=start)
@@ -687,7 +701,7 @@ class Backend:
         Raises SubscriptionNotFoundError when there is none, ConfigError for a number that cannot be,
         SubscriptionBusyError when a worker does not give a shard up: nothing has changed then, and that worker goes on.
         """
-        _check_terms(name, start="latest", end=None, order="none", shards=shards)
+        _check_terms(name, order="none", shards=shards)
         parts = self._use()
         changed = await self._in_this_life(
             lambda: parts.subscriptions.reshard(name, shards, patience=self._patience, on_rest=self._tell_workers)
@@ -756,6 +770,9 @@ class Backend:
         """
         if not ids and subscription is None:
             raise ConfigError("redeliver() needs the dead letters' ids, or a subscription.")
+        for letter in ids:
+            if isinstance(letter, bool) or not isinstance(letter, int) or not 1 <= letter <= MAX_POSITION:
+                raise ConfigError(f"{shown(letter)} is no dead letter's id. `pgbackend dead-letters list` shows them.")
         parts = self._use()
         if subscription is not None and await parts.subscriptions.find(subscription) is None:
             raise not_found(subscription)
@@ -899,7 +916,7 @@ def _check_count(name: str, label: str, count: object, *, at_most: int) -> None:
         raise ConfigError(f"{label} of {name!r} is {shown(count)}: expected a whole number from 1 to {at_most}.")
 
 
-def _check_terms(name: str, *, start: object, end: object, order: str, shards: int) -> None:
+def _check_terms(name: str, *, order: str, shards: int) -> None:
     """Raises ConfigError for what cannot be stored of a subscription."""
     if not isinstance(name, str) or not name or "\0" in name or not _is_unicode(name):
         raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
@@ -908,12 +925,3 @@ def _check_terms(name: str, *, start: object, end: object, order: str, shards: i
     _check_count(name, "shards", shards, at_most=MAX_SHARDS)
     if order == "strict" and shards != 1:
         raise ConfigError(f"Subscription {name!r} is strict with {shards} shards: log order needs a single one.")
-    for label, bound in (("start", start), ("end", end)):
-        if isinstance(bound, datetime) and bound.tzinfo is None:
-            raise ConfigError(f"{label} of {name!r} is {bound!r}, without a time zone: expected an aware datetime.")
-    if isinstance(end, bool) or not isinstance(end, int | datetime | None) or (isinstance(end, int) and end < 1):
-        raise ConfigError(f"end of {name!r} is {end!r}: expected a position or an aware datetime.")
-    if start not in ("earliest", "latest") and (isinstance(start, bool) or not isinstance(start, int | datetime)):
-        raise ConfigError(
-            f"start of {name!r} is {start!r}: expected 'earliest', 'latest', a position or an aware datetime."
-        )

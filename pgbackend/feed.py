@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 
 from pgbackend.event import Event
+from pgbackend.model import Failure
 from pgbackend.ranges import Range
-from pgbackend.reader import Batch
+from pgbackend.reader import Batch, Unreadable
 from pgbackend.registration import Registration
-from pgbackend.shard import Shard, Skipped
+from pgbackend.shard import Buried, Shard, Skipped
 from pgbackend.tail import Cursor
 
 _FINISH_POLL = 0.05
@@ -81,6 +82,8 @@ class Feed:
             upto = batch.upto if stop is None else min(batch.upto, stop - 1)
             for lower, upper in batch.gone:
                 self._skip(window.lose(max(lower, first), upper if stop is None else min(upper, stop)))
+            for bad in batch.unreadable:
+                self._bury(bad)
             await self._admit(batch)
             for hole in batch.closed:
                 # What was read once was an event; the rest was rolled back.
@@ -89,7 +92,7 @@ class Feed:
                 # They were in the log when they failed, and should have come by now.
                 gone = [position for position in self._waiting if position <= upto and not window.owes(position)]
                 self._skip([(position, position + 1) for position in gone])
-            if upto > window.position or batch.closed or batch.opened or batch.gone:
+            if upto > window.position or batch.closed or batch.opened or batch.gone or batch.unreadable:
                 window.advance(upto)
                 self._note(self._shard)
             cursor.advance(batch.upto)
@@ -103,6 +106,18 @@ class Feed:
         for lower, upper in lost:
             self._shard.note(Skipped(lower=lower, upper=upper))
             self._let_go(lower, upper)
+
+    def _bury(self, bad: Unreadable) -> None:
+        """Have a dead letter made of an event that nobody can be handed; its row is copied as it is."""
+        lease, position = self._lease, bad.position
+        if lease.stop is not None and position >= lease.stop:
+            return
+        is_owed = bool(self._shard.window.lose(position, position + 1))
+        if not is_owed or bad.key_hash % lease.shards != lease.shard or position <= (lease.start_position or 0):
+            return
+        failure = Failure(error=f"The event cannot be read: {bad.error}", attempts=0)
+        self._shard.note(Buried(position=position, failure=failure))
+        self._let_go(position, position + 1)
 
     def _before_stop(self, hole: Range) -> Range:
         stop = self._lease.stop

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Position = NewType("Position", int)
 """An event's place in the log: a positive bigint, the log's total order."""
 
+MAX_POSITION = 2**63 - 1
+"""The highest that a bigint holds."""
+
 Epoch = NewType("Epoch", int)
 """The fencing token of a lease. Unique in a log for ever."""
 

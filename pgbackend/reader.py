@@ -15,14 +15,14 @@ are seen as gone where they had been read once: between the two reads of a large
 import asyncio
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from uuid import UUID
 
 from pgbackend.database import Database, Record
 from pgbackend.errors import PgBackendError
-from pgbackend.event import Event
+from pgbackend.event import Event, RecordLike
 from pgbackend.holes import AppenderClock, Evidence, Gaps
 from pgbackend.model import BlockingAppender
 from pgbackend.ranges import Range, RangeSet
@@ -39,13 +39,39 @@ _HELD_BYTES = 32 << 20
 _OPEN_HOLE_POLL = 0.25
 """Seconds between looks at passed holes: an event comes within a second of its commit, also from plain SQL."""
 
-_POSITION, _RECORDED_AT, _WEIGHT = 12, 13, 15
+_POSITION, _RECORDED_AT, _KEY_HASH, _WEIGHT = 12, 13, 14, 15
+_UNDECODABLE = (ValueError, ArithmeticError)
+"""What the driver raises for values that Python cannot hold: a date beyond the year 9999, text that is no UTF-8."""
 _LARGE = 16384
 """Events that weigh more are read by themselves; as the statements in log.sql have it."""
 
 
 class IncarnationChanged(PgBackendError):  # noqa: N818 - a signal between the actors, never seen outside
     """The server crashed or failed over: positions may have been given out again. Begin anew from durable rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An event whose row the driver cannot decode."""
+
+    position: int
+    key_hash: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What one look at the log found, all in ascending order."""
+
+    late: list[Event] = field(default_factory=list)
+    """What appeared in holes."""
+    events: list[Event] = field(default_factory=list)
+    """What is above them."""
+    more: bool = False
+    """Whether there is more to read."""
+    lost: Mapping[int, str | None] = field(default_factory=dict)
+    """Positions of those among them that cannot be handed out, as the driver cannot decode them (and says why), or as
+    they were deleted while they were being read (None). All that their `Event` has is a place and the hash of a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +95,11 @@ class Batch:
     """Seconds until the reader should look again by itself; None: when there is a hint or the clock says so."""
     gone: Sequence[Range] = ()
     """Positions at or below `upto` that somebody has removed from the log; they may be in `closed` as well."""
+    unreadable: Sequence[Unreadable] = ()
+    """Events at or below `upto` that cannot be handed out."""
 
     def __bool__(self) -> bool:
-        return bool(self.events or self.opened or self.closed or self.gone)
+        return bool(self.events or self.opened or self.closed or self.gone or self.unreadable)
 
 
 class Log:
@@ -154,38 +182,64 @@ class Log:
         """Whoever asks for a segment looks again."""
         self._segments = []
 
-    async def read(
-        self, *, after: int, holes: RangeSet, page: bool = True
-    ) -> tuple[list[Event], list[Event], bool, list[int]]:
-        """What appeared in `holes`, what is above `after` (unless not `page`), and whether there is more to read.
+    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> Page:
+        """What appeared in `holes`, and what is above `after` (unless not `page`).
 
-        When the holes have more than a page, nothing of what is above them is returned. At last the positions of events
-        that were deleted while they were being read, in ascending order.
+        When the holes have more than a page, nothing of what is above them is returned.
         """
-        if holes:
-            rows = await self.database.fetch(self.sql.read_page_and_holes, after, self._incarnation, str(holes), page)
-        else:
-            rows = await self.database.fetch(self.sql.read_page, after, self._incarnation)
+        try:
+            if holes:
+                rows = await self.database.fetch(
+                    self.sql.read_page_and_holes, after, self._incarnation, str(holes), page
+                )
+            else:
+                rows = await self.database.fetch(self.sql.read_page, after, self._incarnation)
+        except _UNDECODABLE:
+            return await self._read_apart(after, holes, page=page)
         if not rows:
             await self.verify_incarnation()
-            return [], [], False, []
+            return Page()
         split = next((i for i, row in enumerate(rows) if row[_POSITION] > after), len(rows)) if holes else 0
         if split >= PAGE_EVENTS:
             rows = rows[:split]
         more = split >= PAGE_EVENTS or len(rows) - split >= PAGE_EVENTS
-        gone: list[int] = []
         if any(row[_WEIGHT] > _LARGE for row in rows):
-            rows, cut, gone = await self._with_large(rows)
-            more = more or cut
-            split = sum(row[_POSITION] <= after for row in rows)
+            return await self._with_large(rows, after, more=more)
         events = [Event(row, row[_POSITION], row[_RECORDED_AT]) for row in rows]
-        return events[:split], events[split:], more, gone
+        return Page(events[:split], events[split:], more)
 
-    async def _with_large(self, rows: list[Record]) -> tuple[list[Record], bool, list[int]]:
-        """The page with the whole of its large rows, up to `PAGE_BYTES` of them; whether it was cut there.
+    async def _read_apart(self, after: int, holes: RangeSet, *, page: bool) -> Page:
+        """The same when a row among them cannot be decoded: the others, and which those are."""
+        found = await self.database.fetch(self.sql.find_page, after, self._incarnation, str(holes), page)
+        split = sum(row["position"] <= after for row in found)
+        if split >= PAGE_EVENTS:
+            found = found[:split]
+        more = split >= PAGE_EVENTS or len(found) - split >= PAGE_EVENTS
+        stubs = {row["position"]: _stub(row["position"], row["key_hash"]) for row in found}
 
-        And the positions of those that were deleted meanwhile: they are not in the page any more.
-        """
+        def read_these(positions: Sequence[int]) -> Awaitable[list[Record]]:
+            these = str(RangeSet.of(positions))
+            return self.database.fetch(self.sql.read_page_and_holes, 0, self._incarnation, these, False)
+
+        whole: dict[int, Record] = {}
+        errors = {row["position"]: f"it was recorded at {bad}" for row in found if (bad := row["bad_date"]) is not None}
+        # Apart, because one statement reads no more than a page.
+        for part in (found[:split], found[split:]):
+            if positions := [row["position"] for row in part if row["position"] not in errors]:
+                rows, undecodable = await _one_by_one(read_these, positions)
+                whole |= {row[_POSITION]: row for row in rows}
+                errors |= undecodable
+        await self.verify_incarnation()
+        read = await self._with_large([whole.get(position, stub) for position, stub in stubs.items()], after, more=more)
+        lost = {
+            event.position: errors.get(event.position)
+            for event in (*read.late, *read.events)
+            if event.position not in whole
+        }
+        return replace(read, lost={**lost, **read.lost})
+
+    async def _with_large(self, rows: Sequence[RecordLike], after: int, *, more: bool) -> Page:
+        """The page of these rows with the whole of its large ones. It ends early behind `PAGE_BYTES` of them."""
         wanted: list[int] = []
         total, end = 0, len(rows)
         for index, row in enumerate(rows):
@@ -195,12 +249,42 @@ class Log:
                     end = index
                     break
                 wanted.append(row[_POSITION])
-        large = await self.database.fetch(self.sql.read_large, wanted, self._incarnation)
+
+        def read_these(positions: Sequence[int]) -> Awaitable[list[Record]]:
+            return self.database.fetch(self.sql.read_large, positions, self._incarnation)
+
+        large, errors = await _one_by_one(read_these, wanted) if wanted else ([], {})
         found = {row[_POSITION]: row for row in large}
         if len(found) < len(wanted):
             await self.verify_incarnation()
-        kept = [whole for row in rows[:end] if (whole := found.get(row[_POSITION]) if row[_WEIGHT] > _LARGE else row)]
-        return kept, end < len(rows), [position for position in wanted if position not in found]
+        events: list[Event] = []
+        for row in rows[:end]:
+            position = row[_POSITION]
+            whole = row if row[_WEIGHT] <= _LARGE else found.get(position, _stub(position, row[_KEY_HASH]))
+            events.append(Event(whole, position, whole[_RECORDED_AT]))
+        split = sum(event.position <= after for event in events)
+        lost = {position: errors.get(position) for position in wanted if position not in found}
+        return Page(events[:split], events[split:], more or end < len(rows), lost)
+
+
+def _stub(position: int, key_hash: int) -> RecordLike:
+    """In the place of a row that cannot be had."""
+    return (None,) * _POSITION + (position, None, key_hash, 0)
+
+
+async def _one_by_one(
+    read: Callable[[Sequence[int]], Awaitable[list[Record]]], positions: Sequence[int]
+) -> tuple[list[Record], dict[int, str]]:
+    """The rows at these positions; those that cannot be decoded are found by halves, each with its error."""
+    try:
+        return await read(positions), {}
+    except _UNDECODABLE as error:
+        if len(positions) == 1:
+            return [], {positions[0]: f"{type(error).__name__}: {error}"}
+    middle = len(positions) // 2
+    rows, errors = await _one_by_one(read, positions[:middle])
+    other_rows, other_errors = await _one_by_one(read, positions[middle:])
+    return rows + other_rows, errors | other_errors
 
 
 class Reader:
@@ -216,6 +300,8 @@ class Reader:
         self._blocked_reads = 0
         self._gone: list[Range] = []
         """Found to be removed from the log, and not told yet."""
+        self._lost: dict[int, str | None] = {}
+        """Of what is held: see `Page.lost`."""
         self.position = after
         log.forget_segments()
 
@@ -240,16 +326,14 @@ class Reader:
             evidence = await self._log.check()
             self._gaps.narrow(evidence)
         room = len(self._held) < _HELD_EVENTS and self._held_bytes < _HELD_BYTES
-        late, page, more, gone = await self._log.read(after=self._top, holes=self._gaps.ranges(), page=room)
+        found = await self._log.read(after=self._top, holes=self._gaps.ranges(), page=room)
+        late, more = found.late, found.more
+        self._lost.update(found.lost)
         # After the read: what is still missing now, and has nobody left to fill it, is dead.
         passed = set(self._gaps.fill([event.position for event in late])) if late else set()
         closed = self._gaps.bury() if self._gaps and not (late and more) else []
         dead = [gap for gap in closed if not self._log.is_in_one_segment(*gap)]
-        dead += self._take(page)
-        if gone:
-            # Not holes: they had been filled.
-            self._gaps.fill(gone)
-            self._gone.extend((position, position + 1) for position in gone)
+        dead += self._take(found.events)
         if prove and evidence is not None and room and not more and evidence.upto > self._top:
             # Nothing above the last row was visible after the evidence: the rest up to its `upto` is a hole as well.
             if self._gaps.add(self._top + 1, evidence.upto + 1):
@@ -269,6 +353,9 @@ class Reader:
         before = self.position
         released = self._release()
         admitted = [*events, *released] if events else released
+        unreadable: list[Unreadable] = []
+        if self._lost:
+            admitted, unreadable = self._without_lost(admitted)
         sizes = [event.weight for event in admitted]
         return Batch(
             events=admitted,
@@ -280,6 +367,7 @@ class Reader:
             size=sum(sizes),
             again=self._again(more=more and room, progress=bool(admitted or opened or closed)),
             gone=self._passed_gone() if self._gone else (),
+            unreadable=unreadable,
         )
 
     def _passed_gone(self) -> list[Range]:
@@ -288,6 +376,20 @@ class Reader:
         passed = list(gone.below(self.position))
         self._gone = list(gone.difference(passed))
         return passed
+
+    def _without_lost(self, admitted: list[Event]) -> tuple[list[Event], list[Unreadable]]:
+        """The events that can be handed out, and those that cannot be read; notes those that are gone."""
+        whole: list[Event] = []
+        unreadable: list[Unreadable] = []
+        for event in admitted:
+            position = event.position
+            if position not in self._lost:
+                whole.append(event)
+            elif (error := self._lost.pop(position)) is None:
+                self._gone.append((position, position + 1))
+            else:
+                unreadable.append(Unreadable(position, event.key_hash, error))
+        return whole, unreadable
 
     def _take(self, page: list[Event]) -> list[Range]:
         """Keep a page's events, and note what is missing between them; what of that is dead, beyond one segment."""

@@ -21,9 +21,10 @@ from pgbackend.errors import (
     SubscriptionExistsError,
     SubscriptionMismatchError,
     SubscriptionNotFoundError,
+    shown,
 )
 from pgbackend.holes import MAX_PENDING_RANGES
-from pgbackend.model import Epoch, Order, Position, ShardStatus, SubscriptionStatus
+from pgbackend.model import MAX_POSITION, Epoch, Order, Position, ShardStatus, SubscriptionStatus
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
 from pgbackend.sql import load
@@ -44,6 +45,7 @@ class _Offset:
     """Nor those recorded at or before it."""
 
 
+_EARLIEST, _LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _SKEW = timedelta(seconds=60)
 """`recorded_at` follows positions but for how long an appender can be held up between drawing one and the other."""
 
@@ -93,6 +95,48 @@ class Terms:
 
     def _are_but_for_start(self, stored: Definition) -> bool:
         return (self.order, self.end_position, self.end_at) == (stored.order, stored.end_position, stored.end_at)
+
+
+def in_utc(date: datetime, what: str) -> datetime:
+    """The date in UTC, between the first and the last one that there are: the driver makes those two infinite.
+
+    Raises ConfigError for one without a time zone, or before the year 1 or after 9999 in UTC.
+
+    >>> in_utc(_LATEST, "end").isoformat()
+    '9999-12-31T23:59:59.999998+00:00'
+    """
+    try:
+        aware = date.utcoffset() is not None
+        moved = date.astimezone(UTC) if aware else date
+    except Exception:  # noqa: BLE001 - a time zone may be anybody's code
+        raise ConfigError(f"{what} is {shown(date)}: no date of the years 1 to 9999 in UTC.") from None
+    if not aware:
+        raise ConfigError(f"{what} is {shown(date)}, without a time zone: expected an aware datetime.")
+    moment = timedelta(microseconds=1)
+    return min(max(moved, _EARLIEST + moment), _LATEST - moment)
+
+
+def checked_place(place: object, what: str) -> Place:
+    """The place with its date in UTC. Raises ConfigError for what is no place in a log."""
+    if isinstance(place, datetime):
+        return in_utc(place, what)
+    if isinstance(place, str) and place in ("earliest", "latest"):
+        return "earliest" if place == "earliest" else "latest"
+    if isinstance(place, int) and not isinstance(place, bool) and 0 <= place <= MAX_POSITION:
+        return place
+    raise ConfigError(
+        f"{what} is {shown(place)}: expected 'earliest', 'latest', a position (0 to {MAX_POSITION}), "
+        "or an aware datetime."
+    )
+
+
+def checked_end(end: object, what: str) -> int | datetime | None:
+    """The end with its date in UTC. Raises ConfigError for what is no end."""
+    if isinstance(end, datetime):
+        return in_utc(end, what)
+    if end is None or (isinstance(end, int) and not isinstance(end, bool) and 1 <= end <= MAX_POSITION):
+        return end
+    raise ConfigError(f"{what} is {shown(end)}: expected a position (1 to {MAX_POSITION}), an aware datetime, or None.")
 
 
 def bound(place: Place) -> str | None:
@@ -333,14 +377,10 @@ class Subscriptions:
         return replace(offset, position=max(offset.position, min(before, (await self._log.check()).upto)))
 
     async def _locate_behind(self, place: Place) -> _Offset:
-        if place == "earliest":
+        if isinstance(place, str):
             return _Offset(0)
         if isinstance(place, datetime):
             return _Offset(await self._position_before(place), start_at=place)
-        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < 1 << 63:
-            raise ConfigError(
-                f"{place!r} is no place in the log: expected 'earliest', 'latest', a position, or an aware datetime."
-            )
         head = (await self._log.check()).upto
         # No offset stands ahead of the log: it would look as if the log had been set back.
         return _Offset(place) if place <= head else _Offset(head, start_position=place)
@@ -381,12 +421,14 @@ class Subscriptions:
 
     async def _position_before(self, date: datetime) -> int:
         """A position at or below which nothing was recorded after `date`. By bisection over the primary key."""
+        if date < _EARLIEST + _SKEW:
+            return 0
         date = min(date, datetime.now(UTC) + timedelta(days=1)) - _SKEW
         low, high = 0, (await self._log.check()).upto
         while low < high:
             middle = (low + high + 1) // 2
-            row = await self._log.database.fetchrow(self._log.sql.find_position, middle)
-            if row is not None and row["recorded_at"] <= date:
+            row = await self._log.database.fetchrow(self._log.sql.find_position, middle, date)
+            if row is not None and row["is_before"]:
                 low = max(middle, row["position"])
             else:
                 high = middle - 1

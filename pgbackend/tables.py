@@ -73,6 +73,14 @@ _ATTRIBUTES = """
     + octet_length(extensions::text) <= 65536
 """
 
+_RECORDED_AT = "recorded_at >= '0001-01-01 00:00:00+00' AND recorded_at < '10000-01-01 00:00:00+00'"
+
+# Neither the first nor the last date that there is: the driver makes those infinite.
+_BOUNDS = """
+    start_at > '0001-01-01 00:00:00+00' AND start_at < '9999-12-31 23:59:59.999999+00'
+    AND end_at > '0001-01-01 00:00:00+00' AND end_at < '9999-12-31 23:59:59.999999+00'
+"""
+
 _DATA_ENCODING = "data_encoding IS NULL OR (data IS NOT NULL AND data_encoding IN ('json', 'text', 'base64'))"
 
 
@@ -101,6 +109,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         CheckConstraint(_EXTENSION_NAMES, name="events_extensions_names"),
         CheckConstraint(_DATA_ENCODING, name="events_data_encoding_known"),
         CheckConstraint(_ATTRIBUTES, name="events_attributes_size"),
+        CheckConstraint(_RECORDED_AT, name="events_recorded_at_readable"),
         postgresql_partition_by="RANGE (position)",
     )
     Table(
@@ -130,6 +139,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         CheckConstraint("name <> ''", name="subscriptions_name_not_empty"),
         CheckConstraint("ordering IN ('none', 'key', 'strict')", name="subscriptions_ordering_known"),
         CheckConstraint("shards > 0", name="subscriptions_shards_positive"),
+        CheckConstraint(_BOUNDS, name="subscriptions_bounds_readable"),
     )
     Table(
         "offsets",

@@ -1,7 +1,7 @@
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -9,7 +9,7 @@ import pytest
 from pgbackend.attributes import COLUMNS
 from pgbackend.database import Database
 from pgbackend.ranges import RangeSet
-from pgbackend.reader import PAGE_BYTES, PAGE_EVENTS, Batch, IncarnationChanged, Log, Reader
+from pgbackend.reader import PAGE_BYTES, PAGE_EVENTS, Batch, IncarnationChanged, Log, Reader, _one_by_one
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 
@@ -347,3 +347,20 @@ async def test_in_another_life_of_the_server_nobody_has_been_waited_for(log: Log
     await log.enter_incarnation()
 
     assert not log.clock.is_overdue("3/17", now=1.0)
+
+
+async def test_rows_that_cannot_be_decoded_are_found_among_the_others() -> None:
+    bad = {3, 4, 11}
+    reads: list[int] = []
+
+    async def read(positions: Sequence[int]) -> Any:
+        reads.append(len(positions))
+        if broken := bad & set(positions):
+            raise OverflowError(f"no date at {min(broken)}")
+        return list(positions)
+
+    rows, errors = await _one_by_one(read, range(1, 101))
+
+    assert cast("list[int]", rows) == [position for position in range(1, 101) if position not in bad]
+    assert errors == {position: f"OverflowError: no date at {position}" for position in bad}
+    assert len(reads) < 40

@@ -288,9 +288,9 @@ async def test_a_large_event_that_is_deleted_while_it_is_read_is_not_delivered_w
 ) -> None:
     read_large = reader.Log._with_large
 
-    async def delete_first(self: reader.Log, *args: Any) -> Any:
+    async def delete_first(self: reader.Log, *args: Any, **options: Any) -> Any:
         await sql.execute("DELETE FROM pgbackend.events WHERE id = 'gone'")
-        return await read_large(self, *args)
+        return await read_large(self, *args, **options)
 
     monkeypatch.setattr(reader.Log, "_with_large", delete_first)
     got: dict[str, bytes | None] = {}

@@ -123,7 +123,7 @@ async def test_a_seek_ahead_of_the_log_counts_until_the_next_one(log: Backend) -
 
 
 async def test_a_position_that_no_log_has_is_refused(log: Backend) -> None:
-    with pytest.raises(ConfigError, match="no place in the log"):
+    with pytest.raises(ConfigError, match=r"expected .*, a position"):
         await log.subscribe("s", print, start=1 << 63)
     assert (await log.status()).subscriptions == ()
 

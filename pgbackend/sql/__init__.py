@@ -6,6 +6,8 @@ say what it guarantees, and ends where the next one opens. Of the text, only thr
     {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
     {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
     {weight}            the bytes that an event takes in memory, of its unqualified columns: SELECT {weight} AS weight
+    {recorded_at}       its date; decoding fails for those beyond datetime, the infinite ones included
+    {readable_date}     its date, null for one beyond datetime
 
 The statements of a file are declared as fields of a frozen dataclass in `statements.py`, so a mistyped name is a type
 error, and a field without a statement (or the reverse) fails when its actor is built, not when it is needed:
@@ -34,7 +36,7 @@ else:
     StatementsT = TypeVar("StatementsT")
 
 _NAME = re.compile(r"^-- name: *(\w+) *$")
-_PLACEHOLDER = re.compile(r"\{(schema|schema_literal|weight)\}")
+_PLACEHOLDER = re.compile(r"\{(schema|schema_literal|weight|recorded_at|readable_date)\}")
 # The objects, the data, and up to four bytes for each character of the attributes. octet_length() fetches no TOAST.
 _WEIGHT = """(
     700 + coalesce(octet_length(data), 0) + 4 * (
@@ -44,6 +46,11 @@ _WEIGHT = """(
         + octet_length(extensions::text)
     )
 )"""
+# The driver takes an infinite date for a datetime without a time zone, which no other one can be compared with.
+_RECORDED_AT = "CASE WHEN isfinite(recorded_at) THEN recorded_at ELSE timestamptz '4713-01-01 00:00:00+00 BC' END"
+_READABLE_DATE = """CASE
+    WHEN recorded_at >= '0001-01-01 00:00:00+00' AND recorded_at < '10000-01-01 00:00:00+00' THEN recorded_at
+END"""
 # PostgreSQL cuts longer names off, silently: two logs would become one.
 _MAX_IDENTIFIER_BYTES = 63
 
@@ -87,7 +94,13 @@ def file_names() -> list[str]:
 
 def place_schema(text: str, *, schema: str) -> str:
     """`text` with its placeholders replaced, in one pass: a schema named "{schema}" is a name like any other."""
-    words = {"schema": quote_ident(schema), "schema_literal": quote_literal(schema), "weight": _WEIGHT}
+    words = {
+        "schema": quote_ident(schema),
+        "schema_literal": quote_literal(schema),
+        "weight": _WEIGHT,
+        "recorded_at": _RECORDED_AT,
+        "readable_date": _READABLE_DATE,
+    }
     return _PLACEHOLDER.sub(lambda match: words[match[1]], text)
 
 

@@ -6,7 +6,7 @@
 -- from the log has no position here.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, weight, epoch, attempt, failure, begun
+    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, failure, begun
 FROM (
     SELECT
         event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.begun,
@@ -61,7 +61,7 @@ LIMIT 10000;
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, weight, epoch, attempt, letter_id, begun
+    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, letter_id, begun
 FROM (
     SELECT
         due.*, asked.epoch, asked.room_bytes,
@@ -103,7 +103,7 @@ WHERE subscription = $1
 -- A page of them, which ends by count or by weight; the first in any case.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, recorded_at, key_hash, weight, letter_id, subscription, attempts, error, details,
+    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, letter_id, subscription, attempts, error, details,
     buried_at, due_at
 FROM (
     SELECT

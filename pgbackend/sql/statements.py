@@ -18,6 +18,7 @@ class LogSql:
     read_page: str
     read_page_and_holes: str
     read_large: str
+    find_page: str
     find_position: str
     find_gaps: str
     find_segments: str

@@ -426,6 +426,7 @@ SELECT
                 LIMIT 1
             )
         ) AS owed
+        WHERE isfinite(owed.recorded_at)
     ) AS lag_seconds
 FROM {schema}.subscriptions AS subscription
 JOIN {schema}.offsets AS stored ON stored.subscription = subscription.name

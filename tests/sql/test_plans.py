@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -176,7 +177,7 @@ async def test_the_evidence_reads_no_event(connection: Any) -> None:
 
 
 async def test_a_due_date_far_away_costs_nothing(connection: Any) -> None:
-    plan = await explain(connection, LOG.find_position, 19_990_500)
+    plan = await explain(connection, LOG.find_position, 19_990_500, datetime.now(UTC))
 
     assert rows_touched(plan) == 1
 

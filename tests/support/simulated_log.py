@@ -12,7 +12,7 @@ from typing import Any, cast
 from pgbackend.event import Event
 from pgbackend.holes import AppenderClock, Evidence
 from pgbackend.ranges import RangeSet
-from pgbackend.reader import Log, Reader
+from pgbackend.reader import Log, Page, Reader
 from tests.support.events import log_row
 
 HOLE_WAIT = 2.0
@@ -138,16 +138,14 @@ class SimulatedLog:
     async def find_removed(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:  # noqa: ARG002 - the same
         return []
 
-    async def read(
-        self, *, after: int, holes: RangeSet, page: bool = True
-    ) -> tuple[list[Event], list[Event], bool, list[int]]:
+    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> Page:
         await self._step()
         late = [position for position in sorted(self.visible) if position in holes][: self._page]
         above = [position for position in sorted(self.visible) if position > after][: self._page] if page else []
         if len(late) >= self._page:
             above = []
         await self._step()
-        return _events(late), _events(above), len(late) >= self._page or len(above) >= self._page, []
+        return Page(_events(late), _events(above), len(late) >= self._page or len(above) >= self._page)
 
     async def appenders(self) -> tuple[str, ...]:
         return tuple(sorted(self.open_now()))
