@@ -178,6 +178,13 @@ def _url(value: object) -> URL:
         # It may carry a password, and an @ says that it does; nobody knows where in a URL that is none.
         found = "one that is none" if "@" in text else described(text.split("?")[0])
         raise refuse(f"{wanted}, found {found}")
+    if ":" in (url.user or ""):
+        raise refuse("expected a user without a colon: Basic authorization ends the user there")
+    try:
+        # As the connection will do it. A dot at the end is a name's root.
+        (url.raw_host or "").removesuffix(".").encode("idna")
+    except UnicodeError:
+        raise refuse(f"{wanted}, whose host has labels of 1 to 63 characters") from None
     return url
 
 

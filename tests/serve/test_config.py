@@ -441,6 +441,15 @@ MISTAKES = [
         "headers.Content-Length: the header Content-Length belongs",
     ),
     ("triggers: {a: {target: {headers: {ce-id: 5}}}}", "headers.ce-id: the header ce-id belongs"),
+    ("triggers: {a: {target: {url: 'http://a%3Ab:c@x/'}}}", "target.url: expected a user without a colon"),
+    (
+        "triggers: {a: {target: {url: 'http://a..b/'}}}",
+        "target.url: expected an absolute http or https URL, whose host",
+    ),
+    (
+        f"triggers: {{a: {{deliveryOptions: {{deadLetterURL: 'http://{'x' * 64}.de/'}}}}}}",
+        "deadLetterURL: expected an absolute http or https URL, whose host",
+    ),
     ("triggers: {a: {target: {headers: {PgBackend-Attempt: 5}}}}", "the header PgBackend-Attempt belongs"),
     ("triggers: {a: {target: {headers: {x: 1, X: 2}}}}", "target.headers: "),
     ("triggers: {a: {bounds: {byId: {start: 5-0}}}}", 'byId.start: expected a whole number, found "5-0"'),

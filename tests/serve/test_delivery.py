@@ -21,6 +21,7 @@ from pgbackend.backend import Backend
 from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.event import Event, attributes_with
 from pgbackend.model import Failure
+from pgbackend.serve.config import load
 from pgbackend.serve.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session, refuse_without_target
 from tests.serve.broker import envelope
 from tests.serve.target import Request, Target, raw_server, read_request
@@ -116,6 +117,23 @@ class TestOnTheWire:
         [request] = target.requests
         assert request.header("authorization") == "Bearer b"
         assert request.header("x-tenant") == "é"
+
+    @pytest.mark.parametrize(
+        ("user", "credentials"),
+        [("ü:пароль", "ü:пароль"), ("%C3%BC:p%40ss%3A", "ü:p@ss:"), ("me", "me:"), (":token", ":token")],
+    )
+    async def test_credentials_in_the_url_are_basic_authorization_in_utf_8(
+        self, user: str, credentials: str, target: Target, delivery: DeliveryMaker
+    ) -> None:
+        url = target.url.replace("://", f"://{user}@")
+        configuration = load(f"triggers: {{a: {{target: {{url: '{url}'}}}}}}", origin="broker.yaml")
+        configured = configuration.triggers["a"].target.url
+        assert configured is not None
+        await delivery(str(configured))(ORDER)
+
+        [request] = target.requests
+        scheme, _, value = (request.header("authorization") or "").partition(" ")
+        assert (scheme, b64decode(value).decode()) == ("Basic", credentials)
 
     @pytest.mark.parametrize("mode", ["binary", "structured"])
     async def test_a_header_says_which_attempt_it_is(self, mode: str, target: Target, delivery: DeliveryMaker) -> None:
