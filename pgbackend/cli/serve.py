@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SECTIONS = {
     "Database": ["dsn", "listen_dsn", "schema", "startup_timeout", "data_dir"],
     "Configuration": ["config", "config_inline", "check_config", "print_schema"],
-    "Taking events in": ["host", "port", "admin_port", "tls_cert", "tls_key", "tls_client_ca"],
+    "Taking events in": ["host", "port", "admin_port", "allowed_host", "tls_cert", "tls_key", "tls_client_ca"],
     "Delivering them": ["deny_private_targets", "max_hops"],
     "Process": ["workers", "log_format", "log_level"],
 }
@@ -126,6 +126,15 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     envvar="PGBACKEND_ADMIN_PORT",
     show_envvar=True,
     help="A port for probes and metrics alone, without TLS. /metrics is then no longer at --port.",
+)
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    envvar="PGBACKEND_ALLOWED_HOST",
+    show_envvar=True,
+    help="A name that requests may have in their Host header, for a reverse proxy. Several are possible; * is any. "
+    "Needed on a loopback address, which takes only its own names. Given, it is asked for on others, too.",
 )
 @_file("--tls-cert", "PGBACKEND_TLS_CERT", "Serve HTTPS with this certificate chain; read again when it changes.")
 @_file("--tls-key", "PGBACKEND_TLS_KEY", "Its private key, where that is not in the same file.")
@@ -232,7 +241,12 @@ def _serve(settings: "Settings", *, ignored: Mapping[str, str]) -> None:
 
 def _settings(context: click.Context, options: dict[str, Any]) -> "Settings":
     from pgbackend.serve.app import Settings  # noqa: PLC0415 - as above
+    from pgbackend.serve.hosts import checked_host  # noqa: PLC0415 - as above
 
+    try:
+        options["allowed_hosts"] = tuple(checked_host(host) for host in options.pop("allowed_host"))
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
     if options["dsn"] is not None and options["data_dir"] is not None:
         raise click.UsageError("--data-dir is the embedded PostgreSQL's: give it or --dsn.")
     if options["tls_cert"] is None and (options["tls_key"] is not None or options["tls_client_ca"] is not None):

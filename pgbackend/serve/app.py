@@ -33,6 +33,7 @@ from pgbackend.serve import delivery, egress, tracing
 from pgbackend.serve.admin import Admin
 from pgbackend.serve.config import Configuration, load, load_file
 from pgbackend.serve.connection import allow_many_connections
+from pgbackend.serve.hosts import Hosts
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.listener import Listener, Ports, Share, bind
 from pgbackend.serve.metrics import Metrics
@@ -63,6 +64,8 @@ class Settings:
     """0 is any free one."""
     admin_port: int | None = None
     """For probes and metrics, without TLS. 0 is any free one; without it they are at `port`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """What requests may say that they are for, besides the broker's own addresses; see `hosts`."""
     tls_cert: Path | None = None
     """Without one it is plain HTTP."""
     tls_key: Path | None = None
@@ -156,8 +159,9 @@ async def run(
                         has_admin=ports.admin is not None,
                     )
                     following = _Following(settings, triggers, ingest, tls)
-                    listener = Listener(ingest, ports.events, tls=tls, share=share)
-                    admin = None if ports.admin is None else Listener(Admin(ingest), ports.admin)
+                    hosts = Hosts(ports.events.getsockname()[0], settings.allowed_hosts, name=settings.host)
+                    listener = Listener(ingest, ports.events, hosts=hosts, tls=tls, share=share)
+                    admin = None if ports.admin is None else Listener(Admin(ingest), ports.admin, hosts=hosts)
                     await _run(backend, listener, admin, following, orders, on_serving)
     finally:
         await backend.stop()

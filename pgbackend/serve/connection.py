@@ -35,6 +35,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from pgbackend.serve.clients import Budget
+from pgbackend.serve.hosts import Hosts, host_of_target
 from pgbackend.serve.ingest import STOPPING, Ingest, Problem, come_back
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ _add_path = re.compile(rb"^([a-z]+://[^/?#]*)(?=[?#]|$)", re.IGNORECASE).sub
 class State(ServerState):
     """What the connections of a server share."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, hosts: Hosts) -> None:
         super().__init__()
+        self.hosts = hosts
         self.places = Budget(limit)
         """For connections, handshakes among them."""
         self.heads = Budget(_HEAD_BUDGET)
@@ -115,7 +117,10 @@ class Connection(HttpToolsProtocol):
     _held_bytes = 0
     """Of the state's budget for heads."""
     _offers_upgrade = False
-    _refusal = HTTPStatus.BAD_REQUEST
+    _refusal: Problem | None = None
+    """The answer to a head that a callback of the parser refuses."""
+    _host: bytes | None = None
+    """The header; b"" if there are several."""
 
     def __init__(self, config: Config, state: State, address: str, *, admitted: bool) -> None:
         super().__init__(config, state, {"address": address})
@@ -129,6 +134,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport, self.pipeline)
+        self._local = "" if self.server is None else self.server[0]
         self._began = self.loop.time()
         if not self._admitted:
             self._state.refused += 1
@@ -195,6 +201,7 @@ class Connection(HttpToolsProtocol):
         # What uvicorn makes here is made if its way is gone.
         self.url = b""
         self.headers = []
+        self._host = None
         self.expect_100_continue = False
         self._receiving = True
         self._began = self.loop.time()
@@ -210,6 +217,8 @@ class Connection(HttpToolsProtocol):
             name = name.lower()
             if name == b"expect" and value.lower() == b"100-continue":
                 self.expect_100_continue = True
+            elif name == b"host":
+                self._host = value.rstrip(b" \t") if self._host is None else b""
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -221,12 +230,29 @@ class Connection(HttpToolsProtocol):
             # The bytes counted may include some of the body, or of a request before.
             too_large |= len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES
         if too_large:
-            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            raise ValueError(_HEAD_TOO_LARGE)
+            self._refusal = Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _HEAD_TOO_LARGE)
+        elif (wrong := self._wrong_host()) is not None:
+            self._refusal = Problem(*wrong)
+        if self._refusal is not None:
+            raise ValueError(self._refusal.detail)
         self._in_head = False
         self._head_bytes = 0
         self._undecided = True
         self._piece = b""
+
+    def _wrong_host(self) -> tuple[int, str] | None:
+        """Status and words for a request that does not say, once, that it is for this broker; None for others."""
+        hosts = self._state.hosts
+        if self._host is None:
+            # HTTP/1.0 has no such header, and browsers always send it.
+            wrong = None if self.parser.get_http_version() == "1.0" else (400, "Header Host is missing.")
+        elif not self._host:
+            wrong = 400, "Header Host is empty, or stands there twice."
+        else:
+            wrong = hosts.problem(self._host, self._local)
+        if (target := host_of_target(self.url)) is not None and (wrong is None or wrong[0] != HTTPStatus.BAD_REQUEST):
+            wrong = hosts.problem(target, self._local)
+        return wrong
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -258,6 +284,7 @@ class Connection(HttpToolsProtocol):
             # What else stands there uvicorn checks.
             or not url.startswith(b"/")
             or b"?" in url
+            or b"#" in url
             or not url.isascii()
         ):
             return False
@@ -284,6 +311,9 @@ class Connection(HttpToolsProtocol):
         """Do what uvicorn would have done with the head and the body so far. Raises ValueError to refuse them."""
         if not self._is_answered() and len(self.pipeline) >= _MAX_QUEUED:
             raise ValueError("so many requests ahead of their answers")
+        if b"#" in self.url:
+            # Uvicorn would drop it: a proxy that does not would have looked at another path.
+            raise ValueError("a fragment in the request target")
         url, headers, piece = _add_path(rb"\1/", self.url), self.headers, self._piece
         expects = self.expect_100_continue and self.parser.get_http_version() != "1.0"  # which knows no such answer
         super().on_message_begin()
@@ -357,8 +387,7 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """The request that is being received is refused: it is no HTTP, or too much of it."""
-        said = "This is not HTTP as it should be."
-        self._refuse(Problem(self._refusal, said if self._refusal is HTTPStatus.BAD_REQUEST else _HEAD_TOO_LARGE))
+        self._refuse(self._refusal or Problem(HTTPStatus.BAD_REQUEST, "Malformed HTTP request."))
 
     def pause_writing(self) -> None:
         super().pause_writing()

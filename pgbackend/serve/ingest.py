@@ -31,9 +31,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from hmac import compare_digest
 from http import HTTPStatus
+from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import unquote_to_bytes
 
 from pgbackend import facts, wire
 from pgbackend.attributes import ATTRIBUTES_BYTES, attributes_size, size_of
@@ -73,7 +74,9 @@ _SHARE_OF_SMALL = 15
 proxy's clients, which get what is left once, must not keep small ones out."""
 _BREATH = 0.02
 """Seconds of reading a batch after which others have their turn: a large one takes a second."""
-_READ_PATHS = ("/healthz", "/readyz", "/metrics")
+_READ_PATHS = (b"/healthz", b"/readyz", b"/metrics")
+_ACCEPT_BYTES = 1 << 12
+"""No more of an Accept header is read: 64 KiB took 20 ms, for clients that need no authorization."""
 _PROBE_TIMEOUT = 3.0
 """Seconds. Who asks gives up after ten at most, and is better told why."""
 _PROBE_AGE = 1.0
@@ -339,22 +342,22 @@ class Ingest:
 
     async def _tell(self, scope: Message, send: Send, *, is_admin: bool) -> None:
         """Answer a GET or a HEAD, and methods that nobody knows."""
-        path = scope["path"]
+        path = scope["raw_path"]  # as the proxy in front sees it, so that %6d cannot pass a rule about /metrics
         if scope["method"] not in ("GET", "HEAD"):
             if is_admin:
                 raise Problem(405, "This port takes no events. Send them to the broker's other port.", _READ)
             said = f"{scope['method']} is not understood. Events are sent by POST."
             raise Problem(405, said, (b"allow", _methods(path)))
-        if path == "/healthz":
+        if path == b"/healthz":
             await _write(send, 200, b'{"ok": "true"}', _JSON)
-        elif path == "/readyz":
+        elif path == b"/readyz":
             wrong = STOPPING if self._retired else await self._readiness.what_is_wrong()
             if wrong is not None:
                 raise come_back(wrong)
             await _write(send, 200, b'{"ok": "true"}', _JSON)
-        elif path == "/metrics" and (is_admin or not self._has_admin) and self._metrics is not None:
-            accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), None)
-            body, content_type = await self._metrics.exposition(accept)
+        elif path == b"/metrics" and (is_admin or not self._has_admin) and self._metrics is not None:
+            accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")[:_ACCEPT_BYTES]
+            body, content_type = await self._metrics.exposition(accept.decode("latin-1"))
             await _write(send, 200, body, (b"content-type", content_type.encode()))
         else:
             said = "Nothing to read here. Events are sent by POST, to any path; health is at /healthz and /readyz."
@@ -395,7 +398,7 @@ class _Readiness:
         return None
 
 
-def _methods(path: str) -> bytes:
+def _methods(path: bytes) -> bytes:
     return b"GET, HEAD, OPTIONS, POST" if path in _READ_PATHS else b"OPTIONS, POST"
 
 
@@ -409,7 +412,7 @@ def _allowed(scope: Message) -> list[Header]:
     To any origin, as fast as it likes: who may send is asked with each event, by its secret, and an origin is only what
     a sender calls itself. To name it would look like a decision. Consent is given at once, so nobody is called back.
     """
-    headers = [(b"allow", _methods(scope["path"]))]
+    headers = [(b"allow", _methods(scope["raw_path"]))]
     fields: dict[bytes, bytes] = dict(scope["headers"])
     if fields.get(b"webhook-request-origin"):
         rate = fields.get(b"webhook-request-rate", b"*")
@@ -430,8 +433,8 @@ def _framing(headers: _Headers) -> tuple[str | None, int]:
                 raise Problem(400, "Header Content-Type stands there twice.")
             content_type = value.decode("latin-1")
         elif name == b"content-length":
-            # The HTTP parser has let through digits only.
-            length = int(value)
+            # The parser lets through digits, 20 at most besides zeros; int() refuses thousands of those.
+            length = int(value.lstrip(b"0") or b"0")
         elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise Problem(415, "Content-Encoding is not supported. Send the body as it is.", (b"accept-encoding", b""))
         elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
@@ -474,6 +477,7 @@ def _failure(error: Exception, event: Event | None = None) -> Problem:
 # Who may send
 
 _Authorize = Callable[[_Headers, bytes], None]
+_access_tokens = re.compile(rb"(?:^|&)access_token=([^&]*)").finditer
 
 
 def _authorizer(auth: IngestAuth) -> _Authorize | None:
@@ -491,7 +495,10 @@ def _authorizer(auth: IngestAuth) -> _Authorize | None:
         given = [value for name, value in headers if name == b"authorization"]
         if not given and token is not None and b"access_token=" in query:
             # RFC 6750's other place, which webhook targets have to support.
-            given = [b"Bearer " + one.encode() for one in parse_qs(query.decode("latin-1")).get("access_token", [])]
+            # By hand: parsing a query of 20,000 names took 26 ms, and the client is not authorized yet.
+            found = [one[1] for one in islice(_access_tokens(query), 2)]
+            if len(found) == 1 and len(found[0]) <= 3 * len(token):
+                given = [b"Bearer " + unquote_to_bytes(found[0].replace(b"+", b" "))]
         scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         credentials = credentials.strip()
         known = False

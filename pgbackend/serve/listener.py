@@ -23,6 +23,7 @@ from pgbackend.errors import ConfigError
 from pgbackend.serve.admin import Admin
 from pgbackend.serve.clients import address_of
 from pgbackend.serve.connection import Connection, State, limit_of_connections
+from pgbackend.serve.hosts import Hosts
 from pgbackend.serve.ingest import Ingest
 from pgbackend.serve.tls import TLS
 
@@ -105,10 +106,19 @@ class Share:
 
 
 class Listener:
-    """Serves `app` on a bound socket until `stop()`; takes over the socket."""
+    """Serves `app` on a bound socket until `stop()`; takes over the socket.
+
+    `hosts`: what requests may say that they are for. Without it, those of the socket's address.
+    """
 
     def __init__(
-        self, app: Ingest | Admin, bound: socket.socket, *, tls: TLS | None = None, share: Share | None = None
+        self,
+        app: Ingest | Admin,
+        bound: socket.socket,
+        *,
+        tls: TLS | None = None,
+        share: Share | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self._app = app
         self._socket = bound
@@ -126,7 +136,10 @@ class Listener:
             proxy_headers=False,
             server_header=False,
         )
-        self._server = _Server(config, app, tls, share)
+        hosts = hosts or Hosts(bound.getsockname()[0])
+        limit = limit_of_connections()
+        state = State(min(limit, _ADMINS) if isinstance(app, Admin) else limit, hosts)
+        self._server = _Server(config, state, app, tls, share)
 
     async def run(self) -> None:
         """Return once `stop()` was called and every request in progress has its answer.
@@ -159,10 +172,11 @@ class Listener:
 class _Server(uvicorn.Server):
     """Uvicorn's, but that signals are the broker's, and that connections are looked after from the accept on."""
 
-    def __init__(self, config: uvicorn.Config, app: Ingest | Admin, tls: TLS | None, share: Share | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: State, app: Ingest | Admin, tls: TLS | None, share: Share | None
+    ) -> None:
         super().__init__(config)
-        limit = limit_of_connections()
-        self.server_state: State = State(min(limit, _ADMINS) if isinstance(app, Admin) else limit)
+        self.server_state: State = state
         self.accepting = asyncio.Event()
         self._app = app
         self._tls = tls

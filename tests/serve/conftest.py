@@ -15,6 +15,7 @@ _ON_UVLOOP = {
     "test_delivery",
     "test_egress",
     "test_hostile_targets",
+    "test_hosts",
     "test_ingest",
     "test_listener",
     "test_tls",

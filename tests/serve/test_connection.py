@@ -382,6 +382,24 @@ async def test_chunks_may_be_small(broker: Broker) -> None:
     assert (await broker.stored())[0].data_bytes == b"x" * 100_000
 
 
+async def test_a_length_may_have_any_number_of_zeros_before_it(broker: Broker) -> None:
+    for zeros in (1, 20, 5_000, 60_000):
+        for body in ((b"x",), (b"", b"x")):
+            head = HEAD + b"Connection: close\r\nContent-Length: " + b"0" * zeros + b"1\r\n\r\n"
+            answer = await broker.talk(head + body[0], *body[1:])
+            assert answer.startswith(b"HTTP/1.1 202 "), answer
+    empty = HEAD + b"Connection: close\r\nce-subject: %20\r\nContent-Length: " + b"0" * 5_000 + b"\r\n\r\n"
+    assert (await broker.talk(empty)).startswith(b"HTTP/1.1 202 ")
+    for digits, status in ((b"9" * 5_000, 400), (b"18446744073709551615", 413), (b"0" * 5_000 + b"99999999", 413)):
+        answer = await broker.talk(HEAD + b"Content-Length: " + digits + b"\r\n\r\nx")
+        assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+
+
+async def test_a_client_of_http_1_0_is_not_told_to_continue(broker: Broker) -> None:
+    head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\nContent-Length: 7\r\n\r\n"
+    assert (await broker.talk(head, b"careful")).startswith(b"HTTP/1.1 202 ")
+
+
 async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
     old = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: 3\r\n\r\nold"
     assert (await broker.talk(old)).startswith(b"HTTP/1.1 202 ")
@@ -396,7 +414,7 @@ async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("body", [(b"x",), (b"", b"x")], ids=["in one piece", "with a body that comes later"])
-@pytest.mark.parametrize("target", [b"http://host", b"HTTP://host:80?a=b", b"http://host/path"])
+@pytest.mark.parametrize("target", [b"http://localhost", b"HTTP://localhost:80?a=b", b"http://localhost/path"])
 async def test_a_target_that_is_a_whole_url_is_understood(
     target: bytes, body: tuple[bytes, ...], broker: Broker
 ) -> None:

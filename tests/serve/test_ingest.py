@@ -4,7 +4,9 @@ import asyncio
 import base64
 import json
 import re
+import timeit
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
@@ -24,7 +26,7 @@ from pgbackend.errors import (
 from pgbackend.event import Event
 from pgbackend.serve import ingest as ingest_module
 from pgbackend.serve.config import load
-from pgbackend.serve.ingest import Limits
+from pgbackend.serve.ingest import Limits, Problem
 from pgbackend.serve.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
@@ -276,6 +278,47 @@ class TestLimits:
 
 
 class TestOtherRequests:
+    async def test_only_the_very_path_leads_to_what_is_told(self, database: str) -> None:
+        """A proxy that keeps strangers from /metrics may compare what they ask for as it stands."""
+        with Metrics() as metrics:
+            async with serving(database, metrics=metrics) as broker:
+                for target, status in (
+                    (b"/metrics", 200),
+                    (b"/metrics?x=y", 200),
+                    (b"http://localhost/metrics", 200),
+                    (b"/%6detrics", 404),
+                    (b"/metric%73", 404),
+                    (b"/%2fmetrics", 404),
+                    (b"//metrics", 404),
+                    (b"/./metrics", 404),
+                    (b"/x/../metrics", 404),
+                    (b"/metrics/", 404),
+                    (b"/metrics;x", 404),
+                    (b"/METRICS", 404),
+                    (b"/metrics#x", 400),
+                    (b"/%72eadyz", 404),
+                ):
+                    answer = await broker.talk(
+                        b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                    )
+                    assert answer.startswith(b"HTTP/1.1 %d " % status), (target, answer)
+
+    async def test_an_endless_accept_header_is_not_read_to_its_end(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        async def exposition(_: Metrics, accept: str) -> tuple[bytes, str]:
+            asked.append(accept)
+            return b"", "text/plain"
+
+        monkeypatch.setattr(Metrics, "exposition", exposition)
+        with Metrics() as metrics:
+            async with serving(database, metrics=metrics) as broker:
+                head = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAccept: "
+                assert (await broker.talk(head + b"a," * 30_000 + b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert [len(accept) for accept in asked] == [4096]
+
     async def test_healthz_and_readyz_are_ok(self, broker: Broker) -> None:
         for path in ("/healthz", "/readyz"):
             answer = await broker.request("GET", path)
@@ -352,8 +395,26 @@ class TestAuthorization:
                     'Basic realm="pgbackend", charset="UTF-8"',
                     'Bearer realm="pgbackend"',
                 ]
-            assert (await broker.send(HEADERS, path="/?access_token=x")).status == 401
+            for query in ("x", "", "x&access_token=t%C3%B6k", "t%C3%B6k&access_token=t%C3%B6k", "t%C3%B6k;a=b"):
+                assert (await broker.send(HEADERS, path="/?access_token=" + query)).status == 401
+            assert (await broker.send(HEADERS, path="/?my_access_token=t%C3%B6k")).status == 401
             assert await broker.stored() == []
+
+    def test_a_query_of_many_names_costs_little_before_it_is_refused(self) -> None:
+        authorize = ingest_module._authorizer(load("ingest: {token: t}", origin="test").ingest)
+        assert authorize is not None
+
+        def ask(query: bytes) -> None:
+            with pytest.raises(Problem):
+                authorize([], query)
+
+        for query in (
+            b"a=b&" * 15_000 + b"access_token=x",
+            b"access_token=&" * 4_500,
+            b"access_token=" + b"%41" * 20_000,
+        ):
+            # The quickest of many, for the machine may be busy: parsing all of it took 26 ms.
+            assert min(timeit.repeat(partial(ask, query), number=1, repeat=20)) < 0.004
 
     async def test_only_the_configured_scheme_counts(self, database: str) -> None:
         async with serving(database, config="ingest: {token: t}") as broker:
