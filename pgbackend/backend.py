@@ -45,6 +45,7 @@ from pgbackend.errors import (
 from pgbackend.failures import describe
 from pgbackend.model import (
     MAX_CONCURRENCY,
+    MAX_NAME_BYTES,
     MAX_POSITION,
     MAX_SHARDS,
     ConsumerDispatcher,
@@ -919,7 +920,9 @@ def _check_count(name: str, label: str, count: object, *, at_most: int) -> None:
 def _check_terms(name: str, *, order: str, shards: int) -> None:
     """Raises ConfigError for what cannot be stored of a subscription."""
     if not isinstance(name, str) or not name or "\0" in name or not _is_unicode(name):
-        raise ConfigError(f"The subscription's name is {name!r}: expected text that is not empty.")
+        raise ConfigError(f"The subscription's name is {shown(name)}: expected text that is not empty.")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ConfigError(f"The subscription's name is {shown(name)}: expected at most {MAX_NAME_BYTES} bytes.")
     if order not in ("none", "key", "strict"):
         raise ConfigError(f"order of {name!r} is {order!r}: expected none, key or strict.")
     _check_count(name, "shards", shards, at_most=MAX_SHARDS)

@@ -261,6 +261,7 @@ class Database:
                 role = await connection.fetchrow(self._sql.find_role, timeout=CONNECT_TIMEOUT)
                 assert role is not None  # noqa: S101 - a SELECT of scalars
                 _refuse_role(target, host, in_recovery=role["in_recovery"], read_only=role["read_only"])
+                _refuse_encoding(target, host, role["encoding"])
                 self._primaries.admit(connection, await self._find_timeline(connection), where=_name(target, host))
                 await self._prepare(connection)
             except BaseException:
@@ -411,6 +412,17 @@ def _refuse_role(target: Target, host: Host | None, *, in_recovery: bool, read_o
         )
 
 
+def _refuse_encoding(target: Target, host: Host | None, encoding: str) -> None:
+    """Any other one lacks characters that events and errors have, and what has them could never be stored."""
+    if encoding != "UTF8":
+        raise SchemaError(
+            f"The database at {_name(target, host)} has the encoding {encoding}: a log needs UTF8. Make one with "
+            "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0.",
+            found=encoding,
+            expected="UTF8",
+        )
+
+
 def _none_of(target: Target, refusals: Sequence[Exception]) -> Exception:
     """What is to be said when every host has refused."""
     if len(refusals) == 1 or not any(isinstance(error, ConnectionLostError) for error in refusals):
@@ -544,6 +556,14 @@ def is_refused_for_data(error: BaseException) -> bool:
         # Refused on the way, by COPY: it has been called off.
         return True
     return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "")[:2] in ("22", "23")
+
+
+def asks_for_other_values(error: DatabaseError) -> bool:
+    """Whether a statement was refused for what it was given (or for its size), so that other values may pass.
+
+    Of classes 22 and 23, and 54 (program_limit_exceeded); 53200 is out_of_memory.
+    """
+    return error.sqlstate is not None and (error.sqlstate[:2] in ("22", "23", "54") or error.sqlstate == "53200")
 
 
 def is_out_of_segments(error: BaseException) -> bool:

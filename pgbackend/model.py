@@ -30,6 +30,9 @@ MAX_SHARDS = 1024
 MAX_CONCURRENCY = 10_000
 """Of a shard: it keeps a task for each event at work, or a thread for a plain function."""
 
+MAX_NAME_BYTES = 1024
+"""Of a subscription's name: an index of PostgreSQL has no room for much more."""
+
 ConsumerDispatcher = Callable[["Event"], Awaitable[Any] | Any]
 """Handles one event. Returning means handled, raising means failed. A plain function runs in a thread."""
 

@@ -10,15 +10,25 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.database import Backoff, Record
+from pgbackend.database import Backoff, Record, asks_for_other_values
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
-from pgbackend.shard import Buried, Forgotten, LetterDelivered, LetterFailed, Mark, Scheduled, Shard, Skipped
+from pgbackend.shard import (
+    Buried,
+    Forgotten,
+    LetterDelivered,
+    LetterFailed,
+    Mark,
+    Scheduled,
+    Shard,
+    Skipped,
+    without_texts,
+)
 from pgbackend.sql import load
 from pgbackend.sql.statements import OffsetsSql
 
@@ -104,8 +114,8 @@ class Committer:
             lost = await self._commit_by_key(by_key)
         except (ConnectionLostError, SchemaError):
             raise
-        except DatabaseError:
-            if len(by_key) == 1:
+        except DatabaseError as error:
+            if len(by_key) == 1 and not asks_for_other_values(error):
                 raise
             # What one shard wants committed was refused: the others do not wait for it (I7).
             await self._commit_apart(by_key)
@@ -117,7 +127,7 @@ class Committer:
         refused: DatabaseError | None = None
         for shard, mark in marks.items():
             try:
-                await self._lose(await self._commit_by_key({shard: mark}))
+                await self._lose(await self._commit_alone(shard, mark))
             except (ConnectionLostError, SchemaError):
                 raise
             except DatabaseError as error:
@@ -125,6 +135,22 @@ class Committer:
                 refused = refused or error
         if refused is not None:
             raise refused
+
+    async def _commit_alone(self, shard: Shard, mark: Mark) -> Collection[Shard]:
+        """Commit one shard; the shard, if its lease is lost.
+
+        If its texts are refused, it is committed without them: an event of which nobody can say why it failed harms
+        less than an offset that stands still.
+        """
+        try:
+            return await self._commit_by_key({shard: mark})
+        except DatabaseError as error:
+            if not mark.outcomes or not asks_for_other_values(error):
+                raise
+            facts.emit("texts refused", level=logging.ERROR, shard=shard.name, error=str(error))
+            text = f"(its error cannot be stored, SQLSTATE {error.sqlstate}; the process that handled it has logged it)"
+        bare = {key: without_texts(outcome, text) for key, outcome in mark.outcomes.items()}
+        return await self._commit_by_key({shard: replace(mark, outcomes=bare)})
 
     async def _lose(self, lost: Collection[Shard]) -> None:
         """These shards are somebody else's now, unless it is the server that lives another life."""

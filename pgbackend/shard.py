@@ -93,6 +93,20 @@ def outcome_key(outcome: Outcome) -> OutcomeKey:
     return ("event", outcome.position)
 
 
+def without_texts(outcome: Outcome, placeholder: str) -> Outcome:
+    """The same outcome with nothing in it that a dispatcher has said."""
+    match outcome:
+        case Scheduled(failure=failure):
+            bare = failure and replace(failure, error=placeholder, details={})
+            return replace(outcome, error=placeholder, failure=bare)
+        case Buried(failure=failure):
+            return replace(outcome, failure=replace(failure, error=placeholder, details={}))
+        case LetterFailed():
+            return replace(outcome, error=placeholder, details={})
+        case _:
+            return outcome
+
+
 class Tenure:
     """Until when this worker may begin dispatches, by its own monotonic clock. Set by the heartbeat's thread."""
 

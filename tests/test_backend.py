@@ -157,6 +157,21 @@ async def test_a_server_that_does_not_answer_is_an_error_that_says_where() -> No
     await backend.stop()
 
 
+@pytest.mark.owner
+@pytest.mark.direct
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_database_that_is_not_utf8_is_refused(server: str, encoding: str) -> None:
+    name = f"pgbackend_test_{uuid.uuid4().hex[:12]}"
+    await execute(server, f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    backend = Backend(urlsplit(server)._replace(path=f"/{name}").geturl())
+    try:
+        with pytest.raises(SchemaError, match=f"{encoding}.*UTF8"):
+            await backend.init()
+    finally:
+        await backend.stop()
+        await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 async def test_a_failed_init_may_be_tried_again(database: str) -> None:
     async with Proxy(database) as proxy:
         proxy.cut()
@@ -266,7 +281,7 @@ def test_a_refused_setting_is_named_with_its_range() -> None:
         {"start": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
         {"end": datetime(2026, 1, 1)},  # noqa: DTZ001 - the point
         {"end": 0}, {"end": "latest"}, {"retry": 5}, {"dead_letter": "nobody"}, {"start": -1},
-        {"name": "lone \ud800"}, {"filter": "type = 'a'"}, {"filter": asyncio.sleep},
+        {"name": "lone \ud800"}, {"name": "ä" * 513}, {"filter": "type = 'a'"}, {"filter": asyncio.sleep},
     ],
     # Without addresses: every test process must call it the same.
     ids=lambda option: ascii({name: getattr(value, "__name__", shown(value)) for name, value in option.items()}),

@@ -175,7 +175,7 @@ class Rude(Exception):  # noqa: N818 - as users name them
 
 
 class Detailed(Exception):  # noqa: N818 - as users name them
-    details = MappingProxyType({"status": 503})
+    details: Any = MappingProxyType({"status": 503})
 
 
 class Panic(BaseException):
@@ -1055,3 +1055,70 @@ async def test_a_delay_beyond_all_dates_does_not_stop_the_commits(database: str,
             return bool((await backend.status()).subscriptions[0].redeliveries)
 
         await eventually("the failure is kept", is_scheduled)
+
+
+@pytest.mark.owner
+@pytest.mark.parametrize("sqlstate", ["22021", "23514", "53200", "54000"])
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_an_offset_is_committed_though_the_text_of_an_error_is_refused(
+    database: str, order: Any, sqlstate: str
+) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF to_jsonb(new)::text LIKE '%poison%' THEN
+                RAISE EXCEPTION 'no such text' USING ERRCODE = '{sqlstate}';
+            END IF;
+            RETURN new;
+        END $$;
+        CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON pgbackend.redeliveries
+            FOR EACH ROW EXECUTE FUNCTION refuse();
+        CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON pgbackend.dead_letters
+            FOR EACH ROW EXECUTE FUNCTION refuse();
+        """
+    )
+    await connection.close()
+    given_up = Catch(fails=lambda _: True)
+
+    async def handle(event: Event) -> None:
+        if event.id == "bad":
+            raise Detailed("poison")
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, order=order, retry=AT_ONCE)
+        await backend.subscribe("t", handle, order=order, retry=AT_ONCE, dead_letter=given_up)
+        await produce(backend, "bad", "good", key="k")
+        found = await letters(backend, 2)
+        await settled(backend, "s")
+        await settled(backend, "t")
+        await backend.redeliver(subscription="s")
+
+        async def has_failed_again() -> bool:
+            return any([letter.failure.attempts == 6 async for letter in backend.dead_letters("s")])
+
+        await eventually("the letter failed again", has_failed_again)
+
+    assert [letter.failure.attempts for letter in found] == [3, 3]
+    assert all(f"cannot be stored, SQLSTATE {sqlstate}" in letter.failure.error for letter in found)
+
+
+async def test_details_are_kept_as_far_as_there_is_room(database: str) -> None:
+    large = Detailed("no")
+    large.details = MappingProxyType({"first": "\0" * 10, "large": "ä" * 50_000_000, "\ud800": "beyond"})
+    many = Detailed("no")
+    many.details = MappingProxyType({str(n): "x" for n in range(200_000)})
+
+    async def handle(event: Event) -> None:
+        raise large if event.id == "large" else many
+
+    async with running(database) as backend:
+        await backend.subscribe("s", handle, retry=Retry(attempts=1))
+        await produce(backend, "large", "many")
+        found = {letter.event.id: letter.failure.details for letter in await letters(backend, 2)}
+
+    assert found["large"]["first"] == "\\0" * 10
+    assert 10_000 < len(found["large"]["large"]) < 64 << 10
+    assert 100 < len(found["many"]) < 10_000
+    assert max(len(str(dict(details)).encode()) for details in found.values()) < 80_000

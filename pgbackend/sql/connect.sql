@@ -3,7 +3,8 @@
 -- name: find_role
 SELECT
     pg_is_in_recovery() AS in_recovery,
-    current_setting('default_transaction_read_only')::boolean AS read_only;
+    current_setting('default_transaction_read_only')::boolean AS read_only,
+    current_setting('server_encoding') AS encoding;
 
 -- name: find_timeline
 -- Which cluster this is, and on which timeline: a promotion begins a new one, a restart does not. The control file has
