@@ -310,6 +310,14 @@ def test_what_is_no_iso_8601_duration_is_refused(text: str) -> None:
         seconds(text)
 
 
+@pytest.mark.parametrize("text", ["P" + "9" * 50_000, "PT" + "1." * 25_000, "PT1." + "9" * 50_000, "P1D" * 20_000])
+def test_a_long_duration_is_refused_at_once(text: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="expected an ISO 8601 duration"):
+        trigger(f"deliveryOptions: {{timeout: {text}}}")
+    assert time.process_time() - began < 1
+
+
 class TestBounds:
     def test_a_position_beats_a_date_on_its_own_side_only(self) -> None:
         only = trigger(
