@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from json.encoder import encode_basestring
@@ -43,6 +43,10 @@ class ContentTypeError(EventError):
     """The message is not a CloudEvent, or in an event format other than JSON. HTTP's word for it is 415."""
 
 
+class TooLargeError(EventError):
+    """An event of a batch has more characters than the reader takes. HTTP's word for it is 413."""
+
+
 def mode_of(content_type: str | None) -> Literal["binary", "structured", "batch"]:
     """The content mode of a message, by its Content-Type alone. Raises `ContentTypeError` for formats but JSON.
 
@@ -65,7 +69,7 @@ def mode_of(content_type: str | None) -> Literal["binary", "structured", "batch"
 # ── the JSON format, read ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def parse_structured(body: bytes) -> Event:
+def parse_structured(body: bytes | bytearray) -> Event:
     """The event of a structured message, or `EventError`."""
     text = _utf8_text(body)
     row, end = _read_event(text, _skip(text, 0))
@@ -78,8 +82,12 @@ def parse_batch(body: bytes) -> list[Event]:
     return list(read_batch(body))
 
 
-def read_batch(body: bytes) -> Iterator[Event]:
-    """As `parse_batch`, one by one, for who will not take just any number of them."""
+def read_batch(body: bytes | bytearray, *, most: int | None = None) -> Iterator[Event]:
+    """As `parse_batch`, one by one, for callers who bound their number.
+
+    Raises TooLargeError for an event of more than `most` characters, which is not parsed to its end: its objects could
+    take fifty times as much memory.
+    """
     text = _utf8_text(body)
     pos = _skip(text, 0)
     if not text.startswith("[", pos):
@@ -90,9 +98,9 @@ def read_batch(body: bytes) -> Iterator[Event]:
         return
     for index in count():
         try:
-            row, pos = _read_event(text, pos)
+            row, pos = _read_event(text, pos, most)
         except EventError as error:
-            raise EventError(f"Batch, index {index}: {error}") from error.__cause__
+            raise type(error)(f"Batch, index {index}: {error}") from error.__cause__
         yield Event(row)
         pos = _skip(text, pos)
         if text.startswith("]", pos):
@@ -111,12 +119,13 @@ _stop = re.compile(rf"{_SPACE}([,}}])").match
 _space = re.compile(_SPACE).match
 
 
-def _read_event(text: str, pos: int) -> tuple[Row, int]:
+def _read_event(text: str, pos: int, most: int | None = None) -> tuple[Row, int]:
     """The event whose JSON object begins at `pos`, and where it ends."""
     if not text.startswith("{", pos):
         raise EventError("An event in JSON is an object; this is something else.")
+    limit = None if most is None else pos + most
     members, pos = _read_head(text, pos)
-    data, pos = _read_members(text, pos, members)
+    data, pos = _read_members(text, pos, members, limit)
     try:
         encoded, encoding = _data_of(members, data)
     except EventError as error:
@@ -152,16 +161,21 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 _head_decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=_distinct)
 
 
-def _read_members(text: str, pos: int, members: dict[str, object]) -> tuple[str, int]:
-    """The text of `data`, or none, and where the object ends; its other members from `pos` on join `members`."""
+def _read_members(text: str, pos: int, members: dict[str, object], limit: int | None) -> tuple[str, int]:
+    """The text of `data`, or none, and where the object ends; its other members from `pos` on join `members`.
+
+    Raises TooLargeError when it does not end before `limit`.
+    """
     data = ""
     if not members and (end := _skip(text, pos)) and text.startswith("}", end):
         return data, end + 1
     stop = ","
     while stop == ",":
+        if limit is not None and pos > limit:
+            raise _too_large(members)
         match = _member(text, pos)
         if match is None:
-            name, start = _escaped_name(text, pos)
+            name, start = _escaped_name(text, pos, members, limit)
             stop = ""
         else:
             name, value, stop = match.groups()
@@ -173,7 +187,7 @@ def _read_members(text: str, pos: int, members: dict[str, object]) -> tuple[str,
             if name == "data":
                 data = text[match.start(2) - 1 : match.end(2) + 1]
             continue
-        members[name], pos = _value(text, start)
+        members[name], pos = _value(text, start, members, limit)
         if name == "data":
             data = text[start:pos]
         if (after := _stop(text, pos)) is None:
@@ -182,15 +196,18 @@ def _read_members(text: str, pos: int, members: dict[str, object]) -> tuple[str,
     return data, pos
 
 
-def _escaped_name(text: str, pos: int) -> tuple[str, int]:
-    name, end = _value(text, _skip(text, pos))
+def _escaped_name(text: str, pos: int, members: Mapping[str, object], limit: int | None) -> tuple[str, int]:
+    name, end = _value(text, _skip(text, pos), members, limit)
     colon = _colon(text, end)
     if not isinstance(name, str) or colon is None:
         raise EventError(f"Not JSON: expected a member name and ':' at character {pos}.")
     return name, colon.end()
 
 
-def _value(text: str, pos: int) -> tuple[object, int]:
+def _value(text: str, pos: int, members: Mapping[str, object], limit: int | None) -> tuple[object, int]:
+    """The value that begins at `pos`, and where it ends; `members` are those before it, which name the event."""
+    if limit is not None and limit < len(text):
+        return _bounded_value(text, pos, members, limit)
     try:
         return decoder.raw_decode(text, pos)
     except RecursionError:
@@ -199,6 +216,37 @@ def _value(text: str, pos: int) -> tuple[object, int]:
         raise EventError(f"Not JSON: {error.msg} at character {error.pos}.") from None
     except ValueError as error:  # NaN, or an integer of thousands of digits
         raise EventError(f"JSON that cannot be kept: {error}") from None
+
+
+def _bounded_value(text: str, pos: int, members: Mapping[str, object], limit: int) -> tuple[object, int]:
+    """The same, of which nothing behind `limit` is looked at."""
+    # A small slice first: most values are small, and a batch may have thousands of them.
+    for end in (min(pos + _SLICE, limit), limit):
+        part = text[pos:end]
+        try:
+            value, length = decoder.raw_decode(part)
+        except RecursionError:
+            raise EventError("The JSON is nested too deeply.") from None
+        except json.JSONDecodeError as error:
+            # At the end of the slice, or of a string: it may be JSON that was cut off there.
+            if error.pos < len(part) - _LONGEST_TOKEN and not error.msg.startswith("Unterminated string"):
+                raise EventError(f"Not JSON: {error.msg} at character {pos + error.pos}.") from None
+        except ValueError as error:
+            raise EventError(f"JSON that cannot be kept: {error}") from None
+        else:
+            if length < len(part):
+                return value, pos + length
+            # A number may go on behind the slice.
+    raise _too_large(members)
+
+
+_SLICE = 4096
+_LONGEST_TOKEN = 16
+"""Characters of an escape or a constant, and more."""
+
+
+def _too_large(members: Mapping[str, object]) -> TooLargeError:
+    return TooLargeError(f"{whose_of(members)} is too large.")
 
 
 def _data_of(members: dict[str, object], text: str) -> tuple[bytes | None, str | None]:
@@ -233,7 +281,7 @@ _BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_U
 """Of UTF-32 the little-endian one begins like that of UTF-16."""
 
 
-def _utf8_text(body: bytes) -> str:
+def _utf8_text(body: bytes | bytearray) -> str:
     if body.startswith(_BOMS):
         # RFC 8259, 8.1. Some parsers skip it; a text without it means the same to all.
         raise EventError("The JSON begins with a byte order mark (BOM): send it as UTF-8 without one.")
@@ -316,7 +364,7 @@ def _write_data(row: Row, data: bytes, encoding: str | None) -> str:
 # ── HTTP's binary mode, read ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Event:
+def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray) -> Event:
     """The event of a binary-mode message, or `EventError`: `ContentTypeError` when no header speaks of CloudEvents.
 
     >>> headers = [(b"CE-Id", b"1"), (b"ce-source", b"/shop"), (b"ce-type", b"caf%C3%A9"), (b"ce-specversion", b"1.0")]
@@ -361,7 +409,7 @@ _NO_EXTENSIONS = ("datacontenttype", "dataschema")
 _plain_octets = re.compile(rb"[!#-$&-~]++").fullmatch
 
 
-def _plain_row(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Row | None:
+def _plain_row(headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray) -> Row | None:
     """The row of an event that stands in lower-case headers of plain ASCII; None of any other.
 
     As `_plain_texts`: says no to much that is valid, and yes to nothing that is not. In 1.9 µs instead of 5.

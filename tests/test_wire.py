@@ -12,10 +12,12 @@ from pgbackend.errors import EventError
 from pgbackend.event import Event
 from pgbackend.wire import (
     ContentTypeError,
+    TooLargeError,
     mode_of,
     parse_batch,
     parse_binary,
     parse_structured,
+    read_batch,
     write_batch,
     write_binary,
     write_structured,
@@ -157,6 +159,28 @@ def test_data_in_front_and_data_in_a_string_are_told_apart() -> None:
     assert event.get_extension("x") == "data"
     event = parse_structured(b'{"type":"data","id":"1","source":"/","\\u0064ata": [ 2 ],"specversion":"1.0"}')
     assert event.data_bytes == b"[ 2 ]"
+
+
+@pytest.mark.parametrize("filler", ["[1,2]", '"\\u00e9"', '{"a": null}', "123456789", "true", "-1.5e3", '"x"'])
+@pytest.mark.parametrize("length", [4080, 4090, 4095, 4096, 4097, 4100, 9000])
+def test_events_of_a_batch_are_the_same_whatever_their_bound(filler: str, length: int) -> None:
+    """Bounded, large values are read from slices, which may end in the middle of anything."""
+    for shift in range(20):
+        data = "[" + " " * shift + ",".join([filler] * (length // len(filler))) + "," + "7" * 30 + "]"
+        event = b'{"specversion":"1.0","id":"1","source":"/s","type":"t","data":%b}' % data.encode()
+        body = b"[" + b",".join([event] * 3) + b"]"
+        for most in (len(event), 10_000, 100_000):
+            if most >= len(event):
+                assert list(read_batch(body, most=most)) == parse_batch(body)
+        with pytest.raises(TooLargeError, match="Batch, index 0: Event '1' of '/s' is too large"):
+            list(read_batch(body, most=len(event) - 40))
+
+
+@pytest.mark.parametrize("number", ["1" * 4200, "1" * 4090 + ".5", "-1e" + "1" * 3])
+def test_a_number_is_not_cut_where_a_slice_ends(number: str) -> None:
+    event = b'{"specversion":"1.0","id":"1","source":"/s","type":"t","data":%b}' % number.encode()
+    body = b"[" + b",".join([event] * 20) + b"]"
+    assert list(read_batch(body, most=5000)) == parse_batch(body)
 
 
 def test_events_without_data_and_with_it_share_a_batch() -> None:

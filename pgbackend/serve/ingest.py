@@ -72,6 +72,8 @@ _SMALL_BYTES = 1 << 16
 _SHARE_OF_SMALL = 15
 """An address may hold so many times what is left when a small body comes in pieces. The large bodies of a reverse
 proxy's clients, which get what is left once, must not keep small ones out."""
+_EVENT_WEIGHT = 700
+"""Bytes of the objects that an event is in memory."""
 _BREATH = 0.02
 """Seconds of reading a batch after which others have their turn: a large one takes a second."""
 _READ_PATHS = (b"/healthz", b"/readyz", b"/metrics")
@@ -94,8 +96,8 @@ class Limits:
     batch_events: int = 10_000
     """In one batch."""
     held_bytes: int = 256 << 20
-    """Of all bodies that are arriving or being committed. Beyond it, or beyond an address's share as `Budget` has it,
-    requests are told to come back."""
+    """Of all bodies that are arriving, and of what the events take that are being committed. Beyond it, or beyond an
+    address's share as `Budget` has it, requests are told to come back."""
 
 
 class Problem(Exception):  # noqa: N818 - an answer, not an error
@@ -149,6 +151,7 @@ class Ingest:
         self._tracing = tracing
         self._readiness = _Readiness(backend)
         self._held = Budget(self._limits.held_bytes)
+        self._one_batch = asyncio.Lock()
         self._retired = False
         self._stopping = False
         # Within it no limit of an event can be broken, so that nothing has to be measured.
@@ -270,6 +273,13 @@ class Ingest:
         address: str = scope["state"]["address"]
         body = bytearray()
         held = 0
+
+        def hold(size: int, *, share: int = 1) -> None:
+            nonlocal held
+            if not self._held.take(address, size, share=share):
+                raise come_back(_FULL)
+            held += size
+
         try:
             more = True
             while more:
@@ -279,31 +289,32 @@ class Ingest:
                 some: bytes = message["body"]
                 if len(body) + len(some) > limit:
                     raise _too_large(mode, limit)
-                share = _SHARE_OF_SMALL if len(body) + len(some) <= _SMALL_BYTES else 1
-                if not self._held.take(address, len(some), share=share):
-                    raise come_back(_FULL)
-                held += len(some)
+                hold(len(some), share=_SHARE_OF_SMALL if len(body) + len(some) <= _SMALL_BYTES else 1)
                 body += some
                 more = message["more_body"]
-            await self._commit(mode, headers, bytes(body))
+            await self._commit(mode, headers, body, hold)
         finally:
             self._held.give_back(address, held)
         return True
 
-    async def _commit(self, mode: str, headers: _Headers, body: bytes) -> None:
+    async def _commit(self, mode: str, headers: _Headers, body: bytearray, hold: Callable[[int], None]) -> None:
+        """Commit the events of a body, which is empty afterwards. `hold` notes what a batch's events take in memory."""
         started = perf_counter()
         event: Event | None = None
         try:
             if mode == "batch":
-                events: Sequence[Event] = await self._read_batch(body)
+                events: Sequence[Event] = await self._read_batch(body, hold)
             else:
                 event = wire.parse_binary(headers, body) if mode == "binary" else wire.parse_structured(body)
                 self._check_size(event, "The event")
                 events = (event,)
         except ContentTypeError as error:
             raise Problem(415, str(error)) from None
+        except wire.TooLargeError as error:
+            raise Problem(413, str(error)) from None
         except EventError as error:
             raise Problem(400, str(error)) from None
+        body.clear()
         if not events:
             return
         try:
@@ -314,28 +325,31 @@ class Ingest:
         if self._metrics is not None:
             self._metrics.ingested(len(events), perf_counter() - started)
 
-    async def _read_batch(self, body: bytes) -> list[Event]:
+    async def _read_batch(self, body: bytearray, hold: Callable[[int], None]) -> list[Event]:
         events: list[Event] = []
-        breathed = perf_counter()
-        for index, event in enumerate(wire.read_batch(body)):
-            if index == self._limits.batch_events:
-                # Not read to its end: 8 MiB of the smallest are 150,000.
-                raise Problem(413, f"The batch has too many events: expected at most {self._limits.batch_events}.")
-            self._check_size(event, f"Batch, index {index}: the event")
-            events.append(event)
-            if perf_counter() - breathed > _BREATH:
-                await asyncio.sleep(0)
-                breathed = perf_counter()
+        # One batch at a time: as text, each byte of it may take four.
+        async with self._one_batch:
+            breathed = perf_counter()
+            for index, event in enumerate(wire.read_batch(body, most=2 * self._limits.event_bytes + _ENVELOPE_BYTES)):
+                if index == self._limits.batch_events:
+                    # Not read to its end: 8 MiB of the smallest are 150,000.
+                    raise Problem(413, f"The batch has too many events: expected at most {self._limits.batch_events}.")
+                hold(self._check_size(event, f"Batch, index {index}: the event"))
+                events.append(event)
+                if perf_counter() - breathed > _BREATH:
+                    await asyncio.sleep(0)
+                    breathed = perf_counter()
         return events
 
-    def _check_size(self, event: Event, which: str) -> None:
+    def _check_size(self, event: Event, which: str) -> int:
+        """The bytes that the event may take in memory. Raises Problem when it is too large for the log."""
         attributes, size = attributes_size(event.row), size_of(event.row)
         if attributes > ATTRIBUTES_BYTES:
             said = f"{attributes} bytes of attributes: expected at most {ATTRIBUTES_BYTES}."
         elif size > self._limits.event_bytes:
             said = f"{size} bytes: expected at most {self._limits.event_bytes}."
         else:
-            return
+            return _EVENT_WEIGHT + size + 3 * attributes
         raise Problem(413, f"{which} {event.id[:80]!r} of {event.source[:80]!r} has {said}")
 
     # Telling how things are

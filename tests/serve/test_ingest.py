@@ -237,6 +237,26 @@ class TestLimits:
             assert (await broker.send(BATCH, three + b" " * 1000)).status == 413
             assert len(await broker.stored()) == 3
 
+    async def test_an_event_of_a_batch_that_is_too_large_is_not_parsed_to_its_end(self, broker: Broker) -> None:
+        """Each `[]` takes twenty times its bytes."""
+        start = b'[%b,{"specversion":"1.0","id":"big","source":"/shop","type":"order","data":[%b' % (
+            envelope(1), b"[]," * 1_000_000,
+        )  # fmt: skip
+        for body in (start + b"[]]}]", start + b"no JSON at all"):
+            answer = await broker.send(BATCH, body)
+            assert (answer.status, "index 1" in answer.detail) == (413, True)
+            assert "'big' of '/shop' is too large" in answer.detail
+        answer = await broker.send(BATCH, b"[%b," % envelope(1) + b" " * 10_000 + start[1:200] + b"no JSON" * 500_000)
+        assert (answer.status, "Not JSON" in answer.detail) == (400, True)
+        assert await broker.stored() == []
+
+    async def test_a_batch_holds_what_its_events_take_in_memory(self, database: str) -> None:
+        async with serving(database, limits=Limits(held_bytes=1_000_000)) as broker:
+            for count, status in ((2000, 503), (500, 202), (2000, 503), (500, 202)):
+                answer = await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * count))
+                assert answer.status == status
+            assert len(await broker.stored()) == 1000
+
     async def test_a_large_batch_leaves_others_their_turns(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -244,8 +264,8 @@ class TestLimits:
         seen: list[int] = []
         read = wire.read_batch
 
-        def reading(body: bytes) -> Iterator[Event]:
-            for event in read(body):
+        def reading(body: bytes, *, most: int) -> Iterator[Event]:
+            for event in read(body, most=most):
                 seen.append(len(others))
                 asyncio.get_running_loop().call_soon(others.append, event.id)
                 yield event
