@@ -14,6 +14,7 @@ What is not known is said: a connection lost after sending, or a standby that wa
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -218,21 +219,36 @@ class Appender:
             )
         call.answer(error)
 
-    async def close(self) -> None:
-        """Return once every call that was made is answered, and the connection is closed."""
+    async def close(self, *, timeout: float = math.inf) -> None:
+        """Return once every call that was made is answered, and the connection is closed, after `timeout` seconds."""
         self._closing = True
         task, self._task = self._task, None
         if task is None:
             return
         self._wake()
-        # By then each call has been answered by its own clock; a network that is silent must not hold up the rest.
-        await asyncio.wait({task}, timeout=self._timeout + _GRACE)
-        self._drop_connection()
-        if not task.done():
+        try:
+            # By then each call has been answered by its own clock; a network that is silent must not hold up the rest.
+            await asyncio.wait({task}, timeout=min(timeout, self._timeout + _GRACE))
+        finally:
+            self._drop_connection()
             task.cancel()
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._answer_the_rest()
         await asyncio.wait({task})
-        if self._alarm is not None:
-            self._alarm.cancel()
+
+    def _answer_the_rest(self) -> None:
+        """There is no time left for these calls."""
+        self._calls.clear()
+        waiting, self._waiting = self._waiting, deque()
+        for call in waiting:
+            call.answer(
+                ProduceUncertainError(
+                    "The backend was stopped before PostgreSQL confirmed the commit: the event may be stored or not."
+                )
+                if call.sent
+                else NotRunningError("The backend was stopped before the event could be sent: it is not stored.")
+            )
 
     async def _run(self) -> None:
         backoff = Backoff(self._database, cap=1.0)

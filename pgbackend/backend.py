@@ -19,6 +19,7 @@ Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up 
 
 import asyncio
 import logging
+import time
 from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, nullcontext
@@ -85,6 +86,10 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 
+_ALLOWANCE = 5.0
+"""Seconds beyond `drain_timeout` that `stop()` may take to commit, to give shards up and to close connections."""
+_CLOSING = 0.5
+"""Seconds that its last steps may take at least."""
 _LIFE_POLL = 0.05
 _DAY = 86_400
 """The most seconds that a setting takes. `workers` has the same limit for `lease_timeout`."""
@@ -234,6 +239,8 @@ class Backend:
         self._worker: Worker | None = None
         self._stop = asyncio.Event()
         self._stopped = False
+        self._initializing: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
         self._died: BaseException | None = None
         """What ended the worker that was started last, if it was not told to end."""
@@ -280,8 +287,15 @@ class Backend:
             if self._parts is None:
                 # A try before this one may have failed.
                 self._home = home
+                # A task of its own, so that `stop()` can cancel it without cancelling the caller.
+                self._initializing = asyncio.create_task(self._init(migrate=migrate), name="pgbackend init")
                 try:
-                    await self._init(migrate=migrate)
+                    await self._initializing
+                except asyncio.CancelledError:
+                    self._home = None
+                    if self._stopping is not None and not _is_cancelled():
+                        raise NotRunningError("This backend was stopped while it was being initialized.") from None
+                    raise
                 except BaseException:
                     # Nothing is open: it may be tried again in another loop.
                     self._home = None
@@ -310,9 +324,11 @@ class Backend:
             await segments.extend()
             await log.enter_incarnation()
         except BaseException:
-            await database.close()
-            if self._embedded is not None:
-                await self._embedded.stop()
+            try:
+                await database.close(timeout=_CLOSING)
+            finally:
+                if self._embedded is not None:
+                    await self._embedded.stop()
             raise
         notifier = Notifier(database, channel=self._channel, statement=log.sql.notify, sender=self._id)
         appender = Appender(
@@ -339,8 +355,11 @@ class Backend:
     async def start(self) -> None:
         """Dispatch events to the subscriptions of this process, until `stop()` is called or this call is cancelled.
 
-        Returns once in-flight events have finished (after `drain_timeout` at the latest), offsets are committed and
-        leases are given up. Lost connections and restarts of PostgreSQL are waited out.
+        Returns once in-flight events have finished, offsets are committed and leases are given up. What is still at
+        work after `drain_timeout` is cancelled. What does not end even then, such as a plain function in its thread or
+        a handler that swallows the cancellation, is named in the log and left to itself: it can't commit anything. All
+        of it takes at most `drain_timeout` and 5 s, also when PostgreSQL does not answer; cancelled a second time, this
+        call waits for dispatchers no longer. Lost connections and restarts of PostgreSQL are waited out.
         """
         self._use()
         if self._running is not None:
@@ -349,21 +368,26 @@ class Backend:
             # Set by an earlier call that was cancelled.
             self._stop.clear()
         self._died = None
-        self._running = asyncio.create_task(self._run(), name="pgbackend worker")
+        running = self._running = asyncio.create_task(self._run(), name="pgbackend worker")
+        running.add_done_callback(self._on_run_ended)
         try:
             # Cancelling this call must drain first: so it never reaches the worker itself, but for a second time.
-            await asyncio.wait({self._running})
+            await asyncio.wait({running})
         except asyncio.CancelledError:
             self._stop.set()
-            await _finish_or_cancel(self._running)
+            await _finish_or_cancel(running)
             raise
-        finally:
-            running, self._running = self._running, None
-        error = running.exception()
+        # `stop()` cancels one that has not begun to dispatch.
+        error = None if running.cancelled() else running.exception()
         if error is not None:
+            raise error
+
+    def _on_run_ended(self, running: "asyncio.Task[None]") -> None:
+        # Here, and not in `start()`, which may have been cancelled three times and be gone.
+        self._running = None
+        if not running.cancelled() and (error := running.exception()) is not None:
             self._died = error
             facts.emit("worker died", level=logging.ERROR, error=describe(error))
-            raise error
 
     async def _run(self) -> None:
         """One worker after the other, each for one life of the server."""
@@ -411,31 +435,65 @@ class Backend:
                 )
 
     async def stop(self) -> None:
-        """Return once everything has come to its end.
+        """Return once everything has come to its end: no connection is open, no task runs.
 
-        First dispatching, as `start()` says; then events being produced; then connections. Safe at any time, and again.
+        First dispatching, as `start()` says; then events being produced; then connections. An `init()` that is under
+        way is cancelled. All of it takes at most `drain_timeout` and 5 s. What can't be ended by then is named in the
+        log and left to itself. A `produce()` that can't be answered by then raises ProduceUncertainError when its event
+        was sent, else NotRunningError. An embedded server is stopped after that, however long it takes.
+
+        Safe at any time, and again: all calls wait for the same end. A call that is cancelled only stops waiting.
         """
         self._check_home()
-        self._stop.set()
-        self._stopped = True
-        if self._running is not None:
-            await asyncio.wait({self._running})
-        if self._background is not None:
-            await asyncio.wait({self._background})
-        # Behind an `init()` that is under way.
+        if self._stopping is None or self._stopping.cancelled():
+            self._stopped = True
+            self._stop.set()
+            self._stopping = asyncio.create_task(self._end(), name="pgbackend stop")
+        await asyncio.shield(self._stopping)
+
+    async def _end(self) -> None:
+        deadline = time.monotonic() + self._settings.drain_timeout + _ALLOWANCE
+        try:
+            if self._initializing is not None:
+                self._initializing.cancel()
+            if self._running is not None:
+                await self._end_worker(self._running, deadline)
+            if self._background is not None:
+                await asyncio.wait({self._background})
+        finally:
+            # Also when the event loop ends in the middle, and cancels this.
+            try:
+                await self._disconnect(deadline)
+            finally:
+                if self._embedded is not None:
+                    await self._embedded.stop()
+
+    async def _end_worker(self, running: "asyncio.Task[None]", deadline: float) -> None:
+        """Dispatching has ended. The worker keeps to the deadline by itself once it dispatches."""
+        if self._worker is None or not self._worker.dispatches:
+            running.cancel()
+        await asyncio.wait({running}, timeout=_left(deadline))
+        if not running.done():
+            running.cancel()
+            await asyncio.wait({running}, timeout=_CLOSING)
+
+    async def _disconnect(self, deadline: float) -> None:
+        """Every event that was being produced is answered, and nothing of what `init()` made is left."""
+        # Behind an `init()` that is cleaning up.
         async with self._one_init:
             parts, self._parts = self._parts, None
         if parts is None:
             return
-        await parts.appender.close()
+        try:
+            await parts.appender.close(timeout=_left(deadline))
+        finally:
+            if self._notifying is not None:
+                self._notifying.cancel()
+            for registration in self._registrations.values():
+                registration.close(cancel=True)
+            await parts.database.close(timeout=_left(deadline))
         if self._notifying is not None:
-            self._notifying.cancel()
             await asyncio.wait({self._notifying})
-        for registration in self._registrations.values():
-            registration.close(cancel=True)
-        await parts.database.close()
-        if self._embedded is not None:
-            await self._embedded.stop()
 
     async def __aenter__(self) -> Self:
         """`init()`, and `start()` in the background. If that fails, the body is cancelled."""
@@ -847,6 +905,17 @@ class _Parts:
         self.appender = appender
         self.redelivery = redelivery
         self.probe = probe
+
+
+def _left(deadline: float) -> float:
+    """Seconds that a last step has until the deadline, in monotonic seconds."""
+    return max(deadline - time.monotonic(), _CLOSING)
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the current task that is being cancelled, not just something that it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _finish_or_cancel(task: "asyncio.Task[None]") -> None:

@@ -51,6 +51,8 @@ _Result = TypeVar("_Result")
 CONNECT_TIMEOUT = 10.0
 STATEMENT_TIMEOUT = 15.0
 """Seconds. Every statement of ours is short; one that takes longer means a stalled network or server."""
+_GOODBYE = 2.0
+"""Seconds that the server has to hear that connections are closed."""
 NEXT_HOST = 0.5
 """Seconds that a host has to answer before the next one of the DSN is asked as well."""
 _SILENCE = 10
@@ -180,14 +182,18 @@ class Database:
             await self.close()
             raise
 
-    async def close(self) -> None:
+    async def close(self, *, timeout: float = _GOODBYE) -> None:
+        """Return once no connection of the pool is open, after `timeout` seconds at the latest."""
         pool, self._pool = self._pool, None
         if pool is not None:
             # Nobody uses it any more: a polite goodbye, but no waiting for a server that is gone.
             try:
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(min(timeout, _GOODBYE)):
                     await pool.close()
             except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pass
+            finally:
+                # Does nothing to one that is closed.
                 pool.terminate()
 
     async def _connect_pooled(self, *_: object, **__: object) -> Connection:

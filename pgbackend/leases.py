@@ -30,6 +30,8 @@ from pgbackend.sharing import Peer, ShardKey
 from pgbackend.sql import load
 from pgbackend.sql.statements import LeasesSql
 
+_END_TIMEOUT = 1.0
+"""Seconds that the thread has to end."""
 _ECHO_TIMEOUT = 5.0
 """Seconds in which a NOTIFY to itself must come back, before a listener is called deaf."""
 
@@ -183,7 +185,8 @@ class Presence:
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._thread: threading.Thread | None = None
+        self._ended: asyncio.Future[None] | None = None
+        """Done when the thread is over."""
         self._alive = threading.Event()
         self._stop = threading.Event()
         self._told_deaf = False
@@ -195,8 +198,8 @@ class Presence:
         """Return once the worker is registered, and listens if it can. Raises what the first connection raises."""
         self._home = asyncio.get_running_loop()
         first: asyncio.Future[None] = self._home.create_future()
-        self._thread = threading.Thread(target=self._in_thread, args=(first,), name="pgbackend presence", daemon=True)
-        self._thread.start()
+        self._ended = self._home.create_future()
+        threading.Thread(target=self._in_thread, args=(first,), name="pgbackend presence", daemon=True).start()
         try:
             await first
         except BaseException:
@@ -211,8 +214,11 @@ class Presence:
         if loop is not None and task is not None and not loop.is_closed():
             with suppress(RuntimeError):  # it ended in this moment
                 loop.call_soon_threadsafe(task.cancel)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, 5.0)
+        if self._ended is not None:
+            # Not by `join()` in the default executor, which handlers may have filled.
+            await asyncio.wait({self._ended}, timeout=_END_TIMEOUT)
+            if not self._ended.done():
+                facts.emit("presence abandoned", level=logging.WARNING, worker=str(self._worker))
 
     def _in_thread(self, first: "asyncio.Future[None]") -> None:
         async def main() -> None:
@@ -228,6 +234,11 @@ class Presence:
             facts.emit("presence died", level=logging.ERROR, exc_info=error)
         finally:
             self._tenure.valid_until = 0.0
+            self._call_home(self._on_ended)
+
+    def _on_ended(self) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
     async def _run(self, first: "asyncio.Future[None]") -> None:
         backoff = Backoff(self._database, cap=1.0)

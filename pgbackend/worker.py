@@ -44,8 +44,10 @@ _LEFT_LYING = 1.5
 """Seconds after which a free shard is anybody's: two rounds, in which whoever should have it has not taken it."""
 _CANCEL_TIMEOUT = 1.0
 """Seconds that dispatchers which are cancelled have to end, before their events go to the next owner."""
-_COMMIT_TIMEOUT = 5.0
-"""Seconds that the last commit may take at least, however short the time to drain."""
+_COMMIT_TIMEOUT = 15.0
+"""Seconds that the commit may take before a shard is given up while the worker goes on."""
+_LAST_STEPS = 4.0
+"""Seconds beyond `drain_timeout` that stopping may take: to cancel, to commit, and to give the shards up."""
 _OUTLAST_POLL = 0.02
 """Seconds between looks at whether what is at work has ended, before its shard is given up."""
 _LONGEST_KEPT = 600.0
@@ -197,10 +199,11 @@ class Worker:
                     await stop.wait()
                     for task in (standing[0], *self._giving_up):
                         task.cancel()
-                    await self._stop_shards(list(self._pumps))
+                    deadline = self._deadline()
+                    await self._stop_shards(list(self._pumps), deadline)
                     for task in standing:
                         task.cancel()
-                    await self._leave()
+                    await self._leave(deadline)
                 finally:
                     self._cut_off()
         except BaseExceptionGroup as group:
@@ -226,12 +229,18 @@ class Worker:
             pump.lose()
             task.cancel()
 
-    async def _leave(self) -> None:
+    async def _leave(self, deadline: float) -> None:
         try:
-            await self._leases.leave()
-        except DatabaseError as error:
-            facts.emit("leave failed", level=logging.WARNING, error=str(error))
-        await self._notifier.notify_leases()
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._leases.leave()
+                await self._notifier.notify_leases()
+        except (DatabaseError, TimeoutError) as error:
+            facts.emit("leave failed", level=logging.WARNING, error=str(error) or "PostgreSQL did not answer in time.")
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether it has registered, and dispatches what it claims."""
+        return self._tasks is not None
 
     def claim_soon(self) -> None:
         """There are new registrations."""
@@ -251,16 +260,19 @@ class Worker:
 
         What is still at work after `drain_timeout` is cancelled.
         """
-        if mine := await self._shards_of(name):
-            await self._in_own_task(self._stop_shards(mine), name=f"stop {name}")
-        await self._notifier.notify_leases()
+        deadline = self._deadline()
+        if mine := await self._shards_of(name, deadline):
+            await self._in_own_task(self._stop_shards(mine, deadline), name=f"stop {name}")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._notifier.notify_leases()
 
     async def rest_subscription(self, name: str) -> bool:
         """Whether nothing of this subscription is in flight here any more, its offsets committed and its shards free.
 
         Nothing is cancelled: when something is at work for longer than `drain_timeout`, dispatching goes on.
         """
-        mine = await self._shards_of(name)
+        mine = await self._shards_of(name, self._deadline())
         if mine and await self._in_own_task(self._hand_over(mine), name=f"give up {name}") is False:
             return False
         await self._notifier.notify_leases()
@@ -272,11 +284,18 @@ class Worker:
             if pump.registration.name == name:
                 self._on_lost(pump.shard)
 
-    async def _shards_of(self, name: str) -> list[int]:
+    def _deadline(self) -> float:
+        """When something that begins to stop now has ended, in monotonic seconds."""
+        return time.monotonic() + self._settings.drain_timeout + _LAST_STEPS
+
+    async def _shards_of(self, name: str, deadline: float) -> list[int]:
         """The epochs of the shards of this subscription that run here."""
-        # A round that claimed before the registration went has ended by then, and its pump is among them.
-        async with self._one_round:
-            return [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
+        # A round that claimed before the registration went has ended by then, and its pump is among them. One that
+        # takes longer, because PostgreSQL does not answer, begins none.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline - time.monotonic()), self._one_round:
+                pass
+        return [epoch for epoch, (pump, _) in self._pumps.items() if pump.registration.name == name]
 
     async def _in_own_task(self, call: Coroutine[Any, Any, _Result], *, name: str) -> _Result | None:
         """What the call returns, None if the worker ends first and gives up all it has.
@@ -428,7 +447,11 @@ class Worker:
         assert self._tail is not None  # noqa: S101 - rounds run inside run()
         assert self._tasks is not None  # noqa: S101
         waiting = await self._redelivery.find_attempts(lease) if lease.order != "none" else {}
-        if doubts != self._doubts:
+        if (
+            doubts != self._doubts
+            or registration.resting
+            or self._registrations.get(registration.name) is not registration
+        ):
             # Frozen, or cut off, while the answer was on its way: others may have taken it over, and nobody missed it
             # when this worker was told what it still has. If it has it, the next round gives it up and claims it anew.
             self._rounds.ring()
@@ -541,14 +564,17 @@ class Worker:
                 pump.go_on()
             self._due.set()
 
-    async def _stop_shards(self, epochs: Iterable[int]) -> None:
-        """Drain these shards together and give them up; what is still at work after `drain_timeout` is cancelled."""
+    async def _stop_shards(self, epochs: Iterable[int], deadline: float) -> None:
+        """Drain these shards together and give them up; what is still at work after `drain_timeout` is cancelled.
+
+        By the deadline, in monotonic seconds, it has ended, whatever it could do by then.
+        """
         pumps = {epoch: self._pumps[epoch][0] for epoch in epochs if epoch in self._pumps}
         await asyncio.gather(*(pump.drain(self._settings.drain_timeout) for pump in pumps.values()))
-        await self._retire(pumps)
+        await self._retire(pumps, deadline)
 
-    async def _retire(self, epochs: Iterable[int]) -> None:
-        """End these pumps, commit, and give their shards up."""
+    async def _retire(self, epochs: Iterable[int], deadline: float | None = None) -> None:
+        """End these pumps, commit, and give their shards up. By the deadline, in monotonic seconds, it has ended."""
         # One may just have gone: two reasons to give a shard up, an end of the lease and of the subscription, may meet.
         leaving = [(epoch, *self._pumps[epoch]) for epoch in epochs if epoch in self._pumps]
         if not leaving:
@@ -559,12 +585,13 @@ class Worker:
         # Before the shards are given up: the next owner should not dispatch beside those that are cut short.
         await asyncio.wait({task for _, _, task in leaving}, timeout=_CANCEL_TIMEOUT)
         try:
-            async with asyncio.timeout(max(self._settings.drain_timeout, _COMMIT_TIMEOUT)):
+            async with asyncio.timeout(_COMMIT_TIMEOUT if deadline is None else deadline - time.monotonic()):
                 await self._committer.run_once()
                 await self._leases.release([epoch for epoch, pump, _ in leaving if not pump.shard.lost])
         except (DatabaseError, TimeoutError, IncarnationChanged) as error:
             # Others take over when this worker is gone; what was not committed is dispatched again.
-            facts.emit("release failed", level=logging.WARNING, error=str(error))
+            text = str(error) or "PostgreSQL did not answer in time."
+            facts.emit("release failed", level=logging.WARNING, error=text)
         for epoch, pump, task in leaving:
             pump.lose()
             if not task.done():
