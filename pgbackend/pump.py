@@ -299,6 +299,8 @@ class Pump:
             return "target down"
         if self._feed.blocked:
             return "waiting for an open transaction"
+        if self._ordered and self._feed.waits and not (self._ready or self._again or self._active):
+            return "waiting for failed events: the window is full behind them"
         return "running"
 
     def lose(self) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from pgbackend import facts
 from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, SchemaError
+from pgbackend.holes import MAX_PENDING_RANGES
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Batch, Log, Reader
 from pgbackend.wakeup import Hints
@@ -104,6 +105,8 @@ class Stream:
         self._demand = asyncio.Event()
         self._blocked_since: float | None = None
         self._blocked_at = -1
+        self._told: str | None = None
+        """The oldest appender when it was said last that it is held back."""
         self.blocked = False
         """Whether an appender holds the reader back for longer than `hole_wait`."""
 
@@ -187,7 +190,7 @@ class Stream:
     async def _watch(self, now: float) -> None:
         """Notice when an appender holds the reader back, and say which."""
         if not self.reader.waiting:
-            self._blocked_since = None
+            self._blocked_since = self._told = None
             self.blocked = False
             return
         if self._blocked_since is None or self._blocked_at != self.reader.position:
@@ -202,14 +205,20 @@ class Stream:
             return
         self.blocked = True
         try:
-            appenders = [str(appender) for appender in await self._tail.log.appenders()]
+            appenders = await self._tail.log.appenders()
         except DatabaseError:
-            appenders = []
+            appenders = ()
+        oldest = appenders[0].virtual_transaction if appenders else ""
+        if oldest == self._told:
+            # It moves on whenever one of many holes is filled, and is held back again behind the next.
+            return
+        self._told = oldest
         facts.emit(
             "reading waits for an open transaction",
             level=logging.WARNING,
             position=self.reader.position,
-            appenders=appenders,
+            appenders=[str(appender) for appender in appenders],
+            reason=None if self.patient else f"More than {MAX_PENDING_RANGES} gaps in the log may be theirs. End them.",
         )
 
     def _publish(self, batch: Batch, start: int) -> None:

@@ -209,6 +209,84 @@ async def test_more_holes_than_an_offset_may_list_hold_the_reader_back_and_lose_
         assert catch.positions == sorted(catch.positions)
 
 
+HOLES = """
+DO $$
+BEGIN
+    FOR number IN 1..1100 LOOP
+        BEGIN
+            INSERT INTO pgbackend.events (id, source, type) VALUES ('never', 'test', 'test');
+            RAISE EXCEPTION 'no';
+        EXCEPTION WHEN raise_exception THEN
+        END;
+        INSERT INTO pgbackend.events (id, source, type) VALUES ('quick ' || number, 'test', 'test');
+    END LOOP;
+END $$"""
+
+
+async def test_an_appender_that_may_own_too_many_holes_is_named_once_and_everything_goes_on_when_it_ends(
+    database: str,
+) -> None:
+    """One that deletes, say, while others roll back: each of their holes might be its own."""
+    catch = Catch()
+    idler = await asyncpg.connect(database, server_settings={"application_name": "nightly cleaning"})
+    early, quick = await asyncpg.connect(database), await asyncpg.connect(database)
+    await idler.execute("BEGIN")
+    await idler.execute("LOCK TABLE pgbackend.events IN ROW EXCLUSIVE MODE")
+    await early.execute("BEGIN")
+    await early.execute(INSERT, "early")
+    await quick.execute(INSERT, "quick 0")
+    await quick.execute(HOLES)
+    with facts.Recorder() as recorder:
+        async with Backend(database, hole_wait=0.1, poll_interval=0.1) as backend:
+            await backend.subscribe("billing", catch, start="earliest")
+            told = await recorder.wait("reading waits for an open transaction")
+            status = await backend.status()
+            assert len(catch.ids) == 1000
+            # One hole less: it reads on up to the next.
+            await early.execute("COMMIT")
+            await catch.has("early", "quick 1000")
+
+            async def waits_again() -> bool:
+                (found,) = (await backend.status()).subscriptions
+                return found.state == "waiting for an open transaction"
+
+            await eventually("it waits again", waits_again)
+            await idler.execute("ROLLBACK")
+            await catch.has(*(f"quick {number}" for number in range(1101)))
+    for connection in (idler, early, quick):
+        await connection.close()
+
+    assert "nightly cleaning" in str(told["appenders"])
+    assert status.appenders[0].application == "nightly cleaning"
+    assert [found.state for found in status.subscriptions] == ["waiting for an open transaction"]
+    assert len(recorder.all("reading waits for an open transaction")) == 1
+
+
+async def test_when_one_of_two_appenders_commits_its_room_is_the_others(database: str) -> None:
+    catch = Catch()
+    first, second, quick = [await asyncpg.connect(database) for _ in range(3)]
+    for number in range(1200):
+        slow = first if number < 600 else second
+        if number in (0, 600):
+            await slow.execute("BEGIN")
+        await slow.execute(INSERT, f"slow {number}")
+        await quick.execute(INSERT, f"quick {number}")
+    with facts.Recorder() as recorder:
+        async with Backend(database, hole_wait=0.1, poll_interval=0.1) as backend:
+            await backend.subscribe("billing", catch, start="earliest")
+            await recorder.wait("reading waits for an open transaction")
+            assert "quick 1199" not in catch.ids
+            await first.execute("COMMIT")
+            await catch.has(*(f"quick {number}" for number in range(1200)))
+            await second.execute("COMMIT")
+            await catch.has(*(f"slow {number}" for number in range(1200)))
+    for connection in (first, second, quick):
+        await connection.close()
+
+    assert len(catch.ids) == 2400
+    assert len(recorder.all("reading waits for an open transaction")) == 1
+
+
 async def test_many_short_appenders_are_not_taken_for_one_that_stays_open(database: str) -> None:
     """There is always somebody whom the reader waits for, but nobody for long: no reason for a warning."""
     crowd, catch = Crowd(database, producers=12, transactions=300, pause=0.03), Catch()

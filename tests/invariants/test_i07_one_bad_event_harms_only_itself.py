@@ -180,3 +180,24 @@ async def test_a_dead_target_does_not_hold_back_what_goes_to_the_dead_letter_dis
 
     assert state == {"billing": "target down"}
     assert "them" not in dead.attempts
+
+
+async def test_a_window_full_behind_a_failing_key_says_so_and_goes_on_when_the_event_is_handled(database: str) -> None:
+    failing = True
+    catch = Catch(fails=lambda event: failing and event.id == "hot 0")
+    retry = Retry(attempts=1000, delay=0.1, backoff="constant")
+    async with Backend(database, window_events=10, commit_interval=0.01) as backend:
+        await backend.subscribe("s", catch, order="key", retry=retry)
+        await backend.produce_many([make_event(f"hot {number}", key="hot") for number in range(10)])
+        await backend.produce(make_event("other", key="other"))
+
+        async def says_so() -> bool:
+            (found,) = (await backend.status()).subscriptions
+            return found.state == "waiting for failed events: the window is full behind them"
+
+        await eventually("its state says why it waits", says_so)
+        assert catch.ids == []
+        failing = False
+        await catch.has("other", *(f"hot {number}" for number in range(10)))
+
+    assert [id_ for id_ in catch.ids if id_ != "other"] == [f"hot {number}" for number in range(10)]
