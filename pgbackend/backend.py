@@ -589,7 +589,8 @@ class Backend:
         goes on from its offset. `end`: the position or date before which it ends. Both bounds are exclusive.
         `filter`: a predicate on the event; what it refuses counts as handled. What it raises is a failure of the event.
         `order`: "none", "key" (events with one key one after another), or "strict" (one at a time, in log order).
-        `concurrency`: how many events are dispatched at a time, in each shard.
+        `concurrency`: how many events are dispatched at a time in each shard, by coroutines or threads: a process that
+        runs four shards dispatches up to four times as many.
         `retry`: how often and when a failed event is tried again.
         `dead_letter`: gets the events that `dispatcher` did not handle in all its attempts, with the same `retry`;
         those that it does not handle either are kept as dead letters.

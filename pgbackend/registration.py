@@ -21,7 +21,7 @@ from pgbackend.errors import shown
 from pgbackend.event import Event
 from pgbackend.failures import describe, leave_process
 from pgbackend.health import TargetHealth
-from pgbackend.model import ConsumerDispatcher, EventFilter
+from pgbackend.model import MAX_SHARDS, ConsumerDispatcher, EventFilter
 from pgbackend.retry import Retry
 
 Dispatch = Callable[[Event], Coroutine[Any, Any, object]]
@@ -133,7 +133,12 @@ class Registration:
         if is_async(dispatcher):
             return dispatcher  # type: ignore[return-value] # just seen
         if self.threads is None:
-            self.threads = ThreadPoolExecutor(max_workers=self.concurrency, thread_name_prefix=f"pgbackend {self.name}")
+            self.threads = ThreadPoolExecutor(
+                # Made as they are needed. Each shard's deliverers see to it that no more are at work in a shard than
+                # `concurrency` says, for plain functions and coroutines alike.
+                max_workers=self.concurrency * MAX_SHARDS,
+                thread_name_prefix=f"pgbackend {self.name}",
+            )
         threads = self.threads
 
         def call(event: Event) -> object:

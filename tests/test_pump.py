@@ -573,6 +573,47 @@ async def test_no_more_events_are_dispatched_at_a_time_than_concurrency_says(dat
 # Order.
 
 
+@pytest.mark.parametrize("plain", [False, True])
+async def test_concurrency_counts_in_each_shard_for_coroutines_and_threads_alike(database: str, plain: bool) -> None:
+    at_work = most = 0
+    lock, met = threading.Lock(), threading.Event()
+
+    def begin() -> None:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+            if at_work == 4:
+                met.set()
+
+    def end() -> None:
+        nonlocal at_work
+        with lock:
+            at_work -= 1
+
+    def handle(event: Event) -> None:
+        begin()
+        assert met.wait(20)
+        end()
+
+    async def handle_async(event: Event) -> None:
+        begin()
+        async with asyncio.timeout(20):
+            while not met.is_set():
+                await asyncio.sleep(0.01)
+        end()
+
+    async with running(database) as backend:
+        await backend.subscribe(
+            "s", handle if plain else handle_async, shards=2, concurrency=2, retry=Retry(attempts=1)
+        )
+        await backend.produce_many([make_event(str(number), key=str(number)) for number in range(40)])
+        await settled(backend)
+        assert [letter async for letter in backend.dead_letters()] == []
+
+    assert most == 4
+
+
 async def test_events_of_one_key_go_one_after_another_and_do_not_wait_for_other_keys(database: str) -> None:
     running_keys: set[object] = set()
     seen: dict[object, list[str]] = {}
