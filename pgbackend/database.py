@@ -22,9 +22,11 @@ not `pg_backend_pid()` is a pooler's. Through it nothing is kept on the server f
 
 import asyncio
 import logging
+import os
 import random
 import re
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -32,11 +34,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, urlencode
 
 import asyncpg
 
 from pgbackend import facts, sockets
-from pgbackend.dsn import Host, Target
+from pgbackend.dsn import DEFAULT_HOSTS, Host, Target
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.sql import load
 from pgbackend.sql.statements import ConnectSql
@@ -160,9 +163,9 @@ class Database:
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._sql = load(ConnectSql, "connect", schema="pgbackend")
         self._primaries = _Primaries()
-        self._pooled: set[tuple[Target, Host | None]] = set()
+        self._pooled: set[tuple[Target, Host]] = set()
         """Those that were found to be poolers."""
-        self._last: dict[Target, Host | None] = {}
+        self._last: dict[Target, Host] = {}
         """The host that was the primary when it was looked for last."""
 
     async def open(self, timeout: float = STATEMENT_TIMEOUT) -> None:
@@ -200,17 +203,18 @@ class Database:
         # What asyncpg hands over is what it would connect with by itself.
         return await self.connect()
 
-    async def connect(self, *, direct: bool = False, timeout: float = CONNECT_TIMEOUT) -> Connection:
+    async def connect(self, *, direct: bool = False, timeout: float | None = None) -> Connection:
         """A connection of the caller's own to the primary; `direct` ones bypass a pooler (`listen_dsn`).
 
         Raises ConnectionLostError, after `timeout` seconds at the latest, when none of the hosts is a primary now; its
-        `sqlstate` is 25006 when one of them is a standby.
+        `sqlstate` is 25006 when one of them is a standby. Without a `timeout` it is 10 s, or the DSN's longer one.
         """
         if self._forks != sockets.forks():
             raise ConnectionLostError(
                 "This process was forked from the one that the Backend belongs to. Make a new Backend in it."
             )
-        return await self._connect_first(self._listen_target if direct else self._target, timeout)
+        target = self._listen_target if direct else self._target
+        return await self._connect_first(target, timeout or max(CONNECT_TIMEOUT, target.connect_timeout or 0.0))
 
     async def _connect_first(self, target: Target, timeout: float) -> Connection:
         """The first connection to a primary. Hosts are asked in their order, the one that was it last before all.
@@ -218,11 +222,11 @@ class Database:
         The next one is asked when one refuses, or has not answered for `NEXT_HOST` seconds, while that goes on. As long
         as one keeps silent, those that have refused are asked again: a standby becomes the primary meanwhile.
         """
-        hosts: tuple[Host | None, ...] = target.hosts or (None,)
+        hosts = target.hosts
         last = self._last.get(target)
         waiting = deque(sorted(hosts, key=lambda host: host != last))
-        refusals: dict[Host | None, Exception] = {}
-        asked: dict[asyncio.Task[Connection], Host | None] = {}
+        refusals: dict[Host, Exception] = {}
+        asked: dict[asyncio.Task[Connection], Host] = {}
         try:
             async with asyncio.timeout(timeout):
                 while waiting or asked:
@@ -258,7 +262,7 @@ class Database:
         """Return once a primary was found when there had been none, or `timeout` seconds have passed."""
         await self._primaries.wait(timeout)
 
-    async def _connect_to(self, target: Target, host: Host | None) -> Connection:
+    async def _connect_to(self, target: Target, host: Host) -> Connection:
         """A connection to this host, if that is the log's primary."""
         try:
             connection = await self._reach(target, host)
@@ -280,7 +284,7 @@ class Database:
             raise translated from error
         return connection
 
-    async def _reach(self, target: Target, host: Host | None) -> Connection:
+    async def _reach(self, target: Target, host: Host) -> Connection:
         """A connection to this host that is used as the way there demands: see `is_pooled()`.
 
         Each connection is asked, not the host once: tomorrow's may lead elsewhere.
@@ -306,15 +310,24 @@ class Database:
             raise
         return pooled
 
-    async def _dial(self, target: Target, host: Host | None, **options: Any) -> Connection:
+    async def _dial(self, target: Target, host: Host, **options: Any) -> Connection:
         loop = sockets.Loop()
-        connection: Connection = await asyncpg.connect(  # type: ignore[call-overload] # it takes the text, too
-            target.dsn,
-            host=host.name if host else None,
-            port=host.port if host else None,
-            timeout=CONNECT_TIMEOUT,
+        tls = dict(target.options)
+        if context := _tls_context(tls):
+            options["ssl"] = context
+        connection: Connection = await asyncpg.connect(  # type: ignore[call-overload] # it takes several hosts, too
+            # Only what cannot be said otherwise: what asyncpg reads from a DSN it reads by rules of its own.
+            f"postgresql:///?{urlencode(tls, quote_via=quote)}" if tls else None,
+            host=host.address or host.name or list(DEFAULT_HOSTS),
+            port=host.port or 5432,
+            user=target.user,
+            password=target.password,
+            passfile=target.passfile,
+            # Without a name in its path the DSN above names a database of no name.
+            database=target.database or os.environ.get("PGDATABASE") or target.user,
+            timeout=target.connect_timeout or CONNECT_TIMEOUT,
             target_session_attrs="any",
-            server_settings={"application_name": self._name},
+            server_settings={**dict(target.settings), "application_name": self._name},
             loop=loop,
             **options,
         )
@@ -402,12 +415,29 @@ async def repeat(attempt: Callable[[], Awaitable[_Result]], timeout: float) -> _
         await backoff.wait()
 
 
-def _name(target: Target, host: Host | None) -> str:
+def _tls_context(tls: dict[str, str]) -> ssl.SSLContext | None:
+    """A context for sslrootcert=system, which asyncpg does not know.
+
+    Raises ConfigError for a file that is not there, which asyncpg would tell as a failure of the network.
+    """
+    system = tls.get("sslrootcert") == "system"
+    for name in ("sslcert", "sslkey", "sslcrl") if system else ("sslcert", "sslkey", "sslcrl", "sslrootcert"):
+        if name in tls and not os.access(tls[name], os.R_OK):
+            raise ConfigError(f"{name} in the DSN is {tls[name]!r}: there is no such file, or it may not be read.")
+    if not system:
+        return None
+    context = ssl.create_default_context()
+    if "sslcert" in tls:
+        context.load_cert_chain(tls["sslcert"], tls.get("sslkey"), password=lambda: tls.get("sslpassword", ""))
+    return context
+
+
+def _name(target: Target, host: Host) -> str:
     """A host as errors call it: as the DSN says it when that names only one."""
     return str(host) if len(target.hosts) > 1 else target.where
 
 
-def _refuse_role(target: Target, host: Host | None, *, in_recovery: bool, read_only: bool) -> None:
+def _refuse_role(target: Target, host: Host, *, in_recovery: bool, read_only: bool) -> None:
     if in_recovery:
         raise ConnectionLostError(
             f"PostgreSQL at {_name(target, host)} is a standby: connect to the primary.", sqlstate=STANDBY
@@ -418,7 +448,7 @@ def _refuse_role(target: Target, host: Host | None, *, in_recovery: bool, read_o
         )
 
 
-def _refuse_encoding(target: Target, host: Host | None, encoding: str) -> None:
+def _refuse_encoding(target: Target, host: Host, encoding: str) -> None:
     """Any other one lacks characters that events and errors have, and what has them could never be stored."""
     if encoding != "UTF8":
         raise SchemaError(

@@ -13,11 +13,11 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import asyncpg
 
 from pgbackend.backend import Backend
+from pgbackend.dsn import build_dsn, parse_dsn
 from pgbackend.embedded import EmbeddedServer
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.torture.evidence import Evidence
@@ -266,6 +266,4 @@ class Chaos:
 
 def named(dsn: str, name: str) -> str:
     """The DSN with a name for its connections."""
-    parts = urlsplit(dsn)
-    query = [(key, value) for key, value in parse_qsl(parts.query) if key != "application_name"]
-    return parts._replace(query=urlencode([*query, ("application_name", name)], quote_via=quote)).geturl()
+    return build_dsn(parse_dsn(dsn) | {"application_name": name})

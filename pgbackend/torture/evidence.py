@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import asyncpg
 
+from pgbackend.database import Database
 from pgbackend.errors import DatabaseError
 from pgbackend.sql import quote_ident
 
@@ -203,8 +204,9 @@ class Evidence:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Connection]:
-        connection = await asyncpg.connect(self._dsn, timeout=10, command_timeout=60)
+        connection = await Database(self._dsn).connect(timeout=10)
         try:
+            await connection.execute("SET statement_timeout = '60s'", timeout=60)
             yield connection
         finally:
             await connection.close(timeout=10)

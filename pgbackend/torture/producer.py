@@ -25,6 +25,7 @@ import asyncpg
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.backend import Backend
+from pgbackend.database import Database
 from pgbackend.errors import PgBackendError, ProduceUncertainError
 from pgbackend.sql import quote_ident
 from pgbackend.torture.load import PRODUCE_TIMEOUT
@@ -121,7 +122,7 @@ class _Producer:
         while not self._enough.is_set():
             try:
                 if connection is None or connection.is_closed():
-                    connection = await asyncpg.connect(self._dsn, timeout=10)
+                    connection = await Database(self._dsn).connect(timeout=10)
                 await self._transact(connection, chance)
             except _LOST:
                 if connection is not None:

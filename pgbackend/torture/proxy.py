@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from pgbackend.dsn import Target, build_dsn, parse_dsn
 
 
 class Proxy:
@@ -38,14 +39,12 @@ class Proxy:
         """
         assert self._server, "enter the proxy first"  # noqa: S101
         host, port = self._server.sockets[0].getsockname()[:2]
-        parts = urlsplit(self._target)
-        credentials, at, _ = parts.netloc.rpartition("@")
-        query = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("host", "port", "sslmode")]
-        asked = dict(parse_qsl(parts.query)).get("sslmode", "")
-        mode = {"require": "require", "verify-ca": "verify-ca", "verify-full": "verify-ca"}.get(asked, "disable")
-        return parts._replace(
-            netloc=f"{credentials}{at}{host}:{port}", query=urlencode([*query, ("sslmode", mode)])
-        ).geturl()
+        options = parse_dsn(self._target)
+        mode = {"require": "require", "verify-ca": "verify-ca", "verify-full": "verify-ca"}.get(
+            options.get("sslmode", ""), "disable"
+        )
+        own = {"host": host, "port": str(port), "sslmode": mode}
+        return build_dsn({name: value for name, value in options.items() if name != "hostaddr"} | own)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -125,13 +124,11 @@ class Proxy:
             self._links.discard(link)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        parts = urlsplit(self._target)
-        query = dict(parse_qsl(parts.query))
-        host = query.get("host") or parts.hostname or "localhost"
-        port = int(query.get("port") or parts.port or 5432)
-        if host.startswith("/"):
-            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        return await asyncio.open_connection(host, port)
+        host = Target.of(self._target).hosts[0]
+        name, port = host.address or host.name or "localhost", host.port or 5432
+        if name.startswith("/"):
+            return await asyncio.open_unix_connection(f"{name}/.s.PGSQL.{port}")
+        return await asyncio.open_connection(name, port)
 
     async def _forward(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: "_Link", *, requests: bool
