@@ -44,6 +44,7 @@ from pgbackend.errors import (
     shown,
 )
 from pgbackend.failures import describe
+from pgbackend.fence import Fence
 from pgbackend.model import (
     MAX_CONCURRENCY,
     MAX_NAME_BYTES,
@@ -57,7 +58,7 @@ from pgbackend.model import (
     Position,
     Status,
 )
-from pgbackend.probe import Probe, all_ok, distrust
+from pgbackend.probe import Probe, all_ok
 from pgbackend.reader import IncarnationChanged, Log
 from pgbackend.redelivery import Redelivery
 from pgbackend.registration import Registration, is_async, is_generator
@@ -186,7 +187,7 @@ class Backend:
         `produce_timeout`, `drain_timeout`: seconds that `produce()` and `stop()` take at most.
         `max_event_bytes`: larger events are refused. It counts the data and all attributes, which have a limit of their
         own besides: 64 KiB together. 256 MiB at most.
-        `pool_size`: connections for short statements, beside one that appends and one that listens.
+        `pool_size`: connections for short statements, two at least, beside one that appends and one that listens.
         `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow
         targets, and repeat more after a crash.
         `buffer_bytes`: what the process keeps of the log for subscriptions that are a little behind.
@@ -276,7 +277,8 @@ class Backend:
 
         `migrate=False` verifies the tables' revision and changes nothing. Raises ConnectionLostError when PostgreSQL
         does not answer or is a standby (its `sqlstate` is 25006 then), SchemaError when the tables are behind (with
-        `migrate=False`) or ahead of this version, or cannot be trusted: the sequence is behind its events.
+        `migrate=False`) or ahead of this version, or cannot be trusted: the log was set back, its sequence altered, or
+        this is no PostgreSQL.
         """
         self._check_home()
         home = self._home = asyncio.get_running_loop()
@@ -319,7 +321,9 @@ class Backend:
             schema.check(found, name)
             log = Log(database, schema=name, hole_wait=settings.hole_wait)
             subscriptions = Subscriptions(log, schema=name)
-            _refuse_distrusted(await distrust(subscriptions), found)
+            fence = Fence(log, schema=name)
+            await _verify(fence, subscriptions)
+            _refuse(await fence.prove())
             segments = Segments(database, schema=name)
             await segments.extend()
             await log.enter_incarnation()
@@ -347,7 +351,8 @@ class Backend:
             notifier,
             appender,
             Redelivery(database, schema=name),
-            Probe(database, subscriptions, segments, schema=name),
+            Probe(database, subscriptions, fence, segments, schema=name),
+            fence,
         )
         appender.start()
         self._notifying = asyncio.create_task(notifier.run(), name="notify")
@@ -398,6 +403,7 @@ class Backend:
             self._worker = Worker(
                 log=parts.log,
                 segments=parts.segments,
+                fence=parts.fence,
                 settings=self._settings,
                 registrations=self._registrations,
                 hints=self._hints,
@@ -406,8 +412,10 @@ class Backend:
                 sender=self._id,
             )
             try:
+                # Before each: what is stored may be older than what this process has seen.
+                await _verify(parts.fence, parts.subscriptions)
                 if another_life:
-                    await self._look_anew(parts)
+                    await self._look_for_subscriptions(parts)
                     another_life = False
                 await self._worker.run(self._stop)
             except ConnectionLostError as error:
@@ -419,12 +427,8 @@ class Backend:
             finally:
                 self._worker = None
 
-    async def _look_anew(self, parts: "_Parts") -> None:
-        """In another life of the server what is stored may be older than what this process has seen.
-
-        Raises SchemaError as `init()` does. A subscription that is not there any more is a human's to decide about.
-        """
-        _refuse_distrusted(await distrust(parts.subscriptions), schema.head())
+    async def _look_for_subscriptions(self, parts: "_Parts") -> None:
+        """A subscription that another life of the server does not know is a human's to decide about."""
         for name in list(self._registrations):
             if await parts.subscriptions.find(name) is None:
                 facts.emit(
@@ -845,8 +849,8 @@ class Backend:
         """Return when the log can be written to and read: a commit was made durable just now.
 
         It leaves nothing behind. Raises ProbeError, whose `checks` say for each what is wrong: `connection`, `schema`,
-        `primary`, `writable`, `privilege`, `log`, `segments`, `write`; without those that could not be made. And
-        `worker`, when the worker of this process has died.
+        `primary`, `writable`, `privilege`, `log`, `fence`, `segments`, `write`; without those that could not be made.
+        And `worker`, when the worker of this process has died.
         """
         checks = await self._use().probe.run(timeout=self._settings.produce_timeout)
         if self._died is not None:
@@ -885,7 +889,7 @@ class Backend:
 class _Parts:
     """What `init()` makes."""
 
-    __slots__ = ("appender", "database", "log", "notifier", "probe", "redelivery", "segments", "subscriptions")
+    __slots__ = ("appender", "database", "fence", "log", "notifier", "probe", "redelivery", "segments", "subscriptions")
 
     def __init__(
         self,
@@ -897,8 +901,10 @@ class _Parts:
         appender: Appender,
         redelivery: Redelivery,
         probe: Probe,
+        fence: Fence,
     ) -> None:
         self.database = database
+        self.fence = fence
         self.log = log
         self.subscriptions = subscriptions
         self.segments = segments
@@ -928,9 +934,15 @@ async def _finish_or_cancel(task: "asyncio.Task[None]") -> None:
         await asyncio.wait({task})
 
 
-def _refuse_distrusted(problem: str | None, found: str | None) -> None:
+async def _verify(fence: Fence, subscriptions: Subscriptions) -> None:
+    """Return when no event can be lost, for all that is stored and that catalogs say. Raises SchemaError."""
+    await fence.verify()
+    _refuse(await subscriptions.distrust())
+
+
+def _refuse(problem: str | None) -> None:
     if problem is not None:
-        raise SchemaError(problem, found=found, expected=schema.head())
+        raise SchemaError(problem, found=schema.head(), expected=schema.head())
 
 
 def _refuse_newer(found: str, name: str) -> None:

@@ -78,6 +78,16 @@ _LOST_SQLSTATES = frozenset({
     "25P03",  # idle_in_transaction_session_timeout
     "53300",  # too_many_connections
 })  # fmt: skip
+_OTHER_ENGINES = {
+    "-yb-": "YugabyteDB",
+    "yugabyte": "YugabyteDB",
+    "cockroachdb": "CockroachDB",
+    "aurora dsql": "Aurora DSQL",
+    "aurora limitless": "Aurora Limitless",
+    "greenplum": "Greenplum",
+    "cloudberry": "Cloudberry",
+}
+"""Databases that speak PostgreSQL's protocol and are none, by what their `version()` has."""
 _POOLER_SQLSTATE = "08P01"
 """protocol_violation: what pgbouncer gives each error of its own. PostgreSQL would have to be sent nonsense."""
 INSUFFICIENT_PRIVILEGE = "42501"
@@ -144,7 +154,7 @@ class _Pooled(Connection):
 def is_pooled(connection: Connection) -> bool:
     """Whether this connection leads through a pooler: what is said on it once (LISTEN) is not there the next time."""
     # asyncpg's isinstance() takes any of its connections for one of any class.
-    return type(connection) is _Pooled
+    return type(getattr(connection, "_con", connection)) is _Pooled
 
 
 class Database:
@@ -172,7 +182,8 @@ class Database:
         """Make the pool and show that PostgreSQL answers. Raises ConnectionLostError or DatabaseError when not."""
         self._pool = await asyncpg.create_pool(
             min_size=0,
-            max_size=self._pool_size,
+            # The fence is proven with two at once.
+            max_size=max(self._pool_size, 2),
             reset=_keep_session,
             max_inactive_connection_lifetime=300.0,
             connect=self._connect_pooled,
@@ -270,6 +281,7 @@ class Database:
                 _notice_silence(connection)
                 role = await connection.fetchrow(self._sql.find_role, timeout=CONNECT_TIMEOUT)
                 assert role is not None  # noqa: S101 - a SELECT of scalars
+                _refuse_engine(target, host, version=role["version"])
                 _refuse_role(target, host, in_recovery=role["in_recovery"], read_only=role["read_only"])
                 _refuse_encoding(target, host, role["encoding"])
                 self._primaries.admit(connection, await self._find_timeline(connection), where=_name(target, host))
@@ -435,6 +447,15 @@ def _tls_context(tls: dict[str, str]) -> ssl.SSLContext | None:
 def _name(target: Target, host: Host) -> str:
     """A host as errors call it: as the DSN says it when that names only one."""
     return str(host) if len(target.hosts) > 1 else target.where
+
+
+def _refuse_engine(target: Target, host: Host, *, version: str) -> None:
+    for mark, name in _OTHER_ENGINES.items():
+        if mark in version.lower():
+            raise DatabaseError(
+                f"PostgreSQL at {_name(target, host)} is {name} ({version}): its locks do not show which transactions "
+                "append, so events could be lost. Use PostgreSQL itself."
+            )
 
 
 def _refuse_role(target: Target, host: Host, *, in_recovery: bool, read_only: bool) -> None:

@@ -33,7 +33,12 @@ _EVERYBODY: _Grants = (
     ("SELECT (position)", "TABLE {schema}.offsets"),
     # Whoever comes first after a crash has the new life named, but not by a name of its choice.
     ("SELECT, INSERT (single)", "TABLE {schema}.incarnation"),
+    ("SELECT", "TABLE {schema}.life"),
     ("EXECUTE", "FUNCTION {schema}.make_segment(boolean)"),
+    # To prove the fence: a transaction that appends nothing is opened, and must be in the evidence.
+    ("EXECUTE", "FUNCTION {schema}.appenders_in_flight(regclass, regclass)"),
+    ("EXECUTE", "FUNCTION {schema}.open_appender()"),
+    ("EXECUTE", "FUNCTION {schema}.find_distributed(regclass)"),
 )
 
 _PRODUCER: _Grants = ((f"INSERT ({_EVENT})", "TABLE {schema}.events"),)
@@ -41,6 +46,7 @@ _PRODUCER: _Grants = ((f"INSERT ({_EVENT})", "TABLE {schema}.events"),)
 _CONSUMER: _Grants = (
     ("SELECT", "TABLE {schema}.events"),
     ("EXECUTE", "FUNCTION {schema}.appender_began(integer)"),
+    ("EXECUTE", "FUNCTION {schema}.end_life(text)"),
     ("USAGE", "SEQUENCE {schema}.epochs"),
     (f"SELECT, DELETE, INSERT (name, shards, {_TERMS}), UPDATE ({_ALTERED})", "TABLE {schema}.subscriptions"),
     (f"SELECT, DELETE, INSERT ({_NEW_OFFSET}), UPDATE ({_OFFSET}, crashes)", "TABLE {schema}.offsets"),
@@ -61,6 +67,7 @@ _OPERATOR: _Grants = (
     # How long a subscription is behind, where a date is, and whose of several shards an event was.
     ("SELECT (position, recorded_at, key_hash)", "TABLE {schema}.events"),
     ("EXECUTE", "FUNCTION {schema}.appender_began(integer)"),
+    ("EXECUTE", "FUNCTION {schema}.end_life(text)"),
     ("USAGE", "SEQUENCE {schema}.epochs"),
     (f"SELECT, DELETE, UPDATE ({_ALTERED})", "TABLE {schema}.subscriptions"),
     (f"SELECT, DELETE, INSERT ({_NEW_OFFSET}), UPDATE ({_OFFSET})", "TABLE {schema}.offsets"),

@@ -6,7 +6,8 @@ promises: when every check is "ok", an event that is produced now is stored, for
 
 from pgbackend import schema as tables
 from pgbackend.database import STANDBY, Database
-from pgbackend.errors import DatabaseError, PgBackendError, SchemaError
+from pgbackend.errors import ConnectionLostError, DatabaseError, PgBackendError, SchemaError
+from pgbackend.fence import Fence
 from pgbackend.segments import Segments
 from pgbackend.sql import load
 from pgbackend.sql.statements import ProbeSql
@@ -16,9 +17,12 @@ from pgbackend.subscriptions import Subscriptions
 class Probe:
     """Looks at one log."""
 
-    def __init__(self, database: Database, subscriptions: Subscriptions, segments: Segments, *, schema: str) -> None:
+    def __init__(
+        self, database: Database, subscriptions: Subscriptions, fence: Fence, segments: Segments, *, schema: str
+    ) -> None:
         self._database = database
         self._subscriptions = subscriptions
+        self._fence = fence
         self._segments = segments
         self._schema = schema
         self._sql = load(ProbeSql, "probe", schema=schema)
@@ -28,7 +32,8 @@ class Probe:
 
         `connection`: the server answers. `schema`: the tables are as this version needs them. `primary`: it is no
         standby. `writable`: transactions may write. `privilege`: this role may append. `log`: positions are not given
-        out twice. `segments`: the next event has a place. `write`: a commit was made durable within `timeout` seconds.
+        out twice. `fence`: no event can be lost behind readers. `segments`: the next event has a place. `write`: a
+        commit was made durable within `timeout` seconds.
         """
         checks: dict[str, str] = {}
         try:
@@ -64,7 +69,8 @@ class Probe:
             if seen["may_insert"]
             else f"Role {seen['role']} may not append: run the SQL that `pgbackend grants --producer` prints for it."
         )
-        checks["log"] = await distrust(self._subscriptions) or "ok"
+        checks["log"] = await self._subscriptions.distrust() or "ok"
+        checks["fence"] = await self._examine_fence(all_well=all_ok(checks))
         if not all_ok(checks):
             return
         try:
@@ -74,6 +80,18 @@ class Probe:
         if all_ok(checks):
             await self._database.execute(self._sql.write, timeout=timeout)
             checks["write"] = "ok"
+
+    async def _examine_fence(self, *, all_well: bool) -> str:
+        try:
+            problem = await self._fence.examine()
+            # It takes a transaction that writes.
+            if problem is None and all_well:
+                problem = await self._fence.prove()
+        except ConnectionLostError:
+            raise
+        except DatabaseError as error:
+            return str(error)
+        return problem or "ok"
 
     async def _next_place(self) -> str:
         reach = await self._segments.find_reach()
@@ -88,14 +106,3 @@ class Probe:
 
 def all_ok(checks: dict[str, str]) -> bool:
     return all(text == "ok" for text in checks.values())
-
-
-async def distrust(subscriptions: Subscriptions) -> str | None:
-    """Why the log cannot be trusted as it is; None when it can."""
-    offset, event, head = await subscriptions.places()
-    if head < max(offset, event):
-        return (
-            f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions would "
-            "be given out twice. Restore the sequence, or move the subscriptions with `seek`."
-        )
-    return None

@@ -17,11 +17,11 @@ import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from uuid import UUID
+from datetime import UTC, datetime, timedelta
+from typing import NoReturn
 
-from pgbackend.database import Database, Record
-from pgbackend.errors import PgBackendError
+from pgbackend.database import STATEMENT_TIMEOUT, Database, Record
+from pgbackend.errors import DatabaseError, PgBackendError
 from pgbackend.event import Event, RecordLike
 from pgbackend.holes import AppenderClock, Evidence, Gaps
 from pgbackend.model import BlockingAppender
@@ -44,10 +44,18 @@ _UNDECODABLE = (ValueError, ArithmeticError)
 """What the driver raises for values that Python cannot hold: a date beyond the year 9999, text that is no UTF-8."""
 _LARGE = 16384
 """Events that weigh more are read by themselves; as the statements in log.sql have it."""
+_LANDMARKS = 16
+"""Events that are remembered between two looks, to recognize the log by."""
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+_CHANGED = "The server was restarted after a crash or failed over, or the log was restored or its sequence altered."
 
 
 class IncarnationChanged(PgBackendError):  # noqa: N818 - a signal between the actors, never seen outside
-    """The server crashed or failed over: positions may have been given out again. Begin anew from durable rows."""
+    """The server crashed or failed over, or the log was set back: positions may have been given out again.
+
+    Begin anew from durable rows.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,42 +119,113 @@ class Log:
         self.database = database
         self.clock = AppenderClock(hole_wait=hole_wait)
         self._one_check = asyncio.Lock()
-        self._incarnation: UUID | None = None
+        self._incarnation: str | None = None
+        self._server_start: datetime | None = None
+        self._known = 0
+        """The highest position that was seen in this incarnation."""
+        self._landmarks: dict[int, str] = {}
+        """Events that were seen in it, by position, and when they were recorded: the newest at the last look, and the
+        ends of pages since then."""
         self._segments: list[Range] = []
         """Those that were there when somebody looked last."""
 
     @property
-    def incarnation(self) -> UUID | None:
+    def incarnation(self) -> str | None:
         """The life of the server that this process works in; None before `enter_incarnation()`."""
         return self._incarnation
 
-    async def enter_incarnation(self) -> UUID:
+    async def enter_incarnation(self) -> str:
         """Learn the server's present life, or name it when it has none yet."""
         while True:
             found = await self.database.fetchval(self.sql.find_incarnation)
-            if isinstance(found, UUID):
+            if isinstance(found, str):
                 if found != self._incarnation:
                     # The names of transactions begin anew as well: nobody has been waited for yet.
                     self.clock = AppenderClock(hole_wait=self.clock.hole_wait)
+                    self._known, self._landmarks = 0, {}
                 self._incarnation = found
                 return found
             await self.database.execute(self.sql.begin_incarnation)
 
-    async def verify_incarnation(self, since: UUID | None = None) -> None:
+    async def verify_incarnation(self, since: str | None = None) -> None:
         """Raise IncarnationChanged when the server's life is not the one this process works in, or did at `since`."""
-        if await self.database.fetchval(self.sql.find_incarnation) != (since or self._incarnation):
-            raise IncarnationChanged("The server was restarted after a crash, or failed over.")
+        found = await self.database.fetchval(self.sql.find_incarnation)
+        if found != (since or self._incarnation):
+            await self.look_for_set_back()
+            raise IncarnationChanged(_CHANGED)
+
+    async def look_for_set_back(self) -> None:
+        """Return when the log still is the one that this process knows. Raises IncarnationChanged.
+
+        When it was set back in this life, that ends the life: every process of the log notices.
+        """
+        mine, known, landmarks = self._incarnation, self._known, dict(self._landmarks)
+        signs = await self.database.fetchrow(self.sql.find_signs, list(landmarks), list(landmarks.values()))
+        assert signs is not None  # noqa: S101 - a SELECT of scalars
+        if mine is None or mine != self._incarnation:
+            return
+        found = signs["incarnation"]
+        if _is_in_place(found, mine):
+            # Without an answer the sequence is just being altered; the next look has one.
+            if signs["head"] is not None and signs["head"] < known:
+                await self._end_life(f"its sequence stands at {signs['head']}, below position {known}, which was read")
+            # An event that is only gone may have been deleted. Once the sequence was restarted, it counts as replaced.
+            if signs["replaced"] or (signs["missing"] and found != mine):
+                await self._end_life("positions that were read no longer hold the events that were there")
+        if found != mine:
+            raise IncarnationChanged(_CHANGED)
+        for position in landmarks:
+            self._landmarks.pop(position, None)
+        if signs["position"] is not None:
+            self._landmarks[signs["position"]] = signs["recorded_at"]
+            self._see(signs["position"])
 
     async def check(self) -> Evidence:
         """Take the evidence that the fence needs. Serial, so that the clock never goes back to older evidence."""
         async with self._one_check:
-            row = await self.database.fetchrow(self._holes_sql.appenders_in_flight)
-            assert row is not None  # noqa: S101 - a SELECT of scalars
-            upto, appenders, incarnation = row
-            if self._incarnation is not None and incarnation != self._incarnation:
-                raise IncarnationChanged("The server was restarted after a crash, or failed over.")
-            self.clock.observe(appenders, now=time.monotonic())
-            return Evidence(upto, frozenset(appenders), incarnation)
+            mine, known = self._incarnation, self._known
+            evidence = await self.take_evidence()
+            if mine is not None and evidence.incarnation != mine:
+                await self.look_for_set_back()
+                raise IncarnationChanged(_CHANGED)
+            if mine is not None and mine == self._incarnation:
+                if evidence.upto < known:
+                    await self._end_life(
+                        f"its sequence stands at {evidence.upto}, below position {known}, which was read"
+                    )
+                self._see(evidence.upto)
+            if evidence.server_start != self._server_start:
+                # The names of transactions began anew, so nobody has been waited for yet.
+                self.clock = AppenderClock(hole_wait=self.clock.hole_wait)
+                self._server_start = evidence.server_start
+            self.clock.observe(evidence.appenders, now=time.monotonic())
+            return evidence
+
+    async def take_evidence(self, *, timeout: float = STATEMENT_TIMEOUT) -> Evidence:
+        """The evidence as it is, held against nothing that this process knows."""
+        row = await self.database.fetchrow(self._holes_sql.appenders_in_flight, timeout=timeout)
+        assert row is not None  # noqa: S101 - a function of scalars
+        return Evidence(row["upto"], frozenset(row["appenders"]), row["incarnation"], row["server_start"])
+
+    def _see(self, position: int) -> None:
+        self._known = max(self._known, position)
+
+    def _pass(self, row: Record) -> None:
+        """A page ends with this row."""
+        position, at = row[_POSITION], row[_RECORDED_AT]
+        self._see(position)
+        # The driver shows the infinite dates as the first and the last ones.
+        if isinstance(at, datetime) and 1 < at.year < 9999 and len(self._landmarks) < _LANDMARKS:
+            self._landmarks[position] = str((at - _EPOCH) // timedelta(microseconds=1))
+
+    async def _end_life(self, why: str) -> NoReturn:
+        """End the life for all processes of the log, because the log was set back in it."""
+        try:
+            await self.database.execute(self.sql.end_life, self._incarnation)
+        except DatabaseError as error:
+            # This process begins anew in any case.
+            why += f" (and the other processes could not be told: {error})"
+        raise IncarnationChanged(f"The log was set back: {why}.")
 
     async def appenders(self) -> tuple[BlockingAppender, ...]:
         """Who is appending right now, oldest first, for people."""
@@ -187,13 +266,12 @@ class Log:
 
         When the holes have more than a page, nothing of what is above them is returned.
         """
+        mine = self._incarnation
         try:
             if holes:
-                rows = await self.database.fetch(
-                    self.sql.read_page_and_holes, after, self._incarnation, str(holes), page
-                )
+                rows = await self.database.fetch(self.sql.read_page_and_holes, after, mine, str(holes), page)
             else:
-                rows = await self.database.fetch(self.sql.read_page, after, self._incarnation)
+                rows = await self.database.fetch(self.sql.read_page, after, mine)
         except _UNDECODABLE:
             return await self._read_apart(after, holes, page=page)
         if not rows:
@@ -202,6 +280,8 @@ class Log:
         split = next((i for i, row in enumerate(rows) if row[_POSITION] > after), len(rows)) if holes else 0
         if split >= PAGE_EVENTS:
             rows = rows[:split]
+        if mine == self._incarnation:
+            self._pass(rows[-1])
         more = split >= PAGE_EVENTS or len(rows) - split >= PAGE_EVENTS
         if any(row[_WEIGHT] > _LARGE for row in rows):
             return await self._with_large(rows, after, more=more)
@@ -285,6 +365,11 @@ async def _one_by_one(
     rows, errors = await _one_by_one(read, positions[:middle])
     other_rows, other_errors = await _one_by_one(read, positions[middle:])
     return rows + other_rows, errors | other_errors
+
+
+def _is_in_place(found: str | None, mine: str) -> bool:
+    """Whether that is the life `mine`, but for the file of the sequence: see the view `life`."""
+    return found is not None and found.rpartition("/")[0] == mine.rpartition("/")[0]
 
 
 class Reader:

@@ -193,6 +193,8 @@ def _preparation(schema: str) -> tuple[str, ...]:
         "SET LOCAL statement_timeout = 0",
         "SET LOCAL idle_in_transaction_session_timeout = 0",
         "SET LOCAL lock_timeout = 0",
+        # Citus would carry the tables to other nodes. A log is local to one, which may be any.
+        "SELECT set_config(name, 'off', true) FROM pg_catalog.pg_settings WHERE name = 'citus.enable_ddl_propagation'",
         # Transaction-level: a pooler may stand between.
         f"SELECT pg_advisory_xact_lock(hashtextextended({lock}, 0))",
         # A DDL statement that waits for a table makes everybody else wait behind it: rather give up and be run again.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Literal
-from uuid import UUID
 
+from pgbackend.database import Record
 from pgbackend.errors import (
     ConfigError,
     DatabaseError,
@@ -27,7 +27,7 @@ from pgbackend.holes import MAX_PENDING_RANGES
 from pgbackend.model import MAX_POSITION, Epoch, Order, Position, ShardStatus, SubscriptionStatus
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
-from pgbackend.sql import load
+from pgbackend.sql import load, quote_ident, quote_literal
 from pgbackend.sql.statements import SubscriptionsSql
 
 Place = int | datetime | Literal["earliest", "latest"]
@@ -157,6 +157,7 @@ class Subscriptions:
 
     def __init__(self, log: Log, *, schema: str) -> None:
         self._log = log
+        self._schema = schema
         self._sql = load(SubscriptionsSql, "subscriptions", schema=schema)
 
     async def ensure(self, wanted: Definition, start: Place) -> Definition:
@@ -297,7 +298,7 @@ class Subscriptions:
         await self._log.database.execute(self._sql.refuse_rest, name)
 
     async def _change(
-        self, stored: Definition, wanted: Definition, offset: _Offset | None, life: UUID | None, *, at_once: bool
+        self, stored: Definition, wanted: Definition, offset: _Offset | None, life: str | None, *, at_once: bool
     ) -> bool:
         """What is stored is as wanted, all shards at `offset` unless that is None; or nothing has changed, try again.
 
@@ -397,9 +398,8 @@ class Subscriptions:
                 return head, await self._open_holes(head)
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.025)
-            now_open = (await self._log.check()).appenders
-            prepared = {name for name in now_open - evidence.appenders if name.startswith("-1/")}
-            blockers = (blockers & now_open) | (prepared if blockers - now_open else set())
+            before, evidence = evidence, await self._log.check()
+            blockers = evidence.still_open(blockers, since=before)
         return head, RangeSet()
 
     async def _open_holes(self, head: int) -> RangeSet:
@@ -474,9 +474,36 @@ class Subscriptions:
 
     async def places(self) -> tuple[int, int, int]:
         """The highest offset, the highest event, the sequence's value."""
+        row = await self._find_places()
+        return row["offset_position"], row["event_position"], row["head"]
+
+    async def distrust(self) -> str | None:
+        """Why the stored offsets cannot be trusted as they are, and how to mend that; None when they can."""
+        row = await self._find_places()
+        offset, event, head = row["offset_position"], row["event_position"], row["head"]
+        where = quote_ident(self._schema)
+        move = f"UPDATE {where}.offsets SET position = 0, pending = '{{}}'"  # noqa: S608 - for people
+        trust = f"DELETE FROM {where}.incarnation"  # noqa: S608 - as above
+        if head < max(offset, event):
+            restore = f"SELECT setval({quote_literal(f'{where}.events_position_seq')}, {max(offset, event)})"
+            return (
+                f"The log's sequence stands at {head}, behind its events ({event}) or offsets ({offset}): positions "
+                "would be given out twice, and subscriptions would skip events. Stop all producers and workers. Where "
+                f"only the sequence is wrong, run {restore}. Where the log was emptied or is an older one, run {move} "
+                f"WHERE position > {head}: those subscriptions then handle all that it has."
+            )
+        if row["set_back"]:
+            return (
+                "The log was set back while workers ran, below positions that they had read: subscriptions would skip "
+                "events. Stop all workers. Move the subscriptions to where they are to go on "
+                f"({move} has them handle all there is). Then say that offsets are right: {trust}."
+            )
+        return None
+
+    async def _find_places(self) -> Record:
         row = await self._log.database.fetchrow(self._sql.find_places)
         assert row is not None  # noqa: S101 - a SELECT of scalars
-        return row["offset_position"], row["event_position"], row["head"]
+        return row
 
 
 def not_found(name: str) -> SubscriptionNotFoundError:

@@ -118,6 +118,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("single", BOOLEAN, nullable=False, server_default=text("true")),
         Column("id", UUID, nullable=False, server_default=text("gen_random_uuid()")),
         Column("since", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
+        Column("set_back", BOOLEAN, nullable=False, server_default=text("false")),
         PrimaryKeyConstraint("single", name="incarnation_pkey"),
         CheckConstraint("single", name="incarnation_single"),
         prefixes=["UNLOGGED"],

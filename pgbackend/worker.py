@@ -22,6 +22,7 @@ from pgbackend import facts
 from pgbackend.database import Backoff
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.event import Event
+from pgbackend.fence import Fence
 from pgbackend.leases import Leases, Presence, Survey, SurveyedShard
 from pgbackend.offsets import Committer
 from pgbackend.pump import Pump
@@ -111,6 +112,7 @@ class Worker:
         *,
         log: Log,
         segments: Segments,
+        fence: Fence,
         settings: Settings,
         registrations: dict[str, Registration],
         hints: Hints,
@@ -120,6 +122,7 @@ class Worker:
     ) -> None:
         self._log = log
         self._segments = segments
+        self._fence = fence
         self._settings = settings
         self._registrations = registrations
         self._hints = hints
@@ -354,8 +357,8 @@ class Worker:
 
     async def run_round(self) -> None:
         """Drop what others have taken over, then do this worker's part of sharing the shards out."""
-        # Who runs nothing has nobody else to tell it that the server lives another life, in which it can claim nothing.
-        await self._log.verify_incarnation()
+        # A worker that runs nothing commits and reads nothing, so it looks for another life of the server here.
+        await self._log.look_for_set_back()
         known = set(self._pumps)
         survey = await self._leases.survey()
         held = {shard.epoch for shard in survey.shards if shard.owner == self._id}
@@ -435,6 +438,8 @@ class Worker:
     async def _claim(self, keys: Sequence[ShardKey]) -> None:
         doubts = self._doubts
         for lease in await self._leases.claim(list(dict.fromkeys(keys))) if keys else ():
+            if lease.position > lease.head and (problem := await self._subscriptions.distrust()):
+                raise SchemaError(problem)
             registration = self._registrations.get(lease.subscription)
             if registration is None or registration.resting:
                 # Unsubscribed in this moment, or it is being moved.
@@ -701,7 +706,10 @@ class Worker:
     async def _run_segments(self) -> None:
         while True:
             try:
+                await self._fence.verify()
                 await self._segments.extend()
+            except SchemaError:
+                raise
             except DatabaseError as error:
                 facts.emit("segments not extended", level=logging.WARNING, error=str(error))
             strokes = self._hints.strokes

@@ -35,6 +35,7 @@ from pgbackend.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_size
 from pgbackend.database import Database
 from pgbackend.errors import shown
 from pgbackend.facts import Recorder
+from pgbackend.fence import Fence
 from pgbackend.probe import Probe
 from pgbackend.reader import Log
 from pgbackend.segments import Segments
@@ -706,6 +707,8 @@ async def plain_role(backend: Backend, database: str) -> AsyncIterator[tuple[str
     await execute(database, f"GRANT USAGE ON SCHEMA pgbackend TO {role}")
     await execute(database, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pgbackend TO {role}")
     await execute(database, f"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA pgbackend TO {role}")
+    for function in ("open_appender()", "find_distributed(regclass)", "appenders_in_flight(regclass, regclass)"):
+        await execute(database, f"GRANT EXECUTE ON FUNCTION pgbackend.{function} TO {role}")
     parts = urlsplit(database)
     yield role, parts._replace(netloc=f"{role}:plain@{parts.netloc.rpartition('@')[2]}").geturl()
     await execute(database, f"DROP OWNED BY {role}")
@@ -813,9 +816,8 @@ class Probing:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
         subscriptions = Subscriptions(log, schema="pgbackend")
         try:
-            return await Probe(database, subscriptions, Segments(database, schema="pgbackend"), schema="pgbackend").run(
-                timeout=20.0
-            )
+            fence, segments = Fence(log, schema="pgbackend"), Segments(database, schema="pgbackend")
+            return await Probe(database, subscriptions, fence, segments, schema="pgbackend").run(timeout=20.0)
         finally:
             await database.close()
 

@@ -296,6 +296,7 @@ FORBIDDEN_TO_ALL = [
     "INSERT INTO pgbackend.incarnation (id) VALUES (gen_random_uuid())",
     "UPDATE pgbackend.incarnation SET id = gen_random_uuid()",
     "DELETE FROM pgbackend.incarnation",
+    "INSERT INTO pgbackend.incarnation (single, set_back) VALUES (true, false)",
     "UPDATE pgbackend.pgbackend_revision SET version_num = '0001'",
     "UPDATE pgbackend.offsets SET subscription = 'other'",
     "UPDATE pgbackend.subscriptions SET name = 'other'",
@@ -319,6 +320,7 @@ FORBIDDEN = {
         "SELECT 1 FROM pgbackend.dead_letters",
         "SELECT nextval('pgbackend.epochs')",
         "SELECT pgbackend.appender_began(1)",
+        "SELECT pgbackend.end_life('')",
     ],
     "consumer": [
         INSERT.replace("$1", "'1'"),
@@ -492,7 +494,7 @@ async def test_a_worker_takes_over_from_a_dead_one_of_another_role(roles: Roles)
 async def test_whoever_comes_first_after_a_crash_has_the_new_life_named(roles: Roles, kind: str) -> None:
     await roles.execute("owner", "TRUNCATE pgbackend.incarnation")
     async with evidence(roles, kind) as log:
-        assert log.incarnation == await roles.fetchval("owner", "SELECT id FROM pgbackend.incarnation")
+        assert log.incarnation == await roles.fetchval("owner", "SELECT id FROM pgbackend.life")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -221,8 +221,12 @@ async def test_functions_with_the_rights_of_an_owner_have_those_of_who_owns_the_
 
     assert [tuple(row) for row in rows] == [
         ("appender_began", True, role, True, False),
+        ("appenders_in_flight", False, role, True, False),
+        ("end_life", True, role, True, False),
+        ("find_distributed", False, role, True, False),
         ("make_segment", True, role, True, False),
         ("make_segment_of", False, role, True, False),
+        ("open_appender", True, role, True, False),
     ]
 
 

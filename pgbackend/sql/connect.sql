@@ -3,6 +3,12 @@
 -- name: find_role
 SELECT
     pg_is_in_recovery() AS in_recovery,
+    concat_ws(
+        ' ', version(),
+        -- Their version() is that of the PostgreSQL that they come from.
+        CASE WHEN to_regclass('sys.iam_pg_role_mappings') IS NOT NULL THEN '(Aurora DSQL)' END,
+        CASE WHEN to_regclass('rds_aurora.limitless_subclusters') IS NOT NULL THEN '(Aurora Limitless)' END
+    ) AS version,
     current_setting('default_transaction_read_only')::boolean AS read_only,
     current_setting('server_encoding') AS encoding;
 

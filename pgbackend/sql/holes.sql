@@ -1,26 +1,17 @@
 -- The evidence that the fence rests on. See pgbackend/holes.py for the proof.
 
 -- name: appenders_in_flight
--- The highest position given out, then who may hold one of those open. The order matters, so the list is a subquery that
--- depends on the sequence's row: the locks are read after it. No filter by pid: a prepared transaction has none.
+-- The highest position given out, then who may hold one of those open, in that order: by a function of the log
+-- (migration 0015), which leaves no planner the choice.
 SELECT
-    head.upto,
-    ARRAY(
-        SELECT held.virtualtransaction
-        FROM pg_catalog.pg_locks AS held
-        WHERE held.locktype = 'relation'
-            AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-            AND held.relation = to_regclass(quote_ident({schema_literal}) || '.events')
-            AND held.mode = 'RowExclusiveLock'
-            AND held.granted
-            AND head.upto >= 0
-    ) AS appenders,
-    (SELECT id FROM {schema}.incarnation) AS incarnation
-FROM (
-    SELECT CASE WHEN sequence.is_called THEN sequence.last_value ELSE 0 END AS upto
-    FROM {schema}.events_position_seq AS sequence
-    OFFSET 0
-) AS head;
+    evidence.upto,
+    evidence.appenders,
+    evidence.server_start,
+    (SELECT id FROM {schema}.life) AS incarnation
+FROM {schema}.appenders_in_flight(
+    to_regclass(quote_ident({schema_literal}) || '.events'),
+    to_regclass(quote_ident({schema_literal}) || '.events_position_seq')
+) AS evidence;
 
 -- name: describe_appenders
 -- The same transactions with what this role or the log's owner may see of them, oldest first. For people, not for the

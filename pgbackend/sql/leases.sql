@@ -87,7 +87,7 @@ FROM locked
 WHERE stored.subscription = locked.subscription
     AND stored.shards = locked.shards
     AND stored.shard = locked.shard
-    AND (SELECT id FROM {schema}.incarnation) = $5
+    AND (SELECT id FROM {schema}.life) = $5
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
     stored.pending::text AS pending, stored.holes::text AS holes, stored.epoch, stored.ctid, stored.completed_at,
     stored.crashes,

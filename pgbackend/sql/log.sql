@@ -47,7 +47,7 @@ FROM (
     SELECT *, {weight} AS weight
     FROM {schema}.events
     WHERE position > (SELECT $1::bigint)
-        AND (SELECT id FROM {schema}.incarnation) = $2
+        AND (SELECT id FROM {schema}.life) = $2
     ORDER BY position
     LIMIT 1000
 ) AS page
@@ -79,7 +79,7 @@ FROM (
             FROM {schema}.events
             WHERE position >= lower(hole)
                 AND position < upper(hole)
-                AND (SELECT id FROM {schema}.incarnation) = $2
+                AND (SELECT id FROM {schema}.life) = $2
             ORDER BY position
             LIMIT 1000
         ) AS late
@@ -91,7 +91,7 @@ FROM (
         SELECT *, {weight} AS weight
         FROM {schema}.events
         WHERE position > (SELECT $1::bigint)
-            AND (SELECT id FROM {schema}.incarnation) = $2
+            AND (SELECT id FROM {schema}.life) = $2
             AND $4::boolean
         ORDER BY position
         LIMIT 1000
@@ -107,7 +107,7 @@ SELECT
     data_encoding, position, {recorded_at} AS recorded_at, key_hash, {weight} AS weight
 FROM {schema}.events
 WHERE position = ANY ($1::bigint[])
-    AND (SELECT id FROM {schema}.incarnation) = $2;
+    AND (SELECT id FROM {schema}.life) = $2;
 
 -- name: find_page
 -- What `read_page_and_holes` reads, by position and key only: for the case that a row cannot be decoded. With its date
@@ -120,7 +120,7 @@ WHERE position = ANY ($1::bigint[])
         FROM {schema}.events
         WHERE position >= lower(hole)
             AND position < upper(hole)
-            AND (SELECT id FROM {schema}.incarnation) = $2
+            AND (SELECT id FROM {schema}.life) = $2
         ORDER BY position
         LIMIT 1000
     ) AS late
@@ -132,7 +132,7 @@ UNION ALL
     SELECT position, key_hash, CASE WHEN {readable_date} IS NULL THEN recorded_at::text END AS bad_date
     FROM {schema}.events
     WHERE position > $1::bigint
-        AND (SELECT id FROM {schema}.incarnation) = $2
+        AND (SELECT id FROM {schema}.life) = $2
         AND $4::boolean
     ORDER BY position
     LIMIT 1000
@@ -180,7 +180,41 @@ ORDER BY lower;
 
 -- name: find_incarnation
 SELECT id
-FROM {schema}.incarnation;
+FROM {schema}.life;
+
+-- name: find_signs
+-- What tells whether the log is still the one that this process knows: the life, the last position given out, whether
+-- an event at one of the positions $1 is another one than that which was recorded at $2, or gone, and the newest event
+-- for the next time. Dates are microseconds as text: Python cannot hold each one that PostgreSQL can.
+SELECT
+    (SELECT id FROM {schema}.life) AS incarnation,
+    (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head,
+    compared.replaced,
+    compared.missing,
+    newest.position,
+    newest.recorded_at
+FROM (
+    SELECT coalesce(bool_or(stored <> recorded_at), false) AS replaced,
+        coalesce(bool_or(stored IS NULL), false) AS missing
+    FROM (
+        SELECT known.recorded_at,
+            (
+                SELECT trunc(extract(epoch FROM event.recorded_at) * 1000000)::text
+                FROM {schema}.events AS event
+                WHERE event.position = known.position
+            ) AS stored
+        FROM unnest($1::bigint[], $2::text[]) AS known (position, recorded_at)
+    ) AS looked_up
+) AS compared
+LEFT JOIN LATERAL (
+    SELECT position, trunc(extract(epoch FROM recorded_at) * 1000000)::text AS recorded_at
+    FROM {schema}.events
+    ORDER BY position DESC
+    LIMIT 1
+) AS newest ON true;
+
+-- name: end_life
+SELECT {schema}.end_life($1);
 
 -- name: begin_incarnation
 -- After a crash or a promotion the unlogged table is empty: whoever comes first has the new life named. PostgreSQL makes

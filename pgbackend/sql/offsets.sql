@@ -15,7 +15,7 @@ WHERE stored.ctid = marked.place
     AND stored.epoch = marked.epoch
     AND stored.owner = $6
     AND stored.position <= marked.position
-    AND (SELECT id FROM {schema}.incarnation) = $7
+    AND (SELECT id FROM {schema}.life) = $7
 RETURNING stored.epoch, stored.ctid;
 
 -- name: commit_by_key
@@ -43,7 +43,7 @@ fenced AS (
         AND stored.epoch = marked.epoch
         AND stored.owner = $2
         AND stored.position <= marked.position
-        AND (SELECT id FROM {schema}.incarnation) = $3
+        AND (SELECT id FROM {schema}.life) = $3
     RETURNING stored.epoch, stored.subscription, stored.ctid
 ),
 scheduled AS (

@@ -23,6 +23,8 @@ class LogSql:
     find_gaps: str
     find_segments: str
     find_incarnation: str
+    find_signs: str
+    end_life: str
     begin_incarnation: str
     notify: str
 
@@ -31,6 +33,13 @@ class LogSql:
 class HolesSql:
     appenders_in_flight: str
     describe_appenders: str
+
+
+@dataclass(frozen=True, slots=True)
+class FenceSql:
+    examine: str
+    find_distributed: str
+    open_appender: str
 
 
 @dataclass(frozen=True, slots=True)

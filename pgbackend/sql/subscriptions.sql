@@ -14,7 +14,7 @@ WITH created AS (
     INSERT INTO {schema}.subscriptions
         (name, ordering, shards, start_at, end_position, end_at, start_bound, start_position)
     SELECT $1::text, $2::text, $3::int, $4::timestamptz, $5::bigint, $6::timestamptz, $9::text, $10::bigint
-    WHERE (SELECT id FROM {schema}.incarnation) = $11
+    WHERE (SELECT id FROM {schema}.life) = $11
     ON CONFLICT (name) DO NOTHING
     RETURNING name, shards
 )
@@ -49,7 +49,7 @@ WITH found AS MATERIALIZED (
     LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
     WHERE subscription.name = $1
         AND subscription.xmin = $2::text::xid
-        AND (SELECT id FROM {schema}.incarnation) = $12
+        AND (SELECT id FROM {schema}.life) = $12
 ),
 locked AS MATERIALIZED (
     SELECT shards, shard, ctid AS place
@@ -434,8 +434,9 @@ LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
 ORDER BY subscription.name, stored.shards, stored.shard;
 
 -- name: find_places
--- The highest places that offsets stand at, to be held against the sequence.
+-- The highest places that offsets stand at, to be held against the sequence, and whether that was found set back.
 SELECT
+    coalesce((SELECT set_back FROM {schema}.incarnation), false) AS set_back,
     coalesce((SELECT max(position) FROM {schema}.offsets), 0) AS offset_position,
     coalesce((SELECT max(position) FROM {schema}.events), 0) AS event_position,
     (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head;
