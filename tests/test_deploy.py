@@ -87,12 +87,14 @@ def test_the_health_check_asks_what_the_broker_answers() -> None:
     assert (program, flag) == ("python", "-c")
     assert "/healthz" in code
     asked = []
-    for port in (None, "9090", "tcp://10.0.171.239:8080"):  # the last as Kubernetes has it for a Service `pgbackend`
-        environment = {} if port is None else {"PGBACKEND_PORT": port}
+    link = "tcp://10.0.171.239:8080"  # as Kubernetes has it for a Service `pgbackend`
+    for port, admin in ((None, None), ("9090", None), (link, None), ("9090", "9091"), (link, "9091"), ("9090", link)):
+        given = {"PGBACKEND_PORT": port, "PGBACKEND_ADMIN_PORT": admin}
+        environment = {name: value for name, value in given.items() if value is not None}
         with patch.dict("os.environ", environment, clear=True), patch("urllib.request.urlopen") as urlopen:
             exec(compile(code, "HEALTHCHECK", "exec"), {})  # noqa: S102 - our own
         asked.append(urlopen.call_args.args[0])
-    assert asked == [f"http://127.0.0.1:{port}/healthz" for port in (8080, 9090, 8080)]
+    assert asked == [f"http://127.0.0.1:{port}/healthz" for port in (8080, 9090, 8080, 9091, 9091, 9090)]
 
 
 def test_the_composition_mounts_a_configuration_that_is_valid() -> None:

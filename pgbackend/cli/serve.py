@@ -121,6 +121,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
 )
 @click.option(
     "--admin-port",
+    cls=_PortOption,
     type=click.IntRange(0, 65535),
     metavar="NUMBER",
     envvar="PGBACKEND_ADMIN_PORT",

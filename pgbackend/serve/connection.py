@@ -261,7 +261,7 @@ class Connection(HttpToolsProtocol):
                 self._piece = body
                 return
             self._go_uvicorns_way()
-        super().on_body(body)
+        self._keep(body)
 
     def on_message_complete(self) -> None:
         if self._offers_upgrade:
@@ -331,7 +331,12 @@ class Connection(HttpToolsProtocol):
         if self._state.stopping:
             self.cycle.keep_alive = False
         if piece:
-            super().on_body(piece)
+            self._keep(piece)
+
+    def _keep(self, body: bytes) -> None:
+        """Hand it to the request. The bodies of others than POST are not read, so they would be kept for nothing."""
+        if self.scope["method"] == "POST":
+            super().on_body(body)
 
     def on_response_complete(self) -> None:
         self._idle_since = self.loop.time()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from pgbackend.backend import Backend
 from pgbackend.serve import connection as connection_module
 from pgbackend.serve.clients import Budget, address_of
 from pgbackend.serve.ingest import Limits
@@ -161,6 +162,31 @@ async def test_heads_that_stay_incomplete_leave_room_for_others(half: bytes, bro
         return heads.held == 0
 
     await eventually("nothing is held", forgotten)
+
+
+async def test_a_body_that_is_not_read_is_not_kept(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def probe(_: Backend) -> None:
+        asked.set()
+        await answered.wait()
+
+    monkeypatch.setattr(Backend, "probe", probe)
+    async with clients_of(broker) as clients:
+        reader, writer = await clients.connect(GREEDY)
+        head = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n\r\n"
+        writer.write(head + b"x" * 100_000)
+        await asked.wait()
+        writer.write(b"x" * 100_000)
+        (connection,) = broker.listener._server._connections()
+
+        async def all_there() -> bool:
+            return connection._body_bytes == 200_000
+
+        await eventually("the body is there", all_there)
+        assert connection.cycle.body == b""
+        answered.set()
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
 
 
 async def test_no_more_is_read_while_requests_wait_for_their_turn(

@@ -124,6 +124,7 @@ async def test_what_stands_on_the_command_line_beats_the_environment(database: s
 async def test_a_port_that_kubernetes_made_of_a_service_is_ignored_with_a_warning(link: str) -> None:
     environment = {
         "PGBACKEND_PORT": link,
+        "PGBACKEND_ADMIN_PORT": link,  # of a Service `pgbackend-admin`
         "PGBACKEND_SERVICE_HOST": "10.0.171.239",
         "PGBACKEND_SERVICE_PORT": "8080",
         "PGBACKEND_PORT_8080_TCP": link,
@@ -134,10 +135,9 @@ async def test_a_port_that_kubernetes_made_of_a_service_is_ignored_with_a_warnin
     }
     async with running(env=environment) as serve:
         assert await serve.ended() == 1  # of the database: the port is the default one
-        warning, *_ = (await serve.complaint()).splitlines()
-    assert json.loads(warning) | {"variable": "PGBACKEND_PORT", "value": link, "level": "warning"} == json.loads(
-        warning
-    )
+        warnings = [json.loads(line) for line in (await serve.complaint()).splitlines()[:2]]
+    assert {warning["variable"] for warning in warnings} == {"PGBACKEND_PORT", "PGBACKEND_ADMIN_PORT"}
+    assert all((warning["value"], warning["level"]) == (link, "warning") for warning in warnings)
 
 
 async def test_a_port_that_is_none_is_still_refused() -> None:
