@@ -172,7 +172,7 @@ SELECT (bounds[1])::bigint AS lower, (bounds[2])::bigint AS upper
 FROM pg_catalog.pg_inherits
 JOIN pg_catalog.pg_class AS segment ON segment.oid = inhrelid
 CROSS JOIN LATERAL regexp_match(
-    pg_get_expr(segment.relpartbound, segment.oid), '\(''(\d+)''\) TO \(''(\d+)''\)'
+    pg_get_expr(segment.relpartbound, segment.oid), '[(]''([0-9]+)''[)] TO [(]''([0-9]+)''[)]'
 ) AS bounds
 WHERE inhparent = to_regclass(quote_ident({schema_literal}) || '.events')
     AND NOT inhdetachpending

@@ -50,6 +50,12 @@ def test_statement_carries_its_name_and_says_which_schema_it_means(file: str, na
     assert text.startswith(f"/* pgbackend:{name} */\n")
     assert len(text.splitlines()) > 1, "it has no text"
     assert ";" not in text, "one statement at a time"
+    assert "\\" not in text, "what a backslash means is for the session to say"
+
+
+def test_no_revision_has_a_backslash_in_what_it_makes() -> None:
+    """The body of a function is read in the session of whoever calls it."""
+    assert "\\" not in schema.offline_sql("pgbackend")
 
 
 @pytest.fixture
