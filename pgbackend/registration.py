@@ -85,7 +85,7 @@ class Registration:
         dispatched, and what it throws then is a failure of that event.
         """
         try:
-            passes = self.matches(event)
+            verdict = self.matches(event)
         except BaseException as error:  # noqa: BLE001 - a user's predicate may raise anything
             facts.emit(
                 "filter failed", level=logging.ERROR, subscription=self.name, position=event.position,
@@ -94,15 +94,18 @@ class Registration:
             leave_process(error, subscription=self.name, position=event.position)
             doubts.add(event.position)
             return True
-        doubts.discard(event.position)
-        return passes
+        if doubts:
+            doubts.discard(event.position)
+        return verdict
 
     def matches(self, event: Event) -> bool:
         """What the filter says. Raises what it raises, and TypeError when it says nothing that can be used."""
         if self.filter is None:
             return True
         verdict: object = self.context.copy().run(self.filter, event)
-        if verdict is not True and verdict is not False and _is_not_run(verdict):
+        if verdict is True or verdict is False:
+            return verdict
+        if _is_not_run(verdict):
             raise _not_run("filter", verdict)
         return bool(verdict)
 
