@@ -382,17 +382,20 @@ class Backend:
             self._stop.set()
             await _finish_or_cancel(running)
             raise
-        # `stop()` cancels one that has not begun to dispatch.
-        error = None if running.cancelled() else running.exception()
-        if error is not None:
-            raise error
+        if self._died is not None:
+            raise self._died
 
     def _on_run_ended(self, running: "asyncio.Task[None]") -> None:
         # Here, and not in `start()`, which may have been cancelled three times and be gone.
         self._running = None
-        if not running.cancelled() and (error := running.exception()) is not None:
-            self._died = error
-            facts.emit("worker died", level=logging.ERROR, error=describe(error))
+        if not running.cancelled():
+            self._died = running.exception()
+        elif not self._stop.is_set():
+            self._died = PgBackendError(
+                "The worker's task was cancelled by something outside this backend. To end it, call stop()."
+            )
+        if self._died is not None:
+            facts.emit("worker died", level=logging.ERROR, error=describe(self._died))
 
     async def _run(self) -> None:
         """One worker after the other, each for one life of the server."""

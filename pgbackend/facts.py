@@ -8,6 +8,8 @@ per event, and costs next to nothing when its level is off and nobody observes.
 import asyncio
 import logging
 import reprlib
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -27,13 +29,18 @@ _observers: tuple[Observer, ...] = ()
 def emit(name: str, /, *, level: int = logging.INFO, exc_info: BaseException | None = None, **fields: object) -> None:
     """The fact is logged as `name key=value …` and every observer has been told.
 
-    The record carries `fact` (the name) and `fields` for structured handlers. An observer that raises makes this call
-    raise: observers belong to tests and metrics, which want to know.
+    The record carries `fact` (the name) and `fields` for structured handlers. A logging filter or handler that raises
+    is shown on stderr, as logging does it, and harms nothing else. An observer that raises makes this call raise:
+    observers belong to tests and metrics, which want to know.
     """
     if logger.isEnabledFor(level):
         # stacklevel 2: the line that saw it happen, not this one.
         extra = {"fact": name, "fields": fields}
-        logger.log(level, name + "%s", _Fields(fields), exc_info=exc_info, stacklevel=2, extra=extra)  # noqa: G003 - a constant
+        try:
+            logger.log(level, name + "%s", _Fields(fields), exc_info=exc_info, stacklevel=2, extra=extra)  # noqa: G003 - a constant
+        except Exception:  # noqa: BLE001 - logging guards only what its own handlers write
+            if logging.raiseExceptions and sys.stderr:
+                traceback.print_exc()
     for observer in _observers:
         observer(name, fields)
 

@@ -22,6 +22,7 @@ from uuid import UUID
 from pgbackend import facts
 from pgbackend.database import Backoff, Connection, Database, is_definite, is_pooled, repeat, translate
 from pgbackend.errors import ConnectionLostError, PgBackendError
+from pgbackend.failures import describe
 from pgbackend.model import Epoch, Position
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import Log
@@ -206,6 +207,13 @@ class Presence:
             await self.stop()
             raise
 
+    async def watch(self) -> None:
+        """Raises ConnectionLostError once the thread is over, if it was not stopped."""
+        assert self._ended is not None  # noqa: S101 - started
+        await asyncio.wait({self._ended})
+        if not self._stop.is_set():
+            raise _dead(None)
+
     async def stop(self) -> None:
         """Return once the thread is over and its connection closed."""
         self._tenure.valid_until = 0.0
@@ -232,6 +240,8 @@ class Presence:
             pass  # stop()
         except BaseException as error:  # noqa: BLE001 - a thread's error has nobody else to tell it
             facts.emit("presence died", level=logging.ERROR, exc_info=error)
+            # No file left for an event loop, say, before the first connection could be tried.
+            self._tell(first, _dead(error))
         finally:
             self._tenure.valid_until = 0.0
             self._call_home(self._on_ended)
@@ -384,3 +394,8 @@ class Presence:
                     first.set_exception(error if isinstance(error, PgBackendError) else translate(error))
 
         self._call_home(tell)
+
+
+def _dead(error: BaseException | None) -> ConnectionLostError:
+    why = f": {describe(error)}" if error is not None else ""
+    return ConnectionLostError(f"The thread that keeps this worker's leases has died{why}. A new worker is started.")

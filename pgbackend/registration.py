@@ -13,6 +13,7 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncContextDecorator, ContextDecorator
 from functools import partial
 from typing import Any
 
@@ -192,7 +193,10 @@ def _layers(function: object) -> Iterator[object]:
 
 
 def _is_not_run(result: object) -> bool:
-    return isinstance(result, Generator | AsyncGenerator) or inspect.isawaitable(result)
+    # The decorators are what functions with @contextmanager or @asynccontextmanager return.
+    return inspect.isawaitable(result) or isinstance(
+        result, (Generator, AsyncGenerator, ContextDecorator, AsyncContextDecorator)
+    )
 
 
 def _not_run(role: str, result: object) -> TypeError:

@@ -196,6 +196,7 @@ class Worker:
                     tasks.create_task(self._run_redelivery(), name="redeliver"),
                     tasks.create_task(self._run_segments(), name="extend segments"),
                     tasks.create_task(self._watch_pumps(), name="watch over the pumps"),
+                    tasks.create_task(self._presence.watch(), name="watch over the sign of life"),
                 ]
                 facts.emit("worker started", worker=str(self._id))
                 try:

@@ -1,5 +1,6 @@
 import asyncio
 import copy
+import logging
 import pickle
 import time
 import uuid
@@ -545,6 +546,69 @@ async def test_a_worker_that_died_fails_the_probe_and_shows_in_status(database: 
     await backend.probe()
     await backend.stop()
     await again
+
+
+async def test_a_worker_that_is_cancelled_from_outside_counts_as_dead(database: str) -> None:
+    """A handler may cancel all tasks that it finds."""
+    with pytest.raises(PgBackendError, match="cancelled by something outside"):  # noqa: PT012 - the body is what waits
+        async with asyncio.timeout(60), Backend(database) as backend:
+            await backend.subscribe("s", print)
+            (worker,) = [task for task in asyncio.all_tasks() if task.get_name() == "pgbackend worker"]
+            worker.cancel()
+            await asyncio.Event().wait()
+
+
+class Panic(BaseException):
+    """As extensions in Rust raise it."""
+
+
+@pytest.mark.direct
+@pytest.mark.parametrize("when", ["at the start", "later"])
+async def test_a_worker_whose_sign_of_life_dies_is_replaced(
+    database: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catch = Catch()
+    panics = 1 if when == "at the start" else 0
+    connect = Database.connect
+
+    async def panic(self: Database, *, direct: bool = False, **options: Any) -> Any:
+        nonlocal panics
+        if direct and panics:
+            panics -= 1
+            raise Panic
+        return await connect(self, direct=direct, **options)
+
+    monkeypatch.setattr(Database, "connect", panic)
+    with Recorder() as recorder:
+        async with Backend(database) as backend:
+            await backend.subscribe("s", catch)
+            if when == "later":
+                await recorder.wait("worker started")
+                panics = 1
+                assert await execute(database, "SELECT count(pg_terminate_backend(backend_pid)) FROM pgbackend.workers")
+            await recorder.wait("presence died")
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+
+
+async def test_a_logging_filter_that_raises_harms_nobody(
+    database: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pgbackend")
+    catch = Catch(fails=lambda event: event.attempt == 1)
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise LookupError("no tenant")
+
+    logging.getLogger("pgbackend").addFilter(refuse)
+    try:
+        async with Backend(database) as backend:
+            await backend.subscribe("s", catch, retry=Retry(delay=0.01))
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+    finally:
+        logging.getLogger("pgbackend").removeFilter(refuse)
+    assert "no tenant" in capsys.readouterr().err
 
 
 async def test_unsubscribing_that_was_given_up_ends_in_the_background(database: str) -> None:

@@ -1,8 +1,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -242,6 +242,16 @@ def _generate_later(event: Event) -> Any:
     return (number for number in range(3))
 
 
+@contextmanager
+def _manage(event: Event) -> Iterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def _manage_async(event: Event) -> AsyncIterator[None]:
+    yield
+
+
 async def _return_coroutine_twice(event: Event) -> Any:
     async def forgotten() -> Any:
         return forgotten()
@@ -290,12 +300,14 @@ def _raise(error: BaseException) -> Callable[[Event], Coroutine[Any, Any, None]]
         (_cancel_itself_later, "CancelledError: its task was cancelled"),
         (_generate_later, "TypeError: the dispatcher returned <generator"),
         (_return_coroutine_twice, "TypeError: the dispatcher returned <coroutine"),
+        (_manage, "TypeError: the dispatcher returned <contextlib"),
+        (_manage_async, "TypeError: the dispatcher returned <contextlib"),
     ],
     ids=[
         "cancel in a thread", "cancel", "stop iteration in a thread", "timeout", "rude", "unstorable", "endless",
         "nuls", "panic", "panic in a thread", "generator exit", "rude at all", "unmade", "base group", "group",
         "delay is text", "delay is None", "delay is nan", "delay is refused", "cancel itself", "cancel itself later",
-        "generator", "coroutine of a coroutine",
+        "generator", "coroutine of a coroutine", "context manager", "async context manager",
     ],
 )  # fmt: skip
 async def test_whatever_a_dispatcher_raises_is_a_failure_of_its_event_and_of_nothing_else(
