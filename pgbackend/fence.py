@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 
-from pgbackend.database import STATEMENT_TIMEOUT, Record, is_pooled
+from pgbackend.database import STANDBY, STATEMENT_TIMEOUT, Record, is_pooled
 from pgbackend.errors import ConnectionLostError, SchemaError
 from pgbackend.holes import Evidence
 from pgbackend.reader import Log
@@ -21,6 +21,8 @@ _POOLED_TIMEOUT = 1.0
 
 Several processes that start together could otherwise take all of the pooler's connections and wait for each other."""
 
+_PATIENCE = 15.0
+"""Seconds after which it is tried no more."""
 _MAX = (1 << 63) - 1
 
 
@@ -64,8 +66,14 @@ class Fence:
         A transaction of its own takes the lock of an INSERT, and evidence from another connection must name it. Raises
         ConnectionLostError when there is no second connection.
         """
-        async with self._one_proof:
-            name, evidence = await self._observe_appender()
+        try:
+            async with self._one_proof:
+                name, evidence = await self._observe_appender()
+        except ConnectionLostError as error:
+            if error.sqlstate != STANDBY:
+                raise
+            # A role whose transactions are read-only appends nothing and runs no worker.
+            return None
         if name and name in evidence.appenders:
             return None
         return (
@@ -76,25 +84,26 @@ class Fence:
 
     async def _observe_appender(self) -> tuple[str | None, Evidence]:
         """The virtual transaction of an appender on one connection, and evidence from another one meanwhile."""
-        deadline = time.monotonic() + STATEMENT_TIMEOUT
+        deadline = time.monotonic() + _PATIENCE
+        database = self._log.database
+        pooled = False
         while True:
-            async with self._log.database.acquire() as connection:
-                pooled = is_pooled(connection)
-                async with connection.transaction(isolation="read_committed"):
-                    # The role's default may be another, and nothing is written.
-                    await connection.execute("SET TRANSACTION READ WRITE", timeout=STATEMENT_TIMEOUT)
-                    name = await connection.fetchval(self._sql.open_appender, timeout=STATEMENT_TIMEOUT)
-                    try:
+            try:
+                # Both connections first: through a pooler, connecting takes a server's connection several times.
+                async with database.acquire() as appender, database.acquire() as observer:
+                    pooled = is_pooled(appender)
+                    async with appender.transaction():
+                        name = await appender.fetchval(self._sql.open_appender, timeout=STATEMENT_TIMEOUT)
                         timeout = _POOLED_TIMEOUT if pooled else STATEMENT_TIMEOUT
-                        return name, await self._log.take_evidence(timeout=timeout)
-                    except ConnectionLostError as error:
-                        if not pooled:
-                            raise
-                        if time.monotonic() > deadline:
-                            raise ConnectionLostError(
-                                f"The fence could not be proven: {error} The pooler must have two connections to the "
-                                "server at least (`default_pool_size`)."
-                            ) from error
+                        return name, await self._log.take_evidence(observer, timeout=timeout)
+            except ConnectionLostError as error:
+                if not pooled or error.sqlstate == STANDBY:
+                    raise
+                if time.monotonic() > deadline:
+                    raise ConnectionLostError(
+                        f"The fence could not be proven: {error} A pooler must have two connections to the server at "
+                        "least (`default_pool_size`)."
+                    ) from error
             # Not in step with other processes, which want the same connections.
             await asyncio.sleep(random.random() * _POOLED_TIMEOUT)  # noqa: S311 - not a secret
 

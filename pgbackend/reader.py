@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
-from pgbackend.database import STATEMENT_TIMEOUT, Database, Record
+from pgbackend.database import STATEMENT_TIMEOUT, Connection, Database, Record
 from pgbackend.errors import DatabaseError, PgBackendError
 from pgbackend.event import Event, RecordLike
 from pgbackend.holes import AppenderClock, Evidence, Gaps
@@ -201,9 +201,11 @@ class Log:
             self.clock.observe(evidence.appenders, now=time.monotonic())
             return evidence
 
-    async def take_evidence(self, *, timeout: float = STATEMENT_TIMEOUT) -> Evidence:
-        """The evidence as it is, held against nothing that this process knows."""
-        row = await self.database.fetchrow(self._holes_sql.appenders_in_flight, timeout=timeout)
+    async def take_evidence(
+        self, connection: Connection | None = None, *, timeout: float = STATEMENT_TIMEOUT
+    ) -> Evidence:
+        """The evidence as it is, held against nothing that this process knows; on one's own connection, if need be."""
+        row = await (connection or self.database).fetchrow(self._holes_sql.appenders_in_flight, timeout=timeout)
         assert row is not None  # noqa: S101 - a function of scalars
         return Evidence(row["upto"], frozenset(row["appenders"]), row["incarnation"], row["server_start"])
 

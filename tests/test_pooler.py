@@ -11,7 +11,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from pgbackend import Backend, Event, PgBackendError, ProduceUncertainError, Reject, Retry
+from pgbackend import Backend, Event, PgBackendError, ProduceUncertainError, Reject, Retry, fence
 from pgbackend.database import Database, is_pooled
 from pgbackend.errors import ConnectionLostError
 from pgbackend.facts import Recorder
@@ -140,17 +140,26 @@ async def test_no_statement_looks_types_up_beside_a_transaction(
 
 
 async def test_nothing_is_left_in_the_sessions_of_the_server(server: str, empty_database: str) -> None:
-    """One connection to the server serves everybody, so whatever is left is left there."""
-    settings = "SELECT array_agg(name || '=' || setting ORDER BY name) FROM pg_settings WHERE source = 'session'"
-    left = (
-        "SELECT (SELECT count(*) FROM pg_prepared_statements WHERE name <> '') "
+    """Two connections to the server serve everybody, so whatever is left is left there."""
+    question = (
+        "SELECT pg_backend_pid(), "
+        # asyncpg turns JIT off and on again while it looks types up, in whichever session it meets.
+        "(SELECT array_agg(name || '=' || setting ORDER BY name) FROM pg_settings "
+        "WHERE source = 'session' AND name <> 'jit'), "
+        "(SELECT count(*) FROM pg_prepared_statements WHERE name <> '') "
         "+ (SELECT count(*) FROM pg_cursors WHERE name <> '') "
         "+ (SELECT count(*) FROM pg_listening_channels()) "
         "+ (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid())"
     )
-    with Pooler(server, default_pool_size=1) as pooler:
-        observer = await Database(pooler.dsn(empty_database)).connect()
-        pid, before = await observer.fetchval("SELECT pg_backend_pid()"), await observer.fetchval(settings)
+    with Pooler(server, default_pool_size=2) as pooler:
+        observers = [await Database(pooler.dsn(empty_database)).connect() for _ in range(2)]
+
+        async def look() -> list[Any]:
+            # Both at once: each then has a session of its own.
+            async with observers[0].transaction(), observers[1].transaction():
+                return sorted([tuple(await observer.fetchrow(question) or ()) for observer in observers])
+
+        before = await look()
         catch = Catch(fails=lambda event: event.id == "b" and event.attempt == 1)
         async with Backend(pooler.dsn(empty_database), poll_interval=0.05) as backend:
             await backend.subscribe("s", catch, retry=Retry(delay=0.01))
@@ -160,12 +169,30 @@ async def test_nothing_is_left_in_the_sessions_of_the_server(server: str, empty_
             await catch.has("a", "b", "c", "many 99")
             await backend.probe()
             # Not later: a statement that `stop()` cuts off costs its connection to the server.
-            after = await observer.fetchval("SELECT pg_backend_pid()"), await observer.fetchval(settings)
-            remains = await observer.fetchval(left)
-        await observer.close()
+            after = await look()
+        for observer in observers:
+            await observer.close()
 
-    assert after == (pid, before)
-    assert remains == 0
+    assert after == before
+    assert [left for _, _, left in after] == [0, 0]
+
+
+async def test_a_pooler_with_one_connection_is_refused_and_says_what_to_set(
+    server: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fence, "_PATIENCE", 0.0)
+    with Pooler(server, default_pool_size=1) as pooler, pytest.raises(ConnectionLostError, match="default_pool_size"):
+        await Backend(pooler.dsn(database)).init()
+
+
+async def test_processes_that_prove_the_fence_at_once_do_not_wait_for_each_other_for_ever(
+    pooler: Pooler, database: str
+) -> None:
+    """Each wants two of the pooler's three connections."""
+    backends = [Backend(pooler.dsn(database)) for _ in range(6)]
+    await asyncio.gather(*(backend.init() for backend in backends))
+    for backend in backends:
+        await backend.stop()
 
 
 # From end to end.
@@ -487,17 +514,20 @@ async def test_a_pooler_that_has_no_server_free_is_named(server: str, database: 
 
 
 async def test_an_append_that_waited_in_vain_for_a_server_is_uncertain(server: str, database: str) -> None:
-    with Pooler(server, default_pool_size=1, query_wait_timeout=1) as pooler:
+    with Pooler(server, default_pool_size=2, query_wait_timeout=1) as pooler:
         backend = Backend(pooler.dsn(database))
         await backend.init()
         await backend.produce(make_event("a"))
-        hog = await Database(pooler.dsn(database)).connect()
-        await hog.execute("BEGIN")
+        hogs = [await Database(pooler.dsn(database)).connect() for _ in range(2)]
+        for hog in hogs:
+            await hog.execute("BEGIN")
         with pytest.raises(ProduceUncertainError, match="query_wait_timeout"):
             await backend.produce(make_event("b"))
-        await hog.execute("COMMIT")
+        for hog in hogs:
+            await hog.execute("COMMIT")
         await backend.produce(make_event("c"))
-        await hog.close()
+        for hog in hogs:
+            await hog.close()
         await backend.stop()
 
 
