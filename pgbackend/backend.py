@@ -21,7 +21,8 @@ import asyncio
 import logging
 import time
 from asyncio import _get_running_loop
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
 from os import PathLike
@@ -29,7 +30,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from uuid import uuid4
 
-from pgbackend import facts, schema, sockets
+from pgbackend import facts, schema, sockets, turns
 from pgbackend.appender import Appender
 from pgbackend.database import Backoff, Database
 from pgbackend.dsn import describe_dsn, normalize_dsn
@@ -43,6 +44,7 @@ from pgbackend.errors import (
     SubscriptionNotFoundError,
     shown,
 )
+from pgbackend.event import Event
 from pgbackend.failures import describe
 from pgbackend.fence import Fence
 from pgbackend.model import (
@@ -92,6 +94,7 @@ _ALLOWANCE = 5.0
 _CLOSING = 0.5
 """Seconds that its last steps may take at least."""
 _LIFE_POLL = 0.05
+_OWN_POLL = 0.01
 _DAY = 86_400
 """The most seconds that a setting takes. `workers` has the same limit for `lease_timeout`."""
 MAX_EVENT_BYTES = 256 << 20
@@ -242,6 +245,10 @@ class Backend:
         self._stopped = False
         self._initializing: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._inside: Counter[int] = Counter()
+        """How many calls that wait for events the handler of each event is in, by the event's `id()`."""
+        self._calls: set[asyncio.Task[None]] = set()
+        """Calls that handlers have made, and that go on after they have returned to them."""
         self._running: asyncio.Task[None] | None = None
         self._died: BaseException | None = None
         """What ended the worker that was started last, if it was not told to end."""
@@ -449,14 +456,18 @@ class Backend:
         log and left to itself. A `produce()` that can't be answered by then raises ProduceUncertainError when its event
         was sent, else NotRunningError. An embedded server is stopped after that, however long it takes.
 
-        Safe at any time, and again: all calls wait for the same end. A call that is cancelled only stops waiting.
+        Safe at any time, and again: all calls wait for the same end. A call that is cancelled only stops waiting. From
+        a handler it returns once only such handlers are at work; when they have returned as well, their events are
+        committed and the rest happens.
         """
         self._check_home()
         if self._stopping is None or self._stopping.cancelled():
             self._stopped = True
             self._stop.set()
-            self._stopping = asyncio.create_task(self._end(), name="pgbackend stop")
-        await asyncio.shield(self._stopping)
+            self._stopping = asyncio.create_task(self._end(), name="pgbackend stop", context=turns.outside())
+        event = self._own_event()
+        if event is None or await self._ends(self._stopping, event, None):
+            await asyncio.shield(self._stopping)
 
     async def _end(self) -> None:
         deadline = time.monotonic() + self._settings.drain_timeout + _ALLOWANCE
@@ -467,7 +478,11 @@ class Backend:
                 await self._end_worker(self._running, deadline)
             if self._background is not None:
                 await asyncio.wait({self._background})
+            if self._calls:
+                await asyncio.wait(self._calls, timeout=_left(deadline))
         finally:
+            for call in self._calls:
+                call.cancel()
             # Also when the event loop ends in the middle, and cancels this.
             try:
                 await self._disconnect(deadline)
@@ -672,21 +687,26 @@ class Backend:
 
         The offset stays: to subscribe again goes on from there. When PostgreSQL cannot be reached to commit it, that is
         logged, and what was handled since the last commit is dispatched again then. Raises SubscriptionNotFoundError
-        when this backend does not run it.
+        when this backend does not run it. From a handler of this subscription it returns once nothing else is at work;
+        when that handler has returned, its event is committed, and then the shards are given up.
         """
         self._use()
         registration = self._registrations.pop(name, None)
         if registration is None:
             raise _not_run(name)
+        await self._call(self._unsubscribe(registration), registration)
+
+    async def _unsubscribe(self, registration: Registration) -> None:
         if self._worker is not None:
-            await self._worker.stop_subscription(name)
+            await self._worker.stop_subscription(registration.name)
         registration.close()
 
     async def delete_subscription(self, name: str) -> None:
         """Return once the subscription is forgotten for good: its offset, what was to be tried again, its dead letters.
 
-        One that runs here is unsubscribed first; one that runs elsewhere finds its lease lost. Raises
-        SubscriptionNotFoundError when there is none.
+        One that runs here is unsubscribed first; one that runs elsewhere finds its lease lost. From a handler of this
+        subscription it is deleted once nothing else is at work; what becomes of that handler's event is not recorded.
+        Raises SubscriptionNotFoundError when there is none.
         """
         parts = self._use()
         if name in self._registrations:
@@ -700,7 +720,10 @@ class Backend:
         `place`: a position, a date, "earliest" or "latest". What was waiting to be tried again is dropped, dead letters
         stay. Works wherever the subscription runs. What is at work is not cancelled: here it is waited for up to
         `drain_timeout`, and if it takes longer, it ends without effect on the offset, and this process dispatches from
-        the new place once it has ended. Raises SubscriptionNotFoundError when there is none.
+        the new place once it has ended. From a handler of this subscription it returns once nothing else is at work,
+        and moves it when that handler has returned and its event is committed; should that fail, the log says so.
+
+        Raises SubscriptionNotFoundError when there is none.
         """
         place = checked_place(place, f"The place to seek in {name!r}")
         parts = self._use()
@@ -709,13 +732,18 @@ class Backend:
             raise not_found(name)
         if registration is None:
             await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
+            await parts.notifier.notify_leases()
         else:
-            # Here it runs: at rest while it is moved, so that nothing from the old place comes after.
-            async with self._at_rest(registration):
-                await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
-                if self._worker is not None:
-                    # What is at work for too long to be waited for settles nothing any more.
-                    self._worker.lose_subscription(name)
+            await self._call(self._seek(parts, registration, place), registration)
+
+    async def _seek(self, parts: "_Parts", registration: Registration, place: Place) -> None:
+        # Here it runs: at rest while it is moved, so that nothing from the old place comes after.
+        name = registration.name
+        async with self._at_rest(registration):
+            await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
+            if self._worker is not None:
+                # What is at work for too long to be waited for settles nothing any more.
+                self._worker.lose_subscription(name)
         await parts.notifier.notify_leases()
 
     async def alter_subscription(self, name: str, *, order: Order, end: int | datetime | None, start: Place) -> None:
@@ -733,7 +761,9 @@ class Backend:
         there as `seek()` does, once; "earliest" and "latest" move nothing.
 
         Raises SubscriptionNotFoundError when there is none, ConfigError for what cannot be, SubscriptionBusyError when
-        a worker does not give a shard up: nothing has changed then, and that worker goes on.
+        a worker does not give a shard up: nothing has changed then, and that worker goes on. From a handler of this
+        subscription it returns once nothing else is at work in this process, and alters it when that handler has
+        returned and its event is committed; should that fail, the log says so.
         """
         _check_terms(name, order=order, shards=1)
         start, end = checked_place(start, f"start of {name!r}"), checked_end(end, f"end of {name!r}")
@@ -744,6 +774,10 @@ class Backend:
         if stored is None:
             return
         registration = self._registrations.get(name) if terms.disturb(stored) else None
+        altering = self._alter(parts, name, terms, registration)
+        await (altering if registration is None else self._call(altering, registration))
+
+    async def _alter(self, parts: "_Parts", name: str, terms: Terms, registration: Registration | None) -> None:
         async with self._at_rest(registration) if registration is not None else nullcontext(True) as rests:
             if not rests:
                 raise busy(name, [process_name()])
@@ -751,7 +785,10 @@ class Backend:
                 lambda: parts.subscriptions.alter(name, terms, patience=self._patience, on_rest=self._tell_workers)
             )
         if altered:
-            facts.emit("subscription altered", subscription=name, order=order, end=end, start=start)
+            facts.emit(
+                "subscription altered", subscription=name,
+                order=terms.order, end=terms.end_position or terms.end_at, start=terms.start,
+            )  # fmt: skip
             # Who runs it here claims it now, and nothing is awaited before that: if it is reconfigured next, nothing of
             # the new terms goes the old way. Nor does anybody else hear of it who may know the old way only.
             if registration is None:
@@ -767,15 +804,62 @@ class Backend:
 
         Raises SubscriptionNotFoundError when there is none, ConfigError for a number that cannot be,
         SubscriptionBusyError when a worker does not give a shard up: nothing has changed then, and that worker goes on.
+        From a handler of this subscription it returns once nothing else is at work in this process, and changes the
+        number when that handler has returned and its event is committed; should that fail, the log says so.
         """
         _check_terms(name, order="none", shards=shards)
-        parts = self._use()
+        resharding = self._reshard(self._use(), name, shards)
+        registration = self._registrations.get(name)
+        await (resharding if registration is None else self._call(resharding, registration))
+
+    async def _reshard(self, parts: "_Parts", name: str, shards: int) -> None:
         changed = await self._in_this_life(
             lambda: parts.subscriptions.reshard(name, shards, patience=self._patience, on_rest=self._tell_workers)
         )
         if changed:
             facts.emit("subscription resharded", subscription=name, shards=shards)
             await self._tell_workers()
+
+    def _own_event(self) -> Event | None:
+        """The event whose handler is calling, or a task or thread of it, while that event is at work."""
+        event = turns.current()
+        return event if event is not None and self._worker is not None and self._worker.is_at_work(event) else None
+
+    async def _call(self, call: Coroutine[Any, Any, None], registration: Registration) -> None:
+        """Make a call that waits for events of a subscription. From a handler it may go on after this has returned."""
+        event = self._own_event()
+        if event is None:
+            await call
+            return
+        task = asyncio.create_task(call, name="call from a handler", context=turns.outside())
+        try:
+            is_over = await self._ends(task, event, registration)
+        except BaseException:
+            task.cancel()
+            raise
+        if is_over:
+            task.result()
+        else:
+            self._calls.add(task)
+            task.add_done_callback(self._on_call_ended)
+
+    async def _ends(self, task: "asyncio.Task[None]", event: Event, registration: Registration | None) -> bool:
+        """Whether the call ends without the events whose handlers are in such calls: they would wait for each other."""
+        self._inside[id(event)] += 1
+        try:
+            while not task.done():
+                waited_for = self._worker.stands_waiting_for(registration) if self._worker is not None else []
+                if waited_for and all(self._inside[id(other)] for other in waited_for):
+                    return False
+                await asyncio.wait({task}, timeout=_OWN_POLL)
+            return True
+        finally:
+            self._inside[id(event)] -= 1
+
+    def _on_call_ended(self, task: "asyncio.Task[None]") -> None:
+        self._calls.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            facts.emit("call from a handler failed", level=logging.ERROR, error=describe(error))
 
     async def _tell_workers(self) -> None:
         """There are shards to claim or to give up, here or elsewhere."""

@@ -35,7 +35,7 @@ from datetime import datetime
 from time import monotonic
 from typing import Any
 
-from pgbackend import facts
+from pgbackend import facts, turns
 from pgbackend.care import Care, ProcessDied
 from pgbackend.database import Backoff
 from pgbackend.due import Due
@@ -463,9 +463,14 @@ class Pump:
         It ends when fewer are wanted, and when a dispatcher has left something behind in its task. Then another one,
         in a task of its own, goes on in its place.
         """
-        task, context = _current_task(), self.registration.context
+        task, registered, context = _current_task(), self.registration.context, copy_context()
         try:
-            while not self._stopping and self._spare >= 0 and not self._is_spent(task, context):
+            while (
+                not self._stopping
+                and self._spare >= 0
+                and registered is self.registration.context
+                and not self._is_spent(task, context)
+            ):
                 await self._work_once(task, context)
         except asyncio.CancelledError:
             if self._is_ending():
@@ -485,7 +490,7 @@ class Pump:
         cancelled by a dispatcher or by something that this has left behind.
         """
         try:
-            return task.cancelling() > 0 or context is not self.registration.context or copy_context() != context
+            return task.cancelling() > 0 or copy_context() != context
         except Exception:  # noqa: BLE001 - comparing values of users' variables may raise anything
             return True
 
@@ -521,6 +526,7 @@ class Pump:
         if len(ready) > 1:
             # One wakes the next, so that all are at work when dispatching takes time, and one when it does not.
             self._wake()
+        turn = turns.mine()
         breath = monotonic() + _BREATH
         while (
             ready
@@ -534,7 +540,7 @@ class Pump:
                 continue
             event = ready.popleft()
             position = event.position
-            active[position] = event
+            active[position] = turn.event = event
             try:
                 if (result := await dispatch(event)) is not None:
                     await complete(result)
@@ -590,9 +596,8 @@ class Pump:
         # Its tasks may be ending by now, and take in no more.
         if self._spare > 0 and self._tasks is not None and not self._halted:
             self._spare -= 1
-            self._tasks.create_task(
-                self._work(), name=f"deliver {self.shard.name}", context=self.registration.context.copy()
-            )
+            context = turns.begin(self.registration.context.copy())
+            self._tasks.create_task(self._work(), name=f"deliver {self.shard.name}", context=context)
 
     def _wake_all(self) -> None:
         for _ in range(len(self._idle)):
@@ -752,7 +757,7 @@ class Pump:
             assert event.failure is not None  # noqa: S101 - only those have none
             self._done(again, _buried(event, event.failure))
             return
-        self._active[again.slot] = event
+        self._active[again.slot] = turns.mine().event = event
         task = _current_task()
         # A dead letter was taken on once, and so was what goes to the dead-letter dispatcher.
         in_doubt = again.letter is None and event.failure is None and event.position in self._doubts

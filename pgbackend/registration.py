@@ -17,7 +17,7 @@ from contextlib import AsyncContextDecorator, ContextDecorator
 from functools import partial
 from typing import Any
 
-from pgbackend import facts
+from pgbackend import facts, turns
 from pgbackend.errors import shown
 from pgbackend.event import Event
 from pgbackend.failures import describe, leave_process
@@ -153,7 +153,7 @@ class Registration:
                 raise RuntimeError("the dispatcher raised StopIteration") from error
 
         async def in_thread(event: Event) -> object:
-            context = contextvars.copy_context()
+            context = turns.begin(contextvars.copy_context(), event)
             return await asyncio.get_running_loop().run_in_executor(threads, context.run, call, event)
 
         return in_thread

@@ -315,6 +315,15 @@ class Worker:
         await asyncio.wait({task})
         return None if task.cancelled() else task.result()
 
+    def is_at_work(self, event: Event) -> bool:
+        """Whether this very event is being dispatched."""
+        return any(event is other for pump, _ in self._pumps.values() for other in pump.at_work())
+
+    def stands_waiting_for(self, registration: Registration | None) -> list[Event]:
+        """What is at work where nothing is begun any more, of one subscription or of all; empty where something is."""
+        pumps = [pump for pump, _ in self._pumps.values() if registration in (None, pump.registration)]
+        return [event for pump in pumps for event in pump.at_work()] if all(pump.halted for pump in pumps) else []
+
     def states(self) -> dict[str, str]:
         """By subscription: what it is doing here, all its shards considered."""
         states = [(pump.registration.name, pump.state()) for pump, _ in self._pumps.values()]
