@@ -1,5 +1,6 @@
 """The Host header: it must be there, once, and name this broker where web pages could otherwise reach it."""
 
+import asyncio
 from collections.abc import Sequence
 
 import aiohttp
@@ -101,6 +102,15 @@ async def test_the_host_of_a_second_request_is_looked_at_too(broker: Broker) -> 
     answer = await broker.talk(keep + keep + post(b"evil.example"))
     assert answer.count(b"HTTP/1.1 202 ") == 2
     assert len(await broker.stored()) == 2
+
+
+async def test_a_host_that_did_not_count_is_looked_at_when_it_does(broker: Broker) -> None:
+    keep = post(b"evil.example", target=b"http://localhost/").replace(b"Connection: close\r\n", b"")
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    for sent, expected in ((keep, 202), (keep, 202), (post(b"evil.example"), 421)):
+        writer.write(sent)
+        assert status(await reader.readuntil(b"\r\n\r\n")) == expected
+    writer.close()
 
 
 async def test_an_offer_to_upgrade_hides_no_host(broker: Broker) -> None:
