@@ -34,11 +34,11 @@ _EVERYBODY: _Grants = (
     # Whoever comes first after a crash has the new life named, but not by a name of its choice.
     ("SELECT, INSERT (single)", "TABLE {schema}.incarnation"),
     ("SELECT", "TABLE {schema}.life"),
-    ("EXECUTE", "FUNCTION {schema}.make_segment(boolean)"),
     # To prove the fence: a transaction that appends nothing is opened, and must be in the evidence.
     ("EXECUTE", "FUNCTION {schema}.appenders_in_flight(regclass, regclass)"),
     ("EXECUTE", "FUNCTION {schema}.open_appender()"),
     ("EXECUTE", "FUNCTION {schema}.find_distributed(regclass)"),
+    ("EXECUTE", "FUNCTION {schema}.make_segment()"),
 )
 
 _PRODUCER: _Grants = ((f"INSERT ({_EVENT})", "TABLE {schema}.events"),)
@@ -58,9 +58,9 @@ _CONSUMER: _Grants = (
     ("UPDATE (attempt, due_at, last_error, failure, begun)", "TABLE {schema}.redeliveries"),
     ("SELECT, INSERT (subscription, positions)", "TABLE {schema}.skipped"),
     ("SELECT, DELETE", "TABLE {schema}.dead_letters"),
-    (f"INSERT (subscription, position, recorded_at, key_hash, {_EVENT})", "TABLE {schema}.dead_letters"),
-    ("INSERT (attempts, error, details)", "TABLE {schema}.dead_letters"),
-    ("UPDATE (attempts, error, details, buried_at, attempt, due_at, begun)", "TABLE {schema}.dead_letters"),
+    ("UPDATE (attempts, error, details, attempt, due_at, begun)", "TABLE {schema}.dead_letters"),
+    # Letters are copied from the log, not made up.
+    ("EXECUTE", "FUNCTION {schema}.bury(jsonb)"),
 )
 
 _OPERATOR: _Grants = (

@@ -4,7 +4,7 @@ There is no default partition, so an append beyond the last segment fails; every
 and the first that finds too little ahead has more made. Its promise: making segments never makes a producer wait,
 whoever holds what open. It takes ShareUpdateExclusive on the parent, which conflicts with no INSERT and no SELECT.
 
-A segment is made by a function of the log, with the rights of the log's owner (migration 0003): most logs are run by
+A segment is made by a function of the log, with the rights of the log's owner (migration 0016): most logs are run by
 roles that own nothing, and stop when none of them can make room. What is made, and how much at most, is the function's
 decision. Here stands only when to call it.
 """
@@ -65,14 +65,14 @@ class Segments:
     async def extend(self) -> Position:
         """Every position below the returned one has a segment, and enough of them are ahead of the log.
 
-        Or not yet enough: when another worker is making them, or somebody holds a lock. The next call goes on. Only a
-        log that is out of segments altogether waits for the other. Costs one catalog query when nothing is to do.
+        Or not yet enough, when somebody holds a lock for more than a second. The next call goes on. Costs one catalog
+        query when nothing is to do.
         """
         reach = await self.find_reach()
         made = True
         # A transaction for each: what was made stays made, and producers can use it at once.
         while made and not reach.is_enough:
-            made = await self._make_next(urgent=reach.is_exhausted)
+            made = await self._make_next()
             reach = await self.find_reach()
         return Position(reach.upper or 0)
 
@@ -82,12 +82,12 @@ class Segments:
         assert row is not None  # noqa: S101 - a sequence has one row
         return Reach(row["head"], row["lower"], row["upper"])
 
-    async def _make_next(self, *, urgent: bool) -> bool:
+    async def _make_next(self) -> bool:
         """Have one segment made; False when nothing was: somebody is in the way, or was quicker."""
         try:
             # Read committed, whatever the role's default is: what is read under the lock must be newer than the lock.
             async with self._database.acquire() as connection, connection.transaction(isolation="read_committed"):
-                row = await connection.fetchrow(self._sql.make_segment, urgent)
+                row = await connection.fetchrow(self._sql.make_segment)
         except DatabaseError as error:
             if error.sqlstate not in _TRY_LATER:
                 raise

@@ -5,6 +5,7 @@ The log belongs to a role that is no superuser, and each kind is a role of its o
 
 import asyncio
 import importlib.util
+import json
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -292,7 +293,7 @@ FORBIDDEN_TO_ALL = [
     "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 1",
     f"ALTER TABLE pgbackend.events DETACH PARTITION {_SEGMENT}",
     "CREATE TABLE pgbackend.events_100000000 ()",
-    "SELECT pgbackend.make_segment_of('pgbackend.events', true)",
+    "SELECT pgbackend.make_segment_of('pgbackend.events')",
     "INSERT INTO pgbackend.incarnation (id) VALUES (gen_random_uuid())",
     "UPDATE pgbackend.incarnation SET id = gen_random_uuid()",
     "DELETE FROM pgbackend.incarnation",
@@ -302,7 +303,9 @@ FORBIDDEN_TO_ALL = [
     "UPDATE pgbackend.subscriptions SET name = 'other'",
     "UPDATE pgbackend.living_workers SET name = 'other'",
     "UPDATE pgbackend.dead_letters SET data = 'forged'",
-    "DROP FUNCTION pgbackend.make_segment(boolean)",
+    "INSERT INTO pgbackend.dead_letters (subscription, position, error) VALUES ('s', 1, '')",
+    "COPY pgbackend.dead_letters (subscription, data) FROM STDIN",
+    "DROP FUNCTION pgbackend.make_segment()",
 ]
 FORBIDDEN = {
     "producer": [
@@ -321,6 +324,7 @@ FORBIDDEN = {
         "SELECT nextval('pgbackend.epochs')",
         "SELECT pgbackend.appender_began(1)",
         "SELECT pgbackend.end_life('')",
+        "SELECT pgbackend.bury('[]')",
     ],
     "consumer": [
         INSERT.replace("$1", "'1'"),
@@ -338,6 +342,7 @@ FORBIDDEN = {
         "UPDATE pgbackend.redeliveries SET attempt = 1",
         "UPDATE pgbackend.dead_letters SET error = ''",
         "DELETE FROM pgbackend.dead_letters",
+        "SELECT pgbackend.bury('[]')",
     ],
 }
 
@@ -364,7 +369,7 @@ async def test_no_role_has_any_privilege_on_a_segment(roles: Roles, kind: str) -
     query = """
         SELECT count(*) FILTER (WHERE has_any_column_privilege($1, inhrelid, 'SELECT, INSERT, UPDATE')), count(*)
         FROM pg_inherits JOIN pg_class ON oid = inhrelid AND relkind = 'r'"""
-    await roles.execute("owner", "SELECT pgbackend.make_segment(true)")
+    await roles.execute("owner", "SELECT pgbackend.make_segment()")
     async with roles.connected("superuser") as connection:
         assert tuple(await connection.fetchrow(query, roles.name(kind)) or ()) == (0, 11)
 
@@ -559,6 +564,60 @@ async def test_a_log_that_has_to_be_migrated_needs_its_owner(roles: Roles) -> No
     assert caught.value.sqlstate == "42501"
 
 
+# What one role can do to others.
+
+
+async def test_a_letter_that_a_consumer_buries_says_what_the_log_says(roles: Roles) -> None:
+    """And only for a shard whose epoch and owner it names: the letter of another subscription cannot be made up."""
+    async with roles.backend("producer") as producer, roles.backend("consumer") as consumer:
+        await producer.produce(make_event("real"))
+        await consumer.subscribe("theirs", Catch(), start="earliest")
+    forged = {
+        "subscription": "theirs", "epoch": 1, "owner": str(uuid4()), "position": 1, "attempts": 1, "error": "",
+        "details": {}, "data": "forged", "source": "/forged",
+    }  # fmt: skip
+    bury = "SELECT pgbackend.bury($1)"
+    assert await roles.fetchval("consumer", bury, json.dumps([forged])) == 0
+
+    await roles.execute("owner", "UPDATE pgbackend.offsets SET owner = $1, epoch = 1", forged["owner"])
+    assert await roles.fetchval("consumer", bury, json.dumps([{**forged, "position": 2}])) == 0
+    assert await roles.fetchval("consumer", bury, json.dumps([forged])) == 1
+    copied = "SELECT to_jsonb(letter) ->> $1 FROM pgbackend.dead_letters AS letter WHERE source <> '/forged'"
+    for name in COLUMNS:
+        there = await roles.fetchval("owner", "SELECT to_jsonb(event) ->> $1 FROM pgbackend.events AS event", name)
+        assert await roles.fetchval("owner", copied, name) == there
+
+
+async def test_what_consumers_could_insert_before_is_taken_back(unprivileged: Roles) -> None:
+    connect = lambda: asyncpg.connect(unprivileged.dsn("owner"))
+    await schema.migrate(connect, "pgbackend", to="0015")
+    consumer = unprivileged.name("consumer")
+    await unprivileged.execute(
+        "owner",
+        f"GRANT INSERT (subscription, data) ON pgbackend.dead_letters TO {consumer};"
+        f"GRANT INSERT ON pgbackend.dead_letters TO {unprivileged.name('operator')}",
+    )
+    await schema.migrate(connect, "pgbackend")
+    may = "SELECT has_any_column_privilege($1, 'pgbackend.dead_letters', 'INSERT')"
+    for kind in ("consumer", "operator"):
+        assert not await unprivileged.fetchval("superuser", may, unprivileged.name(kind))
+
+
+@pytest.mark.parametrize("held", ["advisory lock", "call"])
+async def test_no_role_can_keep_others_from_making_segments(roles: Roles, held: str) -> None:
+    """Any role may take an advisory lock, and stay in a transaction after a call that had nothing to do."""
+    hold = {
+        "advisory lock": "SELECT pg_advisory_lock(hashtextextended('pgbackend segments pgbackend', 0))",
+        "call": "SELECT pgbackend.make_segment()",
+    }
+    assert await roles.fetchval("producer", "SELECT lower_bound FROM pgbackend.make_segment()") == 100_000_000
+    async with roles.connected("operator") as operator, operator.transaction():
+        await operator.execute(hold[held])
+        # ALTER TABLE … RESTART would wait for whoever has read the sequence.
+        await roles.execute("owner", "SELECT setval('pgbackend.events_position_seq', 95000000)")
+        assert await roles.fetchval("producer", "SELECT lower_bound FROM pgbackend.make_segment()") == 110_000_000
+
+
 # The SQL itself.
 
 
@@ -584,7 +643,7 @@ async def test_names_are_names_whatever_they_look_like(empty_database: str, name
         await asyncio.to_thread(psql, empty_database, sql)
         await connection.execute(f"SET ROLE {quote_ident(role)}")
         await connection.execute(f"INSERT INTO {quote_ident(name)}.events (id, source, type) VALUES ('1', '/s', 't')")
-        await connection.execute(f"SELECT {quote_ident(name)}.make_segment(true)")
+        await connection.execute(f"SELECT {quote_ident(name)}.make_segment()")
     finally:
         await connection.execute("RESET ROLE")
         await connection.execute(f"DROP OWNED BY {quote_ident(role)}")

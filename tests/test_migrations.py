@@ -212,7 +212,7 @@ async def test_functions_with_the_rights_of_an_owner_have_those_of_who_owns_the_
                 WHERE pronamespace = 'pgbackend'::regnamespace
                 ORDER BY proname""")
             await connection.execute(f"SET ROLE {role}")
-            await connection.execute("SELECT pgbackend.make_segment(true)")
+            await connection.execute("SELECT pgbackend.make_segment()")
             await connection.execute("SELECT * FROM pgbackend.living_workers")
         finally:
             await connection.execute("RESET ROLE")
@@ -222,6 +222,7 @@ async def test_functions_with_the_rights_of_an_owner_have_those_of_who_owns_the_
     assert [tuple(row) for row in rows] == [
         ("appender_began", True, role, True, False),
         ("appenders_in_flight", False, role, True, False),
+        ("bury", True, role, True, False),
         ("end_life", True, role, True, False),
         ("find_distributed", False, role, True, False),
         ("make_segment", True, role, True, False),

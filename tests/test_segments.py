@@ -20,13 +20,13 @@ BOUNDS = """
     JOIN pg_inherits ON inhrelid = oid AND inhparent = 'pgbackend.events'::regclass
     ORDER BY length(relname), relname"""
 
-MAKE = "SELECT lower_bound FROM pgbackend.make_segment(true)"
+MAKE = "SELECT lower_bound FROM pgbackend.make_segment()"
 
 WAITING = """
     SELECT count(*)
     FROM pg_locks
     JOIN pg_database ON pg_database.oid = database AND datname = current_database()
-    WHERE locktype = 'advisory' AND NOT granted"""
+    WHERE relation = 'pgbackend.events'::regclass AND NOT granted"""
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ async def test_extending_gives_way_to_whoever_holds_the_table_and_goes_on_later(
 
 
 async def test_who_is_out_of_segments_waits_for_the_one_who_makes_them(log: str) -> None:
-    lock = "SELECT pg_advisory_xact_lock(hashtextextended('pgbackend segments ' || 'pgbackend', 0))"
+    lock = "LOCK TABLE ONLY pgbackend.events IN SHARE UPDATE EXCLUSIVE MODE"
     async with segments_of(log) as segments, connected(log) as other, connected(log) as producer:
         await producer.execute("ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 500")
         with pytest.raises(asyncpg.CheckViolationError, match="no partition"):
@@ -273,9 +273,7 @@ async def test_who_is_out_of_segments_waits_for_the_one_who_makes_them(log: str)
         async with other.transaction():
             await other.execute(lock)
             extending = asyncio.create_task(segments.extend())
-            while not await producer.fetchval(
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-            ):
+            while not await producer.fetchval(WAITING):
                 assert not extending.done()
         await extending
 

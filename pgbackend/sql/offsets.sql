@@ -70,28 +70,14 @@ forgotten AS (
     WHERE kept.subscription = fenced.subscription
         AND kept.position = done.position
 ),
-buried AS (
-    INSERT INTO {schema}.dead_letters (
-        subscription, position, recorded_at, key_hash, specversion, id, source, type, subject, time,
-        datacontenttype, dataschema, partitionkey, extensions, data, data_encoding, attempts, error, details
-    )
-    SELECT fenced.subscription, event.position, event.recorded_at, event.key_hash, event.specversion, event.id,
-        event.source, event.type, event.subject, event.time, event.datacontenttype, event.dataschema,
-        event.partitionkey, event.extensions, event.data, event.data_encoding, dead.attempts, dead.error,
-        dead.details::json
-    FROM jsonb_to_recordset($6::jsonb) AS dead (
-        epoch bigint, position bigint, attempts int, error text, details jsonb
-    )
-    JOIN fenced USING (epoch)
-    JOIN {schema}.events AS event ON event.position = dead.position
-    ON CONFLICT (subscription, position) DO UPDATE
-    SET attempts = excluded.attempts,
-        error = excluded.error,
-        details = excluded.details,
-        buried_at = now(),
-        attempt = 0,
-        due_at = NULL,
-        begun = false
+buried AS MATERIALIZED (
+    -- With the owner's rights, by a function of the log (migration 0016). It is called only if there are letters.
+    SELECT {schema}.bury(
+        jsonb_agg(dead.letter || jsonb_build_object('subscription', fenced.subscription, 'owner', $2::uuid))
+    ) AS letters
+    FROM jsonb_array_elements($6::jsonb) AS dead (letter)
+    JOIN fenced ON fenced.epoch = (dead.letter ->> 'epoch')::bigint
+    HAVING count(*) > 0
 ),
 delivered_letters AS (
     DELETE FROM {schema}.dead_letters AS letter
@@ -154,6 +140,7 @@ skipped AS (
 SELECT
     epoch,
     ctid,
+    (SELECT letters FROM buried) AS letters,  -- asked for, or nothing is buried
     ARRAY (SELECT lost.position FROM lost WHERE lost.epoch = fenced.epoch) AS lost,
     (
         SELECT range_agg(skipped.positions)::text
