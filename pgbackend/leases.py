@@ -336,8 +336,10 @@ class Presence:
 
     async def _send_echo(self, connection: Connection, timeout: float) -> bool:
         """Whether PostgreSQL took a NOTIFY to this worker itself: it refuses when its queue is full, for one."""
+        # Well before `timeout`: when that has passed, the connection is given up.
+        patience = f"{max(1, min(500, round(timeout * 300)))}ms"
         try:
-            await connection.fetchrow(self._notify, self._channel, self._echo, timeout=timeout)
+            await connection.fetchrow(self._notify, self._channel, self._echo, patience, timeout=timeout)
         except Exception as error:
             if not is_definite(error):
                 raise

@@ -19,6 +19,9 @@ the last. At 20 ms throughout, a listening process and its reads took 7 % of a b
 
 _MAX_CHANNEL_BYTES = 63
 
+NOTIFY_PATIENCE = "500ms"
+"""How long a NOTIFY may wait for its turn."""
+
 _QUEUE_FULL = "54000"  # program_limit_exceeded
 _LOOK_FOR_LISTENER = " A session that listens keeps a transaction open: end the oldest one in pg_stat_activity."
 
@@ -108,7 +111,7 @@ class Notifier:
     async def _send(self, payload: str) -> bool:
         """Whether it was sent. Otherwise only a hint is lost: the others poll."""
         try:
-            await self._database.execute(self._statement, self._channel, payload)
+            await self._database.execute(self._statement, self._channel, payload, NOTIFY_PATIENCE)
         except DatabaseError as error:
             full = error.sqlstate == _QUEUE_FULL
             facts.emit(

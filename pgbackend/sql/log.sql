@@ -225,8 +225,8 @@ ON CONFLICT DO NOTHING;
 
 -- name: notify
 -- A NOTIFY must have an xid, and so a flush at its commit, which nobody needs: a lost wake-up is only a late one. For the
--- same reason it does not wait long for the lock that all commits with a NOTIFY share: its owner may wait for a standby.
+-- same reason it waits only $3 for the lock that all commits with a NOTIFY share: its owner may wait for a standby.
 SELECT
     set_config('synchronous_commit', 'off', true),
-    set_config('lock_timeout', '500ms', true),
+    set_config('lock_timeout', $3, true),
     pg_notify($1, $2);
