@@ -1,8 +1,11 @@
 """What the fence takes for granted: a log that is set back, an altered sequence, another engine are never silent."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,9 +15,12 @@ import pytest
 
 from pgbackend import Backend, DatabaseError, ProbeError, SchemaError, schema
 from pgbackend.database import Database
-from pgbackend.embedded import _programs
+from pgbackend.embedded import EmbeddedServer, _programs
 from pgbackend.facts import Recorder
-from pgbackend.reader import Log
+from pgbackend.holes import Evidence
+from pgbackend.ranges import RangeSet
+from pgbackend.reader import Log, Reader
+from pgbackend.subscriptions import Subscriptions
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually
 
@@ -482,3 +488,128 @@ async def test_functions_of_the_log_do_not_follow_the_callers_search_path(databa
     assert row is not None
     assert row["upto"] == 0
     assert row["appenders"] == [name]
+
+
+@asynccontextmanager
+async def own_server(directory: str) -> AsyncIterator[str]:
+    server = EmbeddedServer(directory, settings={"fsync": "off", "max_prepared_transactions": "10"})
+    yield await server.start()
+    await server.stop()
+
+
+OWN_NAME = "SELECT virtualtransaction FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'virtualxid'"
+INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/s', 't')"
+
+
+@pytest.mark.slow
+@pytest.mark.direct
+async def test_a_prepared_append_is_not_buried_when_a_restart_gives_its_name_to_another(tmp_path: Path) -> None:
+    """A restart names transactions anew, from the beginning: a prepared one has another name from then on."""
+    with tempfile.TemporaryDirectory(prefix="pgbackend-test-", ignore_cleanup_errors=True) as directory:
+        async with own_server(directory) as dsn:
+            await schema.migrate(Database(dsn).connect, "pgbackend")
+        # Started a moment ago: small numbers, which come again soon.
+        async with own_server(directory) as dsn:
+            connections = [await asyncpg.connect(dsn) for _ in range(10)]
+            # Not one of the first slots, which the server's own sessions may have next time.
+            *others, connection = connections
+            for other in others:
+                await other.close()
+            for _ in range(60):
+                await connection.execute("SELECT 1")
+            await connection.execute("BEGIN")
+            await connection.execute(INSERT, "prepared")
+            name = await connection.fetchval(OWN_NAME)
+            await connection.execute("PREPARE TRANSACTION 'p'")
+            await connection.close()
+            await execute(dsn, INSERT, "next")
+            database = Database(dsn)
+            await database.open()
+            log = Log(database, schema="pgbackend", hole_wait=0.0)
+            await log.enter_incarnation()
+            reader, seen = Reader(log, after=0), list[str]()
+
+            async def has_read(id_: str) -> bool:
+                try:
+                    seen.extend(event.id for event in (await reader.read(prove=True)).events)
+                except DatabaseError:
+                    return False  # the connection from before the restart
+                return id_ in seen
+
+            await eventually("what is behind the hole is read", lambda: has_read("next"))
+            await database.close()
+        async with own_server(directory) as dsn:
+            # Its socket may be elsewhere.
+            log.database = Database(dsn)
+            await log.database.open()
+            clash = await meet(dsn, name)
+            await clash.execute(INSERT, "clash")
+            await eventually("evidence has the other one", lambda: evidence_has(log, name))
+            await has_read("")
+            await clash.execute("ROLLBACK")
+            await clash.execute(INSERT, "last")
+            await eventually("the log is read to its end", lambda: has_read("last"))
+            await clash.execute("COMMIT PREPARED 'p'")
+            await eventually("the prepared one is read", lambda: has_read("prepared"))
+            await clash.close()
+            await log.database.close()
+
+
+async def evidence_has(log: Log, name: str) -> bool:
+    try:
+        return name in (await log.check()).appenders
+    except DatabaseError:
+        return False
+
+
+async def meet(dsn: str, name: str) -> "asyncpg.Connection[asyncpg.Record]":
+    """A session in an open transaction of this name."""
+    slot, number = name.split("/")
+    others = []
+    while True:
+        connection = await asyncpg.connect(dsn)
+        mine = (await connection.fetchval(OWN_NAME)).split("/")
+        if mine[0] == slot:
+            break
+        others.append(connection)
+        assert len(others) < 60, f"no session got slot {slot}"
+    assert int(mine[1]) < int(number), "its numbers have begun anew"
+    while True:
+        await connection.execute("BEGIN")
+        if await connection.fetchval(OWN_NAME) == name:
+            break
+        await connection.execute("ROLLBACK")
+    for other in others:
+        await other.close()
+    return connection
+
+
+def test_after_a_restart_everybody_may_be_who_was_waited_for() -> None:
+    before, after = (datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2))
+    old = Evidence(9, frozenset({"3/7", "4/1"}), "life", before)
+    new = Evidence(9, frozenset({"-1/70", "3/7"}), "life", after)
+
+    assert new.still_open(frozenset({"4/1"}), since=old) == {"-1/70", "3/7"}
+    assert replace(new, server_start=before).still_open(frozenset({"3/7"}), since=old) == {"3/7"}
+    assert replace(new, server_start=before).still_open(frozenset({"4/1"}), since=old) == {"-1/70"}
+
+
+async def test_the_end_of_the_log_is_found_across_a_restart(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `subscribe()` begins: what a prepared append holds open is still to come."""
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    found = [
+        Evidence(2, frozenset({"3/7"}), "life", start),
+        Evidence(2, frozenset({"-1/70", "3/7"}), "life", start + timedelta(days=1)),
+        Evidence(2, frozenset({"-1/70"}), "life", start + timedelta(days=1)),
+    ]
+    async with log_of(database, hole_wait=0.2) as log:
+        await log.database.execute(INSERT, "visible")
+        await log.database.execute("SELECT nextval('pgbackend.events_position_seq')")
+
+        async def check() -> Evidence:
+            return found.pop(0) if len(found) > 1 else found[0]
+
+        monkeypatch.setattr(log, "check", check)
+        head, open_holes = await Subscriptions(log, schema="pgbackend")._latest()
+
+    assert (head, open_holes) == (2, RangeSet([(2, 3)]))
