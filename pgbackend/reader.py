@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
-from pgbackend.database import STATEMENT_TIMEOUT, Connection, Database, Record
-from pgbackend.errors import DatabaseError, PgBackendError
+from pgbackend import facts
+from pgbackend.database import STATEMENT_TIMEOUT, Backoff, Connection, Database, Record
+from pgbackend.errors import DatabaseError, PgBackendError, SchemaError
 from pgbackend.event import Event, RecordLike
 from pgbackend.holes import AppenderClock, Evidence, Gaps
 from pgbackend.model import BlockingAppender
@@ -430,7 +431,7 @@ class Reader:
                 self._log.forget_segments()
             self._top = evidence.upto
         if dead:
-            self._gone.extend(await self._log.find_removed(dead))
+            self._gone.extend(await self._find_removed(dead))
         events = [event for event in late if event.position in passed]
         appeared = [event for event in late if event.position not in passed]
         if appeared:
@@ -456,6 +457,18 @@ class Reader:
             gone=self._passed_gone() if self._gone else (),
             unreadable=unreadable,
         )
+
+    async def _find_removed(self, dead: Sequence[Range]) -> list[Range]:
+        """What of these positions has no segment. Waits for a server that is away: what this round has read is here."""
+        backoff = Backoff(self._log.database)
+        while True:
+            try:
+                return await self._log.find_removed(dead)
+            except SchemaError:
+                raise
+            except DatabaseError as error:
+                facts.emit("read failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
+                await backoff.wait()
 
     def _passed_gone(self) -> list[Range]:
         """What is gone at or below `position`; the rest is told when it is passed."""

@@ -125,9 +125,8 @@ class Window:
         lost = self.holes.within(lower, upper)
         self.holes.remove(lower, upper)
         self._seen.remove(lower, upper)
-        if upper > self.position + 1:
-            lost.append((max(lower, self.position + 1), upper))
-        return lost
+        lower = max(lower, self.position + 1)
+        return [*lost, (lower, upper)] if lower < upper else lost
 
     def advance(self, upto: int) -> None:
         """Everything up to here has been opened, skipped, or is a hole."""

@@ -8,6 +8,7 @@ import pytest
 
 from pgbackend.attributes import COLUMNS
 from pgbackend.database import Database
+from pgbackend.errors import ConnectionLostError
 from pgbackend.ranges import RangeSet
 from pgbackend.reader import PAGE_BYTES, PAGE_EVENTS, Batch, IncarnationChanged, Log, Reader, _one_by_one
 from tests.support.polling import eventually
@@ -364,3 +365,29 @@ async def test_rows_that_cannot_be_decoded_are_found_among_the_others() -> None:
     assert cast("list[int]", rows) == [position for position in range(1, 101) if position not in bad]
     assert errors == {position: f"OverflowError: no date at {position}" for position in bad}
     assert len(reads) < 40
+
+
+async def test_a_connection_lost_while_segments_are_looked_up_loses_nothing_of_what_was_read(
+    log: Log, database: str, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_removed, failures = Log.find_removed, 0
+
+    async def fail_once(self: Log, ranges: Any) -> Any:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise ConnectionLostError("gone")
+        return await find_removed(self, ranges)
+
+    async with appender(database, "late") as late:
+        await sql.execute(INSERT, "a")
+        reader = Reader(log, after=0)
+        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["a"]
+        await late.execute("COMMIT")
+    await sql.execute("SELECT setval('pgbackend.events_position_seq', 10000005)")
+    await sql.execute(INSERT, "in the next segment")
+    monkeypatch.setattr(Log, "find_removed", fail_once)
+    seen = await read_until(reader, "both", lambda seen: len(seen) >= 2)
+
+    assert seen == ["late", "in the next segment"]
+    assert failures > 1

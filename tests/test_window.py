@@ -186,3 +186,22 @@ def test_a_hole_that_reaches_into_what_was_read_is_added_for_the_rest_only() -> 
     shown.add_hole((3, 8))
 
     assert shown.holes == RangeSet([(6, 8)])
+
+
+def test_what_is_gone_behind_where_a_shard_ends_is_none_of_its_concern() -> None:
+    window = Window(position=5, pending=RangeSet([(2, 4)]), max_events=9, max_bytes=90)
+
+    assert window.lose(20, 10) == []
+    assert window.lose(3, 10) == [(3, 4), (6, 10)]
+    assert list(window.holes) == [(2, 3)]
+
+
+def test_only_what_was_read_once_is_lost_with_a_hole_that_closes() -> None:
+    pending = RangeSet([(2, 6)])
+    window = Window(position=9, pending=pending, seen=RangeSet([(3, 5)]), max_events=9, max_bytes=90)
+
+    assert str(window.unseen(9)) == "{[2,3),[5,6)}"
+    assert window.close_hole((1, 4)) == [(3, 4)]
+    window.skip(4)
+    assert window.close_hole((4, 6)) == []
+    assert str(window.unseen(9)) == "{}"
