@@ -491,6 +491,7 @@ class Subscriptions:
                 "would be given out twice, and subscriptions would skip events. Stop all producers and workers. Where "
                 f"only the sequence is wrong, run {restore}. Where the log was emptied or is an older one, run {move} "
                 f"WHERE position > {head}: those subscriptions then handle all that it has."
+                + (f" Then say that offsets are right: {trust}." if row["set_back"] else "")
             )
         if row["set_back"]:
             return (
