@@ -54,6 +54,7 @@ from typing import Final, Self
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError, EmbeddedServerError, NotRunningError
+from pgbackend.sockets import in_thread
 
 VERSIONS: Final = {18: "pginstall18", 16: "pginstall"}
 """Major versions of PostgreSQL, and where the wheel has them. New directories get the first."""
@@ -139,7 +140,9 @@ class EmbeddedServer:
         abandoned = threading.Event()
         if self._pid != os.getpid():  # forked
             self._user, self._pid, self._entered = _user_of(self.directory), os.getpid(), 0
-        starting = asyncio.create_task(asyncio.to_thread(self._user.enter, self._wish, abandoned))
+        starting = asyncio.create_task(
+            in_thread(lambda: self._user.enter(self._wish, abandoned), name="start the embedded server")
+        )
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -148,7 +151,7 @@ class EmbeddedServer:
             abandoned.set()
             await asyncio.wait([starting])
             if not starting.cancelled() and starting.exception() is None:
-                await asyncio.to_thread(self._user.leave)
+                await in_thread(self._user.leave, name="leave the embedded server")
             raise
         self._entered += 1
         return self._user.dsn
@@ -157,7 +160,7 @@ class EmbeddedServer:
         """Return once this process does not use the server, and when it was the last, once the server is stopped."""
         if self._entered and self._pid == os.getpid():
             self._entered -= 1
-            await asyncio.to_thread(self._user.leave)
+            await in_thread(self._user.leave, name="leave the embedded server")
 
     async def __aenter__(self) -> Self:
         await self.start()

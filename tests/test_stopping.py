@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -148,6 +149,17 @@ async def test_handlers_that_fill_the_default_executor_do_not_hold_up_stop(datab
             assert in_time(began, 0.2)
         release.set()
         await running
+
+
+@pytest.mark.slow
+async def test_nor_do_they_hold_up_the_end_of_an_embedded_server(tmp_path: Path) -> None:
+    release, loop = threading.Event(), asyncio.get_running_loop()
+    async with asyncio.timeout(120):
+        async with Backend.embedded(tmp_path) as backend:
+            await backend.produce(make_event("a"))
+            full = [loop.run_in_executor(None, release.wait) for _ in range(40)]
+    release.set()
+    await asyncio.gather(*full)
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "unsubscribe", "leave"])
