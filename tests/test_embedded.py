@@ -573,7 +573,7 @@ async def test_as_root_a_link_placed_during_initdb_leads_nowhere(tmp_path: Path,
         (roots / name).write_text("root only")
     os.chown(owned, owner, owner)
     starting = asyncio.create_task(_server(owned).start())
-    await _until("initdb works", lambda: any(owned.glob("postgresql/data.new-*")) or starting.done())
+    await _until("initdb works", lambda: any(owned.glob("postgresql/data.new-*/*")) or starting.done())
     [new] = owned.glob("postgresql/data.new-*")
     new.rename(f"{new}.moved")
     new.symlink_to(roots)
