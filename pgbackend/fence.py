@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 
-from pgbackend.database import STANDBY, STATEMENT_TIMEOUT, Record, is_pooled
+from pgbackend.database import STANDBY, STATEMENT_TIMEOUT, Record, is_pooled, repeat
 from pgbackend.errors import ConnectionLostError, SchemaError
 from pgbackend.holes import Evidence
 from pgbackend.reader import Log
@@ -68,7 +68,7 @@ class Fence:
         """
         try:
             async with self._one_proof:
-                name, evidence = await self._observe_appender()
+                name, evidence = await repeat(self._observe_appender, STATEMENT_TIMEOUT)
         except ConnectionLostError as error:
             if error.sqlstate != STANDBY:
                 raise

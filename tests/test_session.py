@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 @pytest.fixture
-def pooler(server: str) -> Iterator[Pooler]:
+def bouncer(server: str) -> Iterator[Pooler]:
     with Pooler(server) as running:
         yield running
 
@@ -110,10 +110,10 @@ async def test_limits_of_time_in_the_database_or_the_dsn_change_nothing(empty_da
 @needs_pgbouncer
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 async def test_behind_a_pooler_settings_of_the_database_change_nothing(
-    pooler: Pooler, empty_database: str, settings: dict[str, str]
+    bouncer: Pooler, empty_database: str, settings: dict[str, str]
 ) -> None:
     await set_for(empty_database, settings)
-    await use_everything(pooler.dsn(empty_database))
+    await use_everything(bouncer.dsn(empty_database))
 
 
 @pytest.mark.direct
@@ -148,11 +148,11 @@ async def test_what_belongs_to_the_user_stays(empty_database: str, name: str) ->
 @pytest.mark.direct
 @needs_pgbouncer
 async def test_a_pooler_that_would_hide_that_a_standby_was_not_waited_for_is_refused(
-    pooler: Pooler, database: str
+    bouncer: Pooler, database: str
 ) -> None:
     await set_for(database, {"client_min_messages": "error"})
     with pytest.raises(ConfigError, match="client_min_messages"):
-        await Backend(pooler.dsn(database)).init()
+        await Backend(bouncer.dsn(database)).init()
 
 
 # PostgreSQL rolls a transaction back to resolve a conflict.
@@ -161,7 +161,7 @@ CONFLICTS = """
     CREATE SEQUENCE public.conflicts;
     CREATE FUNCTION public.conflict() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        IF nextval('public.conflicts') % 5 IN (1, 2) THEN
+        IF nextval('public.conflicts') % 20 IN (1, 2) THEN
             RAISE 'made up' USING ERRCODE = TG_ARGV[0];
         END IF;
         RETURN NULL;
