@@ -321,6 +321,8 @@ async def test_whatever_is_cancelled_at_whatever_moment_leaves_nothing(
             async def live(backend: Backend = backend, catch: Catch = catch) -> None:
                 await backend.init()
                 running = asyncio.create_task(backend.start())
+                # It says that its worker was cancelled from outside, where that is what is tried.
+                running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 await backend.subscribe("s", catch)
                 await backend.produce(make_event("a"))
                 await asyncio.wait({asyncio.create_task(catch.has("a")), running}, return_when="FIRST_COMPLETED")
