@@ -590,7 +590,7 @@ async def test_a_letter_that_a_consumer_buries_says_what_the_log_says(roles: Rol
 
 async def test_what_consumers_could_insert_before_is_taken_back(unprivileged: Roles) -> None:
     connect = lambda: asyncpg.connect(unprivileged.dsn("owner"))
-    await schema.migrate(connect, "pgbackend", to="0015")
+    await schema.migrate(connect, "pgbackend", to="0009")
     consumer = unprivileged.name("consumer")
     await unprivileged.execute(
         "owner",

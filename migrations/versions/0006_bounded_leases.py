@@ -1,15 +1,15 @@
 """A worker's lease has a longest time, so that no row of `workers` can keep its shards for ever.
 
-Revision ID: 0011
-Revises: 0010
+Revision ID: 0006
+Revises: 0005
 """
 
 from alembic.operations import Operations
 
 from pgbackend import ddl
 
-revision = "0011"
-down_revision = "0010"
+revision = "0006"
+down_revision = "0005"
 
 
 def upgrade(*, op: Operations) -> None:

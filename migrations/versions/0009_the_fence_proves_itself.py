@@ -1,15 +1,15 @@
 """The fence proves itself: evidence in a fixed order, an incarnation that a restore changes, a lock to be seen.
 
-Revision ID: 0015
-Revises: 0014
+Revision ID: 0009
+Revises: 0008
 """
 
 from alembic.operations import Operations
 
 from pgbackend import ddl
 
-revision = "0015"
-down_revision = "0014"
+revision = "0009"
+down_revision = "0008"
 
 
 def upgrade(*, op: Operations) -> None:

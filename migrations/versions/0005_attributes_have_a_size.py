@@ -1,6 +1,6 @@
 """The attributes of one event have at most 64 KiB together, also when plain SQL writes them.
 
-Revision ID: 0010
+Revision ID: 0005
 Revises: 0004
 """
 
@@ -8,7 +8,7 @@ from alembic.operations import Operations
 
 from pgbackend import ddl
 
-revision = "0010"
+revision = "0005"
 down_revision = "0004"
 
 

@@ -1,15 +1,15 @@
 """Dead letters are copied by the log, and no role but the owner holds what making segments waits for.
 
-Revision ID: 0016
-Revises: 0015
+Revision ID: 0010
+Revises: 0009
 """
 
 from alembic.operations import Operations
 
 from pgbackend import ddl
 
-revision = "0016"
-down_revision = "0015"
+revision = "0010"
+down_revision = "0009"
 
 _NAMES = {
     "events": "{schema}.events",

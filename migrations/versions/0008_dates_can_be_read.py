@@ -1,15 +1,15 @@
 """Dates are such as Python has: an event's, and those that a subscription starts and ends at.
 
-Revision ID: 0014
-Revises: 0013
+Revision ID: 0008
+Revises: 0007
 """
 
 from alembic.operations import Operations
 
 from pgbackend import ddl
 
-revision = "0014"
-down_revision = "0013"
+revision = "0008"
+down_revision = "0007"
 
 
 def upgrade(*, op: Operations) -> None:

@@ -1,15 +1,15 @@
 """What was still to be handled and is gone from the log is on record; dates are such as every client can read.
 
-Revision ID: 0013
-Revises: 0011
+Revision ID: 0007
+Revises: 0006
 """
 
 from alembic.operations import Operations
 
 from pgbackend import ddl
 
-revision = "0013"
-down_revision = "0011"
+revision = "0007"
+down_revision = "0006"
 
 
 def upgrade(*, op: Operations) -> None:
