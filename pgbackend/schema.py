@@ -226,11 +226,15 @@ def _adopt_revision(schema: str) -> str:
     known = ", ".join(map(quote_literal, _KEPT_IN_ALEMBIC_VERSION))
     new = f"{where}.{VERSION_TABLE}"
     return f"""
+DECLARE
+    owner regrole := (SELECT relowner FROM pg_class WHERE oid = to_regclass({quote_literal(f"{where}.offsets")}));
 BEGIN
     IF to_regclass({quote_literal(new)}) IS NULL AND {present} THEN
         IF (SELECT count(*) = 1 AND bool_and(version_num IN ({known})) FROM {old}) THEN
             CREATE TABLE {new} (LIKE {old} INCLUDING ALL);
             INSERT INTO {new} SELECT version_num FROM {old};
+            -- When a superuser migrates, the log's owner must still be able to read it.
+            EXECUTE format('ALTER TABLE %s OWNER TO %s', {quote_literal(new)}, owner);
         END IF;
     END IF;
 END"""  # noqa: S608 - names are quoted

@@ -376,6 +376,27 @@ async def test_a_log_that_kept_its_revision_in_alembic_version_goes_on_from_ther
         assert await connection.fetchval("SELECT count(*) FROM pgbackend.events") == 1
 
 
+async def test_the_owner_of_such_a_log_can_read_its_revision_when_a_superuser_migrates(empty_database: str) -> None:
+    role = "tenant_" + urlsplit(empty_database).path[-12:]
+    async with connected(empty_database) as connection:
+        await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            await connection.execute(f"CREATE SCHEMA pgbackend AUTHORIZATION {role}")
+            await schema.migrate(
+                lambda: asyncpg.connect(empty_database, user=role, password="secret"), "pgbackend", to="0004"
+            )
+            await connection.execute("ALTER TABLE pgbackend.pgbackend_revision RENAME TO alembic_version")
+
+            await migrate(empty_database)
+
+            await connection.execute(f"SET ROLE {role}")
+            assert await schema.found(connection.fetch, "pgbackend") == schema.head()
+        finally:
+            await connection.execute("RESET ROLE")
+            await connection.execute(f"DROP OWNED BY {role} CASCADE")
+            await connection.execute(f"DROP ROLE {role}")
+
+
 def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "alembic", *arguments],
