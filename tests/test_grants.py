@@ -117,6 +117,14 @@ async def roles(unprivileged: Roles) -> Roles:
 # What each can do.
 
 
+@pytest.mark.parametrize("private", ["sys", "rds_aurora"])
+async def test_somebodys_schema_named_like_another_engines_keeps_nobody_out(roles: Roles, private: str) -> None:
+    await roles.execute("superuser", f"CREATE SCHEMA {private}")
+
+    async with roles.backend("producer") as backend:
+        await backend.produce(make_event("one"))
+
+
 async def test_a_producer_appends_in_every_way_and_probes(roles: Roles) -> None:
     async with roles.backend("producer") as backend, roles.connected("producer") as plain:
         await backend.produce(make_event("one"))

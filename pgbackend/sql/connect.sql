@@ -5,9 +5,16 @@ SELECT
     pg_is_in_recovery() AS in_recovery,
     concat_ws(
         ' ', version(),
-        -- Their version() is that of the PostgreSQL that they come from.
-        CASE WHEN to_regclass('sys.iam_pg_role_mappings') IS NOT NULL THEN '(Aurora DSQL)' END,
-        CASE WHEN to_regclass('rds_aurora.limitless_subclusters') IS NOT NULL THEN '(Aurora Limitless)' END
+        -- Their version() is that of the PostgreSQL that they come from. Not by to_regclass(): it fails where a schema of
+        -- that name is somebody's who lets nobody in.
+        (
+            SELECT string_agg(
+                CASE relname WHEN 'iam_pg_role_mappings' THEN '(Aurora DSQL)' ELSE '(Aurora Limitless)' END, ' '
+            )
+            FROM pg_catalog.pg_class
+            JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+            WHERE (nspname, relname) IN (('sys', 'iam_pg_role_mappings'), ('rds_aurora', 'limitless_subclusters'))
+        )
     ) AS version,
     current_setting('default_transaction_read_only')::boolean AS read_only,
     current_setting('server_encoding') AS encoding;
