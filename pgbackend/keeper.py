@@ -87,7 +87,7 @@ class Plan(TypedDict):
 
 
 class Order(TypedDict):
-    """What root wants made by the owner of the directory that it belongs in."""
+    """Root has the owner of a directory make these in it."""
 
     at: int
     """Descriptor of that directory."""
@@ -609,7 +609,7 @@ def main() -> NoReturn:
 
 
 def _make(order: Order) -> None:
-    """What is missing is there, and belongs to the owner of the directory around it."""
+    """The ordered directory and files exist, made by the owner of the directory around them."""
     os.fchdir(order["at"])
     user, group = order["user"]
     _become(user, group)

@@ -65,7 +65,7 @@ class Settings:
     admin_port: int | None = None
     """For probes and metrics, without TLS. 0 is any free one; without it they are at `port`."""
     allowed_hosts: tuple[str, ...] = ()
-    """What requests may say that they are for, besides the broker's own addresses; see `hosts`."""
+    """Names that requests may have in their Host header, besides the broker's own; see `hosts`."""
     tls_cert: Path | None = None
     """Without one it is plain HTTP."""
     tls_key: Path | None = None

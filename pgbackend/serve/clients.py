@@ -1,4 +1,4 @@
-"""What clients make the broker hold, and how their addresses share it.
+"""Budgets of memory and connections for all clients, shared by their addresses.
 
 `listener` counts connections in a `Budget`, `connection` the bytes of heads, `ingest` those of bodies. The promise: one
 address, or a few, cannot use up a budget, so that there is always something left for the others.
@@ -42,7 +42,7 @@ class Budget:
 
 @lru_cache(maxsize=4096)
 def address_of(host: str) -> str:
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, all of which one customer has.
+    """The IPv4 address, or the /64 of an IPv6 one: providers give a customer a whole /64, so it counts as one client.
 
     >>> address_of("192.0.2.1"), address_of("::ffff:192.0.2.1"), address_of("2001:db8::7:1"), address_of("fe80::1%eth0")
     ('192.0.2.1', '192.0.2.1', '2001:db8::/64', 'fe80::/64')

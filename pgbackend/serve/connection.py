@@ -48,7 +48,7 @@ _HEAD_TOO_LARGE = f"The request's headers are too large: expected at most {_HEAD
 _PATIENCE = 20.0
 """Seconds that a request may take to arrive, or to say nothing; and seconds that an answer may take to be read."""
 _BYTES_A_SECOND = 4096
-"""What a request must bring to go on for longer."""
+"""A request that arrives at this rate may take longer."""
 _LONGEST_ARRIVAL = 120.0
 """Seconds that a request may take to arrive, however much it brings."""
 _KEEP_ALIVE = 75.0
@@ -78,7 +78,7 @@ class State(ServerState):
         self.heads = Budget(_HEAD_BUDGET)
         self.stopping = False
         self.refused = 0
-        """Connections that were refused since somebody looked, for there were too many."""
+        """Connections that found no room in `places` or `heads` since the last look."""
         self.tell_date(b"")
 
     def tell_date(self, date: bytes) -> None:
@@ -96,7 +96,7 @@ class Connection(HttpToolsProtocol):
     _began = 0.0
     """When it began to receive."""
     _arrival: "_Arrival | None" = None
-    """Of what it receives, once somebody has looked."""
+    """How fast the request arrives. The first look makes it."""
     _idle_since = 0.0
     _unread_since = 0.0
     _closing_since: float | None = None
@@ -105,7 +105,7 @@ class Connection(HttpToolsProtocol):
     _bodiless_bytes = 0
     """Received since the last byte of a body."""
     _begun_bytes = 0
-    """What may have arrived of a head that is not all there."""
+    """At most so much has arrived of an unfinished head."""
     _head_bytes = 0
     _in_head = True
     _undecided = False
@@ -115,7 +115,7 @@ class Connection(HttpToolsProtocol):
     _answering: RequestResponseCycle | None = None
     """The one whose answer is next, of those that went uvicorn's way or have one behind them that did."""
     _held_bytes = 0
-    """Of the state's budget for heads."""
+    """Its part of the state's budget for heads."""
     _offers_upgrade = False
     _refusal: Problem | None = None
     """The answer to a head that a callback of the parser refuses."""

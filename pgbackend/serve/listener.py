@@ -304,9 +304,12 @@ class _Server(uvicorn.Server):
             connection.look_after(now)
         refused, self.server_state.refused = self.server_state.refused, 0
         if refused:
+            # Far from the limit, one address has used up its share, or the bytes of heads are used up.
+            places, heads = self.server_state.places, self.server_state.heads
             facts.emit(
-                "connections refused", level=logging.WARNING, count=refused, limit=self.server_state.places.total
-            )
+                "connections refused", level=logging.WARNING,
+                count=refused, connected=places.held, limit=places.total, head_bytes=heads.held,
+            )  # fmt: skip
         failed, self._failed_handshakes = self._failed_handshakes, 0
         if failed:
             facts.emit("tls handshakes failed", count=failed, last=self._handshake_error)

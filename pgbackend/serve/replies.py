@@ -33,7 +33,7 @@ _ENVELOPE_BYTES = 1 << 16
 _SMALL_BYTES = 1 << 16
 """A reply within it is read at once. The connection itself holds as much."""
 _HELD_BYTES = 128 << 20
-"""Of larger replies, all of them together, from their first byte to their commit. Others wait for their turn."""
+"""All larger replies together hold at most this, from their first byte to their commit. Others wait for their turn."""
 _SHARE = 4
 """One trigger's replies hold at most this part of it: a target that never ends its replies delays no other's."""
 _IN_MEMORY = 4
