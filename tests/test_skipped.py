@@ -333,3 +333,22 @@ async def test_a_dead_letter_is_delivered_again_from_its_copy_when_its_row_is_go
         found = await settled(backend)
 
     assert found.skipped == 0
+
+
+@pytest.mark.parametrize("bounds", ["DEFAULT", "FOR VALUES FROM (MINVALUE) TO (0)"])
+async def test_a_partition_that_is_no_segment_stops_nobody(database: str, sql: Any, bounds: str) -> None:
+    await sql.execute(f"CREATE TABLE pgbackend.events_other PARTITION OF pgbackend.events {bounds}")
+    catch = Catch()
+    async with Backend(database, **SETTINGS) as backend:
+        await backend.subscribe("s", catch, start="earliest")
+        async with asyncio.timeout(10):
+            await backend.produce(make_event("before"))
+            rolled_back = sql.transaction()
+            await rolled_back.start()
+            await sql.execute(INSERT, "never")
+            await rolled_back.rollback()
+            await backend.produce(make_event("after"))
+            await catch.has("before", "after")
+        status = await settled(backend)
+
+    assert status.skipped == 0

@@ -176,6 +176,8 @@ CROSS JOIN LATERAL regexp_match(
 ) AS bounds
 WHERE inhparent = to_regclass(quote_ident({schema_literal}) || '.events')
     AND NOT inhdetachpending
+    -- A partition that somebody made by other bounds (DEFAULT, MINVALUE) is none of ours.
+    AND bounds IS NOT NULL
 ORDER BY lower;
 
 -- name: find_incarnation
