@@ -119,6 +119,12 @@ async def test_a_call_from_a_handler_does_not_wait_for_its_own_event_which_is_se
         "s", dispatcher, start="earliest", order=order, dead_letter=handle if whence == "dead letter" else None
     )
     await backend.produce(make_event("a", key="k"))
+
+    async def has_returned() -> bool:
+        return bool(returned)
+
+    # The offset passes an event that goes to the dead-letter handler before that is called.
+    await eventually("the call returns", has_returned)
     await happens(database, call, position=1)
     await ended(running, backend)
 
