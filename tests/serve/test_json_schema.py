@@ -90,7 +90,7 @@ def test_what_the_broker_takes_is_right_for_an_editor(text: str, monkeypatch: py
     VALIDATOR.validate(seen(text))
 
 
-# What a schema cannot know: secrets, how two values belong together, doubled keys, names that HTTP keeps to itself, URLs' parts.
+# What a schema cannot know: secrets, how two values belong together, doubled keys, HTTP's own names, parts of URLs.
 BEYOND = re.compile(
     r"NOT_SET|/not/there|/dev/zero|strict, shards: 2|start: 5, end|ingest: {password: x}|'a:b'|Order: none|x: 1, X: 2"
     r"|ce-id|Content-Length|PgBackend-Attempt|99999|02-30|a: {}, a: {}|cesql|{data: x}|retry: 5\.0"
