@@ -67,10 +67,9 @@ _EXTENSION_NAMES = """
 """
 
 _ATTRIBUTES = """
-    octet_length(specversion) + octet_length(id) + octet_length(source) + octet_length(type)
-    + coalesce(octet_length(subject), 0) + coalesce(octet_length(time), 0) + coalesce(octet_length(datacontenttype), 0)
-    + coalesce(octet_length(dataschema), 0) + coalesce(octet_length(partitionkey), 0)
-    + octet_length(extensions::text) <= 65536
+    octet_length(concat(
+        specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions
+    )) <= 65536
 """
 
 _RECORDED_AT = "recorded_at >= '0001-01-01 00:00:00+00' AND recorded_at < '10000-01-01 00:00:00+00'"
