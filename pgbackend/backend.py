@@ -458,7 +458,8 @@ class Backend:
 
         Safe at any time, and again: all calls wait for the same end. A call that is cancelled only stops waiting. From
         a handler it returns once only such handlers are at work; when they have returned as well, their events are
-        committed and the rest happens.
+        committed and the rest happens. A task that outlives the handler that made it counts as part of a later one, so
+        its call may return early: make such tasks elsewhere.
         """
         self._check_home()
         if self._stopping is None or self._stopping.cancelled():
@@ -855,6 +856,7 @@ class Backend:
             return True
         finally:
             self._inside[id(event)] -= 1
+            self._inside += Counter()  # drops what is at zero
 
     def _on_call_ended(self, task: "asyncio.Task[None]") -> None:
         self._calls.discard(task)

@@ -1,8 +1,9 @@
 """Which event the running code handles, so that what it asks of its own backend need not wait for that event to end.
 
 A deliverer has one turn for all its events, in the context of its task, and names in it the event that it dispatches.
-Tasks that a handler spawns inherit the context, and with it the turn; threads get one of their own for each event. A
-context variable set for each event would cost a tenth of the time in which an event is dispatched.
+Tasks that a handler spawns inherit the context, and with it the turn; threads get one of their own for each event. So a
+task that outlives its event counts as part of the next one that its deliverer handles. A context variable set for each
+event would be exact, but cost a tenth of the time in which an event is dispatched.
 """
 
 import contextvars
@@ -43,6 +44,6 @@ def mine() -> Turn:
 
 
 def current() -> Event | None:
-    """The event that the calling code handles, or handled if that is over."""
+    """The event that is at work where the calling code comes from; the last one there if none is."""
     turn = _TURN.get()
     return turn.event if turn is not None else None
