@@ -683,7 +683,7 @@ class Backend:
     async def unsubscribe(self, name: str) -> None:
         """Return once nothing of the subscription is in flight here and its offset is committed.
 
-        What is still at work after `drain_timeout` is cancelled, and is dispatched again once somebody subscribes. A
+        Dispatches that outlast `drain_timeout` are cancelled and made again once somebody subscribes. A
         plain function cannot be cancelled: the log names its event, which may then be handled twice at once.
 
         The offset stays: to subscribe again goes on from there. When PostgreSQL cannot be reached to commit it, that is
@@ -705,7 +705,7 @@ class Backend:
     async def delete_subscription(self, name: str) -> None:
         """Return once the subscription is forgotten for good: its offset, what was to be tried again, its dead letters.
 
-        One that runs here is unsubscribed first; one that runs elsewhere finds its lease lost. From a handler of this
+        If it runs here it is unsubscribed first; workers elsewhere find their leases lost. From a handler of this
         subscription it is deleted once nothing else is at work; what becomes of that handler's event is not recorded.
         Raises SubscriptionNotFoundError when there is none.
         """
@@ -743,7 +743,7 @@ class Backend:
         async with self._at_rest(registration):
             await self._in_this_life(lambda: parts.subscriptions.seek(name, place))
             if self._worker is not None:
-                # What is at work for too long to be waited for settles nothing any more.
+                # Dispatches that took too long to be waited for settle nothing any more.
                 self._worker.lose_subscription(name)
         await parts.notifier.notify_leases()
 

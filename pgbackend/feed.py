@@ -86,7 +86,7 @@ class Feed:
                 self._bury(bad)
             await self._admit(batch)
             for hole in batch.closed:
-                # What was read once was an event; the rest was rolled back.
+                # Positions that were read once were events; the others were rolled back.
                 self._skip(window.close_hole(hole))
             if self._waiting:
                 # They were in the log when they failed, and should have come by now.

@@ -109,7 +109,7 @@ class Fence:
 
 
 def _problems(seen: Record, where: str) -> Iterator[str]:
-    """What is not as the fence needs it, each with the way to mend it. `where`: the log's schema, quoted."""
+    """Each property that the fence lacks, with the way to mend it. `where`: the log's schema, quoted."""
     sequence, position = f"{where}.events_position_seq", f"{where}.events.position"
     altered = [
         f"{label} is {seen[name]}"

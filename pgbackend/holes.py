@@ -81,7 +81,7 @@ class Evidence:
     """When the server began to give these names to transactions."""
 
     def still_open(self, blockers: frozenset[str], *, since: "Evidence") -> frozenset[str]:
-        """Who of `blockers`, all of them in the evidence `since`, is in this one, by whatever name."""
+        """The `blockers` of the evidence `since` that are in this one too, by whatever name."""
         if self.server_start != since.server_start:
             # Only prepared transactions outlive a restart, but an old name says nothing about who they are.
             return self.appenders

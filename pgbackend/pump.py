@@ -337,7 +337,7 @@ class Pump:
     def _hold_back(self, event: Event) -> bool:
         """Whether the event does not go straight on.
 
-        One that has failed under a former owner comes when it is due, and one in doubt goes the way of retries.
+        An event that failed under a former owner comes when it is due. An event in doubt goes the way of retries.
         """
         before = self._waiting.pop(event.position, None) if self._waiting else None
         if before is None:

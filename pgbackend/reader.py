@@ -75,7 +75,7 @@ class Page:
     late: list[Event] = field(default_factory=list)
     """What appeared in holes."""
     events: list[Event] = field(default_factory=list)
-    """What is above them."""
+    """Events above the holes."""
     more: bool = False
     """Whether there is more to read."""
     lost: Mapping[int, str | None] = field(default_factory=dict)
@@ -261,7 +261,7 @@ class Log:
         return rows[0]["lower"] if rows else 0
 
     def forget_segments(self) -> None:
-        """Whoever asks for a segment looks again."""
+        """The next question about a segment looks at the catalog again."""
         self._segments = []
 
     async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> Page:
@@ -471,7 +471,7 @@ class Reader:
                 await backoff.wait()
 
     def _passed_gone(self) -> list[Range]:
-        """What is gone at or below `position`; the rest is told when it is passed."""
+        """Ranges that are gone at or below `position`; the rest is told when it is passed."""
         gone = RangeSet(self._gone)
         passed = list(gone.below(self.position))
         self._gone = list(gone.difference(passed))

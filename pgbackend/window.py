@@ -121,7 +121,7 @@ class Window:
         return lost
 
     def lose(self, lower: int, upper: int) -> list[Range]:
-        """What was in this range is gone from the log; the part of it that was not settled, nor taken on."""
+        """Note that this range is gone from the log; returns the part that was neither settled nor taken on."""
         lost = self.holes.within(lower, upper)
         self.holes.remove(lower, upper)
         self._seen.remove(lower, upper)
@@ -152,7 +152,7 @@ class Window:
         return mark, left.union(pending) if left else pending
 
     def unseen(self, mark: int) -> RangeSet:
-        """What is pending at or below a mark without an event that anybody has seen: it may have been rolled back."""
+        """Pending positions at or below a mark in which nobody has seen an event: they may have been rolled back."""
         left = self._left_below(mark)
         return left.difference(self._seen) if left and self._seen else left
 

@@ -320,7 +320,7 @@ class Worker:
         return any(event is other for pump, _ in self._pumps.values() for other in pump.at_work())
 
     def stands_waiting_for(self, registration: Registration | None) -> list[Event]:
-        """What is at work where nothing is begun any more, of one subscription or of all; empty where something is."""
+        """Events at work where nothing is begun any more, of one subscription or of all; empty where something is."""
         pumps = [pump for pump, _ in self._pumps.values() if registration in (None, pump.registration)]
         return [event for pump in pumps for event in pump.at_work()] if all(pump.halted for pump in pumps) else []
 

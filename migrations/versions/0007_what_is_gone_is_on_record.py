@@ -1,4 +1,4 @@
-"""What was still to be handled and is gone from the log is on record; dates are such as every client can read.
+"""Positions that a subscription owed and that are gone from the log are on record.
 
 Revision ID: 0007
 Revises: 0006
