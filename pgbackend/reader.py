@@ -389,7 +389,7 @@ class Reader:
         self._gone: list[Range] = []
         """Found to be removed from the log, and not told yet."""
         self._lost: dict[int, str | None] = {}
-        """Of what is held: see `Page.lost`."""
+        """Positions among the held ones: see `Page.lost`."""
         self.position = after
         log.forget_segments()
 

@@ -367,7 +367,7 @@ class Subscriptions:
     async def _locate(self, place: Place) -> _Offset:
         """Where the offsets are put for a place. Not in front of the log's first segment.
 
-        What has been removed there was not owed to a subscription that comes later, so it is not to count as skipped.
+        Events removed earlier were never owed to a later subscription, so they do not count as skipped for it.
         """
         if place == "latest":
             return _Offset(*await self._latest())

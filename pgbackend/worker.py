@@ -262,7 +262,7 @@ class Worker:
     async def stop_subscription(self, name: str) -> None:
         """Return once nothing of this subscription is in flight here, its offsets are committed and its shards free.
 
-        What is still at work after `drain_timeout` is cancelled.
+        Dispatches that outlast `drain_timeout` are cancelled.
         """
         deadline = self._deadline()
         if mine := await self._shards_of(name, deadline):
@@ -540,7 +540,7 @@ class Worker:
             self._rounds.ring()
             await self._notifier.notify_leases()
         elif at_once:
-            # Whoever asked for it to rest need not wait any longer.
+            # Calls that asked for the rest need not wait any longer.
             with suppress(DatabaseError):
                 await self._subscriptions.refuse_rest(pump.registration.name)
 

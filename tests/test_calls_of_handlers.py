@@ -63,7 +63,7 @@ async def row(database: str) -> dict[str, Any] | None:
 
 
 async def happens(database: str, call: Call, *, position: int) -> None:
-    """What was asked for has happened, and everything up to the position is settled."""
+    """Return once the call has taken effect, and everything up to the position is settled."""
 
     async def has_happened() -> bool:
         now = await row(database)

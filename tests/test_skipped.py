@@ -1,4 +1,4 @@
-"""What is gone from the log before a subscription has handled it: on record, in nobody's way, never half delivered."""
+"""Events removed before a subscription handled them are on record, hold up nothing, and are never half delivered."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -46,7 +46,7 @@ def in_time(began: float, drain_timeout: float) -> bool:
     return time.monotonic() - began < drain_timeout + LATE
 
 
-# Who stops it, and how often.
+# Second, cancelled and concurrent calls of stop().
 
 
 async def test_a_second_stop_waits_for_the_first(database: str) -> None:

@@ -226,7 +226,7 @@ END $$"""
 async def test_an_appender_that_may_own_too_many_holes_is_named_once_and_everything_goes_on_when_it_ends(
     database: str,
 ) -> None:
-    """One that deletes, say, while others roll back: each of their holes might be its own."""
+    """An open DELETE, for example, while others roll back: each of their holes might be its own."""
     catch = Catch()
     idler = await asyncpg.connect(database, server_settings={"application_name": "nightly cleaning"})
     early, quick = await asyncpg.connect(database), await asyncpg.connect(database)
