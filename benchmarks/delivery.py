@@ -26,11 +26,11 @@ from cloudevents.core.v1.event import CloudEvent
 from yarl import URL
 
 from pgbackend.backend import Backend
-from pgbackend.event import Event
+from pgbackend.codec.event import Event
 from pgbackend.model import Position
 from pgbackend.serve.app import look_for_garbage_rarely
-from pgbackend.serve.delivery import Delivery, open_session
-from pgbackend.serve.metrics import Metrics
+from pgbackend.serve.egress.delivery import Delivery, open_session
+from pgbackend.serve.operations.metrics import Metrics
 
 CONCURRENCY = 64
 WANTED = 0.6

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import asyncpg
 
-from pgbackend.embedded import EmbeddedServer
+from pgbackend.embedded.server import EmbeddedServer
 
 PROMISE = 0.5
 CONNECTIONS = 64

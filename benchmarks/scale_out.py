@@ -22,9 +22,9 @@ import asyncpg
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend, Event
-from pgbackend.database import Database
-from pgbackend.embedded import EmbeddedServer
-from pgbackend.reader import Log
+from pgbackend.embedded.server import EmbeddedServer
+from pgbackend.log.reader import Log
+from pgbackend.postgres.pool import Database
 
 CPU_SECONDS = 0.005
 SHARDS = 8

@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from pgbackend import schema as revisions
-from pgbackend.database import Database
-from pgbackend.dsn import normalize_dsn
+from pgbackend.postgres import schema as revisions
+from pgbackend.postgres.dsn import normalize_dsn
+from pgbackend.postgres.pool import Database
 
 schema = os.environ.get("PGBACKEND_SCHEMA") or "pgbackend"
 

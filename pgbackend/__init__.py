@@ -5,6 +5,7 @@ What can be imported from here is public; everything else may change without not
 
 from pgbackend import filters
 from pgbackend.backend import Backend, EventProducer, Interface, Subscribable
+from pgbackend.codec.event import Event
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -26,7 +27,6 @@ from pgbackend.errors import (
     SubscriptionMismatchError,
     SubscriptionNotFoundError,
 )
-from pgbackend.event import Event
 from pgbackend.model import (
     BlockingAppender,
     ConsumerDispatcher,

@@ -30,10 +30,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from uuid import uuid4
 
-from pgbackend import facts, schema, sockets, turns
-from pgbackend.appender import Appender
-from pgbackend.database import Backoff, Database
-from pgbackend.dsn import describe_dsn, normalize_dsn
+from pgbackend import facts
+from pgbackend.codec.event import Event
+from pgbackend.codec.sdk import encode
+from pgbackend.delivery import turns
+from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.registration import Registration, is_async, is_generator
+from pgbackend.delivery.worker import Settings, Worker, process_name
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -44,9 +47,12 @@ from pgbackend.errors import (
     SubscriptionNotFoundError,
     shown,
 )
-from pgbackend.event import Event
 from pgbackend.failures import describe
-from pgbackend.fence import Fence
+from pgbackend.log.appender import Appender
+from pgbackend.log.notify import Hints, Notifier, channel
+from pgbackend.log.reader import IncarnationChanged, Log
+from pgbackend.log.requirements import Fence
+from pgbackend.log.segments import Segments
 from pgbackend.model import (
     MAX_CONCURRENCY,
     MAX_NAME_BYTES,
@@ -60,15 +66,13 @@ from pgbackend.model import (
     Position,
     Status,
 )
+from pgbackend.postgres import schema, sockets
+from pgbackend.postgres.dsn import describe_dsn, normalize_dsn
+from pgbackend.postgres.pool import Backoff, Database
+from pgbackend.postgres.sql import quote_ident
 from pgbackend.probe import Probe, all_ok
-from pgbackend.reader import IncarnationChanged, Log
-from pgbackend.redelivery import Redelivery
-from pgbackend.registration import Registration, is_async, is_generator
 from pgbackend.retry import Retry
-from pgbackend.sdk import encode
-from pgbackend.segments import Segments
-from pgbackend.sql import quote_ident
-from pgbackend.subscriptions import (
+from pgbackend.subscriptions.definitions import (
     Definition,
     Place,
     Subscriptions,
@@ -79,13 +83,11 @@ from pgbackend.subscriptions import (
     exists,
     not_found,
 )
-from pgbackend.wakeup import Hints, Notifier, channel
-from pgbackend.worker import Settings, Worker, process_name
 
 if TYPE_CHECKING:
     from cloudevents.core.base import BaseCloudEvent
 
-    from pgbackend.embedded import EmbeddedServer
+    from pgbackend.embedded.server import EmbeddedServer
 
 VERSION = "0.1.0"
 
@@ -265,7 +267,7 @@ class Backend:
         The server starts with `init()` and stops with the last process that uses the directory.
         """
         # Here, because its package is an extra.
-        from pgbackend.embedded import EmbeddedServer  # noqa: PLC0415
+        from pgbackend.embedded.server import EmbeddedServer  # noqa: PLC0415
 
         backend = cls("postgresql:///postgres", **settings)
         backend._dsn = None

@@ -26,12 +26,12 @@ from typing import Literal
 
 from cloudevents.core.v1.event import CloudEvent
 
-from pgbackend.attributes import COLUMNS, Row
 from pgbackend.backend import Backend
-from pgbackend.database import Connection, Database
+from pgbackend.codec.attributes import COLUMNS, Row
+from pgbackend.codec.event import Event
+from pgbackend.codec.sdk import encode
 from pgbackend.errors import PgBackendError
-from pgbackend.event import Event
-from pgbackend.sdk import encode
+from pgbackend.postgres.pool import Connection, Database
 
 EVENT_BYTES = 500
 PAGE = 1_000
@@ -83,7 +83,7 @@ async def run(
     if dsn is not None:
         return await _run(dsn, events, rounds, progress)
     # Here, because its package is an extra.
-    from pgbackend.embedded import EmbeddedServer  # noqa: PLC0415
+    from pgbackend.embedded.server import EmbeddedServer  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="pgbackend-bench-", ignore_cleanup_errors=True) as directory:
         server = EmbeddedServer(Path(directory))

@@ -14,16 +14,17 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 from typing import Any as Anything
 
-from pgbackend import cesql, facts
-from pgbackend.attributes import is_name
+from pgbackend import facts
+from pgbackend.codec import cesql
+from pgbackend.codec.attributes import is_name
+from pgbackend.codec.sdk import as_event
 from pgbackend.errors import ConfigError
-from pgbackend.sdk import as_event
 
 if TYPE_CHECKING:
     from cloudevents.core.base import BaseCloudEvent
 
-    from pgbackend.attributes import ExtensionValue
-    from pgbackend.event import Event
+    from pgbackend.codec.attributes import ExtensionValue
+    from pgbackend.codec.event import Event
     from pgbackend.model import EventFilter
 
 _Lookup = Callable[["Event"], str | None]

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NewType
 
 if TYPE_CHECKING:
-    from pgbackend.event import Event
+    from pgbackend.codec.event import Event
 
 Position = NewType("Position", int)
 """An event's place in the log: a positive bigint, the log's total order."""

@@ -4,14 +4,14 @@ A probe goes the way of an append as far as it can go without leaving anything b
 promises: when every check is "ok", an event that is produced now is stored, for all that can be known now.
 """
 
-from pgbackend import schema as tables
-from pgbackend.database import STANDBY, Database
 from pgbackend.errors import ConnectionLostError, DatabaseError, PgBackendError, SchemaError
-from pgbackend.fence import Fence
-from pgbackend.segments import Segments
-from pgbackend.sql import load
-from pgbackend.sql.statements import ProbeSql
-from pgbackend.subscriptions import Subscriptions
+from pgbackend.log.requirements import Fence
+from pgbackend.log.segments import Segments
+from pgbackend.postgres import schema as tables
+from pgbackend.postgres.pool import STANDBY, Database
+from pgbackend.postgres.sql import load
+from pgbackend.postgres.sql.statements import ProbeSql
+from pgbackend.subscriptions.definitions import Subscriptions
 
 
 class Probe:

@@ -18,10 +18,11 @@ import asyncpg
 import hypothesis
 import pytest
 
-from pgbackend import Backend, schema
-from pgbackend import database as database_module
-from pgbackend.embedded import EmbeddedServer
-from pgbackend.grants import grants
+from pgbackend import Backend
+from pgbackend.embedded.server import EmbeddedServer
+from pgbackend.postgres import pool as database_module
+from pgbackend.postgres import schema
+from pgbackend.postgres.grants import grants
 from tests.support.pooler import PGBOUNCER, Pooler
 
 # How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.

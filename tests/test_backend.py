@@ -30,19 +30,19 @@ from pgbackend import (
     SchemaError,
     SubscriptionExistsError,
     SubscriptionNotFoundError,
-    schema,
 )
-from pgbackend.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_size
-from pgbackend.database import Database
+from pgbackend.codec.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_size
+from pgbackend.codec.wire import parse_structured
 from pgbackend.errors import shown
 from pgbackend.facts import Recorder
-from pgbackend.fence import Fence
+from pgbackend.log.reader import Log
+from pgbackend.log.requirements import Fence
+from pgbackend.log.segments import Segments
+from pgbackend.postgres import schema
+from pgbackend.postgres.pool import Database
 from pgbackend.probe import Probe
-from pgbackend.reader import Log
-from pgbackend.segments import Segments
-from pgbackend.subscriptions import Subscriptions
+from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.torture.proxy import Proxy
-from pgbackend.wire import parse_structured
 from tests.support.catch import Catch, make_event
 from tests.support.events import structured
 from tests.support.polling import eventually

@@ -20,12 +20,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pgbackend import Backend, schema
+from pgbackend import Backend
 from pgbackend.cli import main
 from pgbackend.cli.serve import serve
-from pgbackend.database import Database
-from pgbackend.serve import supervisor
-from pgbackend.serve.config import load_file
+from pgbackend.postgres import schema
+from pgbackend.postgres.pool import Database
+from pgbackend.serve.config.models import load_file
+from pgbackend.serve.operations import supervisor
 from tests.support.catch import Catch, make_event
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,11 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgbackend.codec.event import Event
+from pgbackend.codec.wire import parse_structured
 from pgbackend.errors import ConfigError, EventError
-from pgbackend.event import Event
 from pgbackend.filters import CESQL, All, Any, Exact, Not, Prefix, Suffix
 from pgbackend.model import EventFilter
-from pgbackend.wire import parse_structured
 
 
 def event(**members: object) -> Event:

@@ -6,7 +6,7 @@ Revises:
 
 from alembic.operations import Operations
 
-from pgbackend import ddl
+from pgbackend.postgres import ddl
 
 revision = "0001"
 down_revision = None

@@ -6,7 +6,7 @@ Revises: 0001
 
 from alembic.operations import Operations
 
-from pgbackend import ddl
+from pgbackend.postgres import ddl
 
 revision = "0002"
 down_revision = "0001"

@@ -6,7 +6,7 @@ Revises: 0002
 
 from alembic.operations import Operations
 
-from pgbackend import ddl
+from pgbackend.postgres import ddl
 
 revision = "0003"
 down_revision = "0002"
@@ -66,7 +66,7 @@ UPGRADE: tuple[str, ...] = (
     # So roles may write `single`, and that alone.
     "ALTER TABLE {schema}.incarnation ALTER COLUMN id SET DEFAULT gen_random_uuid()",
     # Makes the segment behind the newest, as wide as that; or nothing, when somebody else is at it, or enough are ahead
-    # as AHEAD_POSITIONS and AHEAD_SEGMENTS in pgbackend/segments.py have it: who calls cannot ask for more.
+    # as AHEAD_POSITIONS and AHEAD_SEGMENTS in pgbackend/log/segments.py have it: who calls cannot ask for more.
     # Only one at a time makes segments, and the others have better things to do; `urgent` is who cannot go on without.
     # Nothing here is worth a long wait: the next call is soon.
     # CREATE, then ATTACH. Not PARTITION OF: it takes AccessExclusive on the parent, and so queues every producer behind

@@ -6,7 +6,7 @@ Revises: 0007
 
 from alembic.operations import Operations
 
-from pgbackend import ddl
+from pgbackend.postgres import ddl
 
 revision = "0008"
 down_revision = "0007"

@@ -6,7 +6,7 @@ Revises: 0008
 
 from alembic.operations import Operations
 
-from pgbackend import ddl
+from pgbackend.postgres import ddl
 
 revision = "0009"
 down_revision = "0008"
@@ -63,7 +63,7 @@ UPGRADE: tuple[str, ...] = (
             set_back = EXISTS (SELECT FROM {schema}.offsets WHERE offsets.position > 0)
         WHERE incarnation.id::text = split_part(end_life.seen, '/', 1);
     END""",
-    # The evidence of pgbackend/holes.py: first the sequence, then the locks. plpgsql runs one statement after the
+    # The evidence of pgbackend/log/fence.py: first the sequence, then the locks. plpgsql runs one statement after the
     # other, whatever a planner makes of each. No filter by pid: a prepared transaction has none.
     """
     CREATE FUNCTION {schema}.appenders_in_flight(

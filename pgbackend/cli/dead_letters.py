@@ -6,8 +6,8 @@ from json import dumps
 import click
 
 from pgbackend.cli.options import backend_options, connected, table
+from pgbackend.codec.wire import write_structured
 from pgbackend.model import DeadLetter
-from pgbackend.wire import write_structured
 
 
 @click.group("dead-letters")

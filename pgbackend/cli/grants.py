@@ -2,7 +2,7 @@
 
 import click
 
-from pgbackend import grants as privileges
+from pgbackend.postgres import grants as privileges
 
 
 @click.command()

@@ -4,10 +4,10 @@ import asyncio
 
 import click
 
-from pgbackend import schema as revisions
 from pgbackend.cli.options import ANSWER_TIMEOUT, backend_options
-from pgbackend.database import Database
-from pgbackend.dsn import describe_dsn
+from pgbackend.postgres import schema as revisions
+from pgbackend.postgres.dsn import describe_dsn
+from pgbackend.postgres.pool import Database
 
 
 @click.command()

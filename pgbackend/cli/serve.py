@@ -206,13 +206,13 @@ def serve(context: click.Context, /, *, check_config: Path | None, print_schema:
 
 
 def _print_schema() -> None:
-    from pgbackend.serve.config import json_schema  # noqa: PLC0415 - the extra `serve`, which `--help` can do without
+    from pgbackend.serve.config.models import json_schema  # noqa: PLC0415 - of the extra `serve`
 
     click.echo(json.dumps(json_schema(), indent=2))
 
 
 def _check(context: click.Context, file: Path) -> None:
-    from pgbackend.serve.config import load_file  # noqa: PLC0415 - as above
+    from pgbackend.serve.config.models import load_file  # noqa: PLC0415 - as above
 
     try:
         triggers = load_file(file).triggers
@@ -227,7 +227,8 @@ def _check(context: click.Context, file: Path) -> None:
 def _serve(settings: "Settings", *, ignored: Mapping[str, str]) -> None:
     import uvloop  # noqa: PLC0415 - as above
 
-    from pgbackend.serve import app, logs, supervisor  # noqa: PLC0415 - as above
+    from pgbackend.serve import app  # noqa: PLC0415 - as above
+    from pgbackend.serve.operations import logs, supervisor  # noqa: PLC0415 - as above
 
     logs.configure(settings.log_format, settings.log_level)
     for variable, value in ignored.items():
@@ -242,7 +243,7 @@ def _serve(settings: "Settings", *, ignored: Mapping[str, str]) -> None:
 
 def _settings(context: click.Context, options: dict[str, Any]) -> "Settings":
     from pgbackend.serve.app import Settings  # noqa: PLC0415 - as above
-    from pgbackend.serve.hosts import checked_host  # noqa: PLC0415 - as above
+    from pgbackend.serve.ingest.hosts import checked_host  # noqa: PLC0415 - as above
 
     try:
         options["allowed_hosts"] = tuple(checked_host(host) for host in options.pop("allowed_host"))

@@ -25,21 +25,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pgbackend import embedded, facts
+from pgbackend import facts
 from pgbackend.backend import Backend
-from pgbackend.database import Backoff
+from pgbackend.embedded import server as embedded
 from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
-from pgbackend.serve import delivery, egress, tracing
-from pgbackend.serve.admin import Admin
-from pgbackend.serve.config import Configuration, load, load_file
-from pgbackend.serve.connection import allow_many_connections
-from pgbackend.serve.hosts import Hosts
-from pgbackend.serve.ingest import Ingest
-from pgbackend.serve.listener import Listener, Ports, Share, bind
-from pgbackend.serve.metrics import Metrics
-from pgbackend.serve.reload import changes, says_once
-from pgbackend.serve.tls import TLS
-from pgbackend.serve.triggers import Triggers
+from pgbackend.postgres.pool import Backoff
+from pgbackend.serve.config.models import Configuration, load, load_file
+from pgbackend.serve.config.reload import changes, says_once
+from pgbackend.serve.egress import connections as egress
+from pgbackend.serve.egress import delivery
+from pgbackend.serve.egress.triggers import Triggers
+from pgbackend.serve.ingest.handler import Ingest
+from pgbackend.serve.ingest.hosts import Hosts
+from pgbackend.serve.ingest.listener import Listener, Ports, Share, bind
+from pgbackend.serve.ingest.protocol import allow_many_connections
+from pgbackend.serve.ingest.tls import TLS
+from pgbackend.serve.operations import tracing
+from pgbackend.serve.operations.admin import Admin
+from pgbackend.serve.operations.metrics import Metrics
 
 PRODUCE_TIMEOUT = 10.0
 """Seconds until a sender is told 503 when PostgreSQL hangs: fewer than most clients have patience for."""

@@ -17,9 +17,9 @@ from typing import Literal, Self
 import asyncpg
 
 from pgbackend.backend import Backend
-from pgbackend.dsn import build_dsn, parse_dsn
-from pgbackend.embedded import EmbeddedServer
+from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.errors import ConnectionLostError, PgBackendError
+from pgbackend.postgres.dsn import build_dsn, parse_dsn
 from pgbackend.torture.evidence import Evidence
 from pgbackend.torture.load import SUBSCRIPTIONS
 from pgbackend.torture.plan import DOWN, Plan, Step

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import asyncpg
 
-from pgbackend.database import Database
 from pgbackend.errors import DatabaseError
-from pgbackend.sql import quote_ident
+from pgbackend.postgres.pool import Database
+from pgbackend.postgres.sql import quote_ident
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]

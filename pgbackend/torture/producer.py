@@ -25,9 +25,9 @@ import asyncpg
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.backend import Backend
-from pgbackend.database import Database
 from pgbackend.errors import PgBackendError, ProduceUncertainError
-from pgbackend.sql import quote_ident
+from pgbackend.postgres.pool import Database
+from pgbackend.postgres.sql import quote_ident
 from pgbackend.torture.load import PRODUCE_TIMEOUT
 from pgbackend.torture.records import Notes
 from pgbackend.torture.worker import read_commands

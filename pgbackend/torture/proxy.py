@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from pgbackend.dsn import Target, build_dsn, parse_dsn
+from pgbackend.postgres.dsn import Target, build_dsn, parse_dsn
 
 
 class Proxy:

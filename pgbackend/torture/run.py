@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 
 from pgbackend.backend import Backend
-from pgbackend.database import Database
-from pgbackend.dsn import describe_dsn
-from pgbackend.embedded import EmbeddedServer
+from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.errors import ConfigError
+from pgbackend.postgres.dsn import describe_dsn
+from pgbackend.postgres.pool import Database
 from pgbackend.torture import records
 from pgbackend.torture.chaos import Chaos
 from pgbackend.torture.evidence import Evidence, read_changes, read_end, read_log

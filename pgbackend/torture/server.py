@@ -13,7 +13,7 @@ from typing import Literal
 
 import asyncpg
 
-from pgbackend.embedded import EmbeddedServer
+from pgbackend.embedded.server import EmbeddedServer
 
 _INTERVAL = 0.02
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pgbackend.ranges import RangeSet
+from pgbackend.log.ranges import RangeSet
 from pgbackend.torture.evidence import Change, End, Stored
 from pgbackend.torture.load import HOLE_WAIT, REJECTED, RETRY, SUBSCRIPTIONS, Terms, failures
 from pgbackend.torture.records import Note

@@ -20,8 +20,8 @@ from typing import Any
 
 from pgbackend import facts
 from pgbackend.backend import Backend
+from pgbackend.codec.event import Event
 from pgbackend.errors import DatabaseError, Reject
-from pgbackend.event import Event
 from pgbackend.torture import clock
 from pgbackend.torture.load import REJECTED, RETRY, SETTINGS, SUBSCRIPTIONS, Terms, failures
 from pgbackend.torture.records import Notes

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pgbackend import Backend, Event, Reject
-from pgbackend.wire import parse_structured
+from pgbackend.codec.wire import parse_structured
 from tests.cli.conftest import Run
 from tests.support.polling import eventually
 

@@ -1,4 +1,4 @@
-"""`pgbackend grants`: what the SQL is good for is tried in tests/test_grants.py."""
+"""`pgbackend grants`: what the SQL is good for is tried in tests/postgres/test_grants.py."""
 
 from tests.cli.conftest import Run
 

@@ -3,7 +3,7 @@
 import asyncpg
 import pytest
 
-from pgbackend import schema
+from pgbackend.postgres import schema
 from tests.cli.conftest import Run
 
 

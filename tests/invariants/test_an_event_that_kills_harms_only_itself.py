@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, Pause, Retry
-from pgbackend.care import Care
+from pgbackend.delivery.care import Care
 from pgbackend.facts import Recorder
 from tests.support.catch import Catch, Gate, make_event
 from tests.support.ledger import Ledger
@@ -169,7 +169,7 @@ def test_care_is_taken_from_the_second_crash_on_for_a_window_of_events() -> None
 
 
 async def test_crashes_are_forgotten_once_all_is_settled(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgbackend.care._CALM_AFTER", 0.0)
+    monkeypatch.setattr("pgbackend.delivery.care._CALM_AFTER", 0.0)
     observer = await asyncpg.connect(database)
     async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
         await backend.produce(make_event("a"))
@@ -302,7 +302,7 @@ async def test_what_is_refused_of_another_subscription_does_not_keep_it_from_bei
 async def test_crashes_are_forgotten_where_a_subscription_ends_before_the_log(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgbackend.care._CALM_AFTER", 0.0)
+    monkeypatch.setattr("pgbackend.delivery.care._CALM_AFTER", 0.0)
     observer = await asyncpg.connect(database)
     async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
         await backend.produce_many([make_event(str(number)) for number in range(3)])
@@ -351,7 +351,7 @@ async def test_a_dispatcher_that_hangs_does_not_hold_up_other_subscriptions(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When all of them are run with care, their process having died twice."""
-    monkeypatch.setattr("pgbackend.care._LONGEST", 0.0)
+    monkeypatch.setattr("pgbackend.delivery.care._LONGEST", 0.0)
     gate, catch = Gate(), Catch()
     async with with_care(database) as backend:
         await backend.subscribe("other", Catch(), start="earliest", order="key")

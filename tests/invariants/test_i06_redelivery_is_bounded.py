@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend
-from pgbackend.ranges import RangeSet
+from pgbackend.log.ranges import RangeSet
 from tests.support.catch import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually

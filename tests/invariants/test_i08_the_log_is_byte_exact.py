@@ -6,7 +6,14 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event
-from pgbackend.wire import parse_batch, parse_binary, parse_structured, write_batch, write_binary, write_structured
+from pgbackend.codec.wire import (
+    parse_batch,
+    parse_binary,
+    parse_structured,
+    write_batch,
+    write_binary,
+    write_structured,
+)
 from tests.support.polling import eventually
 
 ATTRIBUTES = {

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend
-from pgbackend.embedded import EmbeddedServer
+from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.facts import Recorder
 from tests.support.catch import Catch, make_event
 from tests.support.polling import eventually

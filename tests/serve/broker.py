@@ -13,17 +13,17 @@ import aiohttp
 import asyncpg
 import pytest
 
-from pgbackend.attributes import COLUMNS
 from pgbackend.backend import Backend
-from pgbackend.event import Event
-from pgbackend.serve.config import load
-from pgbackend.serve.delivery import open_session
-from pgbackend.serve.ingest import Ingest, Limits
-from pgbackend.serve.listener import Listener, bind
-from pgbackend.serve.metrics import Metrics
-from pgbackend.serve.tls import TLS
-from pgbackend.serve.tracing import Tracing
-from pgbackend.serve.triggers import Triggers
+from pgbackend.codec.attributes import COLUMNS
+from pgbackend.codec.event import Event
+from pgbackend.serve.config.models import load
+from pgbackend.serve.egress.delivery import open_session
+from pgbackend.serve.egress.triggers import Triggers
+from pgbackend.serve.ingest.handler import Ingest, Limits
+from pgbackend.serve.ingest.listener import Listener, bind
+from pgbackend.serve.ingest.tls import TLS
+from pgbackend.serve.operations.metrics import Metrics
+from pgbackend.serve.operations.tracing import Tracing
 
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
 """Of a valid event in binary mode."""

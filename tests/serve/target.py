@@ -9,8 +9,8 @@ from time import monotonic
 
 from aiohttp import web
 
-from pgbackend import wire
-from pgbackend.event import Event
+from pgbackend.codec import wire
+from pgbackend.codec.event import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

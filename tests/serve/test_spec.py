@@ -18,10 +18,10 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from pgbackend.event import Event
+from pgbackend.codec.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.model import DeadLetter, SubscriptionStatus
-from pgbackend.serve.config import load
+from pgbackend.serve.config.models import load
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
 from tests.serve.process import Process, post, running
 from tests.serve.target import Request, Target
@@ -757,7 +757,7 @@ class TestBounds:
 async def _positioned(broker: Broker) -> list[Event]:
     import asyncpg
 
-    from pgbackend.attributes import COLUMNS
+    from pgbackend.codec.attributes import COLUMNS
 
     connection = await asyncpg.connect(broker.dsn)
     try:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cloudevents.core.v1.event import CloudEvent
 
-from pgbackend.event import Event
+from pgbackend.codec.event import Event
 from tests.support.polling import eventually
 
 

@@ -1,7 +1,7 @@
 """Claiming without a worker that looks for its share."""
 
-from pgbackend.leases import Leases
-from pgbackend.shard import Lease
+from pgbackend.subscriptions.lease import Lease
+from pgbackend.subscriptions.leases import Leases
 
 
 async def claim_free(leases: Leases, *subscriptions: str) -> list[Lease]:

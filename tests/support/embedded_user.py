@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pgbackend.embedded import EmbeddedServer
+from pgbackend.embedded.server import EmbeddedServer
 
 
 class EmbeddedUser:

@@ -8,9 +8,16 @@ from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.v1.event import CloudEvent
 from hypothesis import strategies as st
 
-from pgbackend.event import Event
-from pgbackend.sdk import encode
-from pgbackend.wire import parse_batch, parse_binary, parse_structured, write_batch, write_binary, write_structured
+from pgbackend.codec.event import Event
+from pgbackend.codec.sdk import encode
+from pgbackend.codec.wire import (
+    parse_batch,
+    parse_binary,
+    parse_structured,
+    write_batch,
+    write_binary,
+    write_structured,
+)
 
 BARE: dict[str, Any] = {"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from pgbackend.event import Event
+from pgbackend.codec.event import Event
 
 
 @dataclass(frozen=True, slots=True)

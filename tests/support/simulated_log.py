@@ -9,10 +9,10 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from pgbackend.event import Event
-from pgbackend.holes import AppenderClock, Evidence
-from pgbackend.ranges import RangeSet
-from pgbackend.reader import Log, Page, Reader
+from pgbackend.codec.event import Event
+from pgbackend.log.fence import AppenderClock, Evidence
+from pgbackend.log.ranges import RangeSet
+from pgbackend.log.reader import Log, Page, Reader
 from tests.support.events import log_row
 
 HOLE_WAIT = 2.0

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import asyncpg
 
-from pgbackend.embedded import _programs
+from pgbackend.embedded.server import _programs
 from pgbackend.torture.server import processes_on
 from tests.support.polling import eventually
 

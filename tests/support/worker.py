@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pgbackend.backend import Backend
-from pgbackend.event import Event
+from pgbackend.codec.event import Event
 from pgbackend.retry import Retry
 from pgbackend.torture.processes import Child
 from tests.support.ledger import Ledger

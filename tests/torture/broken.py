@@ -11,11 +11,11 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from pgbackend.holes import Evidence, Gaps
-from pgbackend.offsets import Committer
-from pgbackend.shard import Tenure
+from pgbackend.delivery.offsets import Committer
+from pgbackend.delivery.worker import Worker
+from pgbackend.log.fence import Evidence, Gaps
+from pgbackend.subscriptions.lease import Tenure
 from pgbackend.torture.worker import main
-from pgbackend.worker import Worker
 
 FENCED = (
     "AND stored.epoch = marked.epoch\n        AND stored.owner = $2\n        AND stored.position <= marked.position\n"

@@ -1,0 +1,251 @@
+"""The attributes of an event: the columns that hold them, and what CloudEvents asks of each.
+
+Whatever enters the log, as an object of the SDK (sdk.py) or over HTTP (wire.py), becomes a row through `checked_row`,
+or by a shorter way to the same row. The promise: each attribute keeps its text to the character,
+and what is no attribute of CloudEvents is refused with an `EventError` that names the event.
+
+Plain SQL passes by all this but for the log's constraints, so that `read_extensions` takes whatever PostgreSQL does.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from json.encoder import encode_basestring
+from math import isinf
+
+from pgbackend.codec.data import encoder, kind_of
+from pgbackend.errors import EventError
+
+COLUMNS = (
+    "specversion",
+    "id",
+    "source",
+    "type",
+    "subject",
+    "time",
+    "datacontenttype",
+    "dataschema",
+    "partitionkey",
+    "extensions",
+    "data",
+    "data_encoding",
+)
+"""What producers write of an `events` row. The first nine are texts under their attribute's name."""
+
+COLUMNS_03 = tuple("schemaurl" if name == "dataschema" else name for name in COLUMNS)
+"""The same by the attribute names of CloudEvents 0.3."""
+
+Row = tuple[
+    str, str, str, str, str | None, str | None, str | None, str | None, str | None, str, bytes | None, str | None
+]
+"""The values of `COLUMNS`, in their order."""
+
+ExtensionValue = str | int | bool
+
+ATTRIBUTES_BYTES = 1 << 16
+"""The most that the attributes of one event have together, as `attributes_size` counts. So says the log's CHECK."""
+
+
+def attributes_size(row: Row) -> int:
+    """Bytes of all attribute texts as UTF-8. The extensions count as JSON, so their names do as well."""
+    return sum(len(text.encode()) for text in row[:10] if isinstance(text, str))
+
+
+def size_of(row: Row) -> int:
+    """Bytes of the event's data and of all its attribute texts."""
+    return len(row[10] or b"") + attributes_size(row)
+
+
+# ── what makes an event valid ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def checked_row(attributes: dict[str, object], data: bytes | None, encoding: str | None) -> Row:
+    """The row of these attributes, each checked; takes them out of the dict. None is absent."""
+    id_, source = attributes.get("id"), attributes.get("source")
+    try:
+        return _checked(attributes, data, encoding)
+    except EventError as error:
+        raise EventError(f"{whose(id_, source)}: {error}") from None
+
+
+def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | None) -> Row:
+    specversion = attributes.pop("specversion", None)
+    if specversion != "1.0":
+        if specversion is None:
+            raise EventError("attribute 'specversion' is missing.")
+        if specversion != "0.3":
+            raise EventError(f"attribute 'specversion' is {short(specversion)}: expected '1.0'.")
+        if attributes.get("dataschema") is not None:
+            raise EventError("attribute 'dataschema' is not one of CloudEvents 0.3. Use 'schemaurl'.")
+        attributes["dataschema"] = attributes.pop("schemaurl", None)
+    take = attributes.pop
+    id_ = _text("id", take("id", None))
+    source = _text("source", take("source", None))
+    if not is_uri_reference(source):
+        raise EventError(f"attribute 'source' is {short(source)}: expected a URI-reference.")
+    type_ = _text("type", take("type", None))
+    subject = None if (value := take("subject", None)) is None else _text("subject", value)
+    time = None if (value := take("time", None)) is None else _text("time", value)
+    if time is not None and not is_time(time):
+        raise EventError(f"attribute 'time' is {short(time)}: expected an RFC 3339 timestamp.")
+    content_type = None if (value := take("datacontenttype", None)) is None else _text("datacontenttype", value)
+    if content_type is not None and not kind_of(content_type):
+        raise EventError(f"attribute 'datacontenttype' is {short(content_type)}: expected a media type.")
+    schema = None if (value := take("dataschema", None)) is None else _text("dataschema", value)
+    if schema is not None and not _schema(schema):
+        raise EventError(f"attribute 'dataschema' is {short(schema)}: expected an absolute URI.")
+    key = None if (value := take("partitionkey", None)) is None else _text("partitionkey", value)
+    extensions = write_extensions(attributes) if attributes else "{}"
+    return (specversion, id_, source, type_, subject, time, content_type, schema, key, extensions, data, encoding)
+
+
+def _text(name: str, value: object) -> str:
+    """The value, if it may be the text of an attribute that is not empty."""
+    if isinstance(value, str) and value and (value.isprintable() or not _forbidden(value)):
+        return value
+    if value is None:
+        raise EventError(f"attribute {name!r} is missing.")
+    if not isinstance(value, str):
+        raise EventError(f"attribute {name!r} is {short(value)}: expected a string.")
+    if not value:
+        raise EventError(f"attribute {name!r} is empty.")
+    raise EventError(f"attribute {name!r} has a control character, surrogate or noncharacter: {short(value)}.")
+
+
+def checked_extension(name: object, value: object) -> ExtensionValue:
+    """The value, if it may be that of an extension attribute of this name, which may be empty."""
+    if not isinstance(name, str) or not is_name(name) or name == "data":
+        raise EventError(f"{short(name)} is no attribute name: expected lower-case letters and digits, and not 'data'.")
+    if isinstance(value, str):
+        return _text(name, value) if value else value
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if not -0x8000_0000 <= value <= 0x7FFF_FFFF:
+            raise EventError(f"attribute {name!r} is an integer beyond 32 bits. Send it as a string.")
+        return value
+    raise EventError(
+        f"attribute {name!r} is {short(value)}: expected a string, a 32-bit integer or a boolean. Send it as a string."
+    )
+
+
+def is_uri_reference(text: str) -> bool:
+    # A producer has few sources: remembering them costs a fifth of looking again. Long ones are not kept: somebody may
+    # send thousands of different ones, of a megabyte each.
+    return _is_known_uri_reference(text) if len(text) <= 200 else _uri_reference(text) is not None
+
+
+@lru_cache(maxsize=4096)
+def _is_known_uri_reference(text: str) -> bool:
+    return _uri_reference(text) is not None
+
+
+# What CloudEvents forbids in a String. Whatever Python calls printable has none of it, which is the fast answer.
+_forbidden = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+    + "]"
+).search
+is_name = re.compile(r"[a-z0-9]+").fullmatch
+# Of RFC 3986 what costs little and catches mistakes: its excluded characters and broken escapes. IRIs pass.
+_URI_PLAIN = r"[^\s\x00-\x20\x7f<>\"\\^`{|}%]*+"
+_URI_CHARACTERS = rf"{_URI_PLAIN}(?:%[0-9A-Fa-f]{{2}}{_URI_PLAIN})*+"
+_uri_reference = re.compile(_URI_CHARACTERS).fullmatch
+# CloudEvents wants an absolute URI. A fragment alone passes too: Azure Event Grid sends "#" and the data's version.
+_schema = re.compile(rf"(?:[A-Za-z][A-Za-z0-9+.-]*+:(?!\Z)|#){_URI_CHARACTERS}").fullmatch
+is_time = re.compile(
+    r"""(?!0000)                                    # datetime has no year 0, so that a dispatcher could not read it
+        (?: \d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])
+          | \d{4}-(?:0[13-9]|1[0-2])-(?:29|30)
+          | \d{4}-(?:0[13578]|1[02])-31
+          | (?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29
+        )
+        [Tt](?:[01]\d|2[0-3]):[0-5]\d:(?:[0-5]\d|60)(?:\.\d+)?
+        (?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)""",
+    re.ASCII | re.VERBOSE,
+).fullmatch
+
+
+# ── extensions, in one column ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_extensions(attributes: Mapping[str, object]) -> str:
+    """The extension attributes as a JSON object, each checked; None is absent."""
+    # By hand, because the encoder takes 3 µs to set itself up; names need no escapes.
+    parts = []
+    for name, value in attributes.items():
+        if value is not None:
+            extension = checked_extension(name, value)
+            text = encode_basestring(extension) if isinstance(extension, str) else canonical(extension)
+            parts.append(f'"{name}":{text}')
+    return "{" + ",".join(parts) + "}"
+
+
+def read_extensions(text: str) -> dict[str, ExtensionValue]:
+    """The extension attributes of a row but for `partitionkey`, in a new dict.
+
+    Takes every object that PostgreSQL takes as JSON, since filters read it, which must not raise. What has no type of
+    CloudEvents, an integer beyond 32 bits among it, is the text of its JSON; null is absent. An object that nests
+    deeper than Python can follow, about a thousand levels, is as good as empty.
+
+    >>> read_extensions('{"a": "x", "b": 7, "c": 9876543210, "d": [true], "e": 1e999, "f": null}')
+    {'a': 'x', 'b': 7, 'c': '9876543210', 'd': '[true]', 'e': '1e999'}
+    """
+    if text == "{}":
+        return {}
+    try:
+        values, _ = _extension_decoder.raw_decode(text.lstrip())
+        return {
+            name: value if type(value) is str else _typed(value) for name, value in values.items() if value is not None
+        }
+    except RecursionError:
+        return {}
+
+
+def _typed(value: object) -> ExtensionValue:
+    if isinstance(value, int) and -0x8000_0000 <= value <= 0x7FFF_FFFF:
+        return value
+    return encoder.encode(value)
+
+
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:
+        return digits  # thousands of them, which Python refuses to read (measured: 4,301)
+
+
+def _float(digits: str) -> float | str:
+    number = float(digits)
+    return digits if isinf(number) else number  # JSON could not write infinity again
+
+
+_extension_decoder = json.JSONDecoder(parse_int=_integer, parse_float=_float)
+
+
+def canonical(value: ExtensionValue) -> str:
+    """CloudEvents' text form, which for integers and booleans is JSON's."""
+    if isinstance(value, str):
+        return value
+    return str(value) if type(value) is int else "true" if value else "false"
+
+
+# ── for messages ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def whose_of(attributes: Mapping[str, object]) -> str:
+    """As `whose`, of attributes that nobody has checked."""
+    return whose(attributes.get("id"), attributes.get("source"))
+
+
+def whose(id_: object, source: object) -> str:
+    """How errors name an event."""
+    return f"Event {short(id_)} of {short(source)}"
+
+
+def short(value: object) -> str:
+    """For a message: what an attacker sends may be long, or an integer too long to print."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:80] + "…")
+    return "missing" if value is None else f"of type {type(value).__name__}"

@@ -1,0 +1,298 @@
+"""The event that dispatchers and filters are handed: one row of the log, read like the SDK's `CloudEvent`.
+
+A reader makes one of each row, and all subscriptions share it; its parts are parsed when somebody asks. The promise:
+whatever plain SQL has put into the row, a filter's look at an attribute finds a value or none, and does not raise.
+"""
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pgbackend.codec.attributes import (
+    COLUMNS,
+    COLUMNS_03,
+    ExtensionValue,
+    Row,
+    canonical,
+    checked_extension,
+    read_extensions,
+    short,
+    whose,
+    write_extensions,
+)
+from pgbackend.codec.data import decode_data
+from pgbackend.errors import EventError
+
+if TYPE_CHECKING:
+    from pgbackend.model import Failure
+
+_TEXT_COLUMNS = {name: index for index, name in enumerate(COLUMNS[:9])}
+
+
+class RecordLike(Protocol):
+    """A row as the database driver returns it: `COLUMNS` first, by index."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Event:
+    """One event of the log. Works wherever the SDK's `CloudEvent` does, and is never changed: subscriptions share it.
+
+    It can be pickled and copied, so a dispatcher may hand it to another process.
+
+    >>> from pgbackend.wire import parse_structured
+    >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","data":{"n": 1.0}}')
+    >>> event.get_data()
+    {'n': 1.0}
+    >>> event.data_bytes
+    b'{"n": 1.0}'
+    >>> event.attributes_text
+    {'specversion': '1.0', 'id': '1', 'source': '/shop', 'type': 'order'}
+    """
+
+    __slots__ = ("_attempt", "_extensions", "_failure", "_position", "_recorded_at", "_row")
+
+    _row: Row
+    _extensions: dict[str, ExtensionValue] | None
+    """Parsed for the first who asked: several filters may, and the next one has its answer in 0.2 µs instead of 1."""
+
+    # Stores and nothing else: a reader makes more than 100,000 of these a second, most of them for a filter's glance.
+    def __init__(
+        self,
+        row: Row | RecordLike,
+        position: int = 0,
+        recorded_at: datetime | None = None,
+        attempt: int = 1,
+        failure: "Failure | None" = None,
+    ) -> None:
+        self._row = row  # type: ignore[assignment]  # a driver's record has the same values at the same places
+        self._position = position
+        self._recorded_at = recorded_at
+        self._attempt = attempt
+        self._failure = failure
+        self._extensions = None
+
+    @property
+    def position(self) -> int:
+        """Its place in the log; 0 while it has none."""
+        return self._position
+
+    @property
+    def recorded_at(self) -> datetime | None:
+        """When the database took it in, by the database's clock."""
+        return self._recorded_at
+
+    @property
+    def attempt(self) -> int:
+        """Which dispatch this is, counted from 1."""
+        return self._attempt
+
+    @property
+    def failure(self) -> "Failure | None":
+        """Why it was given up, for a `dead_letter` dispatcher; None otherwise."""
+        return self._failure
+
+    @property
+    def specversion(self) -> str:
+        """The version of CloudEvents that it follows: `1.0` or `0.3`."""
+        return self._row[0]
+
+    @property
+    def id(self) -> str:
+        """Unique within its source."""
+        return self._row[1]
+
+    @property
+    def source(self) -> str:
+        """Where it happened, a URI-reference."""
+        return self._row[2]
+
+    @property
+    def type(self) -> str:
+        """What kind of thing happened."""
+        return self._row[3]
+
+    @property
+    def subject(self) -> str | None:
+        """What it happened to, within its source."""
+        return self._row[4]
+
+    @property
+    def data_bytes(self) -> bytes | None:
+        """Its data as bytes, as they came in; None when it has none."""
+        return self._row[10]
+
+    @property
+    def row(self) -> Row:
+        """The values of `COLUMNS`."""
+        return self._row[:12]
+
+    @property
+    def key(self) -> tuple[str, str] | None:
+        """What orders it under `order="key"`: its partition key, else its subject within its source; None without."""
+        row = self._row
+        if row[8] is not None:
+            return ("partitionkey", row[8])
+        return None if row[4] is None else (row[2], row[4])
+
+    @property
+    def key_hash(self) -> int:
+        """What shards are cut by. Only for events that were read from the log: the database works it out."""
+        row: RecordLike = self._row
+        return int(row[14])
+
+    @property
+    def weight(self) -> int:
+        """The bytes that it takes in memory at most. Only for events that were read from the log: SQL works it out."""
+        row: RecordLike = self._row
+        weight: int = row[15]
+        return weight
+
+    @property
+    def attributes_text(self) -> dict[str, str]:
+        """Every attribute as the text that came in; integers and booleans in CloudEvents' canonical text form."""
+        texts = {name: text for name, text in self._core() if text is not None}
+        texts.update((name, canonical(value)) for name, value in self._parsed_extensions().items())
+        return texts
+
+    def attribute(self, name: str) -> str | None:
+        """The text of one attribute as in `attributes_text`; None when it is absent."""
+        value = self.value(name)
+        return value if value is None or isinstance(value, str) else canonical(value)
+
+    def value(self, name: str) -> ExtensionValue | None:
+        """The same with its type: an extension may be an integer or a boolean. Beyond 32 bits, it is text."""
+        row = self._row
+        index = _TEXT_COLUMNS.get(name)
+        if index is not None and (index != 7 or row[0] != "0.3"):
+            return row[index]  # type: ignore[return-value]  # the first nine are text
+        if name == "schemaurl" and row[0] == "0.3":
+            return row[7]
+        return self._parsed_extensions().get(name) if row[9] != "{}" else None  # not even a dict for the many without
+
+    def with_delivery(self, *, attempt: int | None = None, failure: "Failure | None" = None) -> "Event":
+        """A copy with this attempt and this failure; what is not given stays."""
+        return Event(
+            self._row,
+            self._position,
+            self._recorded_at,
+            self._attempt if attempt is None else attempt,
+            self._failure if failure is None else failure,
+        )
+
+    def get_id(self) -> str:
+        """As the SDK's."""
+        return self._row[1]
+
+    def get_source(self) -> str:
+        """As the SDK's."""
+        return self._row[2]
+
+    def get_type(self) -> str:
+        """As the SDK's."""
+        return self._row[3]
+
+    def get_specversion(self) -> str:
+        """As the SDK's."""
+        return self._row[0]
+
+    def get_datacontenttype(self) -> str | None:
+        """As the SDK's."""
+        return self._row[6]
+
+    def get_dataschema(self) -> str | None:
+        """As the SDK's: `schemaurl` of a 0.3 event."""
+        return self._row[7]
+
+    def get_subject(self) -> str | None:
+        """As the SDK's."""
+        return self._row[4]
+
+    def get_time(self) -> datetime | None:
+        """Its time as far as a datetime goes: microseconds, and a leap second as :59. The full text: `attribute`."""
+        text = self._row[5]
+        return None if text is None else _datetime(text)
+
+    def get_extension(self, extension_name: str) -> Any:
+        """Any attribute as in `get_attributes()`; None when it is absent."""
+        return self.get_time() if extension_name == "time" else self.value(extension_name)
+
+    def get_attributes(self) -> dict[str, Any]:
+        """All attributes, in a dict of the caller's own: `time` a datetime, extensions str, int or bool."""
+        attributes: dict[str, Any] = {name: text for name, text in self._core() if text is not None}
+        if "time" in attributes:
+            attributes["time"] = self.get_time()
+        attributes.update(self._parsed_extensions())
+        return attributes
+
+    def get_data(self) -> Any:
+        """What a producer gave as data; read from HTTP or SQL: parsed JSON, str of `text/*`, else bytes. None without.
+
+        Parsed anew at each call: what one subscription does to it, another does not see.
+        """
+        row = self._row
+        return decode_data(row[10], row[11], row[6])
+
+    def _core(self) -> Iterator[tuple[str, str | None]]:
+        row = self._row
+        names = COLUMNS if row[0] != "0.3" else COLUMNS_03
+        return zip(names[:9], row[:9], strict=True)
+
+    def _parsed_extensions(self) -> dict[str, ExtensionValue]:
+        extensions = self._extensions
+        if extensions is None:
+            extensions = self._extensions = read_extensions(self._row[9])
+        return extensions
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A driver's record has no other form that pickle and copy know.
+        row = tuple(self._row)
+        return type(self), (row, self._position, self._recorded_at, self._attempt, self._failure)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Event):
+            return NotImplemented
+        return self._position == other._position and self.row == other.row
+
+    def __hash__(self) -> int:
+        return hash((self._row[1], self._row[2]))
+
+    def __repr__(self) -> str:
+        row = self._row
+        return f"<Event {self._position} {row[3]!r} id={row[1]!r} source={row[2]!r}>"
+
+
+def _datetime(text: str) -> datetime:
+    text = text.upper()
+    if text[17:19] == "60":
+        text = f"{text[:17]}59{text[19:]}"  # datetime has no leap second
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise EventError(f"attribute 'time' is {short(text)}: expected an RFC 3339 timestamp.") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def attributes_with(event: Event, extra: Mapping[str, str]) -> Event:
+    """The same event with these extension attributes set. Raises `EventError` for what is no extension attribute.
+
+    >>> from pgbackend.wire import parse_structured
+    >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order"}')
+    >>> attributes_with(event, {"hops": "2"}).attribute("hops")
+    '2'
+    """
+    row = event.row
+    core = COLUMNS[:8] if row[0] != "0.3" else (*COLUMNS[:8], "schemaurl")
+    extensions = read_extensions(row[9])
+    for name, value in extra.items():
+        if name in core:
+            raise EventError(f"{whose(row[1], row[2])}: {name!r} is not an extension attribute.")
+        try:
+            extensions[name] = checked_extension(name, value)
+        except EventError as error:
+            raise EventError(f"{whose(row[1], row[2])}: {error}") from None
+    key = row[8]
+    if "partitionkey" in extra:
+        key = str(extensions.pop("partitionkey")) or None
+    changed: Row = (*row[:8], key, write_extensions(extensions), row[10], row[11])
+    return Event(changed, event.position, event.recorded_at, event.attempt, event.failure)

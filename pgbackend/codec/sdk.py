@@ -1,0 +1,144 @@
+"""From the SDK's events to rows of the log.
+
+`encode` takes what `produce()` was given, an event of the SDK or one that came out of a log, and returns what one
+`events` row holds, or raises `EventError`. The promise: the row shares nothing with the event, and `Event` gives back
+each value that went in.
+"""
+
+from base64 import b64encode
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from pgbackend.codec.attributes import (
+    ATTRIBUTES_BYTES,
+    Row,
+    attributes_size,
+    checked_row,
+    is_uri_reference,
+    size_of,
+    whose,
+    whose_of,
+)
+from pgbackend.codec.data import encode_data, kind_of
+from pgbackend.codec.event import Event
+from pgbackend.errors import EventError
+
+if TYPE_CHECKING:
+    from cloudevents.core.base import BaseCloudEvent
+
+
+def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> tuple[Row, int]:
+    """The event as a row that shares nothing with it, and the bytes that the row may take in memory.
+
+    Raises `EventError` when it is not a valid CloudEvent, when JSON would change its data, or when it is too large.
+    """
+    row = event.row if isinstance(event, Event) else _encode(event)
+    # A character is at most four bytes, in UTF-8 and in memory, so that only events near a limit are measured exactly.
+    attributes = _characters(row) * 4
+    weight = attributes + len(row[10] or b"")
+    if attributes > ATTRIBUTES_BYTES and (size := attributes_size(row)) > ATTRIBUTES_BYTES:
+        raise EventError(
+            f"{whose(row[1], row[2])} has {size:,} bytes of attributes, more than the {ATTRIBUTES_BYTES:,} that an "
+            "event may have. Move the long ones into its data."
+        )
+    if weight > max_event_bytes and (size := size_of(row)) > max_event_bytes:
+        raise EventError(
+            f"{whose(row[1], row[2])} has {size:,} bytes, more than max_event_bytes = {max_event_bytes:,}. "
+            "Keep its data elsewhere and send a reference (`dataref`), or raise the limit."
+        )
+    return row, weight
+
+
+def as_event(event: "BaseCloudEvent") -> Event:
+    """The event as one of the log, which has no position yet. Raises `EventError` when it is not a valid CloudEvent."""
+    return event if isinstance(event, Event) else Event(_encode(event))
+
+
+def _characters(row: Row) -> int:
+    """Of all attributes."""
+    # Written out: half the time of a loop.
+    return (
+        len(row[1])
+        + len(row[2])
+        + len(row[3])
+        + len(row[4] or "")
+        + len(row[5] or "")
+        + len(row[6] or "")
+        + len(row[7] or "")
+        + len(row[8] or "")
+        + len(row[9])
+        + 3
+    )
+
+
+def _encode(event: "BaseCloudEvent") -> Row:
+    try:
+        attributes: dict[str, object] = event.get_attributes()
+        data: object = event.get_data()
+        plain = _plain_texts(attributes)
+        if plain is None:
+            attributes = dict(attributes)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise EventError(
+            f"Expected a CloudEvent of cloudevents.core (get_attributes, get_data), not {type(event).__name__}: {error}"
+        ) from error
+    if plain is None:
+        for name, value in attributes.items():
+            if type(value) is not str and value is not None:
+                attributes[name] = _attribute_from_sdk(attributes, name, value)
+    try:
+        encoded, encoding = encode_data(data, attributes.get("datacontenttype"))
+    except EventError as error:
+        raise EventError(f"{whose_of(attributes)}: data {error}") from error.__cause__
+    if plain is not None:
+        return (*plain, None, None, "{}", encoded, encoding)
+    return checked_row(attributes, encoded, encoding)
+
+
+def _plain_texts(attributes: dict[str, object]) -> tuple[str, str, str, str, str | None, str | None, str | None] | None:
+    """The first seven columns of an event without extensions whose attributes are beyond doubt; None of any other.
+
+    Says no to much that is valid, and yes to nothing that is not: the way of all others decides, and words the errors.
+    Most events come by here, in 1.5 µs instead of 5.
+    """
+    get = attributes.get
+    id_, source, type_, subject = get("id"), get("source"), get("type"), get("subject")
+    content_type, time = get("datacontenttype"), get("time")
+    count = 4 + (subject is not None) + (content_type is not None) + (time is not None)
+    if len(attributes) != count or get("specversion") != "1.0":
+        return None
+    if type(id_) is not str or type(source) is not str or type(type_) is not str or not (id_ and source and type_):
+        return None
+    texts = id_ + source + type_
+    if subject is not None:
+        if type(subject) is not str or not subject:
+            return None
+        texts += subject
+    if content_type is not None and (type(content_type) is not str or not kind_of(content_type)):
+        return None
+    if time is not None:
+        if type(time) is not datetime or time.tzinfo is not UTC:
+            return None
+        time = time.replace(tzinfo=None).isoformat() + "Z"
+    if not texts.isprintable() or not is_uri_reference(source):
+        return None
+    return "1.0", id_, source, type_, subject, time, content_type
+
+
+def _attribute_from_sdk(attributes: Mapping[str, object], name: object, value: object) -> object:
+    """The value in its CloudEvents form: str, int or bool. Others than these the row's checks refuse by name."""
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enum its value, not its name
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise EventError(f"{whose_of(attributes)}: attribute {name!r} is a datetime without a time zone.")
+        if value.tzinfo is UTC:  # as nearly always; asking the zone costs as much as the rest
+            return value.replace(tzinfo=None).isoformat() + "Z"
+        text = value.isoformat()
+        return text.removesuffix("+00:00") + "Z" if text.endswith("+00:00") else text
+    if isinstance(value, bytes | bytearray | memoryview):
+        return b64encode(value).decode()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return value

@@ -1,0 +1,1 @@
+"""From a page of the log to the committed offset."""

@@ -1,0 +1,148 @@
+"""Whether the proof in pgbackend/log/fence.py holds here: what it takes for granted, looked up in catalogs and tried.
+
+`init()` and `probe()` do both. A running worker looks things up again and again, because an operator can alter a
+sequence at any time. Its promise: what would make readers miss an event is an error that names it.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator
+
+from pgbackend.errors import ConnectionLostError, SchemaError
+from pgbackend.log.fence import Evidence
+from pgbackend.log.reader import Log
+from pgbackend.postgres.pool import STANDBY, STATEMENT_TIMEOUT, Record, is_pooled, repeat
+from pgbackend.postgres.sql import load, quote_ident
+from pgbackend.postgres.sql.statements import FenceSql
+
+_POOLED_TIMEOUT = 1.0
+"""Seconds that a proof through a pooler waits for its second connection, before it gives its first one back.
+
+Several processes that start together could otherwise take all of the pooler's connections and wait for each other."""
+
+_PATIENCE = 15.0
+"""Seconds after which it is tried no more."""
+_MAX = (1 << 63) - 1
+
+
+class Fence:
+    """Looks at the ground that the fence of one log stands on."""
+
+    def __init__(self, log: Log, *, schema: str) -> None:
+        self._log = log
+        self._schema = schema
+        self._sql = load(FenceSql, "fence", schema=schema)
+        self._one_proof = asyncio.Lock()
+        """Held by the one that needs two connections of the pool at once: several would wait for each other."""
+
+    async def verify(self) -> None:
+        """Return when the tables are as the fence needs them, for all that catalogs say. Raises SchemaError."""
+        problem = await self.examine()
+        if problem is not None:
+            raise SchemaError(problem)
+
+    async def examine(self) -> str | None:
+        """What in the log's tables would let events be lost, and how to mend it; None when nothing would."""
+        seen = await self._log.database.fetchrow(self._sql.examine)
+        if seen is None:
+            return (
+                f"Schema {quote_ident(self._schema)} lacks the table `events` or its sequence `events_position_seq`: "
+                "events could be lost. Restore them."
+            )
+        if problems := list(_problems(seen, quote_ident(self._schema))):
+            return "Events could be lost: " + " ".join(problems)
+        distributed = await self._log.database.fetchval(self._sql.find_distributed)
+        if distributed:
+            return (
+                f"Events could be lost: Citus distributes the log's tables ({', '.join(distributed)}). "
+                "Undistribute them (`undistribute_table`), or put the log in a schema of tables local to one node."
+            )
+        return None
+
+    async def prove(self) -> str | None:
+        """Why evidence cannot be trusted on this server; None when an open appender was seen in it.
+
+        A transaction of its own takes the lock of an INSERT, and evidence from another connection must name it. Raises
+        ConnectionLostError when there is no second connection.
+        """
+        try:
+            async with self._one_proof:
+                name, evidence = await repeat(self._observe_appender, STATEMENT_TIMEOUT)
+        except ConnectionLostError as error:
+            if error.sqlstate != STANDBY:
+                raise
+            # A role whose transactions are read-only appends nothing and runs no worker.
+            return None
+        if name and name in evidence.appenders:
+            return None
+        return (
+            "This server's pg_locks does not show the lock of a transaction that appends "
+            f"({'by its virtual transaction id' if name else 'nor its virtual transaction'}), so events could be lost. "
+            "pgbackend needs PostgreSQL itself, not a database that only speaks its protocol."
+        )
+
+    async def _observe_appender(self) -> tuple[str | None, Evidence]:
+        """The virtual transaction of an appender on one connection, and evidence from another one meanwhile."""
+        deadline = time.monotonic() + _PATIENCE
+        database = self._log.database
+        pooled = False
+        while True:
+            try:
+                # Both connections first: through a pooler, connecting takes a server's connection several times.
+                async with database.acquire() as appender, database.acquire() as observer:
+                    pooled = is_pooled(appender)
+                    async with appender.transaction():
+                        name = await appender.fetchval(self._sql.open_appender, timeout=STATEMENT_TIMEOUT)
+                        timeout = _POOLED_TIMEOUT if pooled else STATEMENT_TIMEOUT
+                        return name, await self._log.take_evidence(observer, timeout=timeout)
+            except ConnectionLostError as error:
+                if not pooled or error.sqlstate == STANDBY:
+                    raise
+                if time.monotonic() > deadline:
+                    raise ConnectionLostError(
+                        f"The fence could not be proven: {error} A pooler must have two connections to the server at "
+                        "least (`default_pool_size`)."
+                    ) from error
+            # Not in step with other processes, which want the same connections.
+            await asyncio.sleep(random.random() * _POOLED_TIMEOUT)  # noqa: S311 - not a secret
+
+
+def _problems(seen: Record, where: str) -> Iterator[str]:
+    """Each property that the fence lacks, with the way to mend it. `where`: the log's schema, quoted."""
+    sequence, position = f"{where}.events_position_seq", f"{where}.events.position"
+    altered = [
+        f"{label} is {seen[name]}"
+        for label, name, wanted in (
+            ("its type", "type", "bigint"),
+            ("INCREMENT", "increment", 1),
+            ("CACHE", "cache", 1),
+            ("CYCLE", "cycle", False),
+            ("MAXVALUE", "maximum", _MAX),
+        )
+        if seen[name] != wanted
+    ]
+    if seen["minimum"] < 1:
+        altered.append(f"MINVALUE is {seen['minimum']}")
+    if altered:
+        yield (
+            f"the sequence {sequence} was altered ({', '.join(altered)}). Stop all producers, run ALTER SEQUENCE "
+            f"{sequence} AS bigint INCREMENT BY 1 MINVALUE 1 NO MAXVALUE CACHE 1 NO CYCLE, and start them again."
+        )
+    if not seen["is_identity"]:
+        yield (
+            f"{position} is not GENERATED ALWAYS AS IDENTITY, so producers may choose positions. Run ALTER TABLE "
+            f"{where}.events ALTER COLUMN position SET GENERATED ALWAYS."
+        )
+    if not seen["uses_sequence"]:
+        yield f"{position} does not draw from {sequence}. Make that its identity's sequence again."
+    if not seen["has_primary_key"]:
+        yield f"{where}.events has no primary key. If a restore is under way, wait for its end; else run it again."
+    if not seen["sequence_logged"]:
+        yield f"a crash would set {sequence} back. Run ALTER SEQUENCE {sequence} SET LOGGED."
+    if not seen["events_logged"]:
+        yield f"a crash would empty {where}.events, or a segment of it. Run ALTER TABLE … SET LOGGED on each."
+    if not seen["offsets_logged"]:
+        yield f"a crash would empty {where}.offsets. Run ALTER TABLE {where}.offsets SET LOGGED."
+    if not seen["incarnation_unlogged"]:
+        yield f"{where}.incarnation is logged and so hides a crash. Run ALTER TABLE {where}.incarnation SET UNLOGGED."

@@ -1,0 +1,45 @@
+-- The evidence that the fence rests on. See pgbackend/log/fence.py for the proof.
+
+-- name: appenders_in_flight
+-- The highest position given out, then who may hold one of those open, in that order: by a function of the log
+-- (migration 0009), which leaves no planner the choice.
+SELECT
+    evidence.upto,
+    evidence.appenders,
+    evidence.server_start,
+    (SELECT id FROM {schema}.life) AS incarnation
+FROM {schema}.appenders_in_flight(
+    to_regclass(quote_ident({schema_literal}) || '.events'),
+    to_regclass(quote_ident({schema_literal}) || '.events_position_seq')
+) AS evidence;
+
+-- name: describe_appenders
+-- The same transactions with what this role or the log's owner may see of them, oldest first. For people, not for the
+-- proof.
+SELECT
+    held.virtualtransaction AS virtual_transaction,
+    held.pid,
+    prepared.gid,
+    activity.application_name AS application,
+    extract(epoch FROM clock_timestamp() - coalesce(began.xact_start, prepared.prepared))::float8 AS age,
+    began.xact_start
+FROM pg_catalog.pg_locks AS held
+LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
+CROSS JOIN LATERAL (SELECT coalesce(activity.xact_start, {schema}.appender_began(held.pid)) AS xact_start) AS began
+-- By the lock on its own xid: a prepared transaction keeps its virtual one until a restart makes it "-1/<xid>".
+LEFT JOIN pg_catalog.pg_prepared_xacts AS prepared
+    ON held.pid IS NULL
+    AND EXISTS (
+        SELECT
+        FROM pg_catalog.pg_locks AS own
+        WHERE own.locktype = 'transactionid'
+            AND own.pid IS NULL
+            AND own.virtualtransaction = held.virtualtransaction
+            AND own.transactionid = prepared.transaction
+    )
+WHERE held.locktype = 'relation'
+    AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+    AND held.relation = to_regclass(quote_ident({schema_literal}) || '.events')
+    AND held.mode = 'RowExclusiveLock'
+    AND held.granted
+ORDER BY age DESC NULLS LAST;

@@ -1,0 +1,1 @@
+"""CloudEvents out, over HTTP."""

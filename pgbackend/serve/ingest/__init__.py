@@ -1,0 +1,1 @@
+"""CloudEvents in, over HTTP."""

@@ -1,0 +1,1 @@
+"""Subscriptions as they stand in the database, and which worker runs which shard."""

@@ -1,0 +1,337 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend
+from pgbackend.delivery.offsets import Committer
+from pgbackend.delivery.shard import Buried, Forgotten, Mark, Scheduled, Shard
+from pgbackend.delivery.window import Window
+from pgbackend.errors import ConnectionLostError, DatabaseError
+from pgbackend.facts import Recorder
+from pgbackend.log.reader import IncarnationChanged, Log
+from pgbackend.model import Failure
+from pgbackend.postgres.pool import Database
+from pgbackend.subscriptions.lease import Tenure
+from pgbackend.subscriptions.leases import Leases
+from pgbackend.torture.proxy import Proxy
+from tests.support.catch import make_event
+from tests.support.claims import claim_free
+from tests.support.polling import eventually
+
+
+class Owner:
+    """A worker that runs shards by hand: claims, settles, commits."""
+
+    def __init__(self, log: Log, dsn: str) -> None:
+        self.dsn = dsn
+        self.log = log
+        self.id: UUID = uuid4()
+        self.leases = Leases(log, schema="pgbackend", worker=self.id)
+        self.committer = Committer(log, schema="pgbackend", worker=self.id, commit_interval=0.01)
+        self.lost: list[Shard] = []
+        self.committed: list[Mark] = []
+        self.committer.on_lost = self.lost.append
+        self.committer.on_committed = lambda _, mark: self.committed.append(mark)
+
+    async def claim(self, *names: str) -> list[Shard]:
+        connection = await asyncpg.connect(self.dsn)
+        await connection.execute(
+            "INSERT INTO pgbackend.workers (id, name, lease_timeout) VALUES ($1, 'test', '1 hour') "
+            "ON CONFLICT DO NOTHING",
+            self.id,
+        )
+        await connection.close()
+        return [
+            Shard(
+                lease=lease,
+                window=Window(position=lease.position, pending=lease.pending, max_events=100, max_bytes=10**6),
+                tenure=Tenure(),
+                place=lease.place,
+                committed=(lease.position, str(lease.pending), str(lease.holes)),
+            )
+            for lease in await claim_free(self.leases, *(names or ("s",)))
+        ]
+
+    def settle(self, shard: Shard, *positions: int) -> None:
+        for position in positions:
+            if position > shard.window.position:
+                shard.window.open(position, 1)
+            shard.window.settle(position)
+        self.committer.note(shard)
+
+
+@asynccontextmanager
+async def owning(dsn: str) -> AsyncIterator[Owner]:
+    database = Database(dsn)
+    await database.open()
+    try:
+        log = Log(database, schema="pgbackend", hole_wait=1.0)
+        await log.enter_incarnation()
+        yield Owner(log, dsn)
+    finally:
+        await database.close()
+
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture
+async def ask(backend: Backend, database: str) -> AsyncIterator[Ask]:
+    """One query's rows, as tuples, of a log with ten events and the subscription `s`."""
+    await backend.subscribe("s", print)
+    await backend.produce_many([make_event(str(number)) for number in range(10)])
+    connection = await asyncpg.connect(database)
+
+    async def ask(statement: str, *args: object) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in await connection.fetch(statement, *args)]
+
+    yield ask
+    await connection.close()
+
+
+OFFSET = "SELECT position, pending::text FROM pgbackend.offsets WHERE subscription = 's'"
+
+
+async def test_a_mark_is_committed_with_what_is_pending_below_it(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        shard.window.open_run([1, 2, 3, 4], [1] * 4)
+        owner.settle(shard, 1, 4)
+        await owner.committer.run_once()
+
+        assert await ask(OFFSET) == [(4, "{[2,4)}")]
+
+
+async def test_a_row_that_was_moved_by_another_version_of_itself_is_found_by_its_key(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        await ask("UPDATE pgbackend.offsets SET shards = shards")
+        owner.settle(shard, 1)
+        await owner.committer.run_once()
+        assert await ask(OFFSET) == [(1, "{}")]
+        assert not shard.lost
+
+        # From then on by its new place again.
+        owner.settle(shard, 2)
+        await owner.committer.run_once()
+        assert await ask(OFFSET) == [(2, "{}")]
+
+
+@pytest.mark.parametrize("with_outcome", [False, True])
+async def test_a_former_owner_cannot_commit(ask: Ask, database: str, with_outcome: bool) -> None:
+    async with owning(database) as former, owning(database) as owner:
+        (stale,) = await former.claim()
+        await ask("UPDATE pgbackend.offsets SET owner = NULL")
+        (shard,) = await owner.claim()
+        owner.settle(shard, 1, 2)
+        await owner.committer.run_once()
+        former.settle(stale, 1, 2, 3)
+        if with_outcome:
+            stale.note(Buried(position=1, failure=Failure(error="x", attempts=1)))
+            stale.note(Scheduled(position=2, attempt=1, delay=0.0, error="x", failure=None))
+        await former.committer.run_once()
+
+        assert stale.lost
+        assert former.lost == [stale]
+        assert former.committed == []
+        assert not shard.lost
+        assert await ask(OFFSET) == [(2, "{}")]
+        assert await ask("SELECT count(*) FROM pgbackend.dead_letters") == [(0,)]
+        assert await ask("SELECT count(*) FROM pgbackend.redeliveries") == [(0,)]
+
+
+async def test_a_worker_that_claims_its_own_shard_again_cannot_commit_under_the_old_epoch(
+    ask: Ask, database: str
+) -> None:
+    async with owning(database) as owner:
+        (stale,) = await owner.claim()
+        await ask("UPDATE pgbackend.offsets SET owner = NULL")
+        (shard,) = await owner.claim()
+        assert shard.lease.epoch > stale.lease.epoch
+        owner.settle(stale, 1, 2)
+        owner.settle(shard, 1)
+        await owner.committer.run_once()
+
+        assert (stale.lost, shard.lost) == (True, False)
+        assert await ask(OFFSET) == [(1, "{}")]
+
+
+async def test_a_position_is_never_lowered(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        await ask("UPDATE pgbackend.offsets SET position = 7")
+        owner.settle(shard, 1)
+        await owner.committer.run_once()
+
+        assert await ask(OFFSET) == [(7, "{}")]
+
+
+async def test_in_another_life_of_the_server_nothing_is_committed(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        await ask("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+        owner.settle(shard, 1)
+        with pytest.raises(IncarnationChanged):
+            await owner.committer.run_once()
+
+        assert await ask(OFFSET) == [(0, "{}")]
+
+
+async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it_belongs_to(
+    ask: Ask, database: str
+) -> None:
+    failure = Failure(error="no such customer", attempts=5, details={"customer": "17", "note": 'quote " and \\ 🦆'})
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        owner.settle(shard, 1, 2, 3)
+        shard.note(Scheduled(position=1, attempt=2, delay=60.0, error="busy", failure=None))
+        shard.note(Buried(position=2, failure=failure))
+        shard.note(Forgotten(position=3))
+        await owner.committer.run_once()
+
+        assert await ask(OFFSET) == [(3, "{}")]
+        assert await ask(
+            "SELECT position, attempt, last_error, due_at > now() + interval '50 s' FROM pgbackend.redeliveries"
+        ) == [(1, 2, "busy", True)]
+        assert await ask(
+            "SELECT position, id, error, attempts, details->>'customer', details->>'note' FROM pgbackend.dead_letters"
+        ) == [(2, "1", "no such customer", 5, "17", 'quote " and \\ 🦆')]
+
+        shard.note(Forgotten(position=1))
+        owner.committer.note(shard)
+        await owner.committer.run_once()
+        assert await ask("SELECT count(*) FROM pgbackend.redeliveries") == [(0,)]
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["refused", "answer lost"])
+async def test_a_commit_that_failed_is_made_up_for_with_all_its_outcomes(
+    ask: Ask, database: str, reached: bool
+) -> None:
+    async with Proxy(database) as proxy, owning(proxy.dsn) as owner:
+        (shard,) = await owner.claim()
+        owner.settle(shard, 1, 2)
+        shard.note(Scheduled(position=1, attempt=1, delay=0.0, error="unique-marker", failure=None))
+        if reached:
+            proxy.lose_reply_to(b"unique-marker")
+        else:
+            proxy.cut()
+        with pytest.raises(ConnectionLostError):
+            await owner.committer.run_once()
+        assert owner.committed == []
+        proxy.restore()
+        owner.settle(shard, 3)
+        await owner.committer.run_once()
+
+        assert await ask(OFFSET) == [(3, "{}")]
+        assert await ask("SELECT position, attempt FROM pgbackend.redeliveries") == [(1, 1)]
+        assert not shard.lost
+
+
+async def test_all_shards_of_a_process_are_committed_together_and_one_that_is_lost_costs_the_others_nothing(
+    backend: Backend, ask: Ask, database: str
+) -> None:
+    await backend.subscribe("many", print, start="earliest", shards=5)
+    async with owning(database) as owner:
+        shards = await owner.claim("many")
+        await ask("UPDATE pgbackend.offsets SET owner = NULL WHERE subscription = 'many' AND shard = 2")
+        with Recorder() as recorder:
+            for shard in shards:
+                owner.settle(shard, 1)
+            await owner.committer.run_once()
+            assert [fields["shards"] for fields in recorder.all("offsets committed")] == [4]
+
+        assert [shard.lease.shard for shard in owner.lost] == [2]
+        assert await ask(
+            "SELECT shard, position FROM pgbackend.offsets WHERE subscription = 'many' ORDER BY shard"
+        ) == [(0, 1), (1, 1), (2, 0), (3, 1), (4, 1)]
+
+
+async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
+    ask: Ask, backend: Backend, database: str
+) -> None:
+    await backend.subscribe("other", print)
+    async with owning(database) as owner:
+        shards = {shard.lease.subscription: shard for shard in await owner.claim("s", "other")}
+        beyond_int4 = 1 << 40
+        shards["s"].note(Scheduled(position=3, attempt=beyond_int4, delay=1.0, error="failed", failure=None))
+        shards["other"].note(Forgotten(position=3))
+        for shard in shards.values():
+            shard.window.open_run([11, 12], [1] * 2)
+            owner.settle(shard, 11, 12)
+        with Recorder() as recorder, pytest.raises(DatabaseError):
+            await owner.committer.run_once()
+
+        assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 'other'") == [(12,)]
+        assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 's'") == [(0,)]
+        assert [fact["shard"] for fact in recorder.all("commit refused")] == ["s/0"]
+        # Or it would be committed with each try at the one that is refused: a failed event would never be due.
+        assert shards["other"].outcomes == {}
+        assert list(shards["s"].outcomes) == [("event", 3)]
+        assert not shards["other"].noted
+
+
+async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        shard.complete = True
+        owner.settle(shard, 1)
+        await owner.committer.run_once()
+        first = await ask("SELECT completed_at FROM pgbackend.offsets")
+        owner.settle(shard, 2)
+        await owner.committer.run_once()
+
+        assert first[0][0] is not None
+        assert await ask("SELECT completed_at FROM pgbackend.offsets") == first
+
+
+async def test_commits_are_at_least_an_interval_apart_and_the_first_goes_at_once(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        loop = asyncio.get_running_loop()
+        times: list[float] = []
+        owner.committer.on_committed = lambda *_: times.append(loop.time())
+        position = 0
+
+        async def commits(count: int, *, interval: float) -> list[float]:
+            async def have_come() -> bool:
+                nonlocal position
+                position += 1
+                owner.settle(shard, position)
+                return len(times) >= count
+
+            times.clear()
+            owner.committer._interval = interval
+            running = asyncio.create_task(owner.committer.run())
+            try:
+                await eventually(f"{count} commits", have_come, interval=0.01)
+            finally:
+                running.cancel()
+                await asyncio.wait({running})
+            return times[:count]
+
+        await commits(1, interval=600.0)
+        first, second, third = await commits(3, interval=0.2)
+
+    assert min(second - first, third - second) >= 0.19
+
+
+async def test_a_range_set_of_a_thousand_holes_is_committed(ask: Ask, database: str) -> None:
+    async with owning(database) as owner:
+        (shard,) = await owner.claim()
+        shard.window.add_hole((1, 2))
+        for number in range(1, 1000):
+            shard.window.add_hole((2 * number + 1, 2 * number + 2))
+        shard.window.advance(2000)
+        owner.committer.note(shard)
+        await owner.committer.run_once()
+        await ask("UPDATE pgbackend.offsets SET owner = NULL")
+        (again,) = await owner.claim()
+
+    assert again.lease.position == 2000
+    assert again.lease.pending == shard.window.holes
+    assert len(again.lease.pending) == 1000

@@ -1,0 +1,343 @@
+"""`stop()` ends everything, once, in time, whatever is under way and whoever else is at it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, Event, NotRunningError, PgBackendError, ProduceUncertainError
+from pgbackend.delivery.worker import Worker
+from pgbackend.facts import Recorder
+from pgbackend.torture.proxy import Proxy
+from tests.support.catch import Catch, Gate, make_event
+from tests.support.polling import eventually
+
+LATE = 5.0 + 3.0
+"""Seconds beyond `drain_timeout`: what is documented, and what a busy machine may need besides."""
+
+
+@asynccontextmanager
+async def nothing_left(database: str) -> AsyncIterator[None]:
+    """At the end no connection of a backend is open, and no task runs that did not before."""
+    before = asyncio.all_tasks()
+    observer = await asyncpg.connect(database, server_settings={"application_name": "observer"})
+    try:
+        yield
+
+        async def is_over() -> bool:
+            open_ = await observer.fetchval(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND application_name = 'pgbackend'"
+            )
+            return not open_ and not {task for task in asyncio.all_tasks() - before if not task.done()}
+
+        await eventually("no connection and no task is left", is_over)
+    finally:
+        await observer.close()
+
+
+def in_time(began: float, drain_timeout: float) -> bool:
+    return time.monotonic() - began < drain_timeout + LATE
+
+
+# Second, cancelled and concurrent calls of stop().
+
+
+async def test_a_second_stop_waits_for_the_first(database: str) -> None:
+    gate = Gate()
+    async with nothing_left(database):
+        backend = Backend(database)
+        async with backend:
+            await backend.subscribe("s", gate, start="earliest")
+            await backend.produce(make_event("a"))
+            await gate.holds(1)
+            stops = [asyncio.create_task(backend.stop()) for _ in range(3)]
+            await asyncio.wait(stops, timeout=0.2)
+            assert not any(stop.done() for stop in stops)
+            gate.open()
+            await stops[2]
+            assert backend._parts is None
+            await asyncio.gather(*stops)
+
+    assert gate.handled == ["a"]
+
+
+async def test_a_stop_that_is_cancelled_still_comes_to_its_end(database: str) -> None:
+    gate = Gate()
+    async with nothing_left(database):
+        backend = Backend(database)
+        await backend.init()
+        running = asyncio.create_task(backend.start())
+        await backend.subscribe("s", gate, start="earliest")
+        await backend.produce(make_event("a"))
+        await gate.holds(1)
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await backend.stop()
+        gate.open()
+        await running
+
+    assert gate.handled == ["a"]
+
+
+async def test_stop_cancels_an_init_that_is_under_way_and_says_so_to_its_caller(database: str) -> None:
+    async with nothing_left(database), Proxy(database) as proxy:
+        proxy.stall()
+        backend = Backend(proxy.dsn)
+        initializing = [asyncio.create_task(backend.init()) for _ in range(2)]
+        await asyncio.wait(initializing, timeout=0.1)
+        began = time.monotonic()
+        await backend.stop()
+        assert in_time(began, 0)
+        for each in initializing:
+            with pytest.raises(NotRunningError, match="was stopped"):
+                await each
+
+
+@pytest.mark.parametrize("moments", [0, 1, 2, 3, 5, 8, 13, 100])
+async def test_stop_ends_a_start_that_has_only_begun(database: str, moments: int) -> None:
+    async with nothing_left(database):
+        backend = Backend(database)
+        await backend.init()
+        running = asyncio.create_task(backend.start())
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        await backend.stop()
+        await running
+
+
+async def test_stop_ends_a_start_that_waits_for_the_server(database: str) -> None:
+    async with nothing_left(database), Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, drain_timeout=60.0)
+        await backend.init()
+        proxy.stall()
+        running = asyncio.create_task(backend.start())
+        await asyncio.wait({running}, timeout=0.2)
+        began = time.monotonic()
+        await backend.stop()
+        assert in_time(began, 0)
+        await running
+
+
+# One deadline.
+
+
+async def test_handlers_that_fill_the_default_executor_do_not_hold_up_stop(database: str) -> None:
+    release = threading.Event()
+
+    async def fill(_: Event) -> None:
+        await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(None, release.wait) for _ in range(40)))
+
+    async with nothing_left(database):
+        backend = Backend(database, drain_timeout=0.2)
+        await backend.init()
+        running = asyncio.create_task(backend.start())
+        await backend.subscribe("s", fill, start="earliest")
+        with Recorder() as recorder:
+            await backend.produce(make_event("a"))
+            await recorder.wait("lease claimed")
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+            await backend.stop()
+            assert in_time(began, 0.2)
+        release.set()
+        await running
+
+
+@pytest.mark.slow
+async def test_nor_do_they_hold_up_the_end_of_an_embedded_server(tmp_path: Path) -> None:
+    release, loop = threading.Event(), asyncio.get_running_loop()
+    async with asyncio.timeout(120):
+        async with Backend.embedded(tmp_path) as backend:
+            await backend.produce(make_event("a"))
+            full = [loop.run_in_executor(None, release.wait) for _ in range(40)]
+    release.set()
+    await asyncio.gather(*full)
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel", "unsubscribe", "leave"])
+async def test_a_handler_that_swallows_its_cancellation_is_left_to_itself_and_commits_nothing(
+    database: str, how: str
+) -> None:
+    release, begun = asyncio.Event(), asyncio.Event()
+
+    async def stubborn(_: Event) -> None:
+        begun.set()
+        while not release.is_set():
+            with suppress(asyncio.CancelledError):
+                await release.wait()
+
+    async with nothing_left(database):
+        with Recorder() as recorder:
+            backend = Backend(database, drain_timeout=0.2)
+            await backend.init()
+            await backend.subscribe("s", stubborn, start="earliest")
+            await backend.produce(make_event("a"))
+            running = asyncio.create_task(backend.start())
+            await begun.wait()
+            began = time.monotonic()
+            if how == "unsubscribe":
+                await backend.unsubscribe("s")
+            elif how == "cancel":
+                running.cancel()
+                await asyncio.wait({running})
+            elif how == "leave":
+                await backend.__aexit__(None, None, None)
+            else:
+                await backend.stop()
+            assert in_time(began, 0.2)
+            assert [fields["events"] for fields in recorder.all("dispatcher abandoned")] == [["a"]]
+            # What it does later settles nothing.
+            release.set()
+            await backend.stop()
+            await asyncio.wait({running})
+    catch = Catch()
+    async with Backend(database) as again:
+        await again.subscribe("s", catch)
+        await catch.has("a")
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel", "unsubscribe"])
+@pytest.mark.parametrize("at_work", [False, True])
+async def test_a_server_that_is_frozen_does_not_hold_up_the_end(database: str, how: str, at_work: bool) -> None:
+    gate = Gate()
+    async with nothing_left(database), Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, drain_timeout=0.5, commit_interval=0.01)
+        await backend.init()
+        running = asyncio.create_task(backend.start())
+        await backend.subscribe("s", gate, start="earliest")
+        await backend.produce(make_event("a"))
+        await gate.holds(1)
+        proxy.stall()
+        if not at_work:
+            gate.open()
+        began = time.monotonic()
+        if how == "unsubscribe":
+            await backend.unsubscribe("s")
+        elif how == "cancel":
+            running.cancel()
+            await asyncio.wait({running})
+        else:
+            await backend.stop()
+        assert in_time(began, 0.5)
+        began = time.monotonic()
+        await backend.stop()
+        assert in_time(began, 0.5)
+        await asyncio.wait({running})
+        proxy.restore()
+
+
+async def test_what_cannot_be_produced_in_time_is_answered(database: str) -> None:
+    async with nothing_left(database):
+        lock = await asyncpg.connect(database, server_settings={"application_name": "lock"})
+        backend = Backend(database, drain_timeout=0.2, produce_timeout=60.0)
+        await backend.init()
+        async with lock.transaction():
+            await lock.execute("LOCK TABLE pgbackend.events IN SHARE MODE")
+            sent = asyncio.create_task(backend.produce(make_event("a")))
+            await asyncio.wait({sent}, timeout=0.1)
+            gathered = asyncio.create_task(backend.produce(make_event("b")))
+            await asyncio.wait({gathered}, timeout=0.1)
+            began = time.monotonic()
+            await backend.stop()
+            assert in_time(began, 0.2)
+            with pytest.raises(ProduceUncertainError):
+                await sent
+            with pytest.raises(NotRunningError, match="it is not stored"):
+                await gathered
+        await lock.close()
+
+
+# Cancelled anywhere.
+
+
+class Cut:
+    """Awaits a coroutine, and cancels the task that does when it is suspended for the `at`th time."""
+
+    def __init__(self, call: Awaitable[Any], at: int) -> None:
+        self._call = call
+        self._at = at
+        self.was_cut = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        inner: Any = self._call.__await__()
+        count = 0
+        error: BaseException | None = None
+        while True:
+            try:
+                waits_for = inner.send(None) if error is None else inner.throw(error)
+            except StopIteration as end:
+                return end.value
+            count += 1
+            if count == self._at:
+                self.was_cut = True
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+            try:
+                yield waits_for
+            except BaseException as thrown:  # noqa: BLE001 - handed on
+                error = thrown
+            else:
+                error = None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        pytest.param(Backend, "_init", id="init"),
+        pytest.param(Backend, "_run", id="start"),
+        pytest.param(Worker, "run", id="worker"),
+        pytest.param(Backend, "_end", id="stop"),
+    ],
+)
+async def test_whatever_is_cancelled_at_whatever_moment_leaves_nothing(
+    database: str, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """As `asyncio.run()` does at its end, at each place where the call waits."""
+    original: Callable[..., Awaitable[Any]] = getattr(owner, name)
+    cuts: list[Cut] = []
+    at = 0
+
+    async def cut(*args: Any, **options: Any) -> Any:
+        cuts.append(Cut(original(*args, **options), at if not cuts else 0))
+        return await cuts[-1]
+
+    monkeypatch.setattr(owner, name, cut)
+    while True:
+        at += 1
+        cuts.clear()
+        catch = Catch()
+        async with nothing_left(database):
+            backend = Backend(database, drain_timeout=1.0)
+
+            async def live(backend: Backend = backend, catch: Catch = catch) -> None:
+                await backend.init()
+                running = asyncio.create_task(backend.start())
+                # It says that its worker was cancelled from outside, where that is what is tried.
+                running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+                await backend.subscribe("s", catch)
+                await backend.produce(make_event("a"))
+                await asyncio.wait({asyncio.create_task(catch.has("a")), running}, return_when="FIRST_COMPLETED")
+
+            living = asyncio.create_task(live())
+            await asyncio.wait({living})
+            for _ in range(2):
+                with suppress(asyncio.CancelledError):
+                    await backend.stop()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                if task.get_name().startswith("Task-"):
+                    task.cancel()
+            with suppress(asyncio.CancelledError, PgBackendError):
+                await living
+        if not cuts[0].was_cut:
+            break
+
+    assert at > 1

@@ -1,0 +1,530 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import asyncpg
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+
+from pgbackend import Backend
+from pgbackend.codec.attributes import Row
+from pgbackend.errors import (
+    ConnectionLostError,
+    DatabaseError,
+    EventError,
+    NotRunningError,
+    PgBackendError,
+    ProduceTimeoutError,
+    ProduceUncertainError,
+)
+from pgbackend.facts import Recorder
+from pgbackend.log.appender import _COPY_EVENTS, Appender, _Call
+from pgbackend.postgres.pool import Connection, Database
+from pgbackend.postgres.sql import load
+from pgbackend.postgres.sql.statements import LogSql
+from pgbackend.torture.proxy import Proxy
+from tests.support.polling import eventually
+
+
+def row(id_: str, *, time: str | None = None, data: bytes | None = None) -> Row:
+    return ("1.0", id_, "test", "test", None, time, None, None, None, "{}", data, None)
+
+
+BAD = "not a time"
+"""What the log's CHECK refuses: a value that no producer of ours lets through."""
+
+
+async def nothing_to_extend() -> None:
+    raise AssertionError("the log has segments")
+
+
+@asynccontextmanager
+async def appending(dsn: str, *, timeout: float = 30.0) -> AsyncIterator[Appender]:
+    database = Database(dsn)
+    appender = Appender(
+        database,
+        load(LogSql, "log", schema="pgbackend"),
+        schema="pgbackend",
+        produce_timeout=timeout,
+        on_append=lambda _: None,
+        on_full=nothing_to_extend,
+    )
+    appender.start()
+    try:
+        yield appender
+    finally:
+        async with asyncio.timeout(timeout + 15):
+            await appender.close()
+
+
+async def append(appender: Appender, rows: Sequence[Row]) -> None:
+    await appender.append(rows, len(rows))
+
+
+async def is_sent(appender: Appender) -> None:
+    """Return once the calls that were made have been sent."""
+    await asyncio.sleep(0)  # they are tasks that have not begun
+    assert appender._calls
+
+    async def none_wait() -> bool:
+        return not appender._calls
+
+    await eventually("all calls are sent", none_wait)
+
+
+def time_is_up(appender: Appender) -> None:
+    """For every call that waits. One that is really short may be up before a call is sent or a connection there."""
+    for call in appender._waiting:
+        call.deadline = 0.0
+    appender._look_at_clock()
+
+
+async def stored(dsn: str) -> list[str]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return [record["id"] for record in await connection.fetch("SELECT id FROM pgbackend.events ORDER BY position")]
+    finally:
+        await connection.close()
+
+
+async def terminate_appender(dsn: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    await connection.close()
+
+
+@asynccontextmanager
+async def log_locked(dsn: str) -> AsyncIterator[None]:
+    """Inserts wait while it is open."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("BEGIN; LOCK TABLE pgbackend.events IN SHARE MODE")
+        yield
+    finally:
+        await connection.close()
+
+
+async def test_positions_follow_call_order_and_the_order_of_each_list(database: str) -> None:
+    async with appending(database) as appender:
+        await asyncio.gather(
+            *(append(appender, [row(f"{call}-{part}") for part in range(call % 4 + 1)]) for call in range(200))
+        )
+
+    assert await stored(database) == [f"{call}-{part}" for call in range(200) for part in range(call % 4 + 1)]
+
+
+async def test_calls_that_come_while_one_is_committed_travel_together(database: str) -> None:
+    async with appending(database) as appender:
+        await asyncio.gather(*(append(appender, [row(str(call))]) for call in range(300)))
+    connection = await asyncpg.connect(database)
+    transactions = await connection.fetchval("SELECT count(DISTINCT xmin::text) FROM pgbackend.events")
+    await connection.close()
+
+    assert transactions <= 3
+
+
+async def test_attributes_count_toward_the_bytes_of_a_batch(database: str) -> None:
+    backend = Backend(database)
+    await backend.init()
+    event = CloudEvent({"id": "1", "source": "test", "type": "test", "subject": "x" * 60_000})
+    await asyncio.gather(*(backend.produce(event) for _ in range(300)))
+    await backend.stop()
+    connection = await asyncpg.connect(database)
+    largest = await connection.fetchval("""
+        SELECT max(sum) FROM (SELECT sum(octet_length(subject)) FROM pgbackend.events GROUP BY xmin::text) AS batch""")
+    await connection.close()
+
+    assert largest <= 4 << 20
+
+
+@pytest.mark.parametrize("count", [1, 2, _COPY_EVENTS - 1, _COPY_EVENTS, 1000, 3000])
+async def test_a_list_of_any_length_is_one_transaction_in_its_order(database: str, count: int) -> None:
+    ids = [str(number) for number in range(count)]
+    async with appending(database) as appender:
+        await append(appender, [row(id_) for id_ in ids])
+    connection = await asyncpg.connect(database)
+    transactions = await connection.fetchval("SELECT count(DISTINCT xmin::text) FROM pgbackend.events")
+    await connection.close()
+
+    assert await stored(database) == ids
+    assert transactions == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, _COPY_EVENTS])
+async def test_a_list_with_one_bad_event_is_refused_as_a_whole(database: str, size: int) -> None:
+    async with appending(database) as appender:
+        rows = [row(str(number)) for number in range(size - 1)]
+        with pytest.raises(EventError):
+            await append(appender, [*rows, row("bad", time=BAD)])
+        await append(appender, [row("after")])
+
+    assert await stored(database) == ["after"]
+
+
+@pytest.mark.parametrize("calls", [3, 2 * _COPY_EVENTS])
+async def test_one_bad_event_fails_only_its_own_caller_and_the_rest_keep_their_order(database: str, calls: int) -> None:
+    async with appending(database) as appender:
+        results = await asyncio.gather(
+            *(append(appender, [row(str(call), time=BAD if call == 1 else None)]) for call in range(calls)),
+            return_exceptions=True,
+        )
+
+    assert [type(result).__name__ for result in results] == ["NoneType", "EventError"] + ["NoneType"] * (calls - 2)
+    assert await stored(database) == [str(call) for call in range(calls) if call != 1]
+
+
+async def test_a_value_that_cannot_even_be_sent_fails_only_its_own_caller(database: str) -> None:
+    async with appending(database) as appender:
+        for calls in (3, 2 * _COPY_EVENTS):
+            results = await asyncio.gather(
+                *(append(appender, [row("\0" if call == 1 else "ok")]) for call in range(calls)), return_exceptions=True
+            )
+            assert [isinstance(result, EventError) for result in results].count(True) == 1
+            results = await asyncio.gather(
+                *(append(appender, [row("\ud800" if call == 1 else "ok")]) for call in range(calls)),
+                return_exceptions=True,
+            )
+            assert [isinstance(result, EventError) for result in results].count(True) == 1, results
+    assert set(await stored(database)) == {"ok"}
+
+
+async def test_a_caller_that_is_cancelled_before_its_call_is_sent_takes_it_back(database: str) -> None:
+    async with appending(database) as appender:
+        async with log_locked(database):
+            first = asyncio.create_task(append(appender, [row("first")]))
+            await is_sent(appender)
+            second, third = (asyncio.create_task(append(appender, [row(id_)])) for id_ in ("second", "third"))
+            await asyncio.sleep(0)
+            second.cancel()
+            await asyncio.wait({second})
+        await first
+        await third
+
+    assert await stored(database) == ["first", "third"]
+
+
+async def test_a_caller_that_is_cancelled_later_only_stops_waiting(database: str) -> None:
+    async with appending(database) as appender:
+        async with log_locked(database):
+            calls = [asyncio.create_task(append(appender, [row(id_)])) for id_ in ("first", "second")]
+            await is_sent(appender)
+            calls[0].cancel()
+            await asyncio.wait({calls[0]})
+        await calls[1]
+
+    assert await stored(database) == ["first", "second"]
+
+
+async def test_when_all_who_waited_for_a_connection_gave_up_nothing_is_sent(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        with Recorder() as recorder:
+            proxy.stall()
+            call = asyncio.create_task(append(appender, [row("never")]))
+            await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.wait({call})
+            proxy.restore()
+            await append(appender, [row("after")])
+            assert recorder.all("append is uncertain") == []
+
+    assert await stored(database) == ["after"]
+
+
+async def test_a_call_that_was_not_sent_in_time_is_not_stored_and_says_so(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn, timeout=0.3) as appender:
+        proxy.cut()
+        began = time.monotonic()
+        with pytest.raises(ProduceTimeoutError):
+            await append(appender, [row("late")])
+        assert time.monotonic() - began < 10
+        proxy.restore()
+
+        async def is_taken() -> bool:
+            # The next try to connect may be further away than a call's patience, and a busy machine's commit slower.
+            with suppress(ProduceTimeoutError, ProduceUncertainError):
+                await append(appender, [row("after")])
+                return True
+            return False
+
+        await eventually("events are taken again", is_taken)
+
+    assert set(await stored(database)) == {"after"}
+
+
+async def test_a_call_that_was_sent_and_not_confirmed_in_time_is_uncertain(database: str) -> None:
+    async with appending(database) as appender:
+        await append(appender, [row("before")])
+        async with log_locked(database):
+            call = asyncio.create_task(append(appender, [row("slow")]))
+            await is_sent(appender)
+            time_is_up(appender)
+            with pytest.raises(ProduceUncertainError):
+                await call
+
+        async def is_stored() -> bool:
+            return await stored(database) == ["before", "slow"]
+
+        await eventually("it was stored in the end", is_stored)
+
+
+async def test_calls_wait_for_a_server_that_is_away_and_are_stored_once_it_is_back(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        with Recorder() as recorder:
+            calls = [asyncio.create_task(append(appender, [row(str(call))])) for call in range(3)]
+            await recorder.wait("append cannot connect")
+            proxy.restore()
+            await asyncio.gather(*calls)
+
+    assert await stored(database) == ["0", "1", "2"]
+
+
+async def test_a_call_that_was_not_sent_in_time_says_what_kept_it(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        with Recorder() as recorder:
+            call = asyncio.create_task(append(appender, [row("a")]))
+            await recorder.wait("append cannot connect")
+        appender._waiting[0].deadline = 0.0
+        appender._look_at_clock()
+        with pytest.raises(
+            ProduceTimeoutError, match=r"is not stored\. PostgreSQL at .* (cannot be reached|not available)"
+        ):
+            await call
+
+
+@pytest.mark.parametrize("count", [1, 3, _COPY_EVENTS])
+async def test_a_connection_that_dies_before_the_answer_leaves_each_call_of_the_batch_in_doubt(
+    database: str, count: int
+) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        await append(appender, [row("before")])
+        proxy.lose_reply_to(b"unique-marker")
+        results = await asyncio.gather(
+            *(append(appender, [row(f"unique-marker-{number}")]) for number in range(count)), return_exceptions=True
+        )
+        assert {type(result) for result in results} == {ProduceUncertainError}
+        assert len({id(result) for result in results}) == count, "each caller has an exception of its own"
+        await append(appender, [row("after")])
+
+    ids = await stored(database)
+    assert ids[0] == "before"
+    assert ids[-1] == "after"
+    assert len(ids) == len(set(ids)), "nothing was sent twice"
+
+
+@pytest.mark.parametrize("while_sending", [True, False])
+async def test_a_backend_that_is_terminated_costs_at_most_the_batch_it_had(database: str, while_sending: bool) -> None:
+    async with appending(database) as appender:
+        await append(appender, [row("before")])
+        if while_sending:
+            async with log_locked(database):
+                call = asyncio.create_task(append(appender, [row("lost")]))
+                await is_sent(appender)
+                connection = await asyncpg.connect(database)
+
+                async def is_terminated() -> object:
+                    return await connection.fetch(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                    )
+
+                await eventually("it waits for the lock, and is terminated", is_terminated)
+                await connection.close()
+                with pytest.raises(ProduceUncertainError):
+                    await call
+        else:
+            await terminate_appender(database)
+            # The connection may be found dead before or while something is sent on it; twice it is not.
+            with suppress(ProduceUncertainError):
+                await append(appender, [row("lost")])
+        await append(appender, [row("after")])
+
+    assert [id_ for id_ in await stored(database) if id_ != "lost"] == ["before", "after"]
+
+
+async def test_what_the_server_refuses_for_another_reason_is_told_to_all_and_nothing_is_stored(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE EXCEPTION 'disk full' USING ERRCODE = '53100'; END$$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON pgbackend.events FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    async with appending(database) as appender:
+        results = await asyncio.gather(*(append(appender, [row(str(n))]) for n in range(3)), return_exceptions=True)
+        await connection.execute("DROP TRIGGER refuse ON pgbackend.events")
+        await append(appender, [row("after")])
+    await connection.close()
+
+    assert all(isinstance(result, DatabaseError) and result.sqlstate == "53100" for result in results)
+    assert await stored(database) == ["after"]
+
+
+async def test_close_answers_every_call_that_was_made_and_takes_no_more(database: str) -> None:
+    async with appending(database) as appender:
+        calls = [asyncio.create_task(append(appender, [row(str(call))])) for call in range(50)]
+        await asyncio.sleep(0)
+        await appender.close()
+        assert all(call.done() for call in calls) or await asyncio.gather(*calls)
+        with pytest.raises(NotRunningError):
+            await append(appender, [row("late")])
+        await asyncio.gather(*calls)
+
+    assert len(await stored(database)) == 50
+
+
+async def test_close_gives_up_on_a_server_that_is_away(database: str) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        proxy.cut()
+        call = asyncio.create_task(append(appender, [row("a")]))
+        await asyncio.sleep(0)
+        await appender.close()
+        with pytest.raises(ConnectionLostError):
+            await call
+
+
+async def test_close_does_not_wait_longer_than_callers_do(database: str) -> None:
+    async with appending(database, timeout=0.3) as appender, log_locked(database):
+        call = asyncio.create_task(append(appender, [row("a")]))
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        await appender.close()
+        assert time.monotonic() - began < 20
+        with pytest.raises(PgBackendError):
+            await call
+
+
+async def test_a_log_without_a_segment_for_the_next_position_gets_one_and_no_call_fails(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    name = await connection.fetchval(
+        "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'pgbackend.events'::regclass "
+        "ORDER BY length(inhrelid::regclass::text), 1 LIMIT 1"
+    )
+    bounds = await connection.fetchval(
+        f"SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = '{name}'::regclass"
+    )
+    await connection.execute(f"ALTER TABLE pgbackend.events DETACH PARTITION {name}")
+
+    async def attach() -> None:
+        await connection.execute(f"ALTER TABLE pgbackend.events ATTACH PARTITION {name} {bounds}")
+
+    async with appending(database) as appender:
+        appender._on_full = attach
+        await append(appender, [row("a")])
+    await connection.close()
+
+    assert await stored(database) == ["a"]
+
+
+async def test_who_has_no_task_is_told_of_the_commit_and_of_each_refusal(database: str) -> None:
+    told: dict[str, Exception | None] = {}
+    async with appending(database) as appender:
+        for id_, time in (("good", None), ("bad", BAD), ("fine", None)):
+            appender.append_soon(row(id_, time=time), 1, partial(told.__setitem__, id_))
+        assert told == {}
+        await append(appender, [row("last")])
+        assert list(told) == ["good", "bad", "fine"]
+        assert (told["good"], told["fine"]) == (None, None)
+        assert isinstance(told["bad"], EventError)
+    assert await stored(database) == ["good", "fine", "last"]
+
+
+async def test_who_has_no_task_is_told_when_time_is_up(database: str) -> None:
+    async with appending(database) as appender, log_locked(database):
+        told: list[Exception | None] = []
+        appender.append_soon(row("sent"), 1, told.append)
+        await is_sent(appender)
+        appender.append_soon(row("waiting"), 1, told.append)
+        time_is_up(appender)
+        assert [type(error) for error in told] == [ProduceUncertainError, ProduceTimeoutError]
+
+
+async def test_a_bug_in_who_is_told_harms_nobody_else(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    def buggy(_: Exception | None) -> None:
+        raise RuntimeError("a bug")
+
+    async with appending(database) as appender:
+        for id_, time in (("good", None), ("bad", BAD)):
+            appender.append_soon(row(id_, time=time), 1, buggy)
+            await append(appender, [row("next")])
+    assert await stored(database) == ["good", "next", "next"]
+    assert [record.exc_info is not None for record in caplog.records] == [True, True]
+
+
+async def test_a_call_that_is_cancelled_as_its_commit_comes_back_is_only_cancelled(database: str) -> None:
+    """The future is cancelled at once, the coroutine learns of it a turn later: the appender may answer in between."""
+    async with appending(database) as appender:
+        calls = [asyncio.create_task(append(appender, [row(str(number))])) for number in range(200)]
+
+        def cancel_all(_: Exception | None) -> None:
+            for call in calls[:-1]:
+                call.cancel()
+
+        appender.append_soon(row("before"), 1, cancel_all)
+        calls += [asyncio.create_task(append(appender, [row("after")]))]
+        await asyncio.wait(calls)
+        assert all(call.cancelled() for call in calls[:-1])
+        assert calls[-1].exception() is None
+
+
+async def test_a_call_whose_time_is_up_when_its_batch_is_refused_is_not_sent_again(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Exception | None] = {}
+    sent: list[int] = []
+    async with appending(database) as appender:
+        insert = appender._insert
+
+        async def counting(connection: Connection, rows: Sequence[Row]) -> None:
+            sent.append(len(rows))
+            await insert(connection, rows)
+
+        monkeypatch.setattr(appender, "_insert", counting)
+        async with log_locked(database):
+            for id_, time in (("expired", None), ("bad", BAD), ("good", None)):
+                appender.append_soon(row(id_, time=time), 1, partial(told.__setitem__, id_))
+            first = appender._calls[0]
+            await is_sent(appender)
+            appender._expire(first)
+        await append(appender, [row("last")])
+        assert sent == [3, 1, 1, 1]
+        assert [type(told[id_]) for id_ in ("expired", "bad", "good")] == [
+            ProduceUncertainError, EventError, type(None),
+        ]  # fmt: skip
+    assert await stored(database) == ["good", "last"]
+
+
+async def test_when_the_appender_dies_of_a_bug_every_call_is_told_and_so_is_who_comes_later(
+    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    going_on = asyncio.Event()
+
+    async def buggy(_: object, batch: list[_Call]) -> None:
+        for call in batch:
+            call.sent = True
+        await going_on.wait()
+        raise RuntimeError("a bug")
+
+    async with appending(database) as appender:
+        await append(appender, [row("before")])
+        monkeypatch.setattr(appender, "_send", buggy)
+        first = asyncio.create_task(append(appender, [row("sent")]))
+        await is_sent(appender)
+        second = asyncio.create_task(append(appender, [row("waiting")]))
+        await asyncio.sleep(0)
+        going_on.set()
+        async with asyncio.timeout(10):
+            with pytest.raises(ProduceUncertainError, match="RuntimeError: a bug"):
+                await first
+            with pytest.raises(PgBackendError, match="Restart it"):
+                await second
+        with pytest.raises(PgBackendError, match="died of a bug"):
+            await append(appender, [row("later")])
+    (record,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert record.exc_info is not None
+    assert await stored(database) == ["before"]

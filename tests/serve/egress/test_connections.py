@@ -1,0 +1,225 @@
+"""Whom the broker connects to, and what becomes of its connections."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from pgbackend.codec import wire
+from pgbackend.serve.egress import connections as egress
+from pgbackend.serve.egress.delivery import Delivery, DeliveryError, open_session
+from tests.serve.broker import envelope
+from tests.serve.process import post, running
+from tests.serve.target import Target, raw_server, read_request
+from tests.support.polling import eventually
+
+ORDER = wire.parse_structured(envelope("order"))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "93.184.215.14",
+        "8.8.8.8",
+        "172.15.255.255",
+        "172.32.0.0",
+        "192.167.255.255",
+        "2606:2800:21f:cb07:6820:80da:af6b:8b2c",
+        "::ffff:8.8.8.8",  # public, whichever way it is written
+        "64:ff9b::8.8.8.8",
+        "2002:808:808::1",
+    ],
+)
+def test_public_addresses_are_public(host: str) -> None:
+    assert egress.is_public(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        # private, loopback, link-local, unspecified, multicast, and of no use
+        "10.0.0.1",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.0.1",
+        "127.0.0.1",
+        "127.255.255.254",
+        "169.254.1.1",
+        "0.0.0.0",  # noqa: S104 - an address to refuse
+        "0.1.2.3",
+        "100.64.0.1",  # carrier-grade NAT, and the pods of many a cluster
+        "224.0.0.1",
+        "239.255.255.250",
+        "240.0.0.1",
+        "255.255.255.255",
+        "192.0.2.1",
+        "198.18.0.1",
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fec0::1",
+        "fc00::1",
+        "fd12:3456::1",
+        "ff02::1",
+        "2001:db8::1",
+        "4000::1",  # given to nobody
+        # metadata of AWS, GCP and Azure; Alibaba; AWS by IPv6; Oracle; Azure's platform
+        "169.254.169.254",
+        "100.100.100.200",
+        "fd00:ec2::254",
+        "192.0.0.192",
+        "168.63.129.16",
+        # the same in IPv6's clothes: mapped, translated, NAT64, NAT64 of a network's own, compatible, 6to4, Teredo
+        "::ffff:127.0.0.1",
+        "::ffff:7f00:1",
+        "::ffff:169.254.169.254",
+        "::ffff:0:10.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::8.8.8.8",
+        "::127.0.0.1",
+        "2002:7f00:1::",
+        "2002:a00:1::1",
+        "2002:a9fe:a9fe::1",
+        "2001:0:7f00:1::1",
+        # what only some programs take for an address
+        "localhost",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "127.1",
+        "",
+        "8.8.8.8 ",
+    ],
+)
+def test_all_others_are_not(host: str) -> None:
+    assert not egress.is_public(host)
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session(deny_private=True) as opened:
+        yield opened
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, name: str, *answers: list[str]) -> None:
+    """The name has these addresses, each time the next ones."""
+    loop = asyncio.get_running_loop()
+    real, turns = loop.getaddrinfo, iter(answers)
+
+    async def getaddrinfo(host: str, port: int, **options: Any) -> list[tuple[Any, ...]]:
+        # uvloop asks for addresses, too, just before it connects to them.
+        found = next(turns) if host == name else [host]
+        return [info for address in found for info in await real(address, port, **options)]
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+
+
+class TestDenyPrivateTargets:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1", "::ffff:127.0.0.1", "::"])  # noqa: S104
+    async def test_a_target_on_this_machine_is_never_connected_to(
+        self, host: str, target: Target, session: aiohttp.ClientSession
+    ) -> None:
+        url = URL(target.url).with_host(host)
+        with pytest.raises(DeliveryError, match="is not a public address, and --deny-private-targets is on") as caught:
+            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
+        assert caught.value.status is None
+        assert target.requests == []
+
+    @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "127.1", "0177.0.0.1"])
+    async def test_nor_by_an_address_in_an_old_form(
+        self, host: str, target: Target, session: aiohttp.ClientSession
+    ) -> None:
+        url = URL(target.url.replace("127.0.0.1", host), encoded=True)
+        with pytest.raises(DeliveryError):
+            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
+        assert target.requests == []
+
+    async def test_what_a_name_resolved_to_before_does_not_matter(
+        self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """DNS rebinding: a public address for whoever checks the name, this machine's for whoever connects."""
+        resolving(monkeypatch, "rebinding.example", ["93.184.215.14"], ["127.0.0.1"])
+        await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # the check that this goes around
+        url = URL(target.url).with_host("rebinding.example")
+        with pytest.raises(DeliveryError, match=r"127\.0\.0\.1 is not a public address"):
+            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
+        assert target.requests == []
+
+    async def test_of_several_addresses_the_private_ones_are_left_out(
+        self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """127.0.0.2 stands for a public address here: the check is told so."""
+        port = URL(target.url).port
+        taken = asyncio.Event()
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+            writer.close()
+            taken.set()
+
+        monkeypatch.setattr(egress, "is_public", lambda host: host == "127.0.0.2")
+        resolving(monkeypatch, "two.example", ["127.0.0.1", "127.0.0.2"])
+        async with await asyncio.start_server(talk, "127.0.0.2", port):
+            await Delivery(session, URL(target.url).with_host("two.example"), trigger="billing", timeout=30.0)(ORDER)
+        assert taken.is_set()
+        assert target.requests == []
+
+    async def test_without_it_private_targets_are_targets(self, target: Target) -> None:
+        async with open_session() as session:
+            await Delivery(session, URL(target.url), trigger="billing")(ORDER)
+        assert len(target.requests) == 1
+
+
+async def test_names_that_are_not_answered_leave_threads_for_others(database: str, target: Target) -> None:
+    """libuv lets half of its threads wait for names; with its own 4, two hanging names would stop all others."""
+    url = URL(target.url).with_host("localhost")
+    inline = f"triggers: {{billing: {{target: {{url: '{url}'}}}}}}"
+    async with running("--dsn", database, "--port", "0", "--config-inline", inline) as serve:
+        assert await post(await serve.listening()) == 202
+        await target.wait(1)
+        assert len(list(Path(f"/proc/{serve.process.pid}/task").iterdir())) > 64
+
+
+class TestConnections:
+    async def test_one_that_nobody_uses_any_more_is_closed(self) -> None:
+        """Of targets that a reload has removed, nothing is kept."""
+        closed = asyncio.Event()
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+            await reader.read()
+            closed.set()
+
+        connector = egress.Connector(keepalive_timeout=0.2)
+        async with raw_server(talk) as url, aiohttp.ClientSession(connector=connector) as session:
+            await Delivery(session, URL(url), trigger="removed")(ORDER)
+            await asyncio.wait_for(closed.wait(), 10)
+
+            async def nothing_kept() -> bool:
+                return not connector._conns
+
+            await eventually("the pool forgot it", nothing_kept)
+
+    async def test_they_are_used_again(self) -> None:
+        connections = requests = 0
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections, requests
+            connections += 1
+            while await read_request(reader):
+                requests += 1
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine")
+
+        async with raw_server(talk) as url, open_session() as session:
+            delivery = Delivery(session, URL(url), trigger="billing")
+            for _ in range(5):
+                await delivery(ORDER)
+        assert (connections, requests) == (1, 5)

@@ -1,0 +1,258 @@
+"""Targets that misbehave in every way harm only their own trigger (I7): a neighbour's events come, and do not wait."""
+
+import asyncio
+import resource
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from pgbackend.backend import Backend
+from pgbackend.codec import wire
+from pgbackend.codec.event import Event
+from pgbackend.facts import Recorder
+from pgbackend.retry import Retry
+from pgbackend.serve.egress.connections import Connector
+from pgbackend.serve.egress.delivery import Delivery, DeliveryError, open_session
+from tests.serve.broker import envelope
+from tests.serve.hostile import behaving
+from tests.serve.target import Target, listening, raw_server, read_request
+from tests.support.polling import eventually
+
+EVENTS = 200
+TIMEOUT = 0.5
+RETRY = Retry(attempts=3, delay=0.05, max_delay=0.5)
+MEBIBYTE = 1 << 20
+
+
+def event(n: int, size: int = 10) -> Event:
+    return wire.parse_structured(envelope(f"{n:04}", data="x" * size))
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session() as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def triggers(backend: Backend, *, bad: str, good: str, retry: Retry = RETRY) -> AsyncIterator[None]:
+    """Two of them get every event, one with a bad target and one with a good one."""
+    async with open_session() as session:
+        # Patience with the good one: on a busy machine it must not look like a bad one.
+        for name, url, timeout in (("bad", bad, TIMEOUT), ("good", good, 30.0)):
+            delivery = Delivery(session, URL(url), trigger=name, timeout=timeout, reply=backend.produce_many)
+            await backend.subscribe(name, delivery, start="earliest", retry=retry)
+        running = asyncio.create_task(backend.start())
+        try:
+            yield
+        finally:
+            await backend.stop()
+            await running
+
+
+async def pass_by(backend: Backend, target: Target, *, size: int = 10) -> None:
+    """Produce `EVENTS` events, and wait until each has come to the good target, once."""
+    for n in range(EVENTS):
+        await backend.produce(event(n, size))
+    requests = await target.wait(EVENTS)
+    assert sorted(request.event().id for request in requests) == [event(n).id for n in range(EVENTS)]
+
+
+async def is_told(said: str, recorder: Recorder) -> bool:
+    return any(said in str(fact["error"]) for fact in recorder.all("dispatch failed", subscription="bad"))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("hang", "no response within 0.5 s"),
+        ("never_read", "no response within 0.5 s"),
+        ("reset", "reset by peer"),
+        ("close", "closed the connection without an answer"),
+        ("close_in_the_middle", "closed the connection without an answer"),
+        ("garbage", "Expected HTTP/"),
+        ("redirect", "answered 302 Found"),
+        ("trickle_headers", "no response within 0.5 s"),
+        ("trickle_body", "answered 503"),
+        ("endless_headers", "Too many headers"),
+        ("endless_header", "Got more than 8190 bytes"),
+        ("interim_flood", "interim answers and no final one"),
+        ("endless_body", "answered 500"),
+        ("endless_chunks", "answered 500"),
+        ("endless_reply", "its reply has more than"),
+    ],
+)
+async def test_a_bad_target_harms_only_its_own_trigger(kind: str, said: str, backend: Backend, target: Target) -> None:
+    # What is never read must be more than sockets hold by themselves.
+    size = 100_000 if kind == "never_read" else 10
+    with Recorder() as recorder:
+        async with behaving(kind) as url, triggers(backend, bad=url, good=target.url):
+            before = resident()
+            await pass_by(backend, target, size=size)
+            # A machine that stands still may have let an answer come too late.
+            await eventually("it is said what is wrong", partial(is_told, said, recorder))
+            grown = resident() - before - EVENTS * size
+    assert all(len(str(fact["error"])) < 400 for fact in recorder.all("dispatch failed"))
+    assert not recorder.all("dispatch failed", subscription="good")
+    if not said.startswith("answered 302"):
+        # What is final at once says nothing of the target's health; after anything else it is only probed. So the good
+        # one has had everything while most of it still waits for the bad one.
+        assert recorder.all("target is down", subscription="bad")
+        assert len(recorder.all("dispatch failed", subscription="bad")) < EVENTS // 2
+    assert grown < 64 * MEBIBYTE
+
+
+async def test_a_target_that_is_gone_for_a_while_gets_everything_when_it_is_back(
+    backend: Backend, target: Target
+) -> None:
+    with socket.socket() as bound, Recorder() as recorder:
+        bound.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens there yet
+        bad = f"http://127.0.0.1:{bound.getsockname()[1]}/"
+        async with triggers(backend, bad=bad, good=target.url, retry=Retry(attempts=20)):
+            await pass_by(backend, target)
+            await recorder.wait("target is down", subscription="bad")
+            async with listening(bound) as back:
+                requests = await back.wait(EVENTS, timeout=60)
+                assert {request.event().id for request in requests} == {event(n).id for n in range(EVENTS)}
+            await recorder.wait("target is up", subscription="bad")
+    assert not recorder.all("event buried")
+
+
+@pytest.mark.parametrize(
+    ("answer", "closes"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\nuntil I close", True),
+        (b"HTTP/1.0 200 OK\r\n\r\n", True),
+        (b"HTTP/1.1 204 No Content\r\n\r\nand a body", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nmore than two", False),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n", False),
+        (b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", False),
+        (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
+    ],
+)
+async def test_what_is_odd_but_says_2xx_is_delivered_once(
+    answer: bytes, *, closes: bool, session: aiohttp.ClientSession
+) -> None:
+    requests = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while not reader.at_eof():
+            await read_request(reader)
+            requests += 1
+            writer.write(answer)
+            await writer.drain()
+            if closes:
+                return
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="odd", timeout=30.0)
+        for n in range(3):
+            await delivery(event(n))
+    assert requests == 3
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/cloudevents-batch+json\r\nTransfer-Encoding: chunked\r\n\r\n"
+ANSWERED = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"\r\n" * (1 << 20) + ANSWERED, "sends empty lines before its answer"),
+        (b"\n" * (1 << 20) + ANSWERED, "sends empty lines before its answer"),
+        (b"HTTP/1.1 103 Early Hints\n\n" * 100_000 + ANSWERED, "sends interim answers and no final one"),
+        (b"HTTP/1.1 103 Early Hints\r\n\r" + b"\nHTTP/1.1 103 x\r\n\r" * 100_000, "interim answers and no final one"),
+        (b"HTTP/1.1 200 OK\r\n" + b"".join(b"x%d: %b\r\n" % (n, b"y" * 8000) for n in range(99)), "65536 bytes"),
+        (CHUNKED + b"1\r\n[\r\n" * 300_000, "sends more framing than body"),
+        (CHUNKED + b"1;" + b"x" * (1 << 20), "sends more framing than body"),
+        (CHUNKED + b"0" * (1 << 20), "sends more framing than body"),
+        (ANSWERED + b"HTTP/1.1 200 OK\r\n\r\n" * 100_000, None),
+        (ANSWERED + b"\r\n" * (1 << 20), None),
+    ],
+    ids=[
+        "CRLFs", "LFs", "interim answers", "interim answers in two", "long headers", "tiny chunks", "chunk extension",
+        "zeros of a chunk size", "more answers", "CRLFs behind the answer",
+    ],
+)  # fmt: skip
+async def test_an_answer_costs_little_however_it_is_wrapped(
+    answer: bytes, said: str | None, session: aiohttp.ClientSession
+) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        for start in range(0, len(answer), 1 << 16):
+            writer.write(answer[start : start + (1 << 16)])
+            await writer.drain()
+        await reader.read()
+
+    async def store(events: object) -> None:
+        raise AssertionError("nothing was replied")
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="odd", timeout=30.0, reply=store)
+        began = time.process_time()
+        if said is None:
+            await delivery(event(1))
+        else:
+            with pytest.raises(DeliveryError, match=said):
+                await delivery(event(1))
+        spent = time.process_time() - began
+    assert spent < 0.25
+
+
+async def test_a_head_in_single_bytes_is_a_head(session: aiohttp.ClientSession) -> None:
+    requests = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while await read_request(reader):
+            requests += 1
+            for byte in b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok":
+                writer.write(bytes((byte,)))
+                await writer.drain()
+                await asyncio.sleep(0)
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="slow", timeout=30.0)
+        for n in range(3):
+            await delivery(event(n))
+    assert requests == 3
+
+
+async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one(session: aiohttp.ClientSession) -> None:
+    """As a proxy sends it on a connection that has been idle too long for it: 408, and then it closes."""
+    requests: list[bytes] = []
+    unasked = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await unasked.wait()
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+
+    async with raw_server(talk) as url:
+        delivery = Delivery(session, URL(url), trigger="idle", timeout=30.0)
+        await delivery(event(1))
+        unasked.set()
+        await eventually("the connection is closed", lambda: _no_connection_left(session))
+        await delivery(event(2))
+    assert [b"0001" in requests[0], b"0002" in requests[1]] == [True, True]
+
+
+async def _no_connection_left(session: aiohttp.ClientSession) -> bool:
+    connector = cast("Connector", session.connector)
+    return not any(protocol.is_connected() for pool in connector._conns.values() for protocol, _ in pool)

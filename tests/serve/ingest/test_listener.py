@@ -1,0 +1,147 @@
+"""Where the broker listens, and how it stops: who is in the middle gets an answer, and nobody is waited for in vain."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from pgbackend.backend import Backend
+from pgbackend.codec.event import Event
+from pgbackend.errors import ConfigError
+from pgbackend.serve.ingest import listener as listener_module
+from pgbackend.serve.ingest.listener import bind
+from tests.serve.broker import HEAD, STRUCTURED, Broker, Commits, envelope
+from tests.support.polling import eventually
+
+produce_soon = Backend.produce_soon
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_a_stopping_broker_does_not_say_of_a_request_that_is_being_committed_that_nothing_was_stored(
+    broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_GRACE", 0.2)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+    await commits.reached.wait()
+    writer.write(HEAD + b"Content-Length: 10\r\n\r\n12345")
+    (connection,) = broker.listener._server._connections()
+    broker.listener.stop()
+
+    async def given_up() -> bool:
+        return connection.parser is None
+
+    await eventually("the second one is given up", given_up)
+    commits.go_on()
+    assert (await reader.read()).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert len(await broker.stored()) == 1
+
+
+async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_those_that_never_arrive(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_GRACE", 0.5)
+    reached, release = asyncio.Event(), []
+
+    def held(self: Backend, event: Event, done: Callable[[Exception | None], None]) -> None:
+        reached.set()
+        release.append(partial(produce_soon, self, event, done))
+
+    monkeypatch.setattr(Backend, "produce_soon", held)
+    sending = asyncio.create_task(broker.send(STRUCTURED, envelope()))
+    await reached.wait()
+    talking = asyncio.create_task(broker.talk(HEAD + b"Content-Length: 10\r\n\r\n12345"))
+
+    async def has_begun() -> bool:
+        return any(connection._body_bytes == 5 for connection in broker.listener._server._connections())
+
+    await eventually("half a request is there", has_begun)
+    broker.listener.stop()
+    assert (await talking).startswith(b"HTTP/1.1 503 ")
+    release[0]()
+    assert (await sending).status == 202
+    assert len(await broker.stored()) == 1
+
+
+async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_closes_their_connections(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_LINGER", 4.0)
+    monkeypatch.setattr(listener_module, "_GRACE", 12.0)
+    request = HEAD + b"Content-Length: 0\r\n\r\n"
+    connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(4)]
+    for reader, writer in connections[:3]:
+        writer.write(request)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+
+    broker.listener.stop()
+    connections[0][1].write(request)
+    answer = await connections[0][0].read()
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert b"connection: close" in answer
+    connections[1][1].write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = await connections[1][0].read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1" in answer
+    for reader, writer in connections:
+        assert await reader.read() == b""
+        writer.close()
+    assert len(await broker.stored()) == 4
+
+
+async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "_LINGER", 0.1)
+    idle, late = [await asyncio.open_connection(broker.host, broker.port) for _ in range(2)]
+    late[1].write(HEAD)
+    await broker.request("GET", "/healthz")
+    broker.listener.stop()
+    assert await idle[0].read() == b""
+    late[1].write(b"Content-Length: 0\r\n\r\n")
+    answer = await late[0].read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    for header in (b"retry-after: 1", b"connection: close", b"content-type: application/problem+json"):
+        assert header in answer
+    for _, writer in (idle, late):
+        writer.close()
+    assert await broker.stored() == []
+
+
+async def test_a_stopped_broker_is_alive_until_it_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_LINGER", 10.0)
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await reader.readuntil(b"}")
+    broker.listener.stop()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            bind("127.0.0.1", port)
+    assert str(caught.value) == f"Cannot listen on port {port} of 127.0.0.1: it is in use. Choose another with --port."
+
+
+def test_a_host_that_is_not_here_is_one_clear_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^Host '192\.0\.2\.1' is no address of this machine\. Choose another with --host\.$"
+    ):
+        bind("192.0.2.1", 0)
+    with pytest.raises(
+        ConfigError, match=r"^Host 'no-such-host\.invalid' is no address: .*\. Choose another with --host\.$"
+    ):
+        bind("no-such-host.invalid", 0)

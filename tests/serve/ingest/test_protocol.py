@@ -1,0 +1,549 @@
+"""Clients that do not speak HTTP, or not to the end: each gets a 4xx or is cut off, and nobody else notices."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from pgbackend.backend import Backend
+from pgbackend.facts import Recorder
+from pgbackend.serve.ingest import protocol as connection_module
+from pgbackend.serve.ingest.handler import Problem
+from tests.serve.broker import HEAD, HEADERS, Broker, Commits, envelope
+from tests.support.polling import eventually
+
+produce_soon = Backend.produce_soon
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+NOT_HTTP = [
+    b"\r\n\r\nGARBAGE\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a port without it
+    b"\x00" * 1000,
+    b"POST / HTTP/9.9\r\n\r\n",
+    b"POST /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST  HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    HEAD + b"no colon\r\n\r\n",
+    HEAD + b": no name\r\n\r\n",
+    HEAD + b"ce-subject: a\x00b\r\n\r\n",
+    HEAD + b"ce-subject: a\nb\r\n\r\n",
+    HEAD + b"ce-subject : a\r\n\r\n",
+    HEAD + b"Content-Length: -1\r\n\r\n",
+    HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n",
+    HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefgh\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+]
+
+
+async def test_what_is_not_http_is_400(broker: Broker) -> None:
+    for sent in NOT_HTTP:
+        answer = await broker.talk(sent)
+        assert answer.startswith(b"HTTP/1.1 400 "), (sent, answer)
+        assert b"application/problem+json" in answer
+    assert await broker.stored() == []
+
+
+NO_ATTRIBUTES = [
+    (b"ce-subject: \xff\xfe", b"UTF-8"),
+    (b"ce-subject: %C0%A0", b"UTF-8"),
+    (b"ce-subject: %00", b"control character"),
+    (b"ce-subject: \xc2\x80", b"control character"),
+    (b"ce-sub_ject: x", b"no attribute name"),
+    (b"ce-: x", b"no attribute name"),
+    (b"ce-data: x", b"no attribute name"),
+    (b"ce-datacontenttype: text/plain", b"ce-datacontenttype is not allowed"),
+    (b"ce-id: 2", b"twice"),
+    (b"content-type: text/\xe9", b"expected a media type"),
+]
+
+
+async def test_headers_that_are_no_attributes_are_400(broker: Broker) -> None:
+    for header, said in NO_ATTRIBUTES:
+        answer = await broker.talk(HEAD + b"Connection: close\r\n" + header + b"\r\nContent-Length: 0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 "), (header, answer)
+        assert said in answer, (header, answer)
+    assert await broker.stored() == []
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000,
+        b"POST /" + b"x" * 200_000,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 50_000,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"x" * 2_000_000,
+    ],
+    ids=["a header without end", "a path without end", "headers without end", "a large header", "trailers"],
+)
+async def test_headers_that_are_too_large_are_refused(sent: bytes, broker: Broker) -> None:
+    answer = await broker.talk(*(sent[at : at + 10_000] for at in range(0, len(sent), 10_000)))
+    # A client that is still sending may be cut off before it reads.
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")), answer
+
+
+async def test_headers_that_are_too_many_are_refused_however_small_they_are(broker: Broker) -> None:
+    # Also those of a request that is not all there.
+    for end in (b"Content-Length: 0\r\n\r\n", b""):
+        answer = await broker.talk(HEAD + b"a:\r\n" * 501 + end)
+        assert answer.startswith(b"HTTP/1.1 431 "), answer
+    answer = await broker.talk(HEAD + b"a:\r\n" * 400 + b"Connection: close\r\nContent-Length: 0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 202 "), answer
+
+
+async def test_a_large_body_does_not_count_as_headers(broker: Broker) -> None:
+    await broker.send(HEADERS, b"x" * 500_000)
+    await broker.send(HEADERS, b"x" * 500_000)
+    assert len(await broker.stored()) == 2
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST / HT", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"],
+    ids=["nothing", "line", "head", "body"],
+)
+async def test_who_sends_too_slowly_is_told_and_cut_off(
+    sent: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
+    answer = await broker.talk(sent)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert await broker.stored() == []
+
+
+async def test_a_connection_between_requests_is_not_cut_off_for_slowness(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = HEAD + b"Content-Length: 0\r\n\r\n"
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(request)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2):
+            await reader.read(1)
+    monkeypatch.undo()
+    writer.write(request)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+
+
+async def test_who_goes_away_in_the_middle_leaves_nothing_behind(broker: Broker) -> None:
+    for sent in (b"", b"PO", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"):
+        _, writer = await asyncio.open_connection(broker.host, broker.port)
+        writer.write(sent)
+        await writer.drain()
+        writer.transport.abort()
+    assert (await broker.send(HEADERS)).status == 202
+    assert len(await broker.stored()) == 1
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [HEAD + b"Content-Length: 0\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"],
+    ids=["in one piece", "in chunks"],
+)
+async def test_who_sends_no_more_after_a_request_gets_its_answer_as_the_last(
+    sent: bytes, broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(sent)
+    await commits.reached.wait()
+    (connection,) = broker.listener._server._connections()
+    writer.write_eof()
+
+    async def noticed() -> bool:
+        return not connection.cycle.keep_alive
+
+    await eventually("the broker knows", noticed)
+    commits.go_on()
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert b"connection: close" in answer
+    assert len(await broker.stored()) == 1
+    await _is_forgotten(broker)
+
+
+async def test_who_sends_no_more_after_several_requests_gets_all_their_answers(
+    broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write((HEAD + b"Content-Length: 0\r\n\r\n") * 5)
+    writer.write_eof()
+    await commits.reached.wait()
+    commits.go_on()
+    answer = await reader.read()
+    writer.close()
+    assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == 5
+    assert len(await broker.stored()) == 5
+    await _is_forgotten(broker)
+
+
+async def test_who_sends_no_more_between_requests_or_in_the_middle_of_one_is_not_waited_for(broker: Broker) -> None:
+    request = HEAD + b"Content-Length: 0\r\n\r\n"
+    for sent in (b"", request, HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"):
+        reader, writer = await asyncio.open_connection(broker.host, broker.port)
+        writer.write(sent)
+        if sent is request:
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+    assert len(await broker.stored()) == 1
+    await _is_forgotten(broker)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [b"PO", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345", HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"],
+    ids=["line", "head", "body", "chunk"],
+)
+@pytest.mark.parametrize("whole", [1, 5])
+async def test_who_sends_no_more_in_the_middle_of_a_request_gets_the_answers_to_those_before_it(
+    whole: int, half: bytes, broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write((HEAD + b"Content-Length: 1\r\n\r\nx") * whole + half)
+    writer.write_eof()
+    await commits.reached.wait()
+    commits.go_on()
+    answer = await reader.read()
+    writer.close()
+    assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == whole
+    assert [event.data_bytes for event in await broker.stored()] == [b"x"] * whole
+    await _is_forgotten(broker)
+    assert broker.listener._server.server_state.heads.held == 0
+
+
+async def test_who_goes_away_while_its_event_is_stored_is_forgotten_after_that(
+    broker: Broker, commits: Commits
+) -> None:
+    _, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+    await commits.reached.wait()
+    writer.transport.abort()
+    commits.go_on()
+    await _is_forgotten(broker)
+    assert len(await broker.stored()) == 1
+
+
+async def _is_forgotten(broker: Broker) -> None:
+    async def gone() -> bool:
+        return not broker.listener._server.server_state.connections
+
+    await eventually("no connection is left", gone)
+
+
+async def test_more_connections_than_there_may_be_are_told_to_come_back(broker: Broker) -> None:
+    broker.listener._server.server_state.places.total = 4
+    idle = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
+    answer = await broker.talk()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 1\r\n" in answer
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_pipelined_requests_are_answered_in_order(broker: Broker) -> None:
+    requests = [
+        b"POST / HTTP/1.1\r\nHost: localhost\r\n%b"
+        b"Content-Type: application/cloudevents+json\r\nContent-Length: %d\r\n\r\n%b"
+        % (b"Connection: close\r\n" if number == 9 else b"", len(body), body)
+        for number in range(10)
+        for body in [envelope(number)]
+    ]
+    answer = await broker.talk(b"".join(requests))
+    assert answer.count(b"HTTP/1.1 202 ") == 10
+    assert [event.id for event in await broker.stored()] == [str(number) for number in range(10)]
+
+
+async def test_a_good_request_before_garbage_gets_its_own_answer(broker: Broker) -> None:
+    answer = await broker.talk(HEAD + b"Content-Length: 1\r\n\r\nx" + b"GARBAGE\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert len(await broker.stored()) == 1
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\nGARBAGE\r\n",
+        HEAD + b"X: " + b"x" * 70_000,
+        HEAD + b"Content-Length: 10\r\n\r\n12345",
+        HEAD,
+    ],
+    ids=["a body that is none", "a large header", "half a body", "half a head"],
+)
+async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_it(
+    sent: bytes, broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+    await commits.reached.wait()
+    monkeypatch.setattr(connection_module, "_PATIENCE", 0.1)
+    writer.write(sent)
+    (connection,) = broker.listener._server._connections()
+
+    async def given_up() -> bool:
+        return connection.parser is None
+
+    await eventually("the second one is given up", given_up)
+    commits.go_on()
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"connection: close") == 1
+    writer.close()
+    assert len(await broker.stored()) == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered", "later"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n12345", b"200", b""),
+        (HEAD + b"Content-Length: 99999999\r\n\r\n12345", b"413", b""),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"200", b"GARBAGE\r\n"),
+    ],
+    ids=["half a body", "half a body that is too large", "a body that is none"],
+)
+async def test_a_request_that_was_answered_before_its_end_is_not_answered_again(
+    sent: bytes, answered: bytes, later: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(sent)
+    answer = await reader.readuntil(b"}")
+    assert answer.startswith(b"HTTP/1.1 " + answered)
+    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    writer.write(later)
+    assert await reader.read() == b""
+    writer.close()
+
+
+async def test_the_rest_of_a_request_that_was_not_taken_does_not_become_part_of_another(
+    broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    request = HEAD + b"Content-Length: 1\r\n\r\nx"
+    writer.write(request)
+    await commits.reached.wait()
+    writer.write(request * 100 + HEAD + b"Content-Length: 4\r\n\r\n")
+    (connection,) = broker.listener._server._connections()
+
+    async def one_too_many() -> bool:
+        return len(connection.pipeline) == 100
+
+    await eventually("there are so many that one is not taken", one_too_many)
+    writer.write(b"rest")
+    commits.go_on()
+    answer = await reader.read()
+    writer.close()
+    assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == 101
+    assert {event.data_bytes for event in await broker.stored()} == {b"x"}
+
+
+async def test_an_offer_to_upgrade_is_declined_and_the_event_is_taken(broker: Broker) -> None:
+    """Java's client offers HTTP/2 with its first request."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    for _ in range(2):
+        # In one piece, and with a body that comes later.
+        writer.write(HEAD + upgrade + b"Content-Length: 5\r\n\r\nhello" + HEAD + upgrade + b"Content-Length: 5\r\n\r\n")
+        await writer.drain()
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+        writer.write(b"hello")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert [event.data_bytes for event in await broker.stored()] == [b"hello"] * 4
+
+
+async def test_what_follows_a_body_is_no_header(broker: Broker) -> None:
+    answer = await broker.talk(
+        HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nce-subject: late\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert (await broker.stored())[0].subject is None
+
+
+async def test_chunks_may_be_small(broker: Broker) -> None:
+    body = b"1\r\nx\r\n" * 100_000
+    head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert (await broker.talk(head, body, b"0\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    assert (await broker.stored())[0].data_bytes == b"x" * 100_000
+
+
+async def test_a_length_may_have_any_number_of_zeros_before_it(broker: Broker) -> None:
+    for zeros in (1, 20, 5_000, 60_000):
+        for body in ((b"x",), (b"", b"x")):
+            head = HEAD + b"Connection: close\r\nContent-Length: " + b"0" * zeros + b"1\r\n\r\n"
+            answer = await broker.talk(head + body[0], *body[1:])
+            assert answer.startswith(b"HTTP/1.1 202 "), answer
+    empty = HEAD + b"Connection: close\r\nce-subject: %20\r\nContent-Length: " + b"0" * 5_000 + b"\r\n\r\n"
+    assert (await broker.talk(empty)).startswith(b"HTTP/1.1 202 ")
+    for digits, status in ((b"9" * 5_000, 400), (b"18446744073709551615", 413), (b"0" * 5_000 + b"99999999", 413)):
+        answer = await broker.talk(HEAD + b"Content-Length: " + digits + b"\r\n\r\nx")
+        assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+
+
+async def test_a_client_of_http_1_0_is_not_told_to_continue(broker: Broker) -> None:
+    head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\nContent-Length: 7\r\n\r\n"
+    assert (await broker.talk(head, b"careful")).startswith(b"HTTP/1.1 202 ")
+
+
+async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
+    old = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: 3\r\n\r\nold"
+    assert (await broker.talk(old)).startswith(b"HTTP/1.1 202 ")
+
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    writer.write(HEAD + b"Expect: 100-continue\r\nContent-Length: 7\r\n\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"careful")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert [event.data_bytes for event in await broker.stored()] == [b"old", b"careful"]
+
+
+@pytest.mark.parametrize("body", [(b"x",), (b"", b"x")], ids=["in one piece", "with a body that comes later"])
+@pytest.mark.parametrize("target", [b"http://localhost", b"HTTP://localhost:80?a=b", b"http://localhost/path"])
+async def test_a_target_that_is_a_whole_url_is_understood(
+    target: bytes, body: tuple[bytes, ...], broker: Broker
+) -> None:
+    head = HEAD.replace(b"POST /", b"POST " + target, 1) + b"Connection: close\r\nContent-Length: 1\r\n\r\n"
+    answer = await broker.talk(head + body[0], *body[1:])
+    assert answer.startswith(b"HTTP/1.1 202 "), answer
+    assert [event.data_bytes for event in await broker.stored()] == [b"x"]
+
+
+async def test_it_is_no_proxy(broker: Broker) -> None:
+    answer = await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert b"\r\nallow: OPTIONS, POST\r\n" in answer
+
+
+async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(Problem, "body", lambda _: b"x" * 1_000_000)
+
+    def flood() -> None:
+        with socket.create_connection((broker.host, broker.port), timeout=30) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            while True:
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
+
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(flood)
+    assert (await broker.send(HEADERS)).status == 202
+
+
+async def test_who_does_not_read_its_last_answer_is_cut_off(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(Problem, "body", lambda _: b"x" * 10_000_000)
+    connection = socket.create_connection((broker.host, broker.port))
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    state = broker.listener._server.server_state
+
+    async def gone() -> bool:
+        return len(state.connections) == 0
+
+    await eventually("it is cut off", gone)
+    connection.close()
+
+
+async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        writer.write(request)
+        await reader.readuntil(b"\r\n\r\n")
+    monkeypatch.setattr(connection_module, "_KEEP_ALIVE", 0.5)
+    async with asyncio.timeout(10):
+        await reader.read()
+    writer.close()
+
+
+async def test_too_many_requests_ahead_of_their_answers_are_not_taken_and_the_rest_is_answered(broker: Broker) -> None:
+    answer = await broker.talk(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+    assert 100 <= answer.count(b"HTTP/1.1 404 ") < 200
+    assert answer.rpartition(b"HTTP/1.1 ")[2].lower().count(b"connection: close") == 1
+
+
+async def test_all_connections_together_hold_a_bounded_number_of_requests_that_were_sent_ahead(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.listener._server.server_state.heads.total = 1_000_000
+    held: list[Callable[[], None]] = []
+    monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: held.append(partial(produce_soon, *arguments)))
+    request = HEAD + b"Content-Length: 10000\r\n\r\n" + b"x" * 10_000
+    connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(10)]
+    with Recorder() as recorder:
+        for _, writer in connections:
+            writer.write(request * 20)
+        await recorder.wait("connections refused")
+    state = broker.listener._server.server_state
+    assert 0 < len(state.connections) < 10
+    assert 0 < state.heads.held <= 1_000_000
+    monkeypatch.setattr(Backend, "produce_soon", produce_soon)
+    for release in held:
+        release()
+    served = 0
+    for reader, writer in connections:
+        try:
+            for _ in range(20):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+            served += 1
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        writer.close()
+    assert served > 0
+
+    async def nothing_queued() -> bool:
+        return state.heads.held == 0
+
+    await eventually("nothing is queued", nothing_queued)
+
+
+async def test_requests_ahead_of_their_answers_are_counted_whatever_comes_behind_them(
+    broker: Broker, commits: Commits
+) -> None:
+    reader, writer = await asyncio.open_connection(broker.host, broker.port)
+    request = HEAD + b"Content-Length: 1000\r\n\r\n" + b"x" * 1000
+    writer.write(request)
+    await commits.reached.wait()
+    writer.write(request * 20 + b"GARBAGE\r\n\r\n")
+    state = broker.listener._server.server_state
+
+    async def counted() -> bool:
+        return state.heads.held > 20_000
+
+    await eventually("they are counted", counted)
+    commits.go_on()
+    assert (await reader.read()).count(b"HTTP/1.1 202 ") == 21
+    assert state.heads.held == 0
+    writer.close()
+
+
+async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing_behind(broker: Broker) -> None:
+    for method in (b"GET /readyz", b"POST /?long=way"):
+        _, writer = await asyncio.open_connection(broker.host, broker.port)
+        writer.write(HEAD.replace(b"POST /", method, 1) + b"\r\n")
+        writer.write((HEAD + b"Content-Length: 0\r\n\r\n") * 50)
+        await writer.drain()
+        writer.transport.abort()
+    assert (await broker.send(HEADERS)).status == 202
+    state = broker.listener._server.server_state
+
+    async def forgotten() -> bool:
+        return state.heads.held == 0 and len(state.connections) == 1
+
+    await eventually("both connections are forgotten", forgotten)

@@ -1,0 +1,601 @@
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, ConfigError, SubscriptionMismatchError, SubscriptionNotFoundError
+from pgbackend.facts import Recorder
+from pgbackend.postgres.pool import Database
+from pgbackend.subscriptions.definitions import Subscriptions
+from tests.support.catch import Catch, Gate, make_event
+from tests.support.polling import eventually
+from tests.support.producers import INSERT
+
+SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1}
+
+
+@pytest.fixture
+async def log(database: str) -> Any:
+    """A running backend on a log that holds the events 0 to 9."""
+    async with Backend(database, **SETTINGS, hole_wait=0.2) as backend:
+        await backend.produce_many([make_event(str(number)) for number in range(10)])
+        yield backend
+
+
+async def produce(backend: Backend, *ids: str) -> None:
+    await backend.produce_many([make_event(id_) for id_ in ids])
+
+
+async def caught_up(backend: Backend, name: str = "s") -> None:
+    async def is_caught_up() -> bool:
+        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
+        return not status.lag and not status.redeliveries
+
+    await eventually(f"{name} owes nothing", is_caught_up)
+
+
+async def is_complete(backend: Backend, name: str = "s") -> None:
+    async def complete() -> bool:
+        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
+        return status.complete
+
+    await eventually(f"{name} is complete", complete)
+
+
+async def clock(dsn: str) -> datetime:
+    connection = await asyncpg.connect(dsn)
+    try:
+        now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    finally:
+        await connection.close()
+    return now
+
+
+# Where one begins.
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"), [("earliest", range(11)), ("latest", [10]), (0, range(11)), (7, range(7, 11)), (10, [10])]
+)
+async def test_a_subscription_begins_where_it_is_told(log: Backend, start: Any, expected: Any) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, start=start, order="strict")
+    await produce(log, "10")
+    await caught_up(log)
+
+    assert catch.ids == [str(number) for number in expected]
+
+
+async def test_a_subscription_begins_behind_a_date(log: Backend, database: str) -> None:
+    date = await clock(database)
+    await produce(log, "10", "11")
+    catch = Catch()
+    await log.subscribe("s", catch, start=date, order="strict")
+    await produce(log, "12")
+    await caught_up(log)
+
+    assert catch.ids == ["10", "11", "12"]
+
+
+async def test_a_date_before_the_log_is_its_beginning_and_one_ahead_waits_for_it(log: Backend, database: str) -> None:
+    early, late = Catch(), Catch()
+    await log.subscribe("early", early, start=datetime(2000, 1, 1, tzinfo=UTC), order="strict")
+    soon = await clock(database) + timedelta(seconds=2.5)
+    await log.subscribe("late", late, start=soon)
+    await produce(log, "before")
+
+    async def has_come() -> bool:
+        return await clock(database) > soon
+
+    await eventually("the date has come", has_come)
+    await produce(log, "after")
+    await late.has("after")
+    await caught_up(log, "late")
+    await caught_up(log, "early")
+
+    assert early.ids == [*map(str, range(10)), "before", "after"]
+    assert late.ids == ["after"]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_a_start_position_ahead_of_the_log_is_waited_for(log: Backend, shards: int) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, start=12, end=15, shards=shards)
+    await produce(log, "10", "11", "12", "13", "14")
+    await is_complete(log)
+    await log.probe()
+
+    assert sorted(catch.ids) == ["12", "13"]
+
+
+async def test_a_seek_ahead_of_the_log_counts_until_the_next_one(log: Backend) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, order="strict")
+    await log.seek("s", 11)
+    await produce(log, "10", "11")
+    await catch.has("11")
+    await log.seek("s", 9)
+    await caught_up(log)
+
+    assert catch.ids == ["11", "9", "10", "11"]
+
+
+async def test_a_position_that_no_log_has_is_refused(log: Backend) -> None:
+    with pytest.raises(ConfigError, match=r"expected .*, a position"):
+        await log.subscribe("s", print, start=1 << 63)
+    assert (await log.status()).subscriptions == ()
+
+
+async def test_an_existing_subscription_goes_on_wherever_it_is_told_to_begin(log: Backend) -> None:
+    first, second = Catch(), Catch()
+    await log.subscribe("s", first, start="earliest")
+    await caught_up(log)
+    await log.unsubscribe("s")
+    await produce(log, "10")
+    await log.subscribe("s", second, start="latest")
+    await second.has("10")
+
+    assert second.ids == ["10"]
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_latest_beside_an_open_appender_gets_its_event_and_nothing_older(
+    log: Backend, database: str, commits: bool
+) -> None:
+    producer = await asyncpg.connect(database)
+    transaction = producer.transaction()
+    await transaction.start()
+    await producer.execute(INSERT, "open")
+    await produce(log, "older")
+    catch = Catch()
+    await log.subscribe("s", catch, start="latest")
+    await (transaction.commit() if commits else transaction.rollback())
+    await produce(log, "newer")
+    await caught_up(log)
+    await producer.close()
+
+    assert sorted(catch.ids) == (["newer", "open"] if commits else ["newer"])
+
+
+async def test_latest_waits_for_appenders_that_are_only_brief(log: Backend, database: str) -> None:
+    """The event is acknowledged before `subscribe()` returns, so it is older than the subscription."""
+    backend = Backend(database, hole_wait=30.0)
+    await backend.init()
+    producer = await asyncpg.connect(database)
+    await producer.execute("BEGIN")
+    await producer.execute(INSERT, "open")
+    subscribing = asyncio.create_task(backend.subscribe("s", print))
+    await asyncio.wait({subscribing}, timeout=0.2)
+    assert not subscribing.done()
+    await producer.execute("COMMIT")
+    await producer.close()
+    await subscribing
+    (status,) = (await backend.status()).subscriptions
+    await backend.stop()
+
+    assert status.lag == 0
+
+
+async def test_latest_beside_an_appender_that_is_prepared_meanwhile_gets_its_event(log: Backend, database: str) -> None:
+    producer = await asyncpg.connect(database)
+    if await producer.fetchval("SHOW max_prepared_transactions") == "0":
+        await producer.close()
+        pytest.skip("this server has max_prepared_transactions = 0")
+    await producer.execute("BEGIN")
+    await producer.execute(INSERT, "prepared")
+    catch = Catch()
+    subscribing = asyncio.create_task(log.subscribe("s", catch))
+    await producer.execute("PREPARE TRANSACTION 'p'")
+    await subscribing
+    await producer.execute("COMMIT PREPARED 'p'")
+    await catch.has("prepared")
+    await producer.close()
+
+
+# Where one ends.
+
+
+async def test_an_end_position_is_exclusive_and_completes_the_subscription(log: Backend) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, start="earliest", end=6, order="strict")
+    await is_complete(log)
+    await produce(log, "10")
+    (status,) = (await log.status()).subscriptions
+
+    assert catch.ids == ["0", "1", "2", "3", "4"]
+    assert status.state == "complete"
+    assert status.shards[0].position == 5
+
+
+async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_memory(log: Backend) -> None:
+    await log.subscribe("s", Catch(), start="earliest", end=6)
+    await is_complete(log)
+
+    async def reads_no_more() -> bool:
+        assert log._worker
+        assert log._worker._tail
+        return not log._worker._tail._streams
+
+    await eventually("nothing is read for it", reads_no_more)
+
+
+@pytest.mark.parametrize("key", ["h", "k"])
+async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database: str, key: str) -> None:
+    """Whichever of the two it is."""
+    gate = Gate()
+    async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
+        await backend.subscribe("s", gate, shards=2, end=2)
+        await backend.produce_many([make_event("a", key=key), make_event("behind")])
+
+        async def one_is_complete() -> bool:
+            assert backend._worker
+            return any(pump.shard.complete for pump, _ in backend._worker._pumps.values())
+
+        await eventually("one of them is complete", one_is_complete)
+        (status,) = (await backend.status()).subscriptions
+        gate.open()
+        await is_complete(backend)
+
+    assert (status.complete, status.state) == (False, "running")
+
+
+async def test_an_end_position_ahead_of_the_log_is_waited_for(log: Backend) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, end=13, order="strict")
+    await produce(log, "10")
+    await catch.has("10")
+    assert not (await log.status()).subscriptions[0].complete
+    await produce(log, "11", "12", "13")
+    await is_complete(log)
+
+    assert catch.ids == ["10", "11"]
+
+
+async def test_an_end_date_is_reached_by_the_clock_on_a_quiet_log(log: Backend, database: str) -> None:
+    catch = Catch()
+    end = await clock(database) + timedelta(seconds=2.5)
+    await log.subscribe("s", catch, start="earliest", end=end)
+    await catch.has("9")
+    assert not (await log.status()).subscriptions[0].complete
+    await is_complete(log)
+    assert await clock(database) >= end
+    await produce(log, "10")
+    other = Catch()
+    await log.subscribe("other", other, start=10)
+    await other.has("10")
+
+    assert sorted(catch.ids, key=int) == [str(number) for number in range(10)]
+
+
+async def test_the_clock_is_not_asked_all_the_time_for_an_end_that_is_far(
+    log: Backend, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetchval, asked = Database.fetchval, 0
+
+    async def counted(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += end in args
+        return await fetchval(self, statement, *args, **options)
+
+    monkeypatch.setattr(Database, "fetchval", counted)
+    catch = Catch()
+    end = datetime.now(UTC) + timedelta(days=30)
+    await log.subscribe("s", catch, start="earliest", end=end)
+    asked = 0
+    await catch.has("9")
+    for number in range(10, 20):
+        await produce(log, str(number))
+        await catch.has(str(number))
+        await asyncio.sleep(0.05)
+
+    assert asked == 1
+
+
+async def test_completion_waits_for_an_open_appender_below_the_end(log: Backend, database: str) -> None:
+    producer = await asyncpg.connect(database)
+    await producer.execute("BEGIN")
+    await producer.execute(INSERT, "open")
+    await produce(log, "12", "13")
+    catch = Catch()
+    await log.subscribe("s", catch, start=10, end=13)
+    await catch.has("12")
+    assert not (await log.status()).subscriptions[0].complete
+    await producer.execute("COMMIT")
+    await producer.close()
+    await is_complete(log)
+
+    assert catch.ids == ["12", "open"]
+
+
+async def test_a_complete_subscription_stays_complete_until_it_is_moved(log: Backend) -> None:
+    first, second = Catch(), Catch()
+    await log.subscribe("s", first, start="earliest", end=4)
+    await is_complete(log)
+    await log.unsubscribe("s")
+    await log.subscribe("s", second, end=4)
+    await produce(log, "10")
+    assert (await log.status()).subscriptions[0].complete
+    await log.seek("s", 1)
+    await second.has("1", "2")
+    await is_complete(log)
+
+    assert sorted(second.ids) == ["1", "2"]
+
+
+# What is stored.
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"order": "key"}, "order"), ({"shards": 2}, "shard"), ({"end": 99}, "end position"),
+        ({"end": datetime(2100, 1, 1, tzinfo=UTC)}, "end date"),
+    ],
+)  # fmt: skip
+async def test_another_order_shard_count_or_end_than_the_stored_one_is_an_error(
+    log: Backend, options: dict[str, Any], word: str
+) -> None:
+    await log.subscribe("s", print)
+    await log.unsubscribe("s")
+
+    with pytest.raises(SubscriptionMismatchError, match=word):
+        await log.subscribe("s", print, **options)
+    await log.subscribe("s", print)
+
+
+async def test_many_backends_that_subscribe_at_once_make_one_subscription(log: Backend, database: str) -> None:
+    backends = [Backend(database) for _ in range(4)]
+    await asyncio.gather(*(backend.init() for backend in backends))
+    await asyncio.gather(*(backend.subscribe("s", print, start=index) for index, backend in enumerate(backends)))
+    assert len((await log.status()).subscriptions) == 1
+    await asyncio.gather(*(backend.stop() for backend in backends))
+
+
+async def test_shards_divide_the_events_and_keys_stay_together(log: Backend) -> None:
+    catch = Catch()
+    shards: dict[str, set[object]] = {}
+    await log.subscribe("s", catch, shards=3, order="key")
+    await log.produce_many([make_event(f"{n}-{n % 7}", key=f"k{n % 7}") for n in range(70)])
+    await caught_up(log)
+    for id_ in catch.ids:
+        shards.setdefault(id_.split("-")[1], set()).add(id_)
+
+    assert len(catch.ids) == len(set(catch.ids)) == 70
+    for key in range(7):
+        mine = [id_ for id_ in catch.ids if id_.endswith(f"-{key}")]
+        assert mine == sorted(mine, key=lambda id_: int(id_.split("-")[0]))
+
+
+async def test_deleting_forgets_everything_and_the_name_begins_anew(log: Backend, database: str) -> None:
+    failing = Catch(fails=lambda _: True)
+    await log.subscribe("s", failing, start=8)
+
+    async def has_failed() -> bool:
+        return bool((await log.status()).subscriptions[0].redeliveries)
+
+    await eventually("something waits to be tried again", has_failed)
+    await log.delete_subscription("s")
+    assert (await log.status()).subscriptions == ()
+    catch = Catch()
+    await log.subscribe("s", catch)
+    await produce(log, "10")
+    await caught_up(log)
+
+    assert catch.ids == ["10"]
+
+
+async def test_deleting_waits_for_a_commit_elsewhere_and_does_not_lock_itself_with_it(
+    backend: Backend, database: str
+) -> None:
+    """A commit holds the offset's row when it comes to refer to the subscription's, in its redeliveries."""
+    await backend.subscribe("s", Catch())
+    await backend.produce(make_event("a"))
+    commit, other = await asyncpg.connect(database), await asyncpg.connect(database)
+
+    async def somebody_waits() -> bool:
+        return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    async with commit.transaction():
+        await commit.execute("UPDATE pgbackend.offsets SET position = 1")
+        deleting = asyncio.create_task(backend.delete_subscription("s"))
+        await eventually("the deletion waits for the commit", somebody_waits)
+        await commit.execute(
+            "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error) "
+            "VALUES ('s', 1, 0, 1, now(), 'failed')"
+        )
+    await deleting
+    await commit.close()
+    await other.close()
+
+    assert (await backend.status()).subscriptions == ()
+
+
+async def test_deleting_what_runs_elsewhere_ends_it_there(log: Backend, database: str) -> None:
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as other:
+            await other.subscribe("s", catch)
+            await recorder.wait("lease claimed", subscription="s")
+            await log.delete_subscription("s")
+            await recorder.wait("lease lost", subscription="s")
+            await produce(log, "10")
+            with pytest.raises(SubscriptionNotFoundError):
+                await log.seek("s", "latest")
+
+    assert catch.ids == []
+
+
+# Moving.
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_after_seek_the_next_event_is_the_first_behind_the_place(
+    log: Backend, database: str, started: bool
+) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch, order="strict")
+    if not started:
+        await log.unsubscribe("s")
+    await log.seek("s", 6)
+    if not started:
+        await log.subscribe("s", catch, order="strict")
+    await produce(log, "10")
+    await caught_up(log)
+    assert catch.ids == ["6", "7", "8", "9", "10"]
+
+    catch.ids.clear()
+    date = await clock(database)
+    await produce(log, "11")
+    await log.seek("s", date)
+    await catch.has("11")
+    await caught_up(log)
+    assert catch.ids[-1:] == ["11"]
+    assert "10" not in catch.ids
+
+    await log.seek("s", "earliest")
+    await catch.has("0")
+    await caught_up(log)
+    await log.seek("s", "latest")
+    catch.ids.clear()
+    await produce(log, "12")
+    await caught_up(log)
+    assert catch.ids == ["12"]
+
+
+async def test_seek_works_wherever_the_subscription_runs_and_its_date_counts_there(log: Backend, database: str) -> None:
+    catch = Catch()
+    async with Backend(database, **SETTINGS) as other:
+        date = await clock(database)
+        await other.subscribe("s", catch, start=date)
+        await produce(log, "10")
+        await catch.has("10")
+        # From here on events before the date are wanted: the date must be gone where it runs, too.
+        await log.seek("s", 5)
+        await catch.has("5", "6", "7", "8", "9")
+        now = await clock(database)
+        await log.seek("s", now)
+        await caught_up(log)
+        catch.ids.clear()
+        await log.seek("s", date)
+        await catch.has("10")
+        await caught_up(log)
+
+    assert catch.ids == ["10"]
+
+
+async def test_nothing_of_the_old_place_comes_after_seek(database: str) -> None:
+    async with Backend(database, **SETTINGS) as backend:
+        await backend.produce_many([make_event(str(number)) for number in range(500)])
+        catch = Catch()
+        await backend.subscribe("s", catch, start="earliest", order="strict")
+        await catch.has("20")
+        await backend.seek("s", 490)
+        before = len(catch.ids)
+        await caught_up(backend)
+
+    assert catch.ids[before:] == [str(number) for number in range(490, 500)]
+
+
+async def test_seek_drops_what_was_to_be_tried_again(log: Backend) -> None:
+    catch = Catch(fails=lambda event: event.id == "10")
+    await log.subscribe("s", catch)
+    await produce(log, "10")
+
+    async def has_failed() -> bool:
+        return (await log.status()).subscriptions[0].redeliveries == 1
+
+    await eventually("10 waits to be tried again", has_failed)
+    await log.seek("s", "latest")
+
+    assert (await log.status()).subscriptions[0].redeliveries == 0
+
+
+async def test_seek_overlooks_no_failure_that_is_committed_while_it_waits(log: Backend, database: str) -> None:
+    """The owner elsewhere has scheduled it, and its commit is under way: what seek had read of it is old."""
+    await log.subscribe("s", Catch())
+    await log.unsubscribe("s")
+    owner, other = await asyncpg.connect(database), await asyncpg.connect(database)
+    await owner.execute("BEGIN")
+    await owner.execute("UPDATE pgbackend.offsets SET position = 10")
+    await owner.execute(
+        "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)"
+        " SELECT 's', position, key_hash, 1, now(), 'no' FROM pgbackend.events WHERE position IN (1, 9)"
+    )
+    seeking = asyncio.create_task(log.seek("s", 7))
+
+    async def waits() -> bool:
+        return bool(await other.fetch("SELECT FROM pg_locks WHERE NOT granted"))
+
+    await eventually("it waits for the row", waits)
+    await owner.execute("COMMIT")
+    await owner.close()
+    await other.close()
+    await seeking
+    catch = Catch()
+    await log.subscribe("s", catch)
+    await caught_up(log)
+
+    assert sorted(catch.ids) == ["7", "8", "9"]
+
+
+async def test_a_seek_that_is_refused_leaves_the_subscription_running(log: Backend) -> None:
+    catch = Catch()
+    await log.subscribe("s", catch)
+    with pytest.raises(ConfigError):
+        await log.seek("s", 1 << 63)
+    await produce(log, "10")
+    await catch.has("10")
+
+
+async def test_a_backend_that_is_not_started_subscribes_and_seeks_after_a_crash_too(database: str) -> None:
+    backend = Backend(database)
+    await backend.init()
+    connection = await asyncpg.connect(database)
+    await connection.execute("TRUNCATE pgbackend.incarnation")  # what a crash does
+    await backend.produce(make_event("a"))
+    await backend.subscribe("s", print)
+    await backend.seek("s", 0)
+    await backend.seek("s", datetime.now(UTC))
+    await connection.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+    await connection.close()
+    await backend.seek("s", "latest")
+    await backend.stop()
+
+
+# A failover in the middle.
+
+
+@pytest.mark.parametrize("verb", ["subscribe", "seek", "alter"])
+async def test_a_place_that_was_found_before_a_failover_is_not_stored_after_it(
+    backend: Backend, database: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The log may be shorter then: what is produced next would get positions at or below the offset, and be skipped."""
+    await backend.produce_many([make_event(str(number)) for number in range(10)])
+    if verb != "subscribe":
+        await backend.subscribe("s", print, start="earliest")
+    connection = await asyncpg.connect(database)
+    locate, found = Subscriptions._locate, []
+
+    async def locate_then_fail_over(self: Subscriptions, place: Any) -> Any:
+        offset = await locate(self, place)
+        found.append(offset.position)
+        if len(found) == 1:
+            await connection.execute("DELETE FROM pgbackend.events WHERE position > 4")
+            await connection.execute("SELECT setval('pgbackend.events_position_seq', 4)")
+            await connection.execute("DELETE FROM pgbackend.incarnation")
+        return offset
+
+    monkeypatch.setattr(Subscriptions, "_locate", locate_then_fail_over)
+    if verb == "subscribe":
+        await backend.subscribe("s", print)
+    elif verb == "seek":
+        await backend.seek("s", "latest")
+    else:
+        await backend.alter_subscription("s", order="none", end=None, start=9)
+    stored = await connection.fetchval("SELECT position FROM pgbackend.offsets")
+    await connection.close()
+
+    assert found == [9 if verb == "alter" else 10, 4]
+    assert stored == 4

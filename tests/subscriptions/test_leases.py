@@ -1,0 +1,454 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from pgbackend import Backend, Event
+from pgbackend.errors import ConnectionLostError
+from pgbackend.facts import Recorder, observe
+from pgbackend.log.reader import Log
+from pgbackend.postgres.pool import Database
+from pgbackend.subscriptions.lease import Tenure
+from pgbackend.subscriptions.leases import Leases, Presence
+from pgbackend.torture.proxy import Proxy
+from tests.support.catch import Catch, make_event
+from tests.support.claims import claim_free
+from tests.support.ledger import Ledger
+from tests.support.polling import eventually
+from tests.support.worker import Worker
+
+SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.2, "lease_timeout": 90.0}
+"""Nobody takes over because a lease is over, unless a test says so."""
+REGISTER = """
+    INSERT INTO pgbackend.workers (id, name, backend_pid, backend_start, lease_timeout, heartbeat_at)
+    VALUES ($1, 'somebody', $2, $3, '15 s', clock_timestamp() - $4 * interval '1 s')"""
+
+
+@asynccontextmanager
+async def opened(dsn: str, **settings: Any) -> AsyncIterator[Log]:
+    database = Database(dsn, **settings)
+    await database.open()
+    try:
+        log = Log(database, schema="pgbackend", hole_wait=1.0)
+        await log.enter_incarnation()
+        yield log
+    finally:
+        await database.close()
+
+
+async def owner_of(dsn: str, name: str = "s") -> Any:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return await connection.fetchval("SELECT owner FROM pgbackend.offsets WHERE subscription = $1", name)
+    finally:
+        await connection.close()
+
+
+async def terminate(dsn: str, condition: str) -> int:
+    """Backends of this database that `condition` is about are gone, one by one."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return len(
+            await connection.fetch(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE datname = current_database() AND pid <> pg_backend_pid() AND {condition}"
+            )
+        )
+    finally:
+        await connection.close()
+
+
+PRESENCE = "pid IN (SELECT backend_pid FROM pgbackend.workers)"
+
+
+# Claiming.
+
+
+async def test_of_workers_that_claim_at_once_each_shard_goes_to_one_and_stays_there(
+    backend: Backend, database: str
+) -> None:
+    """Each claims what it saw free; what another took in between must not look like a dead worker's."""
+    await backend.subscribe("s", Catch(), shards=4)
+    connection = await asyncpg.connect(database)
+    workers = [uuid4() for _ in range(6)]
+    for worker in workers:
+        await connection.execute(REGISTER, worker, None, None, 0.0)
+    async with AsyncExitStack() as stack:
+        logs = [await stack.enter_async_context(opened(database)) for _ in workers]
+        claimers = [Leases(log, schema="pgbackend", worker=worker) for log, worker in zip(logs, workers, strict=True)]
+        for _ in range(40):
+            claims = await asyncio.gather(*(claim_free(claimer, "s") for claimer in claimers))
+            taken = [(lease.shard, lease.epoch) for leases in claims for lease in leases]
+            assert sorted(shard for shard, _ in taken) == [0, 1, 2, 3], "a shard was taken from whoever had just got it"
+            await connection.execute("UPDATE pgbackend.offsets SET owner = NULL")
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("pid", "silent_for", "is_free"),
+    [(None, 0.0, False), (None, 20.0, True), (999_999_999, 0.0, True)],
+    ids=["alive", "silent for longer than its lease", "its backend is gone"],
+)
+async def test_a_shard_is_free_when_its_owner_is_dead(
+    backend: Backend, database: str, pid: int | None, silent_for: float, is_free: bool
+) -> None:
+    await backend.subscribe("s", Catch())
+    connection = await asyncpg.connect(database)
+    other = uuid4()
+    await connection.execute(REGISTER, other, pid, None, silent_for)
+    await connection.execute("UPDATE pgbackend.offsets SET owner = $1", other)
+    await connection.close()
+    async with opened(database) as log:
+        leases = await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")
+
+    assert bool(leases) == is_free
+
+
+async def test_who_leaves_has_not_died_with_what_it_had_just_claimed(backend: Backend, database: str) -> None:
+    """It may be told to end between the claim and its answer; of one that died the next owner is careful."""
+    await backend.subscribe("s", Catch(), shards=2)
+    worker = uuid4()
+    connection = await asyncpg.connect(database)
+    await connection.execute(REGISTER, worker, None, None, 0.0)
+    await connection.close()
+    async with opened(database) as log:
+        leaving = Leases(log, schema="pgbackend", worker=worker)
+        assert len(await claim_free(leaving, "s")) == 2
+        await leaving.leave()
+        leases = await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")
+
+    assert [lease.crashes for lease in leases] == [0, 0]
+
+
+@pytest.mark.owner
+async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Backend, database: str) -> None:
+    await backend.subscribe("s", Catch())
+    connection = await asyncpg.connect(database)
+    other, pid = uuid4(), await connection.fetchval("SELECT pg_backend_pid()")
+    await connection.execute(
+        "INSERT INTO pgbackend.workers (id, name, backend_pid, backend_start, lease_timeout) "
+        "VALUES ($1, 'somebody', $2, now() - interval '1 day', '15 s')",
+        other, pid,
+    )  # fmt: skip
+    await connection.execute("UPDATE pgbackend.offsets SET owner = $1", other)
+    async with opened(database) as log:
+        assert await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s")
+    await connection.close()
+
+
+async def test_a_worker_that_could_not_see_its_own_start_lives_as_long_as_its_backend(
+    backend: Backend, database: str
+) -> None:
+    """After SET ROLE, PostgreSQL masks even one's own."""
+    await backend.subscribe("s", Catch())
+    connection, sign = await asyncpg.connect(database), await asyncpg.connect(database)
+    other, pid = uuid4(), sign.get_server_pid()
+    await connection.execute(REGISTER, other, pid, None, 0.0)
+    await connection.execute("UPDATE pgbackend.offsets SET owner = $1", other)
+    async with opened(database) as log:
+        claimer = Leases(log, schema="pgbackend", worker=uuid4())
+        assert await claim_free(claimer, "s") == []
+        await sign.close()
+
+        async def is_free() -> bool:
+            return bool(await claim_free(claimer, "s"))
+
+        await eventually("its backend is gone", is_free)
+    await connection.close()
+
+
+@pytest.mark.owner
+async def test_no_row_can_make_a_lease_endless(backend: Backend, database: str) -> None:
+    connection = await asyncpg.connect(database)
+    try:
+        for lease_timeout in ("1000000 years", "1 day 1 ms"):
+            with pytest.raises(asyncpg.CheckViolationError, match="workers_lease_timeout_bounded"):
+                await connection.execute(
+                    "INSERT INTO pgbackend.workers (id, name, lease_timeout) VALUES ($1, 'x', $2::text::interval)",
+                    uuid4(),
+                    lease_timeout,
+                )
+    finally:
+        await connection.close()
+
+
+async def test_nothing_can_be_claimed_in_another_life_of_the_server(backend: Backend, database: str) -> None:
+    await backend.subscribe("s", Catch())
+    async with opened(database) as log:
+        await log.database.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+        assert await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s") == []
+
+
+async def test_a_worker_without_shards_notices_another_life_of_the_server(database: str) -> None:
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as owner:
+            await owner.subscribe("s", Catch())
+            await recorder.wait("lease claimed")
+            async with Backend(database, **SETTINGS) as idle:
+                await idle.subscribe("s", catch)
+                await recorder.wait("worker started", count=2)
+                # As a crash does: the table is empty.
+                connection = await asyncpg.connect(database)
+                await connection.execute("TRUNCATE pgbackend.incarnation")
+                await connection.close()
+                await recorder.wait("incarnation changed", count=2)
+                await owner.stop()
+                await idle.produce(make_event("a"))
+                await catch.has("a")
+
+
+# Taking over.
+
+
+async def test_another_worker_takes_over_at_once_when_one_stops(database: str) -> None:
+    first, second = Catch(), Catch()
+    async with Backend(database, **SETTINGS) as one:
+        await one.subscribe("s", first)
+        await one.produce(make_event("a"))
+        await first.has("a")
+        async with Backend(database, **{**SETTINGS, "poll_interval": 30.0}) as other:
+            await other.subscribe("s", second)
+            await one.stop()
+            await other.produce(make_event("b"))
+            await second.has("b")
+
+    assert (first.ids, second.ids) == (["a"], ["b"])
+
+
+@pytest.mark.direct
+async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    async with Worker(database, ledger, subscription="s", settings=SETTINGS) as worker:  # noqa: SIM117 - its exit
+        async with Backend(database, **SETTINGS) as backend:
+
+            async def is_claimed() -> bool:
+                return await owner_of(database) is not None
+
+            await eventually("the process has its shard", is_claimed)
+            catch = Catch()
+            await backend.subscribe("s", catch)
+            worker.kill()
+            await backend.produce(make_event("a"))
+            # Not after its lease: its backend is gone.
+            await catch.has("a")
+
+
+async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_does_nothing_when_it_wakes(
+    database: str, tmp_path: Path
+) -> None:
+    import os
+    import signal
+
+    ledger = Ledger(tmp_path / "ledger")
+    async with (
+        Worker(database, ledger, subscription="s", settings={**SETTINGS, "lease_timeout": 1.0}) as worker,
+        # Patient: a machine that stands still for a second must not give the shard back.
+        Backend(database, **SETTINGS) as backend,
+    ):
+
+        async def is_claimed() -> bool:
+            return await owner_of(database) is not None
+
+        await eventually("the process has its shard", is_claimed)
+        os.kill(worker.pid, signal.SIGSTOP)
+        catch = Catch()
+        await backend.subscribe("s", catch)
+        await backend.produce(make_event("a"))
+        await catch.has("a")
+        os.kill(worker.pid, signal.SIGCONT)
+        await backend.produce(make_event("b"))
+        await catch.has("b")
+        await worker.stop()
+
+    assert ledger.handled() == []
+
+
+async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(database: str) -> None:
+    lease_timeout, blocked = 3.0, 4.0
+    second = Catch()
+    handled: list[str] = []
+
+    async def block(event: Event) -> None:
+        if event.id == "block":
+            time.sleep(blocked)  # noqa: ASYNC251 - the point
+        handled.append(event.id)
+
+    settings = {**SETTINGS, "lease_timeout": lease_timeout}
+    with Recorder() as recorder:
+        async with Backend(database, **settings) as one:
+            await one.subscribe("s", block)
+            await recorder.wait("lease claimed")
+            owner = await owner_of(database)
+            async with Backend(database, **settings) as other:
+                await other.subscribe("s", second)
+                await one.produce_many([make_event("block"), make_event("after")])
+
+                async def both() -> bool:
+                    return len(handled) == 2
+
+                await eventually("both are handled", both)
+                assert await owner_of(database) == owner
+
+    assert handled == ["block", "after"]
+    assert second.ids == []
+
+
+# Presence.
+
+
+@pytest.mark.direct
+async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_registered_again(database: str) -> None:
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", catch)
+            await recorder.wait("lease claimed")
+            assert backend._worker
+            tenure = backend._worker._tenure
+            assert await terminate(database, PRESENCE)
+            # At once, not when the next heartbeat fails in thirty seconds: others may take over from now on.
+            await recorder.wait("presence lost", timeout=20)
+
+            async def is_registered() -> bool:
+                return tenure.valid_until > time.monotonic()
+
+            await eventually("it is registered again", is_registered)
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+
+
+async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(database: str) -> None:
+    """Telling may take long: a log is a pipe, and whoever reads it may be slow. Others can take over meanwhile."""
+    tenures: list[float] = []
+
+    def hear(name: str, _: object) -> None:
+        if name == "presence lost":
+            assert backend._worker
+            tenures.append(backend._worker._tenure.valid_until)
+
+    with Recorder() as recorder, observe(hear):
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", Catch())
+            await recorder.wait("lease claimed")
+            assert await terminate(database, PRESENCE)
+            await recorder.wait("presence lost")
+    assert tenures[0] == 0.0
+
+
+async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_its_way_back(database: str) -> None:
+    catch = Catch()
+    async with Proxy(database) as proxy, Backend(proxy.dsn, **{**SETTINGS, "lease_timeout": 1.0}) as backend:
+        await backend.subscribe("s", catch)
+        await backend.produce(make_event("a"))
+        await catch.has("a")
+        proxy.stall()
+
+        # Not a fact: on a busy machine it may have lost it before, for a moment.
+        async def is_over() -> bool:
+            assert backend._worker
+            return backend._worker._tenure.valid_until < time.monotonic()
+
+        await eventually("its tenure is over", is_over)
+        proxy.cut()
+        proxy.restore()
+        async with Backend(database) as producer:
+            await producer.produce(make_event("b"))
+        await catch.has("b")
+
+
+@pytest.mark.direct
+async def test_a_former_owner_that_comes_back_does_not_dispatch_what_is_not_its_own_any_more(database: str) -> None:
+    first, second = Catch(), Catch()
+    async with Proxy(database) as proxy:
+        with Recorder() as recorder:
+            async with Backend(proxy.dsn, **SETTINGS) as one, Backend(database, **SETTINGS) as other:
+                await one.subscribe("s", first)
+                await recorder.wait("lease claimed")
+                await other.subscribe("s", second)
+                proxy.cut()
+                await recorder.wait("lease claimed", count=2)
+                proxy.restore()
+                await recorder.wait("lease lost")
+                for id_ in ("a", "b", "c"):
+                    await other.produce(make_event(id_))
+                await second.has("a", "b", "c")
+
+    assert first.ids == []
+
+
+async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen just then, for longer than its lease: another worker has the shard when the answer is read."""
+    claim, claimed, answer = Leases.claim, asyncio.Event(), asyncio.Event()
+    stale: list[int] = []
+
+    async def claim_slowly(self: Leases, subscriptions: Any) -> Any:
+        leases = await claim(self, subscriptions)
+        if leases and not stale:
+            stale.extend(lease.epoch for lease in leases)
+            claimed.set()
+            await answer.wait()
+        return leases
+
+    monkeypatch.setattr(Leases, "claim", claim_slowly)
+    observer = await asyncpg.connect(database)
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **SETTINGS) as backend:
+            await backend.subscribe("s", catch)
+            async with asyncio.timeout(10):
+                await claimed.wait()
+            # Somebody takes it over, and gives it up again; in between this worker is told that it has nothing.
+            await observer.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
+            assert backend._worker
+            backend._worker._on_held(frozenset())
+            answer.set()
+            await recorder.wait("lease claimed")
+            await backend.produce(make_event("a"))
+            await catch.has("a")
+    await observer.close()
+    assert not set(stale) & {fields["epoch"] for fields in recorder.all("lease claimed")}
+
+
+async def test_presence_reports_what_its_first_connection_met(database: str) -> None:
+    def presence(dsn: str) -> Presence:
+        return Presence(
+            Database(dsn),
+            schema="pgbackend",
+            worker=uuid4(),
+            name="test",
+            lease_timeout=15.0,
+            channel="test",
+            notify="SELECT 1",
+            tenure=Tenure(),
+            on_hint=lambda _: None,
+            on_held=lambda _: None,
+        )
+
+    nobody = presence("postgresql://localhost:1/nowhere")
+    with pytest.raises(ConnectionLostError):
+        await nobody.start()
+    await nobody.stop()
+
+    never_started = presence(database)
+    await never_started.stop()
+
+
+@pytest.mark.direct
+async def test_hints_reach_a_worker_whose_loop_was_busy(database: str) -> None:
+    catch = Catch()
+    with Recorder() as recorder:
+        async with Backend(database, **{**SETTINGS, "poll_interval": 30.0}) as backend:
+            await backend.subscribe("s", catch)
+            await recorder.wait("lease claimed")
+            async with Backend(database) as producer:
+                await producer.produce(make_event("a"))
+                await catch.has("a")
