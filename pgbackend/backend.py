@@ -68,7 +68,7 @@ from pgbackend.model import (
 )
 from pgbackend.postgres import schema, sockets
 from pgbackend.postgres.dsn import describe_dsn, normalize_dsn
-from pgbackend.postgres.pool import Backoff, Database
+from pgbackend.postgres.pool import Database, GrowingDelay
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.probe import Probe, all_ok
 from pgbackend.retry import Retry
@@ -409,7 +409,7 @@ class Backend:
     async def _run(self) -> None:
         """One worker after the other, each for one life of the server."""
         parts = self._use()
-        backoff = Backoff(parts.database)
+        backoff = GrowingDelay(parts.database)
         another_life = False
         while not self._stop.is_set():
             self._worker = Worker(

@@ -28,7 +28,7 @@ from pgbackend.delivery.shard import (
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Log
-from pgbackend.postgres.pool import Backoff, Record, asks_for_other_values
+from pgbackend.postgres.pool import GrowingDelay, Record, asks_for_other_values
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import OffsetsSql
 
@@ -63,7 +63,7 @@ class Committer:
         self._due.set()
 
     async def run(self) -> None:
-        backoff = Backoff(self._log.database)
+        backoff = GrowingDelay(self._log.database)
         before = 0.0
         while True:
             await self._due.wait()

@@ -63,7 +63,7 @@ from pgbackend.failures import Thrown, describe, leave_process
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.tail import Cursor
 from pgbackend.model import Failure
-from pgbackend.postgres.pool import Backoff
+from pgbackend.postgres.pool import GrowingDelay
 
 _LONGEST = 1e9
 """Seconds that an event may have to wait to be tried again: 30 years."""
@@ -713,7 +713,7 @@ class Pump:
             self._feed.make_room()
             again = replace(again, handed_over=True)
         again = replace(again, noted=True)
-        backoff = Backoff(cap=1.0)
+        backoff = GrowingDelay(cap=1.0)
         while not self._stopping:
             try:
                 await self._commit()

@@ -32,7 +32,7 @@ from pgbackend.log.reader import IncarnationChanged, Log
 from pgbackend.log.requirements import Fence
 from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
-from pgbackend.postgres.pool import Backoff
+from pgbackend.postgres.pool import GrowingDelay
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.subscriptions.lease import Lease, Tenure
 from pgbackend.subscriptions.leases import Leases, Presence, Survey, SurveyedShard
@@ -348,7 +348,7 @@ class Worker:
     # Claiming and giving up.
 
     async def _run_rounds(self) -> None:
-        backoff = Backoff(self._log.database)
+        backoff = GrowingDelay(self._log.database)
         while True:
             strokes = self._rounds.strokes
             try:
@@ -648,7 +648,7 @@ class Worker:
             self._rounds.ring()
 
     async def _run_redelivery(self) -> None:
-        backoff = Backoff(self._log.database)
+        backoff = GrowingDelay(self._log.database)
         while True:
             self._due.clear()
             now = time.monotonic()
@@ -688,7 +688,7 @@ class Worker:
 
     async def _seconds_until(self, date: datetime) -> float:
         """How long it is to a date by the server's clock; not above 0 when it is past."""
-        backoff = Backoff(self._log.database)
+        backoff = GrowingDelay(self._log.database)
         while True:
             try:
                 left = await self._log.database.fetchval(
@@ -704,7 +704,7 @@ class Worker:
 
     async def _prove_end(self) -> int:
         """The log's head, from before everything that is open now."""
-        backoff = Backoff(self._log.database)
+        backoff = GrowingDelay(self._log.database)
         while True:
             try:
                 return (await self._log.check()).upto

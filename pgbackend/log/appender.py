@@ -32,9 +32,9 @@ from pgbackend.errors import (
     ProduceUncertainError,
 )
 from pgbackend.postgres.pool import (
-    Backoff,
     Connection,
     Database,
+    GrowingDelay,
     is_definite,
     is_out_of_segments,
     is_position_taken,
@@ -251,7 +251,7 @@ class Appender:
             )
 
     async def _run(self) -> None:
-        backoff = Backoff(self._database, cap=1.0)
+        backoff = GrowingDelay(self._database, cap=1.0)
         while True:
             if not self._calls:
                 if self._closing:

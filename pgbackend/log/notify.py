@@ -11,7 +11,7 @@ import logging
 
 from pgbackend import facts
 from pgbackend.errors import DatabaseError
-from pgbackend.postgres.pool import Backoff, Database
+from pgbackend.postgres.pool import Database, GrowingDelay
 
 _INTERVALS = (0.005, 0.05)
 """Seconds between two NOTIFYs: the first of them after a quiet time, twice as long each time while more is due, up to
@@ -85,7 +85,7 @@ class Notifier:
         self._statement = statement
         self._sender = sender
         self._due = asyncio.Event()
-        self._backoff = Backoff(database)
+        self._backoff = GrowingDelay(database)
 
     def notify(self) -> None:
         """There is something new. Returns at once."""

@@ -26,7 +26,7 @@ from pgbackend.errors import DatabaseError, PgBackendError, SchemaError
 from pgbackend.log.fence import AppenderClock, Evidence, Gaps
 from pgbackend.log.ranges import Range, RangeSet
 from pgbackend.model import BlockingAppender
-from pgbackend.postgres.pool import STATEMENT_TIMEOUT, Backoff, Connection, Database, Record
+from pgbackend.postgres.pool import STATEMENT_TIMEOUT, Connection, Database, GrowingDelay, Record
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import HolesSql, LogSql
 
@@ -460,7 +460,7 @@ class Reader:
 
     async def _find_removed(self, dead: Sequence[Range]) -> list[Range]:
         """What of these positions has no segment. Waits for a server that is away: what this round has read is here."""
-        backoff = Backoff(self._log.database)
+        backoff = GrowingDelay(self._log.database)
         while True:
             try:
                 return await self._log.find_removed(dead)

@@ -20,7 +20,7 @@ from pgbackend.log.fence import MAX_PENDING_RANGES
 from pgbackend.log.notify import Hints
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Batch, Log, Reader
-from pgbackend.postgres.pool import Backoff
+from pgbackend.postgres.pool import GrowingDelay
 
 _PASSING = 1.0
 """Seconds beyond `hole_wait` in which a reader has passed an overdue appender, however busy the machine."""
@@ -156,7 +156,7 @@ class Stream:
         next_proof = loop.time() + tail.poll_interval
         strokes = tail.hints.strokes
         again: float | None = 0.0
-        backoff = Backoff(tail.log.database)
+        backoff = GrowingDelay(tail.log.database)
         while True:
             await self._demand.wait()
             if again:

@@ -103,7 +103,7 @@ _TELL_AGAIN = 30.0
 """Seconds after which a failure that goes on is told again."""
 
 
-class Backoff:
+class GrowingDelay:
     """Waits between tries at something that is down: doubling from 50 ms to a cap, with jitter, until `reset()`.
 
     With a `database` no longer than until anybody has found its primary: whoever finds it first wakes all others.
@@ -416,7 +416,7 @@ async def repeat(attempt: Callable[[], Awaitable[_Result]], timeout: float) -> _
 
     Raises what the last attempt raised, once `timeout` seconds have passed.
     """
-    backoff = Backoff(cap=_REPEAT_PAUSE)
+    backoff = GrowingDelay(cap=_REPEAT_PAUSE)
     deadline = time.monotonic() + timeout
     while True:
         try:

@@ -29,7 +29,7 @@ from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.embedded import server as embedded
 from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
-from pgbackend.postgres.pool import Backoff
+from pgbackend.postgres.pool import GrowingDelay
 from pgbackend.serve.config.models import Configuration, load, load_file
 from pgbackend.serve.config.reload import changes, says_once
 from pgbackend.serve.egress import connections as egress
@@ -198,7 +198,7 @@ async def _init(backend: Backend, patience: float) -> None:
     """The log can be used. Raises what is wrong, if that is PostgreSQL's absence, after `patience` seconds."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
-    backoff = Backoff()
+    backoff = GrowingDelay()
     while True:
         try:
             await backend.init()

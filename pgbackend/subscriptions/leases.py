@@ -25,7 +25,7 @@ from pgbackend.failures import describe
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Log
 from pgbackend.model import Epoch, Position
-from pgbackend.postgres.pool import Backoff, Connection, Database, is_definite, is_pooled, repeat, translate
+from pgbackend.postgres.pool import Connection, Database, GrowingDelay, is_definite, is_pooled, repeat, translate
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LeasesSql
 from pgbackend.subscriptions.lease import Lease, Tenure
@@ -193,7 +193,7 @@ class Presence:
         self._told_deaf = False
         self._echo = f"echo {worker}"
         self._heard = 0.0
-        self._deafness = Backoff()
+        self._deafness = GrowingDelay()
 
     async def start(self) -> None:
         """Return once the worker is registered, and listens if it can. Raises what the first connection raises."""
@@ -251,7 +251,7 @@ class Presence:
             self._ended.set_result(None)
 
     async def _run(self, first: "asyncio.Future[None]") -> None:
-        backoff = Backoff(self._database, cap=1.0)
+        backoff = GrowingDelay(self._database, cap=1.0)
         while not self._stop.is_set():
             connection: Connection | None = None
             try:

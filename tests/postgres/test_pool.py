@@ -14,7 +14,7 @@ import uvloop
 from pgbackend.backend import Backend
 from pgbackend.errors import ConnectionLostError, DatabaseError
 from pgbackend.facts import Recorder
-from pgbackend.postgres.pool import Backoff, Database
+from pgbackend.postgres.pool import Database, GrowingDelay
 from pgbackend.torture.proxy import Proxy, vanished
 from tests.support.polling import eventually
 
@@ -24,7 +24,7 @@ def test_a_failure_that_goes_on_is_a_warning_when_it_begins_and_each_thirty_seco
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    backoff = Backoff()
+    backoff = GrowingDelay()
     told: list[int] = []
     for _ in range(65):
         if backoff.failed() == logging.WARNING:

@@ -24,7 +24,7 @@ from yarl import URL
 from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.errors import DatabaseError, NotRunningError, SubscriptionBusyError, SubscriptionNotFoundError
-from pgbackend.postgres.pool import Backoff
+from pgbackend.postgres.pool import GrowingDelay
 from pgbackend.serve.config.models import Configuration, Trigger
 from pgbackend.serve.egress.delivery import DeadLetterDelivery, Delivery, refuse_without_target
 from pgbackend.serve.egress.replies import ReplyBudget
@@ -93,7 +93,7 @@ class Triggers:
 
     async def _converge(self, name: str, change: "_Change") -> None:
         """The trigger is what the newest configuration says; or the backend was stopped."""
-        backoff = Backoff()
+        backoff = GrowingDelay()
         try:
             while self._differs(name):
                 try:

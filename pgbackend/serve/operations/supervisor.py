@@ -34,7 +34,7 @@ import uvloop
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError, PgBackendError
-from pgbackend.postgres.pool import Backoff
+from pgbackend.postgres.pool import GrowingDelay
 from pgbackend.serve import app
 from pgbackend.serve.app import Orders, Settings
 from pgbackend.serve.config.reload import says_once
@@ -129,7 +129,7 @@ class Supervisor:
                 await self._restart(places)
 
     async def _keep_place(self, place: "_Place") -> None:
-        backoff = Backoff(cap=30.0)
+        backoff = GrowingDelay(cap=30.0)
         while True:
             worker = place.worker
             code = await worker.ended()
