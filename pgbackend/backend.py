@@ -36,7 +36,7 @@ from pgbackend.codec.sdk import encode
 from pgbackend.delivery import turns
 from pgbackend.delivery.redelivery import Redelivery
 from pgbackend.delivery.registration import Registration, is_async, is_generator
-from pgbackend.delivery.worker import Settings, Worker, process_name
+from pgbackend.delivery.worker import Worker, process_name
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -72,6 +72,7 @@ from pgbackend.postgres.pool import Database, GrowingDelay
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.probe import Probe, all_ok
 from pgbackend.retry import Retry
+from pgbackend.settings import Settings
 from pgbackend.subscriptions.definitions import (
     Definition,
     Place,
@@ -97,10 +98,6 @@ _CLOSING = 0.5
 """Seconds that its last steps may take at least."""
 _LIFE_POLL = 0.05
 _OWN_POLL = 0.01
-_DAY = 86_400
-"""The most seconds that a setting takes. `workers` has the same limit for `lease_timeout`."""
-MAX_EVENT_BYTES = 256 << 20
-"""The largest `max_event_bytes`: a message to PostgreSQL ends at 1 GiB, and takes copies on the way there."""
 _HAND_OVER = 5.0
 """Seconds beyond its own bounds that a worker may need to give a shard up."""
 _Result = TypeVar("_Result")
@@ -177,47 +174,17 @@ class Backend:
         window_bytes: int = 16 << 20,
         buffer_bytes: int = 64 << 20,
     ) -> None:
-        """Nothing is connected yet. Raises ConfigError for a setting out of its range, which the message names.
+        """Nothing is connected yet. Raises ConfigError for a setting out of its bounds, and names it.
 
-        Times are in seconds, a day at most.
-
-        `dsn`: where the log is. It may name several hosts: the one that is the primary is used, now and after a
-        failover. `listen_dsn`: a direct way there, where `dsn` leads through a pooler.
-        `schema`: the log's schema; several logs may live in one database.
-        `hole_wait`: seconds that an open appender may delay others, once. Longer keeps strict log order more often.
-        `poll_interval`: seconds between looks at the log when no wake-up comes. Longer idles cheaper, and is later
-        when a wake-up is lost.
-        `commit_interval`: seconds between offset commits. Longer means fewer commits and more repeats after a crash.
-        `lease_timeout`: seconds after which a worker that is not heard of loses its shards.
-        `produce_timeout`, `drain_timeout`: seconds that `produce()` and `stop()` take at most.
-        `max_event_bytes`: larger events are refused. It counts the data and all attributes, which have a limit of their
-        own besides: 64 KiB together. 256 MiB at most.
-        `pool_size`: connections for short statements, two at least, beside one that appends and one that listens.
-        `window_events`, `window_bytes`: what a shard has in flight at most. Larger windows run better over slow
-        targets, and repeat more after a crash.
-        `buffer_bytes`: what the process keeps of the log for subscriptions that are a little behind.
+        `dsn` leads to the log. With several hosts, the one that is the primary is used, now and after each failover.
+        `listen_dsn` leads to the same database directly where `dsn` leads through a pooler; it defaults to `dsn`.
+        `pgbackend.settings.Settings` documents the others: meaning, unit, bounds and trade-off. Times are in seconds.
         """
         self._dsn: str | None = normalize_dsn(dsn)
         self._embedded: EmbeddedServer | None = None
         self._listen_dsn = normalize_dsn(listen_dsn) if listen_dsn is not None else None
         self._where = describe_dsn(dsn)
         quote_ident(schema)
-        for name, seconds in (
-            ("poll_interval", poll_interval), ("commit_interval", commit_interval), ("lease_timeout", lease_timeout),
-            ("produce_timeout", produce_timeout), ("drain_timeout", drain_timeout), ("hole_wait", hole_wait),
-        ):  # fmt: skip
-            at_least = 0 if name in ("hole_wait", "drain_timeout") else 0.001
-            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not at_least <= seconds <= _DAY:
-                raise ConfigError(
-                    f"{name} is {shown(seconds)}: expected a number of seconds from {at_least:g} to {_DAY} (a day)."
-                )
-        for name, count, at_most in (
-            ("max_event_bytes", max_event_bytes, MAX_EVENT_BYTES), ("pool_size", pool_size, 1000),
-            ("window_events", window_events, 100_000), ("window_bytes", window_bytes, 1 << 40),
-            ("buffer_bytes", buffer_bytes, 1 << 40),
-        ):  # fmt: skip
-            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= at_most:
-                raise ConfigError(f"{name} is {shown(count)}: expected a whole number from 1 to {at_most}.")
         self._settings = Settings(
             schema=schema,
             hole_wait=hole_wait,
@@ -227,11 +194,11 @@ class Backend:
             produce_timeout=produce_timeout,
             drain_timeout=drain_timeout,
             max_event_bytes=max_event_bytes,
+            pool_size=pool_size,
             window_events=window_events,
             window_bytes=window_bytes,
             buffer_bytes=buffer_bytes,
         )
-        self._pool_size = pool_size
         self._id = str(uuid4())
         self._channel = channel(schema)
         self._registrations: dict[str, Registration] = {}
@@ -317,7 +284,7 @@ class Backend:
         if self._embedded is not None:
             self._dsn = await self._embedded.start()
         assert self._dsn is not None  # noqa: S101 - one way or the other
-        database = Database(self._dsn, listen_dsn=self._listen_dsn, pool_size=self._pool_size)
+        database = Database(self._dsn, listen_dsn=self._listen_dsn, pool_size=self._settings.pool_size)
         try:
             await database.open()
             found = await schema.found(database.fetch, name)

@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -33,6 +32,7 @@ from pgbackend.log.requirements import Fence
 from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
 from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.settings import Settings
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.subscriptions.lease import Lease, Tenure
 from pgbackend.subscriptions.leases import Leases, Presence, Survey, SurveyedShard
@@ -58,23 +58,6 @@ _EXTEND = 5.0
 """Seconds between looks at the segments while the log is quiet."""
 _SEGMENT_PAUSE = 0.2
 """The same while it is not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a backend was configured with. Times in seconds."""
-
-    schema: str
-    hole_wait: float
-    poll_interval: float
-    commit_interval: float
-    lease_timeout: float
-    produce_timeout: float
-    drain_timeout: float
-    max_event_bytes: int
-    window_events: int
-    window_bytes: int
-    buffer_bytes: int
 
 
 _Result = TypeVar("_Result")
