@@ -77,7 +77,9 @@ class Settings:
 def _check_seconds(name: str, value: object, *, at_least: float = _SHORTEST) -> None:
     # `not a <= b` refuses NaN too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value <= _DAY:
-        raise ConfigError(f"{name} is {shown(value)}: expected a number of seconds from {at_least:g} to {_DAY} (a day).")
+        raise ConfigError(
+            f"{name} is {shown(value)}: expected a number of seconds from {at_least:g} to {_DAY} (a day)."
+        )
 
 
 def _check_count(name: str, value: object, *, at_most: int) -> None:
