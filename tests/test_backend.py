@@ -43,8 +43,9 @@ from pgbackend.postgres.pool import Database
 from pgbackend.probe import Probe
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.torture.proxy import Proxy
-from tests.support.catch import Catch, make_event
-from tests.support.events import structured
+from tests.support.codec import structured
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"

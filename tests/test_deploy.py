@@ -27,7 +27,8 @@ from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
 from pgbackend.serve.config.models import load_file
 from pgbackend.serve.operations import supervisor
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -5,7 +5,7 @@ import pytest
 
 from pgbackend import Backend, Event
 from tests.cli.conftest import Run
-from tests.support.catch import make_event
+from tests.support.events import make_event
 
 
 async def _ignore(event: Event) -> None: ...

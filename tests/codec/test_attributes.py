@@ -11,7 +11,7 @@ from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import parse_binary, parse_structured, write_binary, write_structured
 from pgbackend.errors import EventError
 from pgbackend.filters import CESQL, Exact
-from tests.support.events import BARE, binary, sdk, structured
+from tests.support.codec import BARE, binary, sdk, structured
 
 
 @pytest.mark.parametrize("missing", list(BARE))

@@ -10,7 +10,7 @@ from pgbackend.codec.event import Event
 from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import parse_structured, write_structured
 from pgbackend.errors import EventError
-from tests.support.events import again_structured, put, sdk, structured
+from tests.support.codec import again_structured, put, sdk, structured
 
 
 def test_a_json_string_is_not_parsed_again() -> None:

@@ -13,7 +13,7 @@ from pgbackend.codec.event import Event, attributes_with
 from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import parse_structured, write_binary, write_structured
 from pgbackend.errors import EventError
-from tests.support.events import BARE, again_binary, again_structured, put, sdk, structured
+from tests.support.codec import BARE, again_binary, again_structured, put, sdk, structured
 
 
 def test_a_time_reads_as_a_datetime_as_far_as_that_goes() -> None:

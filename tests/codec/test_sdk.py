@@ -14,7 +14,7 @@ from pgbackend.codec.event import Event
 from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import write_binary
 from pgbackend.errors import EventError
-from tests.support.events import BARE, again_binary, again_structured, attributes, content_type, json_value, put, sdk
+from tests.support.codec import BARE, again_binary, again_structured, attributes, content_type, json_value, put, sdk
 
 
 @given(attributes, json_value, st.none() | content_type)

@@ -22,7 +22,7 @@ from pgbackend.codec.wire import (
     write_structured,
 )
 from pgbackend.errors import EventError
-from tests.support.events import (
+from tests.support.codec import (
     BARE,
     again_batch,
     again_binary,

@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, Reject
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "drain_timeout": 25.0}

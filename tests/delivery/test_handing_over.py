@@ -12,7 +12,7 @@ import pytest
 from pgbackend import Backend, Event, SubscriptionBusyError
 from pgbackend.delivery.worker import Worker as RunningWorker
 from pgbackend.facts import Recorder
-from tests.support.catch import make_event
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "drain_timeout": 0.3}

@@ -19,8 +19,8 @@ from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.subscriptions.leases import Leases
 from pgbackend.torture.proxy import Proxy
-from tests.support.catch import make_event
 from tests.support.claims import claim_free
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 

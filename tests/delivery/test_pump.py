@@ -13,7 +13,8 @@ from pgbackend import Backend, Event, Reject, Retry, RetryAfter
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 

@@ -9,7 +9,8 @@ from cloudevents.core.v1.event import CloudEvent
 from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry, SubscriptionNotFoundError
 from pgbackend.delivery import worker
 from pgbackend.postgres.pool import Database
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1}

@@ -11,7 +11,8 @@ from pgbackend import Backend, ConfigError, Event, Pause, Reject, Retry, Subscri
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
 from pgbackend.delivery.pump import Pump
 from pgbackend.facts import Recorder
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 ORDERS = ["none", "key", "strict"]

@@ -15,7 +15,8 @@ from pgbackend import Backend, Event, NotRunningError, PgBackendError, ProduceUn
 from pgbackend.delivery.worker import Worker
 from pgbackend.facts import Recorder
 from pgbackend.torture.proxy import Proxy
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 LATE = 5.0 + 3.0

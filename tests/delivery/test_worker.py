@@ -9,7 +9,8 @@ import pytest
 from pgbackend import Backend, Event, Retry
 from pgbackend.facts import Recorder
 from pgbackend.subscriptions.leases import Leases
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.2}
 

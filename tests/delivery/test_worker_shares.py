@@ -13,7 +13,8 @@ import pytest
 from pgbackend import Backend, Event, Retry
 from pgbackend.delivery.worker import Worker as RunningWorker
 from pgbackend.facts import Recorder
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.worker import Worker

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pgbackend import Backend
-from tests.support.catch import make_event
+from tests.support.events import make_event
 
 PROGRAM = """
 import asyncio, os, sys

@@ -12,7 +12,8 @@ from pgbackend import Backend, PgBackendError, ProduceTimeoutError, ProduceUncer
 from pgbackend.torture.plan import Plan, Step
 from pgbackend.torture.proxy import Proxy
 from pgbackend.torture.run import run
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.figures import report
 from tests.support.polling import eventually
 

@@ -7,7 +7,7 @@ from collections import Counter
 import asyncpg
 
 from pgbackend import Backend, Event
-from tests.support.catch import Catch
+from tests.support.dispatchers import Catch
 from tests.support.figures import report
 from tests.support.polling import eventually
 from tests.support.producers import INSERT, Crowd

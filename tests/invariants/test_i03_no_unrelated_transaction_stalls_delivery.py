@@ -10,7 +10,8 @@ import pytest
 
 from pgbackend import Backend, Event, facts
 from pgbackend.model import Order
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.figures import report
 from tests.support.polling import eventually
 from tests.support.producers import INSERT, Crowd

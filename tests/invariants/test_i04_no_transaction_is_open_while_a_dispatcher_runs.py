@@ -7,7 +7,8 @@ import pytest
 
 from pgbackend import Backend, Event
 from pgbackend.model import Order
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 OLDER = """

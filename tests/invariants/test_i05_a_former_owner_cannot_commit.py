@@ -9,7 +9,8 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, facts
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.worker import Worker

@@ -7,7 +7,7 @@ import pytest
 
 from pgbackend import Backend
 from pgbackend.log.ranges import RangeSet
-from tests.support.catch import make_event
+from tests.support.events import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.worker import Worker

@@ -8,7 +8,8 @@ import pytest
 
 from pgbackend import Backend, Event, Reject, Retry, facts
 from pgbackend.model import Order
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.figures import report
 from tests.support.polling import eventually
 

@@ -6,7 +6,8 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Retry
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.figures import report
 from tests.support.polling import eventually
 

@@ -12,7 +12,8 @@ import pytest
 from pgbackend import Backend
 from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.facts import Recorder
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 pytestmark = [pytest.mark.direct, pytest.mark.slow]

@@ -12,7 +12,8 @@ from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogSql
 from pgbackend.torture.proxy import Proxy
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 

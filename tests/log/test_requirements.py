@@ -22,7 +22,8 @@ from pgbackend.log.reader import Log, Reader
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 # They alter the log as its owner.

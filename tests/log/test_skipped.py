@@ -11,7 +11,8 @@ from pgbackend import Backend, Event, Reject, Retry
 from pgbackend.facts import Recorder
 from pgbackend.log import reader
 from pgbackend.model import Order, SubscriptionStatus
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 

@@ -10,7 +10,8 @@ import pytest
 from pgbackend import Backend, ConfigError, DeadLetter, Event
 from pgbackend.facts import Recorder
 from pgbackend.model import Order
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "hole_wait": 0.1}

@@ -21,7 +21,8 @@ from pgbackend.facts import Recorder
 from pgbackend.log.ranges import RangeSet
 from pgbackend.postgres.pool import Database
 from pgbackend.torture.proxy import vanished
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.figures import report
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually

@@ -28,8 +28,9 @@ from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.subscriptions.leases import Leases
-from tests.support.catch import Catch, make_event
 from tests.support.claims import claim_free
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.direct

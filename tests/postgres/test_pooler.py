@@ -22,8 +22,9 @@ from pgbackend.postgres.sql import file_names, load, statements
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.subscriptions.leases import Leases, Presence
 from pgbackend.torture.proxy import Proxy
-from tests.support.catch import Catch, make_event
 from tests.support.claims import claim_free
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.pooler import Pooler, needs_pgbouncer

@@ -12,7 +12,8 @@ from pgbackend.errors import ConfigError, DatabaseError
 from pgbackend.facts import Recorder
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.polling import eventually
 from tests.support.pooler import Pooler, needs_pgbouncer
 

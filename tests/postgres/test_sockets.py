@@ -14,7 +14,8 @@ import pytest
 
 from pgbackend import Backend, Event, PgBackendError
 from pgbackend.postgres import sockets as own_sockets
-from tests.support.catch import Catch, make_event
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 
 SETTINGS: dict[str, Any] = {"produce_timeout": 60.0, "drain_timeout": 1.0, "poll_interval": 0.1}
 

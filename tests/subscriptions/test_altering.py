@@ -22,7 +22,8 @@ from pgbackend import (
 from pgbackend.facts import Recorder
 from pgbackend.log.notify import Notifier
 from pgbackend.postgres.pool import Database
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 

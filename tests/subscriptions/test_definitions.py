@@ -9,7 +9,8 @@ from pgbackend import Backend, ConfigError, SubscriptionMismatchError, Subscript
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 

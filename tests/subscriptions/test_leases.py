@@ -17,8 +17,9 @@ from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.subscriptions.leases import Leases, Presence
 from pgbackend.torture.proxy import Proxy
-from tests.support.catch import Catch, make_event
 from tests.support.claims import claim_free
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.worker import Worker

@@ -12,7 +12,8 @@ import pytest
 from pgbackend import Backend, ConfigError, Event, Retry, SubscriptionBusyError, SubscriptionNotFoundError
 from pgbackend.facts import Recorder
 from pgbackend.log.ranges import RangeSet
-from tests.support.catch import Catch, Gate, make_event
+from tests.support.dispatchers import Catch, Gate
+from tests.support.events import make_event
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.producers import INSERT

@@ -21,7 +21,7 @@ from pgbackend.serve.egress import replies
 from pgbackend.serve.egress.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session
 from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope
 from tests.serve.target import Target, raw_server, read_request
-from tests.support.catch import Catch
+from tests.support.dispatchers import Catch
 from tests.support.polling import eventually
 
 ORDER = wire.parse_structured(envelope("order"))

@@ -1,10 +1,8 @@
-"""Dispatchers that keep what they get, and events to give them."""
+"""Dispatchers that record what they are handed, or hold it."""
 
 import asyncio
 import time
 from collections.abc import Callable
-
-from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.codec.event import Event
 from tests.support.polling import eventually
@@ -69,8 +67,3 @@ class Gate:
             return len(self.waiting) >= count
 
         await eventually(f"{count} dispatches at once", are_waiting)
-
-
-def make_event(id_: str, data: bytes | str = b"", *, key: str | None = None) -> CloudEvent:
-    attributes = {"id": id_, "source": "test", "type": "test", "datacontenttype": "text/plain"}
-    return CloudEvent(attributes | ({"partitionkey": key} if key else {}), data)
