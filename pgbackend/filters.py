@@ -36,7 +36,7 @@ _Matches = Callable[[Anything], bool]
 class Exact:
     """Matches when each named attribute is exactly this text.
 
-    >>> from pgbackend.wire import parse_structured
+    >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order.created","items":3}')
     >>> Exact({"type": "order.created", "items": "3"})(event)
     True
@@ -169,7 +169,7 @@ class Not:
 class CESQL:
     """Matches when this expression in CloudEvents SQL, version 1, is true; not when its evaluation fails anywhere.
 
-    >>> from pgbackend.wire import parse_structured
+    >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order.created","items":3}')
     >>> CESQL("type LIKE 'order.%' AND items > 2")(event)
     True

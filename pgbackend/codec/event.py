@@ -40,7 +40,7 @@ class Event:
 
     It can be pickled and copied, so a dispatcher may hand it to another process.
 
-    >>> from pgbackend.wire import parse_structured
+    >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","data":{"n": 1.0}}')
     >>> event.get_data()
     {'n': 1.0}
@@ -276,7 +276,7 @@ def _datetime(text: str) -> datetime:
 def attributes_with(event: Event, extra: Mapping[str, str]) -> Event:
     """The same event with these extension attributes set. Raises `EventError` for what is no extension attribute.
 
-    >>> from pgbackend.wire import parse_structured
+    >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order"}')
     >>> attributes_with(event, {"hops": "2"}).attribute("hops")
     '2'
