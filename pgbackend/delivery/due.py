@@ -9,16 +9,8 @@ from time import monotonic
 
 from pgbackend.codec.event import Event
 from pgbackend.delivery.health import TargetHealth
-from pgbackend.delivery.shard import (
-    Buried,
-    DueRequest,
-    Forgotten,
-    LetterDelivered,
-    LetterFailed,
-    Mark,
-    Scheduled,
-    Shard,
-)
+from pgbackend.delivery.outcomes import Buried, Finished, LetterDelivered, LetterFailed, Scheduled
+from pgbackend.delivery.shard import DueRequest, Mark, Shard
 
 _ROOM = 200
 """How many events that are due again a shard takes at a time for its target, and as many more for what was given up."""
@@ -92,13 +84,13 @@ class Due:
         now = monotonic()
         for outcome in mark.outcomes.values():
             match outcome:
-                case Scheduled(begun=True) | LetterFailed(begun=True):
+                case Scheduled(started=True) | LetterFailed(started=True):
                     pass  # at work
                 case Scheduled(position=position, delay=delay):
                     self._leave(position)
                     if not self._ordered:
                         heapq.heappush(self._times, now + delay)
-                case Forgotten(position=position) | Buried(position=position):
+                case Finished(position=position) | Buried(position=position):
                     self._leave(position)
                 case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
                     self._letters.pop(letter, None)

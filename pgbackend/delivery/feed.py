@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 
 from pgbackend.codec.event import Event
+from pgbackend.delivery.outcomes import Buried, Skipped
 from pgbackend.delivery.registration import Registration
-from pgbackend.delivery.shard import Buried, Shard, Skipped
+from pgbackend.delivery.shard import Shard
 from pgbackend.log.ranges import Range
 from pgbackend.log.reader import Batch, Unreadable
 from pgbackend.log.tail import Cursor

@@ -14,17 +14,16 @@ from dataclasses import asdict, replace
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.delivery.shard import (
+from pgbackend.delivery.outcomes import (
     Buried,
-    Forgotten,
+    Finished,
     LetterDelivered,
     LetterFailed,
-    Mark,
     Scheduled,
-    Shard,
     Skipped,
     without_texts,
 )
+from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Log
@@ -208,7 +207,7 @@ class Committer:
                         "delay": outcome.delay,
                         "error": outcome.error,
                         "failure": asdict(outcome.failure) if outcome.failure else None,
-                        "begun": outcome.begun,
+                        "begun": outcome.started,
                         "stays": epoch in ordered,
                     }
                     for epoch, outcome in outcomes
@@ -219,7 +218,7 @@ class Committer:
                 [
                     {"epoch": epoch, "position": outcome.position}
                     for epoch, outcome in outcomes
-                    if isinstance(outcome, Forgotten | Buried)
+                    if isinstance(outcome, Finished | Buried)
                 ]
             ),
             json.dumps(
@@ -251,7 +250,7 @@ class Committer:
                         "delay": outcome.delay,
                         "error": outcome.error,
                         "details": dict(outcome.details),
-                        "begun": outcome.begun,
+                        "begun": outcome.started,
                     }
                     for epoch, outcome in outcomes
                     if isinstance(outcome, LetterFailed)

@@ -43,21 +43,18 @@ from pgbackend.delivery.due import Due
 from pgbackend.delivery.feed import Feed, settle_all
 from pgbackend.delivery.health import TargetHealth
 from pgbackend.delivery.lanes import Lanes, sift
-from pgbackend.delivery.registration import Registration, complete
-from pgbackend.delivery.shard import (
+from pgbackend.delivery.outcomes import (
     Buried,
-    DueRequest,
-    Forgotten,
+    Finished,
     LetterDelivered,
     LetterFailed,
-    Mark,
     Outcome,
     Scheduled,
-    Shard,
     Skipped,
-    Waiting,
     outcome_key,
 )
+from pgbackend.delivery.registration import Registration, complete
+from pgbackend.delivery.shard import DueRequest, Mark, Shard, Waiting
 from pgbackend.errors import DatabaseError
 from pgbackend.failures import Thrown, describe, leave_process
 from pgbackend.log.ranges import RangeSet
@@ -379,7 +376,7 @@ class Pump:
                 del self._timers[timer]
                 gone.append(again)
         for again in gone:
-            self._done(again, Forgotten(position=again.event.position))
+            self._done(again, Finished(position=again.event.position))
         if parked:
             self._feed.make_room()
             self._note(self.shard)
@@ -399,7 +396,7 @@ class Pump:
             return
         for position in [lower] if upper == lower + 1 else [one for one in self._waiting if lower <= one < upper]:
             if self._waiting.pop(position, None) is not None:
-                self.shard.note(Forgotten(position=position))
+                self.shard.note(Finished(position=position))
 
     # What is due again.
 
@@ -420,7 +417,7 @@ class Pump:
         self._due.begin(event, letter=letter)
         again = _Again(event, handed_over=True, letter=letter, begun=begun)
         if letter is None and not self._passes(event):
-            self._done(again, Forgotten(position=event.position))
+            self._done(again, Finished(position=event.position))
             return
         self._queue_of(event).append(again)
         self._wake()
@@ -432,7 +429,7 @@ class Pump:
             return
         for position in fresh:
             self._due.skip(position)
-            self.shard.note(Forgotten(position=position))
+            self.shard.note(Finished(position=position))
         for lower, upper in RangeSet.of(fresh):
             self.shard.note(Skipped(lower=lower, upper=upper))
         self._note(self.shard)
@@ -685,7 +682,7 @@ class Pump:
         """Let an event go that is not wanted any more, if it was reconfigured since its target had this health."""
         if health is self.registration.health or again.letter is not None or self._passes(again.event):
             return False
-        self._done(again, Forgotten(position=again.event.position))
+        self._done(again, Finished(position=again.event.position))
         return True
 
     def _put_back(self, again: _Again) -> None:
@@ -738,11 +735,11 @@ class Pump:
         outcome: Outcome
         if again.letter is not None:
             outcome = LetterFailed(
-                letter=again.letter, attempt=attempt, delay=delay, error=error, details={}, begun=begun
+                letter=again.letter, attempt=attempt, delay=delay, error=error, details={}, started=begun
             )  # fmt: skip
         else:
             outcome = Scheduled(
-                position=event.position, attempt=attempt, delay=delay, error=error, failure=event.failure, begun=begun
+                position=event.position, attempt=attempt, delay=delay, error=error, failure=event.failure, started=begun
             )
         if not self.shard.lost:
             self.shard.note(outcome)
@@ -765,7 +762,7 @@ class Pump:
         try:
             if in_doubt:
                 if not self.registration.matches(event):
-                    self._done(again, Forgotten(position=event.position))
+                    self._done(again, Finished(position=event.position))
                     return
                 self._doubts.discard(event.position)
                 in_doubt = False
@@ -782,7 +779,7 @@ class Pump:
             if again.letter is not None:
                 self._done(again, LetterDelivered(letter=again.letter))
             else:
-                self._done(again, Forgotten(position=event.position))
+                self._done(again, Finished(position=event.position))
         finally:
             del self._active[again.slot]
             if self._halted and not self._active:
@@ -814,7 +811,7 @@ class Pump:
         health = health or registration.health
         if health.retired and (again is None or again.letter is None) and not self._passes(event):
             # Reconfigured while it was at work: it is not wanted any more.
-            self._done(again or _Again(event, handed_over=False), Forgotten(position=event.position))
+            self._done(again or _Again(event, handed_over=False), Finished(position=event.position))
             return
         if thrown.pauses and event.failure is None:
             self._pause(event, thrown, health, again)
@@ -921,7 +918,7 @@ class Pump:
             self.shard.note(outcome)
         else:
             # In ordered modes a failed event has a row to be forgotten; otherwise a first failure leaves one behind.
-            if self._ordered or not isinstance(outcome, Forgotten):
+            if self._ordered or not isinstance(outcome, Finished):
                 self.shard.note(outcome)
             if not self._ordered and isinstance(outcome, Scheduled):
                 self._due.begin(event)

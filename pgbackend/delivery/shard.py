@@ -11,98 +11,10 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from pgbackend.delivery.outcomes import Finished, Outcome, OutcomeKey, outcome_key
 from pgbackend.delivery.window import Window
 from pgbackend.model import Failure
 from pgbackend.subscriptions.lease import Lease, Tenure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scheduled:
-    """Failed, to be dispatched again."""
-
-    position: int
-    attempt: int
-    """Attempts made."""
-    delay: float
-    error: str
-    failure: Failure | None
-    """Set once the main dispatcher has given up and the dead-letter dispatcher has its turn."""
-    begun: bool = False
-    """Whether the attempt is only about to be made: if nothing more is heard of it, it killed its process."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forgotten:
-    """Handled at last: nothing is due any more."""
-
-    position: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Buried:
-    """Given up: a dead letter."""
-
-    position: int
-    failure: Failure
-    event_id: str | None = None
-    event_source: str | None = None
-    """Of the event, for people. None when it cannot be read."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LetterDelivered:
-    """A dead letter that an operator sent again was handled."""
-
-    letter: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LetterFailed:
-    """It failed again: due once more after `delay`, or at rest when that is None."""
-
-    letter: int
-    attempt: int
-    delay: float | None
-    error: str
-    details: Mapping[str, str]
-    begun: bool = False
-    """As of `Scheduled`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
-    """Positions that were still to be handled, and whose rows are gone from the log. Kept on record."""
-
-    lower: int
-    upper: int
-    """The first position that is not among them."""
-
-
-Outcome = Scheduled | Forgotten | Buried | LetterDelivered | LetterFailed | Skipped
-OutcomeKey = tuple[str, int]
-
-
-def outcome_key(outcome: Outcome) -> OutcomeKey:
-    """Outcomes with the same key replace each other."""
-    if isinstance(outcome, LetterDelivered | LetterFailed):
-        return ("letter", outcome.letter)
-    if isinstance(outcome, Skipped):
-        return ("skipped", outcome.lower)
-    return ("event", outcome.position)
-
-
-def without_texts(outcome: Outcome, placeholder: str) -> Outcome:
-    """The same outcome with nothing in it that a dispatcher has said."""
-    match outcome:
-        case Scheduled(failure=failure):
-            bare = failure and replace(failure, error=placeholder, details={})
-            return replace(outcome, error=placeholder, failure=bare)
-        case Buried(failure=failure):
-            return replace(outcome, failure=replace(failure, error=placeholder, details={}))
-        case LetterFailed():
-            return replace(outcome, error=placeholder, details={})
-        case _:
-            return outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +65,7 @@ class Mark:
         """The mark as it was committed when these positions were gone from the log: nothing is due or kept of them."""
         if not lost:
             return self
-        gone: dict[OutcomeKey, Outcome] = {("event", position): Forgotten(position=position) for position in lost}
+        gone: dict[OutcomeKey, Outcome] = {("event", position): Finished(position=position) for position in lost}
         return replace(self, outcomes={**self.outcomes, **gone})
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from pgbackend import Backend
 from pgbackend.delivery.offsets import Committer
-from pgbackend.delivery.shard import Buried, Forgotten, Mark, Scheduled, Shard
+from pgbackend.delivery.outcomes import Buried, Finished, Scheduled
+from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.delivery.window import Window
 from pgbackend.errors import ConnectionLostError, DatabaseError
 from pgbackend.facts import Recorder
@@ -191,7 +192,7 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
         owner.settle(shard, 1, 2, 3)
         shard.note(Scheduled(position=1, attempt=2, delay=60.0, error="busy", failure=None))
         shard.note(Buried(position=2, failure=failure))
-        shard.note(Forgotten(position=3))
+        shard.note(Finished(position=3))
         await owner.committer.run_once()
 
         assert await ask(OFFSET) == [(3, "{}")]
@@ -202,7 +203,7 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
             "SELECT position, id, error, attempts, details->>'customer', details->>'note' FROM pgbackend.dead_letters"
         ) == [(2, "1", "no such customer", 5, "17", 'quote " and \\ 🦆')]
 
-        shard.note(Forgotten(position=1))
+        shard.note(Finished(position=1))
         owner.committer.note(shard)
         await owner.committer.run_once()
         assert await ask("SELECT count(*) FROM pgbackend.redeliveries") == [(0,)]
@@ -259,7 +260,7 @@ async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
         shards = {shard.lease.subscription: shard for shard in await owner.claim("s", "other")}
         beyond_int4 = 1 << 40
         shards["s"].note(Scheduled(position=3, attempt=beyond_int4, delay=1.0, error="failed", failure=None))
-        shards["other"].note(Forgotten(position=3))
+        shards["other"].note(Finished(position=3))
         for shard in shards.values():
             shard.window.open_run([11, 12], [1] * 2)
             owner.settle(shard, 11, 12)

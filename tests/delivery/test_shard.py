@@ -1,15 +1,7 @@
 import time
 
-from pgbackend.delivery.shard import (
-    Buried,
-    Forgotten,
-    LetterDelivered,
-    LetterFailed,
-    Mark,
-    Scheduled,
-    Shard,
-    outcome_key,
-)
+from pgbackend.delivery.outcomes import Buried, Finished, LetterDelivered, LetterFailed, Scheduled, outcome_key
+from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.delivery.window import Window
 from pgbackend.log.ranges import RangeSet
 from pgbackend.model import Epoch, Failure, Position
@@ -79,10 +71,10 @@ def test_what_happened_after_a_failed_commit_counts_more_than_what_it_said() -> 
     shard.note(scheduled(1))
     shard.note(scheduled(2))
     mark = collected(shard)
-    shard.note(Forgotten(position=1))
+    shard.note(Finished(position=1))
     shard.give_back(mark)
 
-    assert collected(shard).outcomes == {("event", 1): Forgotten(position=1), ("event", 2): scheduled(2)}
+    assert collected(shard).outcomes == {("event", 1): Finished(position=1), ("event", 2): scheduled(2)}
 
 
 def test_of_several_outcomes_of_an_event_the_last_one_counts() -> None:
@@ -96,7 +88,7 @@ def test_of_several_outcomes_of_an_event_the_last_one_counts() -> None:
 def test_an_event_and_a_letter_of_the_same_number_are_two_things() -> None:
     failed = LetterFailed(letter=1, attempt=1, delay=None, error="x", details={})
 
-    assert outcome_key(scheduled(1)) == outcome_key(Forgotten(position=1)) == ("event", 1)
+    assert outcome_key(scheduled(1)) == outcome_key(Finished(position=1)) == ("event", 1)
     assert outcome_key(LetterDelivered(letter=1)) == outcome_key(failed) == ("letter", 1)
 
 

@@ -1,0 +1,100 @@
+"""Outcomes: what became of an event that was not simply handled at its first dispatch. Pure.
+
+The committer writes an outcome in the same statement as the offset that it belongs to. So a crash finds an event either
+on the log's path or in redelivery, never in both and never in neither.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pgbackend.model import Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """The event failed, or is about to be dispatched with care, and is due again later."""
+
+    position: int
+    attempt: int
+    """Attempts made."""
+    delay: float
+    """Seconds until it is due."""
+    error: str
+    failure: Failure | None
+    """Set once the main dispatcher gave the event up and the dead-letter dispatcher has its turn."""
+    started: bool = False
+    """Whether the last attempt is only about to start. If nobody reports its end, it killed its process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Nothing is due any more: the event was handled, or nobody wants it."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buried:
+    """The event becomes a dead letter."""
+
+    position: int
+    failure: Failure
+    event_id: str | None = None
+    event_source: str | None = None
+    """For log messages. None when the event cannot be decoded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterDelivered:
+    """A dead letter that an operator sent again was handled."""
+
+    letter: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterFailed:
+    """A dead letter failed again. It is due after `delay` seconds, or stays at rest if `delay` is None."""
+
+    letter: int
+    attempt: int
+    delay: float | None
+    error: str
+    details: Mapping[str, str]
+    started: bool = False
+    """As in `Scheduled`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """The log lost these rows before the subscription handled them. Kept on record."""
+
+    lower: int
+    upper: int
+    """The first position behind the range."""
+
+
+Outcome = Scheduled | Finished | Buried | LetterDelivered | LetterFailed | Skipped
+OutcomeKey = tuple[str, int]
+
+
+def outcome_key(outcome: Outcome) -> OutcomeKey:
+    """A later outcome replaces an earlier one with the same key."""
+    if isinstance(outcome, LetterDelivered | LetterFailed):
+        return ("letter", outcome.letter)
+    if isinstance(outcome, Skipped):
+        return ("skipped", outcome.lower)
+    return ("event", outcome.position)
+
+
+def without_texts(outcome: Outcome, placeholder: str) -> Outcome:
+    """The same outcome, with `placeholder` for every text that a dispatcher supplied."""
+    match outcome:
+        case Scheduled(failure=failure):
+            bare = failure and replace(failure, error=placeholder, details={})
+            return replace(outcome, error=placeholder, failure=bare)
+        case Buried(failure=failure):
+            return replace(outcome, failure=replace(failure, error=placeholder, details={}))
+        case LetterFailed():
+            return replace(outcome, error=placeholder, details={})
+        case _:
+            return outcome
