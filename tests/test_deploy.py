@@ -25,8 +25,8 @@ from pgbackend.cli import main
 from pgbackend.cli.serve import serve
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
+from pgbackend.serve import supervisor
 from pgbackend.serve.config.models import load_file
-from pgbackend.serve.operations import supervisor
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 

@@ -227,8 +227,8 @@ def _check(context: click.Context, file: Path) -> None:
 def _serve(settings: "Settings", *, ignored: Mapping[str, str]) -> None:
     import uvloop  # noqa: PLC0415 - as above
 
-    from pgbackend.serve import app  # noqa: PLC0415 - as above
-    from pgbackend.serve.operations import logs, supervisor  # noqa: PLC0415 - as above
+    from pgbackend.serve import app, supervisor  # noqa: PLC0415 - as above
+    from pgbackend.serve.operations import logs  # noqa: PLC0415 - as above
 
     logs.configure(settings.log_format, settings.log_level)
     for variable, value in ignored.items():

@@ -35,13 +35,13 @@ from pgbackend.serve.config.reload import changes, says_once
 from pgbackend.serve.egress import connections as egress
 from pgbackend.serve.egress import delivery
 from pgbackend.serve.egress.triggers import Triggers
+from pgbackend.serve.ingest.admin import Admin
 from pgbackend.serve.ingest.handler import Ingest
 from pgbackend.serve.ingest.hosts import Hosts
 from pgbackend.serve.ingest.listener import Listener, Ports, Share, bind
 from pgbackend.serve.ingest.protocol import allow_many_connections
 from pgbackend.serve.ingest.tls import TLS
 from pgbackend.serve.operations import tracing
-from pgbackend.serve.operations.admin import Admin
 from pgbackend.serve.operations.metrics import Metrics
 
 PRODUCE_TIMEOUT = 10.0

@@ -20,12 +20,12 @@ import uvicorn
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError
+from pgbackend.serve.ingest.admin import Admin
 from pgbackend.serve.ingest.clients import address_of
 from pgbackend.serve.ingest.handler import Ingest
 from pgbackend.serve.ingest.hosts import Hosts
 from pgbackend.serve.ingest.protocol import Connection, State, limit_of_connections
 from pgbackend.serve.ingest.tls import TLS
-from pgbackend.serve.operations.admin import Admin
 
 _HANDSHAKE = 10.0
 """Seconds that a TLS handshake may take."""

@@ -39,7 +39,7 @@ from pgbackend.serve.ingest.handler import STOPPING, Ingest, Problem, come_back
 from pgbackend.serve.ingest.hosts import Hosts, host_of_target
 
 if TYPE_CHECKING:
-    from pgbackend.serve.operations.admin import Admin
+    from pgbackend.serve.ingest.admin import Admin
 
 _HEAD_BYTES = 1 << 16
 _HEADERS = 500

@@ -70,7 +70,7 @@ def test_those_of_the_dead_are_removed_and_those_of_the_living_stay(temporary: P
 
 
 def test_one_whose_holders_were_killed_is_removed(temporary: Path) -> None:
-    code = "import sys, time; from pgbackend.serve.counted import new_directory; import tempfile\n"
+    code = "import sys, time; from pgbackend.serve.operations.counted import new_directory; import tempfile\n"
     code += f"tempfile.tempdir = {str(temporary)!r}\n"
     code += "with new_directory() as one: print(one, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:

@@ -214,7 +214,8 @@ def test_credentials_in_urls_are_not_shown(url: str, log: Lines) -> None:
 
 
 def run(program: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = f"import logging, sys, warnings\nfrom pgbackend import facts\nfrom pgbackend.serve import logs\n{program}"
+    imports = "import logging, sys, warnings\nfrom pgbackend import facts\nfrom pgbackend.serve.operations import logs"
+    code = f"{imports}\n{program}"
     return subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True, check=True, timeout=60,
         env={**os.environ, **environment},
@@ -316,7 +317,7 @@ class TestConfigure:
     @pytest.mark.parametrize("format_", ["json", "console"])
     def test_a_log_that_is_closed_stops_nobody(self, format_: Literal["json", "console"]) -> None:
         code = (
-            "from pgbackend import facts; from pgbackend.serve import logs\n"
+            "from pgbackend import facts; from pgbackend.serve.operations import logs\n"
             f"logs.configure('{format_}', 'info'); facts.emit('told')\n"
             "import sys; sys.stderr and sys.stderr.close(); facts.emit('told'); print('alive')"
         )

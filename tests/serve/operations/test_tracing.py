@@ -534,7 +534,8 @@ except ConfigError as error:
 
     def test_nothing_of_it_is_imported_where_nobody_asked(self) -> None:
         program = (
-            "import sys; from pgbackend.serve import app, tracing; assert tracing.from_environment() is None\n"
+            "import sys; from pgbackend.serve import app; from pgbackend.serve.operations import tracing\n"
+            "assert tracing.from_environment() is None\n"
             "print([name for name in sys.modules if name.startswith('opentelemetry')])"
         )
         done = subprocess.run(
