@@ -53,6 +53,7 @@ from pgbackend.log.notify import Hints, Notifier, channel
 from pgbackend.log.reader import IncarnationChanged, Log
 from pgbackend.log.requirements import Fence
 from pgbackend.log.segments import Segments
+from pgbackend.log_check import LogCheck, all_ok
 from pgbackend.model import (
     MAX_CONCURRENCY,
     MAX_NAME_BYTES,
@@ -70,7 +71,6 @@ from pgbackend.postgres import schema, sockets
 from pgbackend.postgres.dsn import describe_dsn, normalize_dsn
 from pgbackend.postgres.pool import Database, GrowingDelay
 from pgbackend.postgres.sql import quote_ident
-from pgbackend.probe import Probe, all_ok
 from pgbackend.retry import Retry
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.definitions import (
@@ -327,7 +327,7 @@ class Backend:
             notifier,
             appender,
             Redelivery(database, schema=name),
-            Probe(database, subscriptions, fence, segments, schema=name),
+            LogCheck(database, subscriptions, fence, segments, schema=name),
             fence,
         )
         appender.start()
@@ -910,7 +910,7 @@ class Backend:
         `primary`, `writable`, `privilege`, `log`, `fence`, `segments`, `write`; without those that could not be made.
         And `worker`, when the worker of this process has died.
         """
-        checks = await self._use().probe.run(timeout=self._settings.produce_timeout)
+        checks = await self._use().log_check.run_once(timeout=self._settings.produce_timeout)
         if self._died is not None:
             checks["worker"] = f"{self._obituary()}. Restart this process, or call start() again."
         if not all_ok(checks):
@@ -947,7 +947,17 @@ class Backend:
 class _Parts:
     """What `init()` makes."""
 
-    __slots__ = ("appender", "database", "fence", "log", "notifier", "probe", "redelivery", "segments", "subscriptions")
+    __slots__ = (
+        "appender",
+        "database",
+        "fence",
+        "log",
+        "log_check",
+        "notifier",
+        "redelivery",
+        "segments",
+        "subscriptions",
+    )
 
     def __init__(
         self,
@@ -958,7 +968,7 @@ class _Parts:
         notifier: Notifier,
         appender: Appender,
         redelivery: Redelivery,
-        probe: Probe,
+        log_check: LogCheck,
         fence: Fence,
     ) -> None:
         self.database = database
@@ -969,7 +979,7 @@ class _Parts:
         self.notifier = notifier
         self.appender = appender
         self.redelivery = redelivery
-        self.probe = probe
+        self.log_check = log_check
 
 
 def _left(deadline: float) -> float:

@@ -38,9 +38,9 @@ from pgbackend.facts import Recorder
 from pgbackend.log.reader import Log
 from pgbackend.log.requirements import Fence
 from pgbackend.log.segments import Segments
+from pgbackend.log_check import LogCheck
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
-from pgbackend.probe import Probe
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.torture.proxy import Proxy
 from tests.support.codec import structured
@@ -882,7 +882,7 @@ class Probing:
         subscriptions = Subscriptions(log, schema="pgbackend")
         try:
             fence, segments = Fence(log, schema="pgbackend"), Segments(database, schema="pgbackend")
-            return await Probe(database, subscriptions, fence, segments, schema="pgbackend").run(timeout=20.0)
+            return await LogCheck(database, subscriptions, fence, segments, schema="pgbackend").run_once(timeout=20.0)
         finally:
             await database.close()
 

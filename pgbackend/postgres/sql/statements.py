@@ -89,7 +89,7 @@ class SubscriptionsSql:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeSql:
+class LogCheckSql:
     examine: str
     write: str
 

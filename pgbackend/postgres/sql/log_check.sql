@@ -1,7 +1,7 @@
--- Whether the log can be used, asked by those who are about to send it something.
+-- Whether the log can be appended to, for `Backend.probe()`.
 
 -- name: examine
--- What would make an append fail, and costs nothing to know. The role is the one that appends, its settings as well.
+-- What would make an append fail, as seen by the role and in the session that would append.
 SELECT
     current_setting('transaction_read_only')::boolean AS read_only,
     current_user AS role,
@@ -16,6 +16,6 @@ SELECT
     ) AS may_insert;
 
 -- name: write
--- A commit that goes all the way of an append's: it has an xid, its WAL is flushed, a synchronous standby is waited for.
--- And leaves nothing behind: no position is drawn, no row written, no page touched. Any role may, at any wal_level.
+-- A commit as durable as an append's: it has an xid, flushes its WAL, and waits for a synchronous standby.
+-- It leaves nothing behind: no position, no row, no changed page. Any role may run it, at any wal_level.
 SELECT pg_logical_emit_message(true, 'pgbackend', 'probe');
