@@ -23,7 +23,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend, Event
 from pgbackend.embedded.server import EmbeddedServer
-from pgbackend.log.reader import Log
+from pgbackend.log.log import Log
 from pgbackend.postgres.pool import Database
 
 CPU_SECONDS = 0.005

@@ -6,9 +6,9 @@ From `produce()` to the committed offset, one function a step:
 |---|------------------------------------|-----------------------|----------------------------------------------------|
 | 1 | `Backend.produce` → `encode`       |                       | the event is valid and frozen as bytes             |
 | 2 | `Appender.append`                  | `append`, or COPY     | it travelled with its neighbours; COMMIT came back |
-| 3 | `Hints.ring`, `Notifier.notify`    | `notify`              | readers may know; nothing depends on it            |
+| 3 | `Wakeup.wake`, `Notifier.notify`    | `notify`              | readers may know; nothing depends on it            |
 | 4 | `Stream.run` → `Reader.read`       | `read_page`           | a page above the reading place, in log order       |
-| 5 | `Gaps.narrow` … `Gaps.bury`        | `appenders_in_flight` | a missing position is dead, pending, or awaited    |
+| 5 | `Fence.apply_evidence` …           | `appenders_in_flight` | a missing position is dead, pending, or awaited    |
 | 6 | `Feed._admit` → `Window.open`      |                       | it is in flight, within the bounds                 |
 | 7 | `Pump._deliver` → the dispatcher   |                       | it was handled, or raised; no transaction was open |
 | 8 | `Window.settle`, `Shard.note`      |                       | settled, or on its way to redelivery or burial     |
@@ -49,9 +49,10 @@ from pgbackend.errors import (
 )
 from pgbackend.failures import describe
 from pgbackend.log.appender import Appender
-from pgbackend.log.notify import Hints, Notifier, channel
-from pgbackend.log.reader import IncarnationChanged, Log
-from pgbackend.log.requirements import Fence
+from pgbackend.log.incarnation import IncarnationChanged
+from pgbackend.log.log import Log
+from pgbackend.log.notify import Notifier, Wakeup, channel
+from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.log_check import LogCheck, all_ok
 from pgbackend.model import (
@@ -202,7 +203,7 @@ class Backend:
         self._id = str(uuid4())
         self._channel = channel(schema)
         self._registrations: dict[str, Registration] = {}
-        self._hints = Hints()
+        self._wakeup = Wakeup()
         self._home: asyncio.AbstractEventLoop | None = None
         """The event loop that it belongs to, since `init()`."""
         self._forks = sockets.forks()
@@ -297,12 +298,12 @@ class Backend:
             schema.check(found, name)
             log = Log(database, schema=name, hole_wait=settings.hole_wait)
             subscriptions = Subscriptions(log, schema=name)
-            fence = Fence(log, schema=name)
-            await _verify(fence, subscriptions)
-            _refuse(await fence.prove())
+            requirements = Requirements(log, schema=name)
+            await _verify(requirements, subscriptions)
+            _refuse(await requirements.test_evidence())
             segments = Segments(database, schema=name)
             await segments.extend()
-            await log.enter_incarnation()
+            await log.incarnation.enter()
         except BaseException:
             try:
                 await database.close(timeout=_CLOSING)
@@ -327,8 +328,8 @@ class Backend:
             notifier,
             appender,
             Redelivery(database, schema=name),
-            LogCheck(database, subscriptions, fence, segments, schema=name),
-            fence,
+            LogCheck(database, subscriptions, requirements, segments, schema=name),
+            requirements,
         )
         appender.start()
         self._notifying = asyncio.create_task(notifier.run(), name="notify")
@@ -382,17 +383,17 @@ class Backend:
             self._worker = Worker(
                 log=parts.log,
                 segments=parts.segments,
-                fence=parts.fence,
+                requirements=parts.requirements,
                 settings=self._settings,
                 registrations=self._registrations,
-                hints=self._hints,
+                wakeup=self._wakeup,
                 notifier=parts.notifier,
                 channel=self._channel,
                 sender=self._id,
             )
             try:
                 # Before each: what is stored may be older than what this process has seen.
-                await _verify(parts.fence, parts.subscriptions)
+                await _verify(parts.requirements, parts.subscriptions)
                 if another_life:
                     await self._look_for_subscriptions(parts)
                     another_life = False
@@ -552,7 +553,7 @@ class Backend:
 
     def _on_append(self, _count: int) -> None:
         parts = self._parts
-        self._hints.ring()
+        self._wakeup.wake()
         if parts is not None:
             parts.notifier.notify()
 
@@ -644,7 +645,7 @@ class Backend:
                 return await call()
             except IncarnationChanged:
                 if self._worker is None:
-                    await self._use().log.enter_incarnation()
+                    await self._use().log.incarnation.enter()
                 else:
                     # It notices by itself and drops what it knew; before that nobody may call the new life known.
                     await asyncio.sleep(_LIFE_POLL)
@@ -950,11 +951,11 @@ class _Parts:
     __slots__ = (
         "appender",
         "database",
-        "fence",
         "log",
         "log_check",
         "notifier",
         "redelivery",
+        "requirements",
         "segments",
         "subscriptions",
     )
@@ -969,10 +970,10 @@ class _Parts:
         appender: Appender,
         redelivery: Redelivery,
         log_check: LogCheck,
-        fence: Fence,
+        requirements: Requirements,
     ) -> None:
         self.database = database
-        self.fence = fence
+        self.requirements = requirements
         self.log = log
         self.subscriptions = subscriptions
         self.segments = segments
@@ -1002,9 +1003,9 @@ async def _finish_or_cancel(task: "asyncio.Task[None]") -> None:
         await asyncio.wait({task})
 
 
-async def _verify(fence: Fence, subscriptions: Subscriptions) -> None:
+async def _verify(requirements: Requirements, subscriptions: Subscriptions) -> None:
     """Return when no event can be lost, for all that is stored and that catalogs say. Raises SchemaError."""
-    await fence.verify()
+    await requirements.verify()
     _refuse(await subscriptions.distrust())
 
 

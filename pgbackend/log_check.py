@@ -5,7 +5,7 @@ every check is "ok", an event that is produced now is stored, as far as anyone c
 """
 
 from pgbackend.errors import ConnectionLostError, DatabaseError, PgBackendError, SchemaError
-from pgbackend.log.requirements import Fence
+from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.postgres import schema as tables
 from pgbackend.postgres.pool import STANDBY, Database, Record
@@ -18,11 +18,17 @@ class LogCheck:
     """Checks one log."""
 
     def __init__(
-        self, database: Database, subscriptions: Subscriptions, fence: Fence, segments: Segments, *, schema: str
+        self,
+        database: Database,
+        subscriptions: Subscriptions,
+        requirements: Requirements,
+        segments: Segments,
+        *,
+        schema: str,
     ) -> None:
         self._database = database
         self._subscriptions = subscriptions
-        self._fence = fence
+        self._requirements = requirements
         self._segments = segments
         self._schema = schema
         self._sql = load(LogCheckSql, "log_check", schema=schema)
@@ -71,10 +77,10 @@ class LogCheck:
 
     async def _check_fence(self, *, may_write: bool) -> str:
         try:
-            problem = await self._fence.examine()
+            problem = await self._requirements.find_problem()
             # The proof needs a transaction that writes.
             if problem is None and may_write:
-                problem = await self._fence.prove()
+                problem = await self._requirements.test_evidence()
         except ConnectionLostError:
             raise
         except DatabaseError as error:

@@ -35,8 +35,8 @@ from pgbackend.codec.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_siz
 from pgbackend.codec.wire import parse_structured
 from pgbackend.errors import shown
 from pgbackend.facts import Recorder
-from pgbackend.log.reader import Log
-from pgbackend.log.requirements import Fence
+from pgbackend.log.log import Log
+from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.log_check import LogCheck
 from pgbackend.postgres import schema
@@ -881,8 +881,10 @@ class Probing:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
         subscriptions = Subscriptions(log, schema="pgbackend")
         try:
-            fence, segments = Fence(log, schema="pgbackend"), Segments(database, schema="pgbackend")
-            return await LogCheck(database, subscriptions, fence, segments, schema="pgbackend").run_once(timeout=20.0)
+            requirements, segments = Requirements(log, schema="pgbackend"), Segments(database, schema="pgbackend")
+            return await LogCheck(database, subscriptions, requirements, segments, schema="pgbackend").run_once(
+                timeout=20.0
+            )
         finally:
             await database.close()
 

@@ -81,7 +81,7 @@ class Feed:
             for hole in batch.opened:
                 window.add_hole(self._before_stop(hole))
             upto = batch.upto if stop is None else min(batch.upto, stop - 1)
-            for lower, upper in batch.gone:
+            for lower, upper in batch.removed:
                 self._skip(window.lose(max(lower, first), upper if stop is None else min(upper, stop)))
             for bad in batch.unreadable:
                 self._bury(bad)
@@ -93,7 +93,7 @@ class Feed:
                 # They were in the log when they failed, and should have come by now.
                 gone = [position for position in self._waiting if position <= upto and not window.owes(position)]
                 self._skip([(position, position + 1) for position in gone])
-            if upto > window.position or batch.closed or batch.opened or batch.gone or batch.unreadable:
+            if upto > window.position or batch.closed or batch.opened or batch.removed or batch.unreadable:
                 window.advance(upto)
                 self._note(self._shard)
             cursor.advance(batch.upto)

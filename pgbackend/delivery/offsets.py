@@ -25,8 +25,8 @@ from pgbackend.delivery.outcomes import (
 )
 from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
+from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Log
 from pgbackend.postgres.pool import GrowingDelay, Record, asks_for_other_values
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import OffsetsSql
@@ -154,7 +154,7 @@ class Committer:
     async def _lose(self, lost: Collection[Shard]) -> None:
         """These shards are somebody else's now, unless it is the server that lives another life."""
         if lost:
-            await self._log.verify_incarnation()
+            await self._log.incarnation.verify()
         for shard in lost:
             shard.lost = True
             self.on_lost(shard)
@@ -169,7 +169,7 @@ class Committer:
             [mark.pending for mark in marks.values()],
             [mark.complete for mark in marks.values()],
             self._worker,
-            self._log.incarnation,
+            self._log.incarnation.id,
             [mark.holes for mark in marks.values()],
         )
         return self._confirm(marks, rows)
@@ -197,7 +197,7 @@ class Committer:
                 ]
             ),
             self._worker,
-            self._log.incarnation,
+            self._log.incarnation.id,
             json.dumps(
                 [
                     {

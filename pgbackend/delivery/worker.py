@@ -26,9 +26,10 @@ from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.delivery.window import Window
 from pgbackend.errors import DatabaseError, SchemaError
-from pgbackend.log.notify import LEASES, Hints, Notifier
-from pgbackend.log.reader import IncarnationChanged, Log
-from pgbackend.log.requirements import Fence
+from pgbackend.log.incarnation import IncarnationChanged
+from pgbackend.log.log import Log
+from pgbackend.log.notify import LEASES, Notifier, Wakeup
+from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
 from pgbackend.postgres.pool import GrowingDelay
@@ -96,23 +97,23 @@ class Worker:
         *,
         log: Log,
         segments: Segments,
-        fence: Fence,
+        requirements: Requirements,
         settings: Settings,
         registrations: dict[str, Registration],
-        hints: Hints,
+        wakeup: Wakeup,
         notifier: Notifier,
         channel: str,
         sender: str,
     ) -> None:
         self._log = log
         self._segments = segments
-        self._fence = fence
+        self._requirements = requirements
         self._settings = settings
         self._registrations = registrations
-        self._hints = hints
+        self._wakeup = wakeup
         self._notifier = notifier
         self._sender = sender
-        self._rounds = Hints()
+        self._rounds = Wakeup()
         self._one_round = asyncio.Lock()
         self._doubts = 0
         """How often it was in doubt, and was told what it still has."""
@@ -158,7 +159,7 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Deliver until `stop` is set, then drain, commit and give up every shard."""
-        await self._log.enter_incarnation()
+        await self._log.incarnation.enter()
         # Who was killed could not do it: rows that only say so must not fill the table that all look at.
         await self._leases.forget_dead()
         await self._presence.start()
@@ -168,7 +169,7 @@ class Worker:
                 self._tasks = tasks
                 self._tail = Tail(
                     self._log,
-                    self._hints,
+                    self._wakeup,
                     poll_interval=self._settings.poll_interval,
                     buffer_bytes=self._settings.buffer_bytes,
                     tasks=tasks,
@@ -232,7 +233,7 @@ class Worker:
 
     def claim_soon(self) -> None:
         """There are new registrations."""
-        self._rounds.ring()
+        self._rounds.wake()
 
     def reconfigured(self, registration: Registration) -> int:
         """What this process runs of a subscription goes on as it was reconfigured; how many events are let go."""
@@ -318,9 +319,9 @@ class Worker:
         if payload == self._sender:
             return
         if payload in (LEASES, ""):
-            self._rounds.ring()
+            self._rounds.wake()
         if payload != LEASES:
-            self._hints.ring()
+            self._wakeup.wake()
 
     def _on_held(self, held: frozenset[int]) -> None:
         """After a time of doubt: what others have taken over meanwhile is lost."""
@@ -333,7 +334,7 @@ class Worker:
     async def _run_rounds(self) -> None:
         backoff = GrowingDelay(self._log.database)
         while True:
-            strokes = self._rounds.strokes
+            known = self._rounds.count
             try:
                 async with self._one_round:
                     await self.run_round()
@@ -347,12 +348,12 @@ class Worker:
             # Bounds the rounds of a time in which many shards change hands, each with a wake-up for all. Before the
             # wait: who has lost a shard after a quiet time is to know at once.
             await asyncio.sleep(_JITTER * random.random())  # noqa: S311 - not a secret
-            await self._rounds.wait(since=strokes, timeout=min(self._settings.poll_interval, _ROUND))
+            await self._rounds.wait(since=known, timeout=min(self._settings.poll_interval, _ROUND))
 
     async def run_round(self) -> None:
         """Drop what others have taken over, then do this worker's part of sharing the shards out."""
         # A worker that runs nothing commits and reads nothing, so it looks for another life of the server here.
-        await self._log.look_for_set_back()
+        await self._log.incarnation.verify_not_set_back()
         known = set(self._pumps)
         survey = await self._leases.survey()
         held = {shard.epoch for shard in survey.shards if shard.owner == self._id}
@@ -404,7 +405,7 @@ class Worker:
         for subscription in (name for name, are_over in old.items() if are_over and name in self._registrations):
             if await self._subscriptions.switch(subscription):
                 facts.emit("shards switched", subscription=subscription)
-                self._rounds.ring()
+                self._rounds.wake()
                 await self._notifier.notify_leases()
 
     def _to_rest(self, survey: Survey) -> list[int]:
@@ -453,7 +454,7 @@ class Worker:
         ):
             # Frozen, or cut off, while the answer was on its way: others may have taken it over, and nobody missed it
             # when this worker was told what it still has. If it has it, the next round gives it up and claims it anew.
-            self._rounds.ring()
+            self._rounds.wake()
             return
         shard = Shard(
             lease=lease,
@@ -473,7 +474,7 @@ class Worker:
         pump = Pump(
             registration=registration,
             shard=shard,
-            cursor=self._tail.cursor(after=lease.position, patient=lease.order == "strict"),
+            cursor=self._tail.cursor(after=lease.position, strict=lease.order == "strict"),
             note=self._committer.note,
             commit=self._committer.run_once,
             alone=self._alone,
@@ -521,7 +522,7 @@ class Worker:
         finally:
             self._leaving.discard((epoch, at_once))
         if given_up:
-            self._rounds.ring()
+            self._rounds.wake()
             await self._notifier.notify_leases()
         elif at_once:
             # Calls that asked for the rest need not wait any longer.
@@ -616,7 +617,7 @@ class Worker:
             pump.report_slow("lost shard is still at work")
             await pump.until_quiet(None)
         await self._retire([epoch])
-        self._rounds.ring()
+        self._rounds.wake()
 
     # Failed events that are due again.
 
@@ -628,7 +629,7 @@ class Worker:
             entry[0].committed(mark)
             self._due.set()
         if shard.is_over and (shard.lease.epoch, True) not in self._leaving:
-            self._rounds.ring()
+            self._rounds.wake()
 
     async def _run_redelivery(self) -> None:
         backoff = GrowingDelay(self._log.database)
@@ -700,15 +701,15 @@ class Worker:
     async def _run_segments(self) -> None:
         while True:
             try:
-                await self._fence.verify()
+                await self._requirements.verify()
                 await self._segments.extend()
             except SchemaError:
                 raise
             except DatabaseError as error:
                 facts.emit("segments not extended", level=logging.WARNING, error=str(error))
-            strokes = self._hints.strokes
+            known = self._wakeup.count
             await asyncio.sleep(_SEGMENT_PAUSE)
-            await self._hints.wait(since=strokes, timeout=_EXTEND)
+            await self._wakeup.wait(since=known, timeout=_EXTEND)
 
 
 def _to_be_run(survey: Survey) -> list[SurveyedShard]:

@@ -115,7 +115,7 @@ class AppenderClock:
         return seen is not None and now - seen >= self.hole_wait
 
 
-class _Gap:
+class _Hole:
     """One run of missing positions."""
 
     __slots__ = ("blockers", "lower", "passed", "upper")
@@ -129,48 +129,48 @@ class _Gap:
         """Whether the reader went on beyond it, so that it is pending for every subscription."""
 
 
-class Gaps:
+class Fence:
     """What one reader knows about the positions it has not seen. Pure: it is told of evidence and of reads.
 
-    In each round the reader calls `narrow` with fresh evidence, then reads a page together with `ranges()` in one
-    snapshot, then `fill`s in what appeared, then `bury`s what is now known to be dead, then `add`s what the page lacks.
+    In each round the reader calls, in this order: `apply_evidence` with fresh evidence; a read of a page together with
+    `ranges()` in one snapshot; `fill` with what appeared; `remove_dead`; `add_missing` with what the page lacks.
     """
 
-    def __init__(self, passed: Iterable[Range] = (), *, patient: bool = False) -> None:
-        """`passed`: holes taken over from an offset. `patient` (for `strict`): no hole is ever passed."""
-        self._patient = patient
+    def __init__(self, passed: Iterable[Range] = (), *, strict: bool = False) -> None:
+        """`passed`: holes taken over from an offset. `strict` (for `strict`): no hole is ever passed."""
+        self._strict = strict
         self._evidence: Evidence | None = None
-        self._gaps = [_Gap(lower, upper, None, passed=not patient) for lower, upper in passed]
+        self._holes = [_Hole(lower, upper, None, passed=not strict) for lower, upper in passed]
 
     def __len__(self) -> int:
-        return len(self._gaps)
+        return len(self._holes)
 
     @property
     def unproven(self) -> bool:
         """Whether some gap has no evidence yet, so that the next round should come at once."""
-        return any(gap.blockers is None for gap in self._gaps)
+        return any(gap.blockers is None for gap in self._holes)
 
     @property
     def waiting(self) -> bool:
         """Whether some gap holds the reader back."""
-        return any(not gap.passed for gap in self._gaps)
+        return any(not gap.passed for gap in self._holes)
 
     def ranges(self) -> RangeSet:
-        return RangeSet((gap.lower, gap.upper) for gap in self._gaps)
+        return RangeSet((gap.lower, gap.upper) for gap in self._holes)
 
     def adopt(self, ranges: Iterable[Range]) -> None:
         """Watch holes that another reader has passed."""
         fresh = RangeSet(ranges)
-        for gap in self._gaps:
+        for gap in self._holes:
             fresh.remove(gap.lower, gap.upper)
         if fresh:
-            self._gaps.extend(_Gap(lower, upper, None, passed=True) for lower, upper in fresh)
-            self._gaps.sort(key=lambda gap: gap.lower)
+            self._holes.extend(_Hole(lower, upper, None, passed=True) for lower, upper in fresh)
+            self._holes.sort(key=lambda gap: gap.lower)
 
-    def narrow(self, evidence: Evidence) -> None:
+    def apply_evidence(self, evidence: Evidence) -> None:
         """Take evidence: gaps it covers get their blockers, others lose those that are gone."""
         before = self._evidence
-        for gap in self._gaps:
+        for gap in self._holes:
             if gap.blockers is None:
                 if gap.upper - 1 <= evidence.upto:
                     gap.blockers = evidence.appenders
@@ -181,9 +181,9 @@ class Gaps:
     def fill(self, positions: Sequence[int]) -> list[int]:
         """Take out positions (ascending) that have appeared; those of them in holes that were passed."""
         late: list[int] = []
-        kept: list[_Gap] = []
+        kept: list[_Hole] = []
         index = 0
-        for gap in self._gaps:
+        for gap in self._holes:
             rest = RangeSet([(gap.lower, gap.upper)])
             while index < len(positions) and positions[index] < gap.lower:
                 index += 1
@@ -192,35 +192,35 @@ class Gaps:
                 if gap.passed:
                     late.append(positions[index])
                 index += 1
-            kept.extend(_Gap(lower, upper, gap.blockers, passed=gap.passed) for lower, upper in rest)
-        self._gaps = kept
+            kept.extend(_Hole(lower, upper, gap.blockers, passed=gap.passed) for lower, upper in rest)
+        self._holes = kept
         return late
 
-    def bury(self) -> list[Range]:
-        """Forget the gaps that nobody can fill any more. Only right after a read that was begun after `narrow`."""
-        dead = [(gap.lower, gap.upper) for gap in self._gaps if gap.blockers is not None and not gap.blockers]
+    def remove_dead(self) -> list[Range]:
+        """Forget the gaps that nobody can fill any more. Only after a read that began after `apply_evidence`."""
+        dead = [(gap.lower, gap.upper) for gap in self._holes if gap.blockers is not None and not gap.blockers]
         if dead:
-            self._gaps = [gap for gap in self._gaps if gap.blockers is None or gap.blockers]
+            self._holes = [gap for gap in self._holes if gap.blockers is None or gap.blockers]
         return dead
 
-    def add(self, lower: int, upper: int) -> bool:
+    def add_missing(self, lower: int, upper: int) -> bool:
         """A page lacks these positions; whether they are dead. Evidence older than the page that covers them holds."""
         if lower >= upper:
             return False
         covered = self._evidence is not None and upper - 1 <= self._evidence.upto
         blockers = self._evidence.appenders if covered and self._evidence else None
         if blockers is None or blockers:
-            self._gaps.append(_Gap(lower, upper, blockers, passed=False))
+            self._holes.append(_Hole(lower, upper, blockers, passed=False))
             return False
         return True
 
     def pass_overdue(self, clock: AppenderClock, *, now: float) -> list[Range]:
         """Go beyond the gaps in front whose appenders are all overdue; what was passed."""
-        if self._patient:
+        if self._strict:
             return []
-        room = MAX_PENDING_RANGES - sum(gap.passed for gap in self._gaps)
+        room = MAX_PENDING_RANGES - sum(gap.passed for gap in self._holes)
         opened: list[Range] = []
-        for gap in self._gaps:
+        for gap in self._holes:
             if gap.passed:
                 continue
             # Nobody is left to fill it: what it has comes with the next reads, before what is behind it.
@@ -233,6 +233,6 @@ class Gaps:
             room -= 1
         return opened
 
-    def limit(self) -> int | None:
+    def first_blocked(self) -> int | None:
         """The first position that the reader must not go beyond yet; None when nothing holds it back."""
-        return min((gap.lower for gap in self._gaps if not gap.passed), default=None)
+        return min((gap.lower for gap in self._holes if not gap.passed), default=None)

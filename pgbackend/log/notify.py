@@ -1,6 +1,6 @@
 """Wake-ups: who appended says so, who reads may sleep. Hints only (I10): polling is always on beneath.
 
-`Hints` is the bell inside a process. `Notifier` rings the other processes' bells with a NOTIFY that follows the commit
+`Wakeup` is the bell inside a process. `Notifier` rings the other processes' bells with a NOTIFY that follows the commit
 it speaks of, in a transaction of its own: NOTIFY takes a lock at commit that the whole cluster shares, and inside the
 producers' transactions it brought 7,500 durable inserts a second down to 2,400.
 """
@@ -37,27 +37,27 @@ def channel(schema: str) -> str:
     return "pgbackend:" + hashlib.sha256(schema.encode()).hexdigest()[:32]
 
 
-class Hints:
+class Wakeup:
     """A bell that nobody misses: whoever waits names the last stroke it knows of."""
 
     def __init__(self) -> None:
-        self._strokes = 0
+        self._count = 0
         self._waiters: set[asyncio.Future[None]] = set()
 
     @property
-    def strokes(self) -> int:
+    def count(self) -> int:
         """How often it rang. Read it before looking at the log, wait for the next one after."""
-        return self._strokes
+        return self._count
 
-    def ring(self) -> None:
-        self._strokes += 1
+    def wake(self) -> None:
+        self._count += 1
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
     async def wait(self, *, since: int, timeout: float) -> None:
         """Return once it rang after stroke `since`, or `timeout` seconds have passed."""
-        if self._strokes != since:
+        if self._count != since:
             return
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 from pgbackend.errors import ConnectionLostError, SchemaError
 from pgbackend.log.fence import Evidence
-from pgbackend.log.reader import Log
+from pgbackend.log.log import Log
 from pgbackend.postgres.pool import STANDBY, STATEMENT_TIMEOUT, Record, is_pooled, repeat
 from pgbackend.postgres.sql import load, quote_ident
-from pgbackend.postgres.sql.statements import FenceSql
+from pgbackend.postgres.sql.statements import RequirementsSql
 
 _POOLED_TIMEOUT = 1.0
 """Seconds that a proof through a pooler waits for its second connection, before it gives its first one back.
@@ -26,23 +26,23 @@ _PATIENCE = 15.0
 _MAX = (1 << 63) - 1
 
 
-class Fence:
+class Requirements:
     """Looks at the ground that the fence of one log stands on."""
 
     def __init__(self, log: Log, *, schema: str) -> None:
         self._log = log
         self._schema = schema
-        self._sql = load(FenceSql, "fence", schema=schema)
+        self._sql = load(RequirementsSql, "requirements", schema=schema)
         self._one_proof = asyncio.Lock()
         """Held by the one that needs two connections of the pool at once: several would wait for each other."""
 
     async def verify(self) -> None:
         """Return when the tables are as the fence needs them, for all that catalogs say. Raises SchemaError."""
-        problem = await self.examine()
+        problem = await self.find_problem()
         if problem is not None:
             raise SchemaError(problem)
 
-    async def examine(self) -> str | None:
+    async def find_problem(self) -> str | None:
         """What in the log's tables would let events be lost, and how to mend it; None when nothing would."""
         seen = await self._log.database.fetchrow(self._sql.examine)
         if seen is None:
@@ -60,7 +60,7 @@ class Fence:
             )
         return None
 
-    async def prove(self) -> str | None:
+    async def test_evidence(self) -> str | None:
         """Why evidence cannot be trusted on this server; None when an open appender was seen in it.
 
         A transaction of its own takes the lock of an INSERT, and evidence from another connection must name it. Raises
@@ -95,7 +95,7 @@ class Fence:
                     async with appender.transaction():
                         name = await appender.fetchval(self._sql.open_appender, timeout=STATEMENT_TIMEOUT)
                         timeout = _POOLED_TIMEOUT if pooled else STATEMENT_TIMEOUT
-                        return name, await self._log.take_evidence(observer, timeout=timeout)
+                        return name, await self._log.read_evidence(observer, timeout=timeout)
             except ConnectionLostError as error:
                 if not pooled or error.sqlstate == STANDBY:
                     raise

@@ -10,10 +10,13 @@ decision. Here stands only when to call it.
 """
 
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pgbackend.errors import DatabaseError
 from pgbackend.facts import emit
+from pgbackend.log.ranges import Range
 from pgbackend.model import Position
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
@@ -97,3 +100,23 @@ class Segments:
             return False
         emit("segment made", lower=row["lower_bound"], upper=row["upper_bound"])
         return True
+
+
+class SegmentMap:
+    """The segments that a reader found the last time it looked them up."""
+
+    def __init__(self) -> None:
+        self._segments: list[Range] = []
+
+    def update(self, segments: Sequence[Range]) -> None:
+        """These are the segments, in order."""
+        self._segments = list(segments)
+
+    def clear(self) -> None:
+        """No segment is known any more."""
+        self._segments = []
+
+    def has_both(self, lower: int, upper: int) -> bool:
+        """Whether both positions belong to one segment that is known."""
+        index = bisect_right(self._segments, (lower + 1,)) - 1
+        return index >= 0 and upper < self._segments[index][1]

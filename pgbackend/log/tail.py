@@ -17,9 +17,10 @@ from collections import deque
 from pgbackend import facts
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.log.fence import MAX_PENDING_RANGES
-from pgbackend.log.notify import Hints
+from pgbackend.log.log import Log
+from pgbackend.log.notify import Wakeup
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Batch, Log, Reader
+from pgbackend.log.reader import Batch, Reader
 from pgbackend.postgres.pool import GrowingDelay
 
 _PASSING = 1.0
@@ -30,34 +31,32 @@ class Tail:
     """All streams of a process."""
 
     def __init__(
-        self, log: Log, hints: Hints, *, poll_interval: float, buffer_bytes: int, tasks: asyncio.TaskGroup
+        self, log: Log, wakeup: Wakeup, *, poll_interval: float, buffer_bytes: int, tasks: asyncio.TaskGroup
     ) -> None:
         self.log = log
-        self.hints = hints
+        self.wakeup = wakeup
         self.poll_interval = poll_interval
         self.buffer_bytes = buffer_bytes
         self._tasks = tasks
         self._streams: list[Stream] = []
 
-    def cursor(self, *, after: int, patient: bool = False) -> "Cursor":
+    def cursor(self, *, after: int, strict: bool = False) -> "Cursor":
         """A place in the log that reads on behind `after`; what is open or unsettled below it, `next()` is told."""
-        return Cursor(self, after=after, patient=patient)
+        return Cursor(self, after=after, strict=strict)
 
     def place(self, cursor: "Cursor", holes: RangeSet) -> "Stream":
         """The stream that covers the cursor's place and is farthest ahead; a new one when there is none."""
         # A strict cursor with holes below its place must see them filled first: no other's reader waits for those.
-        alone = cursor.patient and bool(holes)
+        alone = cursor.strict and bool(holes)
         fitting = [
-            s
-            for s in self._streams
-            if s.patient == cursor.patient and s.covers(cursor.position, with_holes=bool(holes))
+            s for s in self._streams if s.strict == cursor.strict and s.covers(cursor.position, with_holes=bool(holes))
         ]
         if fitting and not alone:
             stream = max(fitting, key=lambda s: s.reader.position)
             stream.reader.adopt(holes)
         else:
-            reader = Reader(self.log, after=cursor.position, holes=holes, patient=cursor.patient)
-            stream = Stream(self, reader, patient=cursor.patient)
+            reader = Reader(self.log, after=cursor.position, holes=holes, strict=cursor.strict)
+            stream = Stream(self, reader, strict=cursor.strict)
             self._streams.append(stream)
             stream.task = self._tasks.create_task(stream.run(), name=f"stream from {cursor.position}")
         return stream
@@ -68,13 +67,13 @@ class Tail:
             if other is stream:
                 # The list is in order of age: those behind it are younger.
                 return any(
-                    s.patient == stream.patient
+                    s.strict == stream.strict
                     and s.covers(position, with_holes=with_holes)
                     and s.reader.position > stream.reader.position
                     for s in self._streams
                 )
             if (
-                other.patient == stream.patient
+                other.strict == stream.strict
                 and other.covers(position, with_holes=with_holes)
                 and other.reader.position >= stream.reader.position
             ):
@@ -90,10 +89,10 @@ class Tail:
 class Stream:
     """A reader, the batches that some of its cursors have not taken yet, and the task that reads on for them."""
 
-    def __init__(self, tail: Tail, reader: Reader, *, patient: bool) -> None:
+    def __init__(self, tail: Tail, reader: Reader, *, strict: bool) -> None:
         self._tail = tail
         self.reader = reader
-        self.patient = patient
+        self.strict = strict
         self.cursors: set[Cursor] = set()
         self.task: asyncio.Task[None] | None = None
         self.reading = False
@@ -154,18 +153,16 @@ class Stream:
         tail = self._tail
         loop = asyncio.get_running_loop()
         next_proof = loop.time() + tail.poll_interval
-        strokes = tail.hints.strokes
+        known = tail.wakeup.count
         again: float | None = 0.0
         backoff = GrowingDelay(tail.log.database)
         while True:
             await self._demand.wait()
             if again:
-                await tail.hints.wait(since=strokes, timeout=min(again, tail.poll_interval))
+                await tail.wakeup.wait(since=known, timeout=min(again, tail.poll_interval))
             elif again is None:
-                await tail.hints.wait(
-                    since=strokes, timeout=max(0.0, min(tail.poll_interval, next_proof - loop.time()))
-                )
-            strokes = tail.hints.strokes
+                await tail.wakeup.wait(since=known, timeout=max(0.0, min(tail.poll_interval, next_proof - loop.time())))
+            known = tail.wakeup.count
             start = self.reader.position
             prove = loop.time() >= next_proof
             self.reading = True
@@ -198,7 +195,7 @@ class Stream:
             self._blocked_since, self._blocked_at = now, self.reader.position
             self.blocked = False
         patience = self._tail.log.clock.hole_wait
-        if not self.patient:
+        if not self.strict:
             # It passes what is overdue; what still holds it is more holes than can be passed.
             patience += _PASSING
         if self.blocked or now - self._blocked_since <= patience:
@@ -218,7 +215,7 @@ class Stream:
             level=logging.WARNING,
             position=self.reader.position,
             appenders=[str(appender) for appender in appenders],
-            reason=None if self.patient else f"More than {MAX_PENDING_RANGES} gaps in the log may be theirs. End them.",
+            reason=None if self.strict else f"More than {MAX_PENDING_RANGES} gaps in the log may be theirs. End them.",
         )
 
     def _publish(self, batch: Batch, start: int) -> None:
@@ -241,10 +238,10 @@ class Stream:
 class Cursor:
     """One pump's place in the log."""
 
-    def __init__(self, tail: Tail, *, after: int, patient: bool) -> None:
+    def __init__(self, tail: Tail, *, after: int, strict: bool) -> None:
         self.position = after
         """Everything at or below has been handed out, or is one of the caller's holes."""
-        self.patient = patient
+        self.strict = strict
         self.number = 0
         self._tail = tail
         self._stream: Stream | None = None
@@ -267,7 +264,7 @@ class Cursor:
                 self.number += 1
                 stream.forget()
                 return batch
-            if not (self.patient and holes) and self._tail.better_than(stream, self.position, with_holes=bool(holes)):
+            if not (self.strict and holes) and self._tail.better_than(stream, self.position, with_holes=bool(holes)):
                 self._enter(holes)
                 continue
             await stream.published()

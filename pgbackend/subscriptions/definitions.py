@@ -23,8 +23,8 @@ from pgbackend.errors import (
     shown,
 )
 from pgbackend.log.fence import MAX_PENDING_RANGES
+from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Log
 from pgbackend.model import MAX_POSITION, Epoch, Order, Position, ShardStatus, SubscriptionStatus
 from pgbackend.postgres.pool import Record
 from pgbackend.postgres.sql import load, quote_ident, quote_literal
@@ -167,7 +167,7 @@ class Subscriptions:
         """
         found = await self.find(wanted.name)
         if found is None:
-            life = self._log.incarnation
+            life = self._log.incarnation.id
             offset = await self._locate(start)
             created = await self._log.database.fetchval(
                 self._sql.create_subscription,
@@ -175,7 +175,7 @@ class Subscriptions:
                 offset.position, str(offset.pending), bound(start), offset.start_position, life,
             )  # fmt: skip
             if created is None:
-                await self._log.verify_incarnation(life)
+                await self._log.incarnation.verify(life)
             found = await self.find(wanted.name)
             if found is None:
                 raise SubscriptionNotFoundError(f"Subscription {wanted.name!r} was deleted while it was being created.")
@@ -217,7 +217,7 @@ class Subscriptions:
         """Move every shard to `place` under a new epoch, and drop what was waiting to be tried again."""
         pause = _IMPATIENCE
         while (stored := await self.find(name)) is not None:
-            life = self._log.incarnation
+            life = self._log.incarnation.id
             if await self._change(stored, stored, await self._locate(place), life, at_once=True):
                 return
             await asyncio.sleep(pause)
@@ -254,7 +254,7 @@ class Subscriptions:
                     stored,
                     order=terms.order, end_position=terms.end_position, end_at=terms.end_at, start_bound=start_bound,
                 )  # fmt: skip
-                life = self._log.incarnation
+                life = self._log.incarnation.id
                 offset = await self._locate(terms.start) if terms.move(stored) else None
                 if await self._change(stored, wanted, offset, life, at_once=False):
                     return True
@@ -312,7 +312,7 @@ class Subscriptions:
             wanted.start_bound, position, str(pending), start_at, start_position, life,
         )  # fmt: skip
         if not changed:
-            await self._log.verify_incarnation()
+            await self._log.incarnation.verify()
         return changed
 
     async def _exclusively(self, statement: str, *args: object) -> bool:
@@ -405,7 +405,7 @@ class Subscriptions:
     async def _open_holes(self, head: int) -> RangeSet:
         """Every position up to `head` that is missing and may belong to an appender that is open now."""
         floor = await self._floor()
-        rows = await self._log.database.fetch(self._log.sql.find_gaps, floor, head, MAX_PENDING_RANGES + 1)
+        rows = await self._log.database.fetch(self._log.sql.find_holes, floor, head, MAX_PENDING_RANGES + 1)
         if len(rows) > MAX_PENDING_RANGES:
             names = ", ".join(str(a.pid or a.gid) for a in await self._log.appenders())
             raise DatabaseError(
@@ -416,7 +416,7 @@ class Subscriptions:
 
     async def _floor(self) -> int:
         """A position that no open appender's lie at or below: the last one recorded before the oldest of them began."""
-        begun = await self._log.oldest_appender()
+        begun = await self._log.oldest_appender_start()
         return 0 if begun is None else await self._position_before(begun)
 
     async def _position_before(self, date: datetime) -> int:

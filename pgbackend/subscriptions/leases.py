@@ -22,8 +22,8 @@ from uuid import UUID
 from pgbackend import facts
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.failures import describe
+from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Log
 from pgbackend.model import Epoch, Position
 from pgbackend.postgres.pool import Connection, Database, GrowingDelay, is_definite, is_pooled, repeat, translate
 from pgbackend.postgres.sql import load
@@ -111,7 +111,7 @@ class Leases:
             [count for _, count, _ in shards],
             [shard for _, _, shard in shards],
             self._worker,
-            self._log.incarnation,
+            self._log.incarnation.id,
         )
         return [
             Lease(

@@ -14,7 +14,8 @@ from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.delivery.window import Window
 from pgbackend.errors import ConnectionLostError, DatabaseError
 from pgbackend.facts import Recorder
-from pgbackend.log.reader import IncarnationChanged, Log
+from pgbackend.log.incarnation import IncarnationChanged
+from pgbackend.log.log import Log
 from pgbackend.model import Failure
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.lease import Tenure
@@ -72,7 +73,7 @@ async def owning(dsn: str) -> AsyncIterator[Owner]:
     await database.open()
     try:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
-        await log.enter_incarnation()
+        await log.incarnation.enter()
         yield Owner(log, dsn)
     finally:
         await database.close()

@@ -1,13 +1,11 @@
 from collections.abc import Generator
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgbackend.log import reader as reader_module
-from pgbackend.log.fence import MAX_PENDING_RANGES, AppenderClock, Evidence, Gaps
+from pgbackend.log.fence import MAX_PENDING_RANGES, AppenderClock, Evidence, Fence
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Batch, Reader
 from tests.support.simulated_log import HOLE_WAIT, Account, SimulatedLog
@@ -18,10 +16,10 @@ PAGE = 3
 class Follower:
     """A reader and the subscription behind it, moved one step at a time."""
 
-    def __init__(self, log: SimulatedLog, *, patient: bool) -> None:
+    def __init__(self, log: SimulatedLog, *, strict: bool) -> None:
         self.log = log
-        self.account = Account(log, patient=patient)
-        self.reader = log.reader(patient=patient)
+        self.account = Account(log, strict=strict)
+        self.reader = log.reader(strict=strict)
         self._round: Generator[Any, None, Batch] | None = None
         self._was_visible = 0
 
@@ -41,8 +39,8 @@ class Follower:
     def _take(self, batch: Batch) -> None:
         self.account.take(batch.positions, batch.opened, batch.closed, batch.upto)
         # Whoever is held back is so by an appender that may still be waited for, or by a lack of evidence.
-        if not self.account.patient and batch.again != 0.0 and self.reader.position < self._was_visible:
-            blockers = [gap.blockers or frozenset() for gap in self.reader._gaps._gaps if not gap.passed]
+        if not self.account.strict and batch.again != 0.0 and self.reader.position < self._was_visible:
+            blockers = [gap.blockers or frozenset() for gap in self.reader._fence._holes if not gap.passed]
             waited_for = {name for names in blockers for name in names}
             assert any(not self.log.clock.is_overdue(name, now=0) for name in waited_for), "it waits for nobody"
 
@@ -51,9 +49,7 @@ class Follower:
         if self._round is not None:
             self._round.close()
             self._round = None
-        self.reader = self.log.reader(
-            after=self.account.position, holes=self.account.holes, patient=self.account.patient
-        )
+        self.reader = self.log.reader(after=self.account.position, holes=self.account.holes, strict=self.account.strict)
 
     def finish(self) -> None:
         for _ in range(200):
@@ -73,20 +69,19 @@ def test_no_interleaving_of_appenders_and_readers_loses_doubles_or_misorders_an_
     script: list[tuple[int, int]],
 ) -> None:
     log = SimulatedLog(page=PAGE)
-    followers = [Follower(log, patient=False), Follower(log, patient=True), Follower(log, patient=False)]
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        for who, what in script:
-            if who < 5:
-                followers[who % 3].step(prove=what % 2 == 0)
-            elif who == 5:
-                followers[what % 3].start_over()
-            elif who == 6:
-                log.now += what
-            else:
-                log.act(who, what)
-        log.settle_down()
-        for follower in followers:
-            follower.finish()
+    followers = [Follower(log, strict=False), Follower(log, strict=True), Follower(log, strict=False)]
+    for who, what in script:
+        if who < 5:
+            followers[who % 3].step(prove=what % 2 == 0)
+        elif who == 5:
+            followers[what % 3].start_over()
+        elif who == 6:
+            log.now += what
+        else:
+            log.act(who, what)
+    log.settle_down()
+    for follower in followers:
+        follower.finish()
     for follower in followers:
         follower.account.verify()
 
@@ -97,30 +92,29 @@ def test_once_every_open_appender_is_overdue_nothing_visible_is_held_back(
     script: list[tuple[int, int]], waits: int
 ) -> None:
     log = SimulatedLog(page=PAGE)
-    follower = Follower(log, patient=False)
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        for who, what in script:
-            log.act(who, what)
-        while not follower.step(prove=True):
-            pass
-        # Each appender has been seen open by now; it is waited for once, not once for each of its holes.
-        log.now += HOLE_WAIT
-        for _ in range(waits):
-            for appender in log.transactions:
-                if appender.locked and not appender.over and not appender.name.startswith("-1/"):
-                    log.draw(appender)
-            brief = log.begin()
-            brief.locked = True
-            log.draw(brief)
-            log.commit(brief)
-            log.unlock(brief)
-            for _ in range(100):
-                if follower.step(prove=False) and follower.reader.position >= max(log.visible):
-                    break
-            assert set(follower.account.seen) == set(log.visible)
-        # And what they leave behind is still read when it appears.
-        log.settle_down()
-        follower.finish()
+    follower = Follower(log, strict=False)
+    for who, what in script:
+        log.act(who, what)
+    while not follower.step(prove=True):
+        pass
+    # Each appender has been seen open by now; it is waited for once, not once for each of its holes.
+    log.now += HOLE_WAIT
+    for _ in range(waits):
+        for appender in log.transactions:
+            if appender.locked and not appender.over and not appender.name.startswith("-1/"):
+                log.draw(appender)
+        brief = log.begin()
+        brief.locked = True
+        log.draw(brief)
+        log.commit(brief)
+        log.unlock(brief)
+        for _ in range(100):
+            if follower.step(prove=False) and follower.reader.position >= max(log.visible):
+                break
+        assert set(follower.account.seen) == set(log.visible)
+    # And what they leave behind is still read when it appears.
+    log.settle_down()
+    follower.finish()
     follower.account.verify()
 
 
@@ -166,15 +160,14 @@ def test_a_hole_that_fills_with_more_than_a_page_is_not_given_up_after_the_first
     log.unlock(brief)
     account = Account(log)
     reader = log.reader()
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        finished(reader)
-        log.now += HOLE_WAIT
-        for committed in (False, False, True, True, True, True, True, True):
-            if committed and not bulk.over:
-                log.commit(bulk)
-                log.unlock(bulk)
-            batch = finished(reader)
-            account.take(batch.positions, batch.opened, batch.closed, batch.upto)
+    finished(reader)
+    log.now += HOLE_WAIT
+    for committed in (False, False, True, True, True, True, True, True):
+        if committed and not bulk.over:
+            log.commit(bulk)
+            log.unlock(bulk)
+        batch = finished(reader)
+        account.take(batch.positions, batch.opened, batch.closed, batch.upto)
     account.verify()
 
 
@@ -197,37 +190,37 @@ def test_an_appender_is_waited_for_from_when_it_was_first_seen() -> None:
 
 
 def test_evidence_from_before_a_position_was_drawn_says_nothing_about_it() -> None:
-    gaps = Gaps()
-    gaps.narrow(Evidence(4, frozenset(), None))
-    gaps.add(3, 7)
+    gaps = Fence()
+    gaps.apply_evidence(Evidence(4, frozenset(), None))
+    gaps.add_missing(3, 7)
 
-    assert gaps.bury() == []
+    assert gaps.remove_dead() == []
     assert gaps.unproven
-    gaps.narrow(Evidence(6, frozenset(), None))
-    assert gaps.bury() == [(3, 7)]
+    gaps.apply_evidence(Evidence(6, frozenset(), None))
+    assert gaps.remove_dead() == [(3, 7)]
 
 
 def test_evidence_that_covers_a_later_page_still_holds() -> None:
-    gaps = Gaps()
-    gaps.narrow(Evidence(9, frozenset({"3/1"}), None))
-    gaps.add(3, 7)
-    gaps.narrow(Evidence(12, frozenset({"3/2"}), None))
+    gaps = Fence()
+    gaps.apply_evidence(Evidence(9, frozenset({"3/1"}), None))
+    gaps.add_missing(3, 7)
+    gaps.apply_evidence(Evidence(12, frozenset({"3/2"}), None))
 
-    assert gaps.bury() == [(3, 7)], "3/2 came after position 6 was drawn"
+    assert gaps.remove_dead() == [(3, 7)], "3/2 came after position 6 was drawn"
 
 
 def test_what_appears_in_the_middle_of_a_hole_leaves_both_ends_open() -> None:
-    gaps = Gaps([(3, 8)])
+    gaps = Fence([(3, 8)])
 
     assert gaps.fill([5]) == [5]
     assert gaps.ranges() == RangeSet([(3, 5), (6, 8)])
 
 
 def test_holes_that_are_known_are_not_adopted_twice() -> None:
-    gaps = Gaps([(3, 6)])
+    gaps = Fence([(3, 6)])
     gaps.adopt([(1, 4), (5, 9)])
 
-    assert [(gap.lower, gap.upper) for gap in gaps._gaps] == [(1, 3), (3, 6), (6, 9)]
+    assert [(gap.lower, gap.upper) for gap in gaps._holes] == [(1, 3), (3, 6), (6, 9)]
 
 
 def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_each_with_each(
@@ -235,7 +228,7 @@ def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_eac
 ) -> None:
     """4,000 took ten seconds, in which the whole process stood still."""
     holes = [(2 * number, 2 * number + 1) for number in range(500)]
-    gaps = Gaps(holes)
+    gaps = Fence(holes)
     removed = 0
     remove = RangeSet.remove
 
@@ -254,13 +247,13 @@ def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_eac
 def test_no_more_holes_are_passed_than_an_offset_can_carry() -> None:
     clock = AppenderClock(hole_wait=0.0)
     clock.observe(["3/1"], now=0.0)
-    gaps = Gaps()
-    gaps.narrow(Evidence(10**6, frozenset({"3/1"}), None))
+    gaps = Fence()
+    gaps.apply_evidence(Evidence(10**6, frozenset({"3/1"}), None))
     for number in range(MAX_PENDING_RANGES + 10):
-        gaps.add(2 * number + 1, 2 * number + 2)
+        gaps.add_missing(2 * number + 1, 2 * number + 2)
 
     assert len(gaps.pass_overdue(clock, now=1.0)) == MAX_PENDING_RANGES
-    assert gaps.limit() == 2 * MAX_PENDING_RANGES + 1
+    assert gaps.first_blocked() == 2 * MAX_PENDING_RANGES + 1
     assert gaps.fill([1]) == [1]
     assert len(gaps.pass_overdue(clock, now=1.0)) == 1, "reading goes on as holes are resolved"
 
@@ -274,7 +267,7 @@ def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
         if ends:
             log.commit(appender)
             log.unlock(appender)
-    reader = log.reader(patient=True)
+    reader = log.reader(strict=True)
     waits = [finished(reader).again or 0.0 for _ in range(5000)]
 
     assert max(waits) <= 0.025
@@ -284,12 +277,12 @@ def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
 def test_a_patient_reader_passes_nothing() -> None:
     clock = AppenderClock(hole_wait=0.0)
     clock.observe(["3/1"], now=0.0)
-    gaps = Gaps([(1, 2)], patient=True)
-    gaps.narrow(Evidence(9, frozenset({"3/1"}), None))
-    gaps.add(5, 6)
+    gaps = Fence([(1, 2)], strict=True)
+    gaps.apply_evidence(Evidence(9, frozenset({"3/1"}), None))
+    gaps.add_missing(5, 6)
 
     assert gaps.pass_overdue(clock, now=99.0) == []
-    assert gaps.limit() == 1
+    assert gaps.first_blocked() == 1
 
 
 def test_a_long_transaction_that_has_ended_is_read_to_its_end_before_what_comes_behind_it() -> None:
@@ -304,11 +297,10 @@ def test_a_long_transaction_that_has_ended_is_read_to_its_end_before_what_comes_
     log.unlock(brief)
     reader = log.reader()
     seen: list[int] = []
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        assert finished(reader).positions == []
-        log.commit(bulk)
-        log.unlock(bulk)
-        for _ in range(4):
-            seen += finished(reader).positions
+    assert finished(reader).positions == []
+    log.commit(bulk)
+    log.unlock(bulk)
+    for _ in range(4):
+        seen += finished(reader).positions
 
     assert seen == sorted(log.visible)

@@ -7,7 +7,7 @@ import pytest
 
 from pgbackend import Backend
 from pgbackend.facts import Recorder
-from pgbackend.log.notify import _INTERVALS, Hints, Notifier, channel
+from pgbackend.log.notify import _INTERVALS, Notifier, Wakeup, channel
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogSql
@@ -18,34 +18,34 @@ from tests.support.polling import eventually
 
 
 async def test_a_stroke_before_the_wait_is_not_missed() -> None:
-    hints = Hints()
-    known = hints.strokes
-    hints.ring()
+    wakeup = Wakeup()
+    known = wakeup.count
+    wakeup.wake()
 
     async with asyncio.timeout(10):
-        await hints.wait(since=known, timeout=60)
+        await wakeup.wait(since=known, timeout=60)
 
 
 async def test_all_who_wait_hear_a_stroke_and_nobody_waits_longer_than_said() -> None:
-    hints = Hints()
-    waiting = [asyncio.create_task(hints.wait(since=hints.strokes, timeout=60)) for _ in range(3)]
+    wakeup = Wakeup()
+    waiting = [asyncio.create_task(wakeup.wait(since=wakeup.count, timeout=60)) for _ in range(3)]
     await asyncio.sleep(0)
-    hints.ring()
+    wakeup.wake()
     async with asyncio.timeout(10):
         await asyncio.gather(*waiting)
-        await hints.wait(since=hints.strokes, timeout=0.01)
-        await hints.wait(since=hints.strokes, timeout=-1.0)
+        await wakeup.wait(since=wakeup.count, timeout=0.01)
+        await wakeup.wait(since=wakeup.count, timeout=-1.0)
 
 
 async def test_a_wait_that_is_cancelled_leaves_nothing_behind() -> None:
-    hints = Hints()
-    waiting = asyncio.create_task(hints.wait(since=hints.strokes, timeout=60))
+    wakeup = Wakeup()
+    waiting = asyncio.create_task(wakeup.wait(since=wakeup.count, timeout=60))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait({waiting})
 
-    assert not hints._waiters
-    hints.ring()
+    assert not wakeup._waiters
+    wakeup.wake()
 
 
 @pytest.mark.parametrize("name", ["pgbackend", "x" * 53, "x" * 54, "x" * 63, "ö" * 31, 'Quo"ted'])

@@ -8,8 +8,11 @@ import pytest
 
 from pgbackend.codec.attributes import COLUMNS
 from pgbackend.errors import ConnectionLostError
+from pgbackend.log.incarnation import IncarnationChanged
+from pgbackend.log.log import Log
+from pgbackend.log.pages import PAGE_BYTES, PAGE_EVENTS, _read_by_halves
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import PAGE_BYTES, PAGE_EVENTS, Batch, IncarnationChanged, Log, Reader, _one_by_one
+from pgbackend.log.reader import Batch, Reader
 from pgbackend.postgres.pool import Database
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
@@ -25,7 +28,7 @@ async def log(database: str) -> AsyncIterator[Log]:
     opened = Database(database)
     await opened.open()
     log = Log(opened, schema="pgbackend", hole_wait=0.0)
-    await log.enter_incarnation()
+    await log.incarnation.enter()
     yield log
     await opened.close()
 
@@ -133,7 +136,7 @@ async def test_an_event_never_comes_behind_one_of_its_own_transaction(log: Log, 
 
 
 async def test_a_strict_reader_waits_for_each_hole_and_keeps_log_order(log: Log, database: str, sql: Any) -> None:
-    reader = Reader(log, after=0, patient=True)
+    reader = Reader(log, after=0, strict=True)
     async with appender(database, "1") as one, appender(database, "2") as two:
         await sql.execute(INSERT, "3")
         for _ in range(5):
@@ -148,7 +151,7 @@ async def test_a_strict_reader_waits_for_each_hole_and_keeps_log_order(log: Log,
 
 
 async def test_what_is_held_behind_a_hole_is_bounded(log: Log, database: str, sql: Any) -> None:
-    reader = Reader(log, after=0, patient=True)
+    reader = Reader(log, after=0, strict=True)
     async with appender(database, "slow") as slow:
         await sql.execute(BULK, 12 * PAGE_EVENTS)
         for _ in range(30):
@@ -160,14 +163,14 @@ async def test_what_is_held_behind_a_hole_is_bounded(log: Log, database: str, sq
     assert seen == ["slow", *(str(n) for n in range(1, 12 * PAGE_EVENTS + 1))]
 
 
-@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("end", ["COMMIT PREPARED 'p'", "ROLLBACK PREPARED 'p'"])
 async def test_a_prepared_transaction_is_an_appender_like_any_other(
-    log: Log, database: str, sql: Any, patient: bool, end: str
+    log: Log, database: str, sql: Any, strict: bool, end: str
 ) -> None:
     if await sql.fetchval("SHOW max_prepared_transactions") == "0":
         pytest.skip("this server has max_prepared_transactions = 0")
-    reader = Reader(log, after=0, patient=patient)
+    reader = Reader(log, after=0, strict=strict)
     async with appender(database, "prepared") as connection:
         await sql.execute(INSERT, "after")
         before = ids(await reader.read(prove=True))
@@ -177,7 +180,7 @@ async def test_a_prepared_transaction_is_an_appender_like_any_other(
     seen = await read_until(reader, "the hole is gone", lambda _: not reader.waiting and not reader.open_holes())
     prepared = ["prepared"] if end.startswith("COMMIT") else []
 
-    if patient:
+    if strict:
         assert (before, seen) == ([], [*prepared, "after"])
     else:
         assert (set(before) | set(seen), len(before + seen)) == ({*prepared, "after"}, len(prepared) + 1)
@@ -190,7 +193,7 @@ async def test_a_savepoint_that_was_rolled_back_leaves_a_dead_hole(log: Log, dat
         await connection.execute("ROLLBACK TO s")
         await connection.execute(INSERT, "3")
         await connection.execute("COMMIT")
-    reader = Reader(log, after=0, patient=True)
+    reader = Reader(log, after=0, strict=True)
 
     assert await read_until(reader, "both", lambda seen: len(seen) == 2) == ["1", "3"]
 
@@ -340,12 +343,12 @@ async def test_unrelated_transactions_are_no_appenders(log: Log, sql: Any, datab
 
 async def test_in_another_life_of_the_server_nobody_has_been_waited_for(log: Log, sql: Any) -> None:
     """Transactions are named anew then: one that has just begun may have the name of one that was overdue."""
+    await log.check()
     log.clock.observe(["3/17"], now=0.0)
     assert log.clock.is_overdue("3/17", now=1.0)
-    await log.enter_incarnation()
-    assert log.clock.is_overdue("3/17", now=1.0)
     await sql.execute("DELETE FROM pgbackend.incarnation")
-    await log.enter_incarnation()
+    await log.incarnation.enter()
+    await log.check()
 
     assert not log.clock.is_overdue("3/17", now=1.0)
 
@@ -360,7 +363,7 @@ async def test_rows_that_cannot_be_decoded_are_found_among_the_others() -> None:
             raise OverflowError(f"no date at {min(broken)}")
         return list(positions)
 
-    rows, errors = await _one_by_one(read, range(1, 101))
+    rows, errors = await _read_by_halves(read, range(1, 101))
 
     assert cast("list[int]", rows) == [position for position in range(1, 101) if position not in bad]
     assert errors == {position: f"OverflowError: no date at {position}" for position in bad}
@@ -370,14 +373,14 @@ async def test_rows_that_cannot_be_decoded_are_found_among_the_others() -> None:
 async def test_a_connection_lost_while_segments_are_looked_up_loses_nothing_of_what_was_read(
     log: Log, database: str, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_removed, failures = Log.find_removed, 0
+    find_segments, failures = Log.find_segments, 0
 
-    async def fail_once(self: Log, ranges: Any) -> Any:
+    async def fail_once(self: Log) -> Any:
         nonlocal failures
         failures += 1
         if failures == 1:
             raise ConnectionLostError("gone")
-        return await find_removed(self, ranges)
+        return await find_segments(self)
 
     async with appender(database, "late") as late:
         await sql.execute(INSERT, "a")
@@ -386,7 +389,7 @@ async def test_a_connection_lost_while_segments_are_looked_up_loses_nothing_of_w
         await late.execute("COMMIT")
     await sql.execute("SELECT setval('pgbackend.events_position_seq', 10000005)")
     await sql.execute(INSERT, "in the next segment")
-    monkeypatch.setattr(Log, "find_removed", fail_once)
+    monkeypatch.setattr(Log, "find_segments", fail_once)
     seen = await read_until(reader, "both", lambda seen: len(seen) >= 2)
 
     assert seen == ["late", "in the next segment"]

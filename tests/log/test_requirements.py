@@ -17,8 +17,9 @@ from pgbackend import Backend, DatabaseError, ProbeError, SchemaError
 from pgbackend.embedded.server import EmbeddedServer, _programs
 from pgbackend.facts import Recorder
 from pgbackend.log.fence import Evidence
+from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Log, Reader
+from pgbackend.log.reader import Reader
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
@@ -148,7 +149,7 @@ async def test_an_idle_worker_notices_that_the_log_was_set_back(database: str) -
         await recorder.wait("worker started")
 
         async def has_looked() -> bool:
-            return backend._use().log._known == 5
+            return backend._use().log.incarnation.highest_seen == 5
 
         await eventually("it has looked", has_looked)
         await set_back(database, SET_BACK["setval"])
@@ -448,7 +449,7 @@ async def log_of(dsn: str, hole_wait: float = 0.0) -> AsyncIterator[Log]:
     await database.open()
     try:
         log = Log(database, schema="pgbackend", hole_wait=hole_wait)
-        await log.enter_incarnation()
+        await log.incarnation.enter()
         yield log
     finally:
         await database.close()
@@ -528,7 +529,7 @@ async def test_a_prepared_append_is_not_buried_when_a_restart_gives_its_name_to_
             database = Database(dsn)
             await database.open()
             log = Log(database, schema="pgbackend", hole_wait=0.0)
-            await log.enter_incarnation()
+            await log.incarnation.enter()
             reader, seen = Reader(log, after=0), list[str]()
 
             async def has_read(id_: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from pgbackend import Backend, Event, Reject, Retry
 from pgbackend.facts import Recorder
-from pgbackend.log import reader
+from pgbackend.log.pages import Page, Pages
 from pgbackend.model import Order, SubscriptionStatus
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
@@ -288,13 +288,13 @@ async def test_an_event_whose_row_goes_before_its_retry_is_noted_is_skipped(data
 async def test_a_large_event_that_is_deleted_while_it_is_read_is_not_delivered_without_its_data(
     database: str, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_large = reader.Log._with_large
+    read_large = Pages._with_large
 
-    async def delete_first(self: reader.Log, *args: Any, **options: Any) -> Any:
+    async def delete_first(self: Pages, *args: Any, **options: Any) -> Page:
         await sql.execute("DELETE FROM pgbackend.events WHERE id = 'gone'")
         return await read_large(self, *args, **options)
 
-    monkeypatch.setattr(reader.Log, "_with_large", delete_first)
+    monkeypatch.setattr(Pages, "_with_large", delete_first)
     got: dict[str, bytes | None] = {}
 
     async def keep(event: Event) -> None:

@@ -6,9 +6,9 @@ from unittest.mock import patch
 import pytest
 
 from pgbackend.log import reader as reader_module
-from pgbackend.log.notify import Hints
+from pgbackend.log.log import Log
+from pgbackend.log.notify import Wakeup
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Log
 from pgbackend.log.tail import Cursor, Tail
 from tests.support.simulated_log import HOLE_WAIT, Account, SimulatedLog
 
@@ -17,16 +17,16 @@ EVENT_BYTES = 700
 
 
 def make_tail(log: SimulatedLog, tasks: asyncio.TaskGroup, *, buffer_events: int = 10) -> Tail:
-    return Tail(cast("Log", log), Hints(), poll_interval=0.001, buffer_bytes=buffer_events * EVENT_BYTES, tasks=tasks)
+    return Tail(cast("Log", log), Wakeup(), poll_interval=0.001, buffer_bytes=buffer_events * EVENT_BYTES, tasks=tasks)
 
 
 class Taker:
     """A subscription behind a cursor, as a pump uses it."""
 
-    def __init__(self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, patient: bool) -> None:
-        self.account = Account(log, position=after, patient=patient)
+    def __init__(self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, strict: bool) -> None:
+        self.account = Account(log, position=after, strict=strict)
         self.account.holes = holes
-        self.cursor: Cursor = tail.cursor(after=after, patient=patient)
+        self.cursor: Cursor = tail.cursor(after=after, strict=strict)
 
     async def take(self) -> None:
         batch = await self.cursor.next(self.account.holes)
@@ -60,12 +60,12 @@ async def test_cursors_that_move_between_streams_lose_double_and_misorder_nothin
                 await asyncio.sleep(0)
 
     takers: list[Taker] = []
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE), patch.object(reader_module, "_OPEN_HOLE_POLL", 0.001):
+    with patch.object(reader_module, "_OPEN_HOLE_POLL", 0.001):
         async with asyncio.TaskGroup() as tasks:
             tail = make_tail(log, tasks)
             following = []
             for number in range(6):
-                taker = Taker(tail, log, after=0, holes=RangeSet(), patient=number % 3 == 2)
+                taker = Taker(tail, log, after=0, holes=RangeSet(), strict=number % 3 == 2)
                 takers.append(taker)
                 following.append(tasks.create_task(follow(taker, (1, 10, 60)[number // 2])))
             await act()
@@ -85,7 +85,7 @@ async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
     log = SimulatedLog(step=lambda: asyncio.sleep(0))
     async with asyncio.TaskGroup() as tasks:
         tail = make_tail(log, tasks)
-        takers = [Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(5)]
+        takers = [Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(5)]
         appender = log.begin()
         appender.locked = True
         log.draw(appender)
@@ -107,26 +107,25 @@ async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        async with asyncio.TaskGroup() as tasks:
-            tail = make_tail(log, tasks, buffer_events=6)
-            quick, slow = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
-            async with asyncio.timeout(30):
-                await asyncio.gather(slow.take(), quick.take())
-                while not await quick.has_all():
-                    await quick.take()
-                assert len(tail._streams) == 1
-                most = 0
-                while not await slow.has_all():
-                    await slow.take()
-                    most = max(most, len(tail._streams))
-                assert most == 2
-                waiting = tasks.create_task(slow.take())
-                while len(tail._streams) > 1:
-                    await asyncio.sleep(0)
-            waiting.cancel()
-            quick.cursor.close()
-            slow.cursor.close()
+    async with asyncio.TaskGroup() as tasks:
+        tail = make_tail(log, tasks, buffer_events=6)
+        quick, slow = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
+        async with asyncio.timeout(30):
+            await asyncio.gather(slow.take(), quick.take())
+            while not await quick.has_all():
+                await quick.take()
+            assert len(tail._streams) == 1
+            most = 0
+            while not await slow.has_all():
+                await slow.take()
+                most = max(most, len(tail._streams))
+            assert most == 2
+            waiting = tasks.create_task(slow.take())
+            while len(tail._streams) > 1:
+                await asyncio.sleep(0)
+        waiting.cancel()
+        quick.cursor.close()
+        slow.cursor.close()
 
 
 async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction_would_come_first() -> None:
@@ -140,10 +139,10 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
     log.unlock(brief)
     async with asyncio.TaskGroup() as tasks, asyncio.timeout(30):
         tail = make_tail(log, tasks)
-        first = Taker(tail, log, after=0, holes=RangeSet(), patient=False)
+        first = Taker(tail, log, after=0, holes=RangeSet(), strict=False)
 
         async def read_to(position: int) -> None:
-            first.cursor._tail.hints.ring()
+            first.cursor._tail.wakeup.wake()
             while tail._streams[0].reader.position < position:
                 await asyncio.sleep(0.001)
 
@@ -164,7 +163,7 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
         log.now += HOLE_WAIT
         await read_to(4)
 
-        second = Taker(tail, log, after=2, holes=RangeSet([(1, 2)]), patient=False)
+        second = Taker(tail, log, after=2, holes=RangeSet([(1, 2)]), strict=False)
         while not {1, 4} <= set(second.account.seen):
             await second.take()
         assert second.account.seen == [1, 4]
@@ -180,18 +179,17 @@ async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        async with asyncio.TaskGroup() as tasks:
-            tail = make_tail(log, tasks, buffer_events=6)
-            quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
-            async with asyncio.timeout(30):
-                await asyncio.gather(idle.take(), quick.take())
-                while not await quick.has_all():
-                    await quick.take()
-                    (stream,) = tail._streams
-                    assert stream._bytes <= 6 * EVENT_BYTES
-            quick.cursor.close()
-            idle.cursor.close()
+    async with asyncio.TaskGroup() as tasks:
+        tail = make_tail(log, tasks, buffer_events=6)
+        quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
+        async with asyncio.timeout(30):
+            await asyncio.gather(idle.take(), quick.take())
+            while not await quick.has_all():
+                await quick.take()
+                (stream,) = tail._streams
+                assert stream._bytes <= 6 * EVENT_BYTES
+        quick.cursor.close()
+        idle.cursor.close()
 
 
 async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
@@ -203,15 +201,14 @@ async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-    with patch.object(reader_module, "PAGE_EVENTS", PAGE):
-        async with asyncio.TaskGroup() as tasks:
-            tail = make_tail(log, tasks, buffer_events=6)
-            quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), patient=False) for _ in range(2))
-            async with asyncio.timeout(30):
-                await asyncio.gather(idle.take(), quick.take())
-                while not await quick.has_all():
-                    await quick.take()
-            (stream,) = tail._streams
-            assert len(stream._batches) <= 1, "but for one that may just have been read"
-            quick.cursor.close()
-            idle.cursor.close()
+    async with asyncio.TaskGroup() as tasks:
+        tail = make_tail(log, tasks, buffer_events=6)
+        quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
+        async with asyncio.timeout(30):
+            await asyncio.gather(idle.take(), quick.take())
+            while not await quick.has_all():
+                await quick.take()
+        (stream,) = tail._streams
+        assert len(stream._batches) <= 1, "but for one that may just have been read"
+        quick.cursor.close()
+        idle.cursor.close()

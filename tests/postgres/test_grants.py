@@ -21,7 +21,7 @@ import pytest
 
 from pgbackend import Backend, ConfigError, DatabaseError, Retry
 from pgbackend.codec.attributes import COLUMNS
-from pgbackend.log.reader import Log
+from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
 from pgbackend.postgres import schema
 from pgbackend.postgres.grants import grants
@@ -264,12 +264,12 @@ async def test_who_blocks_is_seen_and_since_when_if_the_owner_may_see_it(roles: 
         await producer.execute(INSERT, "open")
         (appender,) = (await backend.status()).appenders
         assert (appender.pid, appender.application) == (producer.get_server_pid(), "slow")
-        assert (appender.age, await log.oldest_appender()) == (None, None)
+        assert (appender.age, await log.oldest_appender_start()) == (None, None)
 
         await roles.execute("superuser", f"GRANT pg_read_all_stats TO {roles.name('owner')}")
         (appender,) = (await backend.status()).appenders
         assert appender.age is not None
-        assert await log.oldest_appender() is not None
+        assert await log.oldest_appender_start() is not None
 
 
 async def test_of_a_backend_that_does_not_append_nobody_is_told_anything(roles: Roles) -> None:
@@ -426,7 +426,7 @@ async def evidence(roles: Roles, kind: str) -> AsyncIterator[Log]:
     await database.open()
     try:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
-        await log.enter_incarnation()
+        await log.incarnation.enter()
         yield log
     finally:
         await database.close()
@@ -509,7 +509,7 @@ async def test_a_worker_takes_over_from_a_dead_one_of_another_role(roles: Roles)
 async def test_whoever_comes_first_after_a_crash_has_the_new_life_named(roles: Roles, kind: str) -> None:
     await roles.execute("owner", "TRUNCATE pgbackend.incarnation")
     async with evidence(roles, kind) as log:
-        assert log.incarnation == await roles.fetchval("owner", "SELECT id FROM pgbackend.life")
+        assert log.incarnation.id == await roles.fetchval("owner", "SELECT id FROM pgbackend.life")
 
 
 @pytest.mark.parametrize("kind", KINDS)

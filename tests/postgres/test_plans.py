@@ -12,13 +12,13 @@ import pytest
 
 from pgbackend.postgres import schema
 from pgbackend.postgres.sql import load
-from pgbackend.postgres.sql.statements import HolesSql, LogSql, OffsetsSql, RedeliverySql, SubscriptionsSql
+from pgbackend.postgres.sql.statements import FenceSql, LogSql, OffsetsSql, RedeliverySql, SubscriptionsSql
 
 BACKLOG = 200_000
 SUBSCRIPTIONS = 100
 LOG = load(LogSql, "log", schema="pgbackend")
 OFFSETS = load(OffsetsSql, "offsets", schema="pgbackend")
-HOLES = load(HolesSql, "holes", schema="pgbackend")
+HOLES = load(FenceSql, "fence", schema="pgbackend")
 REDELIVERY = load(RedeliverySql, "redelivery", schema="pgbackend")
 SUBSCRIPTION = load(SubscriptionsSql, "subscriptions", schema="pgbackend")
 

@@ -14,8 +14,8 @@ import pytest
 from pgbackend import Backend, Event, PgBackendError, ProduceUncertainError, Reject, Retry
 from pgbackend.errors import ConnectionLostError
 from pgbackend.facts import Recorder
-from pgbackend.log import requirements as fence
-from pgbackend.log.reader import Log
+from pgbackend.log import requirements
+from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
 from pgbackend.postgres.pool import Database, is_pooled
 from pgbackend.postgres.sql import file_names, load, statements
@@ -182,7 +182,7 @@ async def test_nothing_is_left_in_the_sessions_of_the_server(server: str, empty_
 async def test_a_pooler_with_one_connection_is_refused_and_says_what_to_set(
     server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fence, "_PATIENCE", 0.0)
+    monkeypatch.setattr(requirements, "_PATIENCE", 0.0)
     with Pooler(server, default_pool_size=1) as pooler, pytest.raises(ConnectionLostError, match="default_pool_size"):
         await Backend(pooler.dsn(database)).init()
 
@@ -322,7 +322,7 @@ async def test_a_worker_killed_behind_a_pooler_is_succeeded_when_its_lease_has_r
     ledger.produced += [str(number) for number in range(300)]
     there = await opened(dsn)
     log = Log(there, schema="pgbackend", hole_wait=1.0)
-    await log.enter_incarnation()
+    await log.incarnation.enter()
     others = Leases(log, schema="pgbackend", worker=uuid4())
     async with Backend(dsn, lease_timeout=60.0) as producer:
         async with Worker(dsn, ledger, delay=0.01, concurrency=4, settings={"lease_timeout": 60.0}) as worker:

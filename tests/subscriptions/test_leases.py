@@ -12,7 +12,7 @@ import pytest
 from pgbackend import Backend, Event
 from pgbackend.errors import ConnectionLostError
 from pgbackend.facts import Recorder, observe
-from pgbackend.log.reader import Log
+from pgbackend.log.log import Log
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.subscriptions.leases import Leases, Presence
@@ -37,7 +37,7 @@ async def opened(dsn: str, **settings: Any) -> AsyncIterator[Log]:
     await database.open()
     try:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
-        await log.enter_incarnation()
+        await log.incarnation.enter()
         yield log
     finally:
         await database.close()

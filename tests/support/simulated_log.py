@@ -11,8 +11,10 @@ from typing import Any, cast
 
 from pgbackend.codec.event import Event
 from pgbackend.log.fence import AppenderClock, Evidence
+from pgbackend.log.log import Log
+from pgbackend.log.pages import Page
 from pgbackend.log.ranges import RangeSet
-from pgbackend.log.reader import Log, Page, Reader
+from pgbackend.log.reader import Reader
 from tests.support.events import log_row
 
 HOLE_WAIT = 2.0
@@ -43,6 +45,7 @@ class SimulatedLog:
 
     def __init__(self, *, page: int = 3, step: Callable[[], Any] = Step) -> None:
         self.database = None  # nobody has to look for it
+        self.pages = self
         self.now = 0.0
         self.head = 0
         self.visible: dict[int, Appender] = {}
@@ -129,14 +132,8 @@ class SimulatedLog:
         await self._step()
         return Evidence(upto, appenders, None)
 
-    def is_in_one_segment(self, lower: int, upper: int) -> bool:  # noqa: ARG002 - it has but one
-        return True
-
-    def forget_segments(self) -> None:
-        pass
-
-    async def find_removed(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:  # noqa: ARG002 - the same
-        return []
+    async def find_segments(self) -> list[tuple[int, int]]:
+        return [(0, 1 << 62)]
 
     async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> Page:
         await self._step()
@@ -150,8 +147,8 @@ class SimulatedLog:
     async def appenders(self) -> tuple[str, ...]:
         return tuple(sorted(self.open_now()))
 
-    def reader(self, *, after: int = 0, holes: Iterable[tuple[int, int]] = (), patient: bool = False) -> Reader:
-        return Reader(cast("Log", self), after=after, holes=holes, patient=patient)
+    def reader(self, *, after: int = 0, holes: Iterable[tuple[int, int]] = (), strict: bool = False) -> Reader:
+        return Reader(cast("Log", self), after=after, holes=holes, strict=strict)
 
 
 class _SimulatedClock(AppenderClock):
@@ -172,10 +169,10 @@ def _events(positions: Iterable[int]) -> list[Event]:
 class Account:
     """What a subscription makes of a reader's batches, and what it may therefore rely on."""
 
-    def __init__(self, log: SimulatedLog, *, position: int = 0, patient: bool = False) -> None:
+    def __init__(self, log: SimulatedLog, *, position: int = 0, strict: bool = False) -> None:
         self.log = log
         self.position = position
-        self.patient = patient
+        self.strict = strict
         self.holes = RangeSet()
         self.seen: list[int] = []
         self._settled = RangeSet()
@@ -190,7 +187,7 @@ class Account:
             if position <= self.position and position not in self.holes:
                 continue
             assert position not in self.seen, f"{position} came twice"
-            if self.patient and self.seen:
+            if self.strict and self.seen:
                 assert position > self.seen[-1], f"{position} came behind {self.seen[-1]}"
             own = self.log.visible[position].positions
             assert all(later not in self.seen for later in own if later > position), f"{position} came behind its own"

@@ -13,7 +13,7 @@ from typing import Any
 
 from pgbackend.delivery.offsets import Committer
 from pgbackend.delivery.worker import Worker
-from pgbackend.log.fence import Evidence, Gaps
+from pgbackend.log.fence import Evidence, Fence
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.torture.worker import main
 
@@ -23,12 +23,12 @@ FENCED = (
 
 
 def break_fence() -> None:
-    narrow = Gaps.narrow
+    apply_evidence = Fence.apply_evidence
 
-    def nobody(self: Gaps, evidence: Evidence) -> None:
-        narrow(self, replace(evidence, appenders=frozenset()))
+    def nobody(self: Fence, evidence: Evidence) -> None:
+        apply_evidence(self, replace(evidence, appenders=frozenset()))
 
-    Gaps.narrow = nobody  # type: ignore[method-assign]
+    Fence.apply_evidence = nobody  # type: ignore[method-assign]
 
 
 def break_epochs() -> None:

@@ -1,61 +1,45 @@
--- What the fence takes for granted, looked up and tried. See pgbackend/log/requirements.py.
+-- The evidence that the fence rests on. See pgbackend/log/fence.py for the proof.
 
--- name: examine
--- The properties of the log's tables that the proof in pgbackend/log/fence.py stands on. All of it is in catalogs.
+-- name: appenders_in_flight
+-- The highest position given out, then who may hold one of those open, in that order: by a function of the log
+-- (migration 0009), which leaves no planner the choice.
 SELECT
-    log.relpersistence = 'p' AND NOT EXISTS (
-        SELECT
-        FROM pg_catalog.pg_inherits AS part
-        JOIN pg_catalog.pg_class AS segment ON segment.oid = part.inhrelid
-        WHERE part.inhparent = log.oid
-            AND segment.relpersistence <> 'p'
-    ) AS events_logged,
-    (
-        SELECT kept.relpersistence = 'p'
-        FROM pg_catalog.pg_class AS kept
-        WHERE kept.oid = to_regclass(quote_ident({schema_literal}) || '.offsets')
-    ) AS offsets_logged,
-    (
-        SELECT life.relpersistence = 'u'
-        FROM pg_catalog.pg_class AS life
-        WHERE life.oid = to_regclass(quote_ident({schema_literal}) || '.incarnation')
-    ) AS incarnation_unlogged,
-    EXISTS (
-        SELECT
-        FROM pg_catalog.pg_index AS key
-        WHERE key.indrelid = log.oid
-            AND key.indisprimary
-            AND key.indisvalid
-    ) AS has_primary_key,
-    position.attidentity = 'a' AS is_identity,
-    EXISTS (
-        SELECT
-        FROM pg_catalog.pg_depend AS used
-        WHERE used.classid = 'pg_catalog.pg_class'::regclass
-            AND used.objid = numbers.seqrelid
-            AND used.refclassid = 'pg_catalog.pg_class'::regclass
-            AND used.refobjid = log.oid
-            AND used.refobjsubid = position.attnum
-            AND used.deptype = 'i'
-    ) AS uses_sequence,
-    sequence.relpersistence = 'p' AS sequence_logged,
-    format_type(numbers.seqtypid, NULL) AS type,
-    numbers.seqincrement AS increment,
-    numbers.seqcache AS cache,
-    numbers.seqcycle AS cycle,
-    numbers.seqmin AS minimum,
-    numbers.seqmax AS maximum
-FROM pg_catalog.pg_class AS log
-JOIN pg_catalog.pg_attribute AS position ON position.attrelid = log.oid AND position.attname = 'position'
-JOIN pg_catalog.pg_class AS sequence ON sequence.oid = to_regclass(quote_ident({schema_literal}) || '.events_position_seq')
-JOIN pg_catalog.pg_sequence AS numbers ON numbers.seqrelid = sequence.oid
-WHERE log.oid = to_regclass(quote_ident({schema_literal}) || '.events');
+    evidence.upto,
+    evidence.appenders,
+    evidence.server_start,
+    (SELECT id FROM {schema}.life) AS incarnation
+FROM {schema}.appenders_in_flight(
+    to_regclass(quote_ident({schema_literal}) || '.events'),
+    to_regclass(quote_ident({schema_literal}) || '.events_position_seq')
+) AS evidence;
 
--- name: find_distributed
--- The log's tables that Citus distributes.
-SELECT {schema}.find_distributed(to_regclass(quote_ident({schema_literal}) || '.events')) AS tables;
-
--- name: open_appender
--- This transaction appends from now on, without drawing a position; its virtual transaction. Null on a server whose
--- locks do not show it.
-SELECT {schema}.open_appender() AS virtual_transaction;
+-- name: describe_appenders
+-- The same transactions with what this role or the log's owner may see of them, oldest first. For people, not for the
+-- proof.
+SELECT
+    held.virtualtransaction AS virtual_transaction,
+    held.pid,
+    prepared.gid,
+    activity.application_name AS application,
+    extract(epoch FROM clock_timestamp() - coalesce(began.xact_start, prepared.prepared))::float8 AS age,
+    began.xact_start
+FROM pg_catalog.pg_locks AS held
+LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
+CROSS JOIN LATERAL (SELECT coalesce(activity.xact_start, {schema}.appender_began(held.pid)) AS xact_start) AS began
+-- By the lock on its own xid: a prepared transaction keeps its virtual one until a restart makes it "-1/<xid>".
+LEFT JOIN pg_catalog.pg_prepared_xacts AS prepared
+    ON held.pid IS NULL
+    AND EXISTS (
+        SELECT
+        FROM pg_catalog.pg_locks AS own
+        WHERE own.locktype = 'transactionid'
+            AND own.pid IS NULL
+            AND own.virtualtransaction = held.virtualtransaction
+            AND own.transactionid = prepared.transaction
+    )
+WHERE held.locktype = 'relation'
+    AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+    AND held.relation = to_regclass(quote_ident({schema_literal}) || '.events')
+    AND held.mode = 'RowExclusiveLock'
+    AND held.granted
+ORDER BY age DESC NULLS LAST;

@@ -147,7 +147,7 @@ WHERE position >= $1
 ORDER BY position
 LIMIT 1;
 
--- name: find_gaps
+-- name: find_holes
 -- The positions above one and up to another that no committed event has, as ranges in one snapshot.
 SELECT lower, upper
 FROM (

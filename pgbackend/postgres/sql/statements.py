@@ -20,7 +20,7 @@ class LogSql:
     read_large: str
     find_page: str
     find_position: str
-    find_gaps: str
+    find_holes: str
     find_segments: str
     find_incarnation: str
     find_signs: str
@@ -30,13 +30,13 @@ class LogSql:
 
 
 @dataclass(frozen=True, slots=True)
-class HolesSql:
+class FenceSql:
     appenders_in_flight: str
     describe_appenders: str
 
 
 @dataclass(frozen=True, slots=True)
-class FenceSql:
+class RequirementsSql:
     examine: str
     find_distributed: str
     open_appender: str
