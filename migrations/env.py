@@ -1,6 +1,6 @@
-"""Runs the `alembic` command in a checkout: PGBACKEND_DSN and PGBACKEND_SCHEMA say where.
+"""Runs the `alembic` command in a checkout, on the log that PGBACKEND_DSN and PGBACKEND_SCHEMA name.
 
-Everything else is `pgbackend.schema`'s, as for `pgbackend migrate` and `Backend.init()`, which do without this file.
+`pgbackend migrate` and `Backend.init()` do without this file. All three call `pgbackend.postgres.schema.run()`.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from pgbackend.errors import PgBackendError
 from pgbackend.postgres import schema as revisions
 from pgbackend.postgres.dsn import normalize_dsn
 from pgbackend.postgres.pool import Database
@@ -21,7 +22,7 @@ schema = os.environ.get("PGBACKEND_SCHEMA") or "pgbackend"
 
 
 def offline() -> None:
-    """Write the statements instead of running them."""
+    """Print the statements instead of running them."""
     context.configure(
         dialect_name="postgresql",
         dialect_opts=revisions.OFFLINE_DIALECT,
@@ -33,8 +34,8 @@ def offline() -> None:
 
 
 def online(connection: Connection) -> None:
-    """Bring the schema to the revision asked for and commit, or change nothing."""
-    # Under a stricter level the snapshot would be taken before the wait for the lock, and show the past.
+    """Bring the schema to the requested revision and commit, or change nothing."""
+    # Under a stricter level the snapshot would be older than the wait for the lock.
     connection = connection.execution_options(isolation_level="READ COMMITTED")
     with connection.begin():
         context.configure(connection=connection, **revisions.version_table(schema))
@@ -42,7 +43,7 @@ def online(connection: Connection) -> None:
 
 
 async def connect_and_run() -> None:
-    """Connect to the DSN of the environment, as all of pgbackend does."""
+    """Connect to PGBACKEND_DSN, as all of pgbackend does, and migrate."""
     dsn = os.environ.get("PGBACKEND_DSN")
     if not dsn:
         raise CommandError("Set PGBACKEND_DSN, like postgresql://user@host/database, or add --sql to only see the SQL.")
@@ -54,7 +55,10 @@ async def connect_and_run() -> None:
 
 if context.config.config_file_name is not None:
     logging.config.fileConfig(context.config.config_file_name, disable_existing_loggers=False)
-if context.is_offline_mode():
-    offline()
-else:
-    asyncio.run(connect_and_run())
+try:
+    if context.is_offline_mode():
+        offline()
+    else:
+        asyncio.run(connect_and_run())
+except PgBackendError as error:
+    raise CommandError(str(error)) from error

@@ -1,36 +1,25 @@
-"""${message}
+"""${message}.
 
 Revision ID: ${up_revision}
 Revises: ${down_revision | comma,n}
 """
 
-from alembic import op
+from alembic.operations import Operations
 
-revision = ${repr(up_revision)}
-down_revision = ${repr(down_revision)}
+from pgbackend.postgres import ddl
 
-
-def upgrade() -> None:
-    for statement in UPGRADE:
-        _run(statement)
+revision = "${up_revision}"
+down_revision = "${down_revision}"
 
 
-def downgrade() -> None:
-    for statement in DOWNGRADE:
-        _run(statement)
+def upgrade(*, op: Operations) -> None:
+    ddl.run(op, UPGRADE)
+
+
+def downgrade(*, op: Operations) -> None:
+    ddl.run(op, DOWNGRADE)
 
 
 UPGRADE: tuple[str, ...] = ()
 
 DOWNGRADE: tuple[str, ...] = ()
-
-
-def _run(statement: str) -> None:
-    context = op.get_context()
-    schema = '"' + str(context.version_table_schema).replace('"', '""') + '"'
-    statement = statement.replace("{schema}", schema)
-    # Not op.execute: it would read a colon in the schema's name as a parameter.
-    if context.as_sql:
-        context.impl.static_output(f"{statement};")
-    else:
-        op.get_bind().exec_driver_sql(statement)

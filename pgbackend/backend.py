@@ -288,13 +288,10 @@ class Backend:
         database = Database(self._dsn, listen_dsn=self._listen_dsn, pool_size=self._settings.pool_size)
         try:
             await database.open()
-            found = await schema.found(database.fetch, name)
+            found = await schema.find_revision(database.fetch, name)
             if migrate and found != schema.head():
-                if found is not None:
-                    # An unknown revision is a newer version's: never migrated back by accident.
-                    _refuse_newer(found, name)
                 await schema.migrate(database.connect, name)
-                found = await schema.found(database.fetch, name)
+                found = await schema.find_revision(database.fetch, name)
             schema.check(found, name)
             log = Log(database, schema=name, hole_wait=settings.hole_wait)
             subscriptions = Subscriptions(log, schema=name)
@@ -1012,11 +1009,6 @@ async def _verify(requirements: Requirements, subscriptions: Subscriptions) -> N
 def _refuse(problem: str | None) -> None:
     if problem is not None:
         raise SchemaError(problem, found=schema.head(), expected=schema.head())
-
-
-def _refuse_newer(found: str, name: str) -> None:
-    if found not in schema.revisions():
-        schema.check(found, name)
 
 
 def _is_unicode(text: str) -> bool:

@@ -54,7 +54,7 @@ class LogCheck:
 
     async def _run_checks(self, checks: dict[str, str], timeout: float) -> None:
         try:
-            found = await tables.found(self._database.fetch, self._schema)
+            found = await tables.find_revision(self._database.fetch, self._schema)
             checks["connection"] = "ok"
             tables.check(found, self._schema)
             checks["schema"] = "ok"

@@ -198,13 +198,16 @@ async def test_without_migrating_a_missing_log_is_an_error_and_stays_missing(emp
 
 
 @pytest.mark.parametrize("migrate", [True, False])
-async def test_a_log_of_a_newer_version_is_refused_and_left_alone(database: str, migrate: bool) -> None:
-    await execute(database, "UPDATE pgbackend.pgbackend_revision SET version_num = '9999'")
+@pytest.mark.parametrize("revision", ["r9999", "0001", "0010"])
+async def test_a_log_of_a_newer_or_an_unreleased_version_is_refused_and_left_alone(
+    database: str, migrate: bool, revision: str
+) -> None:
+    await execute(database, "UPDATE pgbackend.pgbackend_revision SET version_num = $1", revision)
 
     with pytest.raises(SchemaError) as caught:
         await Backend(database).init(migrate=migrate)
-    assert (caught.value.found, caught.value.expected) == ("9999", schema.head())
-    assert await execute(database, "SELECT version_num FROM pgbackend.pgbackend_revision") == "9999"
+    assert (caught.value.found, caught.value.expected) == (revision, schema.head())
+    assert await execute(database, "SELECT version_num FROM pgbackend.pgbackend_revision") == revision
 
 
 async def test_a_sequence_behind_its_events_is_refused(backend: Backend, database: str) -> None:

@@ -45,12 +45,12 @@ async def _migrate(dsn: str, listen_dsn: str | None, schema: str, to: str, *, ch
     database = Database(dsn, listen_dsn=listen_dsn, pool_size=1)
     await database.open(ANSWER_TIMEOUT)
     try:
-        before = await revisions.found(database.fetch, schema)
+        before = await revisions.find_revision(database.fetch, schema)
         if check:
             revisions.check(before, schema)
             return f"Schema {schema} on {describe_dsn(dsn)} is at {before}, as this version needs it."
         await revisions.migrate(database.connect, schema, to=to)
-        after = await revisions.found(database.fetch, schema)
+        after = await revisions.find_revision(database.fetch, schema)
         if before == after:
             return f"Schema {schema} on {describe_dsn(dsn)} is at {after or 'base'} already."
         return f"Schema {schema} on {describe_dsn(dsn)} went from {before or 'nothing'} to {after or 'nothing'}."

@@ -4,7 +4,7 @@ There is no default partition, so an append beyond the last segment fails; every
 and the first that finds too little ahead has more made. Its promise: making segments never makes a producer wait,
 whoever holds what open. It takes ShareUpdateExclusive on the parent, which conflicts with no INSERT and no SELECT.
 
-A segment is made by a function of the log, with the rights of the log's owner (migration 0010): most logs are run by
+A segment is made by a function of the log, with the rights of the log's owner: most logs are run by
 roles that own nothing, and stop when none of them can make room. What is made, and how much at most, is the function's
 decision. Here stands only when to call it.
 """

@@ -1,6 +1,6 @@
-"""The statements of a revision: the log's schema put in, and run, or written where a migration is only printed.
+"""Runs the statements of a revision, with the log's schema filled in, or prints them where a migration is only printed.
 
-Each file in migrations/versions hands its statements to `run()`, with the `Operations` object that it was given.
+Each file in migrations/versions passes its statements to `run()`, with the `Operations` object that it was given.
 Nothing here goes through Alembic's own execute(), which reads a colon in a schema's name as a parameter.
 """
 
@@ -20,19 +20,19 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 def run(op: "Operations", statements: Iterable[str], **texts: str) -> None:
     """Run each statement, with its placeholders replaced.
 
-    `{schema}` is the log's schema as a quoted identifier. The name of one of `texts` stands for that text as a literal;
-    a text may itself hold `{schema}` and the names of texts before it.
+    `{schema}` is the log's schema as a quoted identifier. Each name in `texts` stands for that text as a literal, which
+    may contain `{schema}` and the names of earlier texts.
     """
     context = op.get_context()
     words = {"schema": quote_ident(str(context.version_table_schema))}
     for name, text in texts.items():
-        words[name] = quote_literal(_place(text, words))
+        words[name] = quote_literal(_fill_in(text, words))
     for statement in statements:
-        execute(context, _place(statement, words))
+        execute(context, _fill_in(statement, words))
 
 
 def execute(context: "MigrationContext", statement: str) -> None:
-    """Run one statement as it is, or write it."""
+    """Run or print one statement as it is."""
     if context.as_sql:
         context.impl.static_output(f"{statement};")
     else:
@@ -40,5 +40,5 @@ def execute(context: "MigrationContext", statement: str) -> None:
         context.connection.exec_driver_sql(statement)
 
 
-def _place(text: str, words: dict[str, str]) -> str:
+def _fill_in(text: str, words: dict[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: words[match[1]], text)

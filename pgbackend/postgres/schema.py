@@ -1,11 +1,11 @@
-"""The log's tables: which revision they are at, and bringing them to another one.
+"""The revision of the log's tables, and migrating them to another one.
 
-`init()` asks `found()`, one query, and either stops there or calls `migrate()`; everything else relies on the tables
-being at `head()`. Its promise: a schema is at one revision or another, never between, however many migrate it at once.
+`init()` calls `find_revision()`, one query, and calls `migrate()` unless the schema is at `head()`. The promise: a
+schema is at one revision or another, never in between, however many processes migrate it at once.
 
-The only importer of Alembic, which runs here without its process-wide proxies (`alembic.op`, `alembic.context`): the
-host may run its own Alembic in another thread at the same time. The revision is kept in a table of our own name,
-because the host's `alembic_version` may stand in the same schema.
+Only this module imports Alembic. It runs without Alembic's process-wide proxies (`alembic.op`, `alembic.context`),
+because the host may run its own Alembic in another thread at the same time. The revision is stored in a table named
+`pgbackend_revision`, because the host's `alembic_version` may be in the same schema.
 """
 
 import io
@@ -31,8 +31,12 @@ from pgbackend.postgres.sql import load, quote_ident, quote_literal
 from pgbackend.postgres.sql.statements import SchemaSql
 
 VERSION_TABLE = "pgbackend_revision"
-# Logs of these revisions kept them in Alembic's own table.
-_KEPT_IN_ALEMBIC_VERSION = ("0001", "0002", "0003", "0004")
+OFFLINE_DIALECT = {"paramstyle": "named"}
+"""Options of the dialect for printed SQL. Other styles double the percent signs in names."""
+
+_UNVERSIONED = "unknown"
+_UNRELEASED = frozenset({_UNVERSIONED, *(f"{number:04}" for number in range(1, 11))})
+"""The revisions of versions before the first release. The first ones had no version table of our name."""
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
@@ -41,9 +45,9 @@ def head() -> str:
     return revisions()[-1]
 
 
-@cache
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(_location())
+def revisions() -> list[str]:
+    """All revisions, oldest first."""
+    return list(_revisions())
 
 
 @cache
@@ -51,32 +55,43 @@ def _revisions() -> tuple[str, ...]:
     return tuple(revision.revision for revision in reversed(list(_scripts().walk_revisions())))
 
 
-def revisions() -> list[str]:
-    """All revisions, oldest first."""
-    return list(_revisions())
+@cache
+def _scripts() -> ScriptDirectory:
+    installed = Path(str(files("pgbackend"))) / "_migrations"
+    return ScriptDirectory(installed if installed.is_dir() else Path(__file__).parents[2] / "migrations")
 
 
-async def found(fetch: Callable[[str], Awaitable[Sequence[Any]]], schema: str) -> str | None:
-    """The stored revision; None when there is none. `fetch` is `Database.fetch`: one query in its own transaction."""
+async def find_revision(fetch: Callable[[str], Awaitable[Sequence[Any]]], schema: str) -> str | None:
+    """The stored revision; None when the schema holds no log. `fetch` is `Database.fetch`.
+
+    One query where there is a log, two where there is none.
+    """
+    sql = load(SchemaSql, "schema", schema=schema)
     try:
-        rows = await fetch(load(SchemaSql, "schema", schema=schema).find_revision)
+        rows = await fetch(sql.find_revision)
     except SchemaError:
-        return None
-    return rows[0][0] if rows else None
+        rows = await fetch(sql.find_unversioned)
+        return _UNVERSIONED if rows[0]["has_log"] else None
+    return rows[0]["version_num"] if rows else None
 
 
 def check(found: str | None, schema: str) -> None:
-    """Raises SchemaError, with the next step, unless `found` is the revision that this version works with."""
-    expected = head()
+    """Raise SchemaError, with the next step, unless `found` is the revision that this version works with."""
+    name, expected = quote_ident(schema), head()
     if found == expected:
         return
     if found is None:
-        message = f"Schema {quote_ident(schema)} holds no log. Run `pgbackend migrate`."
+        message = f"Schema {name} holds no log. Run `pgbackend migrate`."
     elif found in revisions():
-        message = f"Schema {quote_ident(schema)} is at {found}, this version needs {expected}. Run `pgbackend migrate`."
+        message = f"Schema {name} is at {found}, this version needs {expected}. Run `pgbackend migrate`."
+    elif found in _UNRELEASED:
+        message = (
+            f"Schema {name} holds a log of a version before the first release (revision {found}), which cannot be "
+            "upgraded. Make a new log in another schema, and copy the events: INSERT … SELECT … ORDER BY position."
+        )
     else:
         message = (
-            f"Schema {quote_ident(schema)} is at {found}, this version knows revisions up to {expected}. "
+            f"Schema {name} is at {found}, this version knows revisions up to {expected}. "
             "This schema was migrated by a newer pgbackend; upgrade it."
         )
     raise SchemaError(message, found=found, expected=expected)
@@ -85,11 +100,11 @@ def check(found: str | None, schema: str) -> None:
 async def migrate(connect: Callable[[], Awaitable[Connection]], schema: str, *, to: str = "head") -> None:
     """Return once the schema is at revision `to`, which may be an older one, or "base" for no tables at all.
 
-    `connect` opens a connection of the caller's kind. Concurrent calls are safe, in one process and from many: one
-    works, the others wait and find nothing left to do. Cancelled, it returns when the transaction is rolled back.
+    `connect` opens a connection that the migration closes. Concurrent calls are safe, in one process and in many: one
+    works, the others wait and find nothing left to do. A cancelled call returns when its transaction is rolled back.
 
-    Raises ConfigError for an unknown `to`, SchemaError when a newer pgbackend has migrated this schema, DatabaseError
-    when PostgreSQL refuses; nothing was changed then.
+    Raises ConfigError for an unknown `to`, SchemaError when this version cannot migrate from the stored revision, and
+    DatabaseError when PostgreSQL refuses. After an error nothing has changed.
     """
     quote_ident(schema)
     _check_known(to)
@@ -101,7 +116,7 @@ async def _migrate_once(connect: Callable[[], Awaitable[Connection]], schema: st
         "postgresql+asyncpg://",
         async_creator=connect,
         poolclass=NullPool,
-        # Behind a transaction pooler another client's statement may already have a name that is counted up.
+        # Numbered names collide with those of other clients behind a transaction pooler.
         connect_args={"prepared_statement_cache_size": 0, "prepared_statement_name_func": lambda: ""},
     )
     try:
@@ -114,15 +129,15 @@ async def _migrate_once(connect: Callable[[], Awaitable[Connection]], schema: st
 
 
 def _migrate(connection: SyncConnection, schema: str, to: str) -> None:
-    # Under a stricter level the snapshot would be taken before the wait for the lock, and show the past.
+    # Under a stricter level the snapshot would be older than the wait for the lock.
     connection = connection.execution_options(isolation_level="READ COMMITTED")
     with connection.begin():
-        options = {"fn": lambda heads, _: _steps(heads, schema, to), **version_table(schema)}
+        options = {"fn": lambda heads, _: _steps(heads, to), **version_table(schema)}
         run(MigrationContext.configure(connection, opts=options), schema)
 
 
 def offline_sql(schema: str, to: str = "head") -> str:
-    """The SQL that brings a schema without a log to revision `to`; with `to` = "0002:0001", from the one to the other.
+    """The SQL that brings a schema without a log to revision `to`, or with `to` = "START:END" from one to the other.
 
     Raises ConfigError for an unknown revision.
     """
@@ -133,7 +148,7 @@ def offline_sql(schema: str, to: str = "head") -> str:
     _check_known(end)
     text = io.StringIO()
     options = {
-        "fn": lambda heads, _: _steps(heads, schema, end),
+        "fn": lambda heads, _: _steps(heads, end),
         "as_sql": True,
         "output_buffer": text,
         "literal_binds": True,
@@ -146,33 +161,37 @@ def offline_sql(schema: str, to: str = "head") -> str:
     return text.getvalue()
 
 
-OFFLINE_DIALECT = {"paramstyle": "named"}
-"""The only style that leaves percent signs in names alone."""
-
-
 def version_table(schema: str) -> dict[str, Any]:
-    """The options of an Alembic context that say where the revision is kept."""
+    """The options of an Alembic context that say where the revision is stored."""
     return {"version_table": VERSION_TABLE, "version_table_schema": quoted_name(schema, quote=True)}
 
 
 def run(context: MigrationContext, schema: str) -> None:
-    """Run the steps that `context` was configured with, in the transaction that is open.
+    """Run the steps that `context` was configured with, in the open transaction.
 
-    Several migrators run one after the other: the lock is taken before the stored revision is read, and held until the
-    commit. The `alembic` command comes here too, from migrations/env.py.
+    Migrators run one after the other: each takes the lock before it reads the stored revision, and holds it until the
+    commit. The `alembic` command calls this too, from migrations/env.py. Raises SchemaError as `migrate()` does.
     """
     for statement in _preparation(schema):
         ddl.execute(context, statement)
+    if context.connection is not None and not context.as_sql:
+        stored = _stored_revision(context, context.connection, schema)
+        if stored is not None and stored not in revisions():
+            check(stored, schema)
     context.run_migrations(op=Operations(context))
 
 
-def _steps(heads: Sequence[str], schema: str, to: str) -> Iterable[RevisionStep]:
-    """The way from the stored revision to `to`, forwards or backwards."""
+def _stored_revision(context: MigrationContext, connection: SyncConnection, schema: str) -> str | None:
+    if stored := context.get_current_revision():
+        return stored
+    find_unversioned = load(SchemaSql, "schema", schema=schema).find_unversioned
+    return _UNVERSIONED if connection.exec_driver_sql(find_unversioned).scalar_one() else None
+
+
+def _steps(heads: Sequence[str], to: str) -> Iterable[RevisionStep]:
+    """The steps from the stored revision to `to`, forwards or backwards."""
     known = ["base", *revisions()]
-    stored = heads[0] if heads else "base"
-    if stored not in known:
-        check(stored, schema)
-    start, end = known.index(stored), known.index(head() if to == "head" else to)
+    start, end = known.index(heads[0] if heads else "base"), known.index(head() if to == "head" else to)
     revision_map = _scripts().revision_map
     if start <= end:
         return [RevisionStep.upgrade_from_script(revision_map, _script(name)) for name in known[start + 1 : end + 1]]
@@ -186,58 +205,31 @@ def _script(revision: str) -> Script:
 
 
 def _preparation(schema: str) -> tuple[str, ...]:
-    """What comes before the first step, in the same transaction."""
+    """The statements before the first step, in the same transaction."""
     lock = quote_literal(f"pgbackend migrate {schema}")
     return (
-        # A role's own limits are made for requests, not for waiting for another migrator.
+        # A role's own limits are meant for requests, not for waiting for another migrator.
         "SET LOCAL statement_timeout = 0",
         "SET LOCAL idle_in_transaction_session_timeout = 0",
         "SET LOCAL lock_timeout = 0",
-        # Citus would carry the tables to other nodes. A log is local to one, which may be any.
+        # A log is local to one node. Citus would create its tables on the others as well.
         "SELECT set_config(name, 'off', true) FROM pg_catalog.pg_settings WHERE name = 'citus.enable_ddl_propagation'",
-        # Transaction-level: a pooler may stand between.
+        # Transaction-level, because a pooler may be in between.
         f"SELECT pg_advisory_xact_lock(hashtextextended({lock}, 0))",
-        # A DDL statement that waits for a table makes everybody else wait behind it: rather give up and be run again.
+        # Everyone else queues behind a DDL statement that waits for a table. Give up instead, and be run again.
         "SET LOCAL lock_timeout = '5s'",
         f"DO {quote_literal(_create_schema(schema))}",
-        f"DO {quote_literal(_adopt_revision(schema))}",
     )
 
 
 def _create_schema(schema: str) -> str:
-    # It asks first: CREATE SCHEMA IF NOT EXISTS demands the right to create one even where there is nothing to create.
+    # CREATE SCHEMA IF NOT EXISTS needs the right to create schemas even where the schema exists.
     return f"""
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = {quote_literal(schema)}) THEN
         CREATE SCHEMA {quote_ident(schema)};
     END IF;
 END"""
-
-
-def _adopt_revision(schema: str) -> str:
-    """Early logs kept their revision in `alembic_version`: copy it, where the tables of a log stand beside it.
-
-    A copy, because that table may be the host's: without our tables, or with another content, it says nothing of a log.
-    """
-    where = quote_ident(schema)
-    old = f"{where}.alembic_version"
-    tables = [f"{where}.{name}" for name in ("events_position_seq", "epochs", "incarnation", "offsets")]
-    present = " AND ".join(f"to_regclass({quote_literal(name)}) IS NOT NULL" for name in (old, *tables))
-    known = ", ".join(map(quote_literal, _KEPT_IN_ALEMBIC_VERSION))
-    new = f"{where}.{VERSION_TABLE}"
-    return f"""
-DECLARE
-    owner regrole := (SELECT relowner FROM pg_class WHERE oid = to_regclass({quote_literal(f"{where}.offsets")}));
-BEGIN
-    IF to_regclass({quote_literal(new)}) IS NULL AND {present} THEN
-        IF (SELECT count(*) = 1 AND bool_and(version_num IN ({known})) FROM {old}) THEN
-            CREATE TABLE {new} (LIKE {old} INCLUDING ALL);
-            INSERT INTO {new} SELECT version_num FROM {old};
-            -- When a superuser migrates, the log's owner must still be able to read it.
-            EXECUTE format('ALTER TABLE %s OWNER TO %s', {quote_literal(new)}, owner);
-        END IF;
-    END IF;
-END"""  # noqa: S608 - names are quoted
 
 
 def _translated(error: DBAPIError, schema: str) -> Exception:
@@ -261,8 +253,3 @@ def _translated(error: DBAPIError, schema: str) -> Exception:
 def _check_known(revision: str) -> None:
     if revision not in ("base", "head", *revisions()):
         raise ConfigError(f"There is no revision {revision!r}: expected head, base or one of {', '.join(revisions())}.")
-
-
-def _location() -> Path:
-    installed = Path(str(files("pgbackend"))) / "_migrations"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "migrations"

@@ -55,7 +55,7 @@ _REST = 5.0
 """Seconds beyond its patience that somebody who had a subscription rest may need to say that it need not any more."""
 _DEADLOCK = "40P01"
 _UNKNOWN = "unknown"
-"""The start bound of subscriptions that are older than it (migration 0002)."""
+"""The start bound of subscriptions that are older than it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

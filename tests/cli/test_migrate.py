@@ -33,6 +33,17 @@ async def test_an_unknown_revision_changes_nothing_and_names_the_known_ones(run:
     assert (await run("migrate", "--check", "--dsn", database)).exit_code == 0
 
 
+@pytest.mark.owner
+async def test_a_log_of_a_version_before_the_first_release_is_refused(run: Run, database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute("UPDATE pgbackend.pgbackend_revision SET version_num = '0010'")
+    await connection.close()
+    for options in ([], ["--check"], ["--to", "base"]):
+        result = await run("migrate", *options, "--dsn", database)
+        assert result.exit_code == 1
+        assert "before the first release" in result.stderr
+
+
 async def test_printed_sql_makes_a_log_that_this_version_accepts(run: Run, empty_database: str) -> None:
     printed = await run("migrate", "--sql", "--schema", "Ours")
     assert printed.exit_code == 0

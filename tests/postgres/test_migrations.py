@@ -1,6 +1,8 @@
 import asyncio
 import io
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,11 +15,16 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 from alembic import command
+from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from sqlalchemy import create_engine, inspect
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, create_engine, inspect
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from pgbackend import Backend
+from pgbackend.errors import SchemaError
 from pgbackend.postgres import schema
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.postgres.tables import metadata
@@ -119,10 +126,6 @@ async def test_migrations_and_sqlalchemy_metadata_describe_the_same_tables(empty
 
 
 async def test_autogenerate_finds_nothing_to_do(empty_database: str) -> None:
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-    from sqlalchemy import Connection
-
     await migrate(empty_database, "migrated")
 
     def differences(connection: Connection) -> list[object]:
@@ -150,9 +153,7 @@ async def test_autogenerate_finds_nothing_to_do(empty_database: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["base", *schema.revisions()])
-async def test_each_revision_goes_back_to_base_and_forwards_again_without_a_trace(
-    empty_database: str, revision: str
-) -> None:
+async def test_going_back_and_forwards_again_leaves_no_trace(empty_database: str, later: str, revision: str) -> None:
     await migrate(empty_database)
     at_head = await catalog(empty_database, "pgbackend")
 
@@ -160,92 +161,119 @@ async def test_each_revision_goes_back_to_base_and_forwards_again_without_a_trac
     await migrate(empty_database, to="base")
     at_base = await catalog(empty_database, "pgbackend")
     await migrate(empty_database, to=revision)
-    await migrate(empty_database)
+    await migrate(empty_database, to=later)
 
     assert not any(at_base.values())
-    assert await catalog(empty_database, "pgbackend") == at_head
+    again = await catalog(empty_database, "pgbackend")
+    assert without_numbers(again) == without_numbers(at_head)
+
+
+def without_numbers(found: dict[str, list[tuple[object, ...]]]) -> dict[str, list[tuple[object, ...]]]:
+    """A catalog without the numbers of columns: one that was dropped keeps its number."""
+    return found | {"columns": [(row[0], *row[2:]) for row in found["columns"] if "dropped" not in str(row[2])]}
 
 
 @pytest.mark.parametrize("revision", schema.revisions())
 async def test_a_filled_log_of_each_past_revision_is_upgraded_with_its_events(
-    empty_database: str, revision: str
+    empty_database: str, later: str, revision: str
 ) -> None:
     await migrate(empty_database, to=revision)
     async with connected(empty_database) as connection:
         await connection.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't')")
         await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('a', 'none', 1)")
-        before = await connection.fetch("SELECT * FROM pgbackend.events")
+        before = await connection.fetchrow("SELECT * FROM pgbackend.events")
 
         await migrate(empty_database)
 
-        assert await connection.fetch("SELECT * FROM pgbackend.events") == before
+        assert await schema.find_revision(connection.fetch, "pgbackend") == later
+        after = await connection.fetchrow("SELECT * FROM pgbackend.events")
+        assert before is not None
+        assert dict(after or {}) == {**dict(before), "later": None}
         assert await connection.fetchval("SELECT count(*) FROM pgbackend.subscriptions") == 1
 
 
-async def test_where_older_subscriptions_were_told_to_start_is_not_known(empty_database: str) -> None:
-    await migrate(empty_database, to="0001")
+async def test_each_revision_that_changes_a_log_has_a_test_with_data() -> None:
+    assert schema.revisions() == ["r0001"], "test the new revision on a log with data, then add it here"
+
+
+async def test_a_superuser_who_migrates_leaves_no_function_that_others_may_call(empty_database: str) -> None:
+    """The functions belong to the owner of the tables, and PUBLIC may not call them."""
+    await migrate(empty_database)
     async with connected(empty_database) as connection:
-        await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('a', 'none', 1)")
-        await migrate(empty_database)
-        await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('b', 'none', 1)")
-        found = await connection.fetch("SELECT name, start_bound FROM pgbackend.subscriptions ORDER BY name")
+        rows = await connection.fetch("""
+            SELECT proname::text AS name,
+                prosecdef AS with_owners_rights,
+                proowner = (SELECT relowner FROM pg_class WHERE oid = 'pgbackend.events'::regclass) AS is_owners,
+                proconfig @> ARRAY['search_path=pg_catalog, pg_temp'] AS has_search_path,
+                has_function_privilege('pg_monitor', oid, 'EXECUTE') AS is_public
+            FROM pg_proc
+            WHERE pronamespace = 'pgbackend'::regnamespace
+            ORDER BY proname""")
 
-    assert [tuple(row) for row in found] == [("a", "unknown"), ("b", None)]
-
-
-async def test_functions_with_the_rights_of_an_owner_have_those_of_who_owns_the_tables(empty_database: str) -> None:
-    """Also when a superuser migrates; and nobody else may call them."""
-    role = "tenant_" + urlsplit(empty_database).path[-12:]
-    async with connected(empty_database) as connection:
-        await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
-        try:
-            await connection.execute(f"CREATE SCHEMA pgbackend AUTHORIZATION {role}")
-            await schema.migrate(
-                lambda: asyncpg.connect(empty_database, user=role, password="secret"), "pgbackend", to="0002"
-            )
-            await migrate(empty_database)
-            rows = await connection.fetch("""
-                SELECT proname::text, prosecdef, proowner::regrole::text,
-                    proconfig @> ARRAY['search_path=pg_catalog, pg_temp'],
-                    has_function_privilege('pg_monitor', oid, 'EXECUTE')
-                FROM pg_proc
-                WHERE pronamespace = 'pgbackend'::regnamespace
-                ORDER BY proname""")
-            await connection.execute(f"SET ROLE {role}")
-            await connection.execute("SELECT pgbackend.make_segment()")
-            await connection.execute("SELECT * FROM pgbackend.living_workers")
-        finally:
-            await connection.execute("RESET ROLE")
-            await connection.execute(f"DROP OWNED BY {role} CASCADE")
-            await connection.execute(f"DROP ROLE {role}")
-
-    assert [tuple(row) for row in rows] == [
-        ("appender_began", True, role, True, False),
-        ("appenders_in_flight", False, role, True, False),
-        ("bury", True, role, True, False),
-        ("end_life", True, role, True, False),
-        ("find_distributed", False, role, True, False),
-        ("make_segment", True, role, True, False),
-        ("make_segment_of", False, role, True, False),
-        ("open_appender", True, role, True, False),
-    ]
+    assert {row["name"]: row["with_owners_rights"] for row in rows} == {
+        "appender_began": True,
+        "appenders_in_flight": False,
+        "bury": True,
+        "end_life": True,
+        "find_distributed": False,
+        "make_segment": True,
+        "make_segment_of": False,
+        "open_appender": True,
+    }
+    assert all(row["is_owners"] and row["has_search_path"] and not row["is_public"] for row in rows)
 
 
-async def test_who_was_let_write_into_segments_is_not_any_more(empty_database: str) -> None:
+async def test_default_privileges_let_no_role_write_segments_or_dead_letters(empty_database: str) -> None:
     role = "writer_" + urlsplit(empty_database).path[-12:]
-    writing = "SELECT has_table_privilege($1, 'pgbackend.events_0', 'INSERT, UPDATE, DELETE, TRUNCATE')"
-    await migrate(empty_database, to="0002")
     async with connected(empty_database) as connection:
         await connection.execute(f"CREATE ROLE {role}")
         try:
-            await connection.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA pgbackend TO {role}, PUBLIC")
-            assert await connection.fetchval(writing, role)
+            await connection.execute(f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {role}, PUBLIC")
             await migrate(empty_database)
-            assert not await connection.fetchval(writing, role)
-            assert await connection.fetchval("SELECT has_table_privilege($1, 'pgbackend.events_0', 'SELECT')", role)
+            may = {
+                (table, privilege): await connection.fetchval(
+                    "SELECT has_table_privilege($1, $2, $3)", role, f"pgbackend.{table}", privilege
+                )
+                for table in ("events_0", "dead_letters")
+                for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
+            }
         finally:
             await connection.execute(f"DROP OWNED BY {role}")
+            await connection.execute("ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM PUBLIC")
             await connection.execute(f"DROP ROLE {role}")
+
+    assert may["events_0", "SELECT"]
+    assert not any(may["events_0", privilege] for privilege in ("INSERT", "UPDATE", "DELETE", "TRUNCATE"))
+    assert not may["dead_letters", "INSERT"]
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+async def test_a_log_of_a_version_before_the_first_release_is_refused(empty_database: str, number: int) -> None:
+    await migrate(empty_database)
+    async with connected(empty_database) as connection:
+        await connection.execute("UPDATE pgbackend.pgbackend_revision SET version_num = $1", f"{number:04}")
+        before = await catalog(empty_database, "pgbackend")
+        for to in ("head", "base"):
+            with pytest.raises(SchemaError, match=r"before the first release.*Make a new log in another schema"):
+                await migrate(empty_database, to=to)
+        assert await catalog(empty_database, "pgbackend") == before
+        found = await schema.find_revision(connection.fetch, "pgbackend")
+
+    with pytest.raises(SchemaError, match=rf"revision {number:04}\)") as caught:
+        schema.check(found, "pgbackend")
+    assert (caught.value.found, caught.value.expected) == (f"{number:04}", schema.head())
+
+
+async def test_a_log_without_a_version_table_is_refused_as_well(empty_database: str) -> None:
+    """The first versions kept their revision in `alembic_version`, which may be the host's."""
+    await migrate(empty_database)
+    async with connected(empty_database) as connection:
+        await connection.execute("ALTER TABLE pgbackend.pgbackend_revision RENAME TO alembic_version")
+
+    with pytest.raises(SchemaError, match="before the first release"):
+        await migrate(empty_database)
+    with pytest.raises(SchemaError, match="before the first release"):
+        await Backend(empty_database).init(migrate=False)
 
 
 async def test_sql_written_offline_makes_the_same_tables_as_a_migration(empty_database: str) -> None:
@@ -279,7 +307,7 @@ HOST_REVISION = """
 from alembic import context, op
 from sqlalchemy import Column, Integer
 
-revision, down_revision = "0003", None
+revision, down_revision = "r0001", None
 
 
 def upgrade():
@@ -324,7 +352,7 @@ async def test_a_log_is_migrated_while_the_hosts_own_alembic_runs_in_a_thread(
 
     assert await host == {"before", "after", "alembic_version"}
     async with connected(empty_database) as connection:
-        assert await schema.found(connection.fetch, "pgbackend") == schema.head()
+        assert await schema.find_revision(connection.fetch, "pgbackend") == schema.head()
 
 
 @pytest.mark.direct
@@ -342,10 +370,10 @@ async def test_the_hosts_own_alembic_runs_in_a_thread_while_a_log_is_migrated(
         await migrating
 
         assert tables == {"before", "after", "alembic_version"}
-        assert await schema.found(gate.fetch, "pgbackend") == schema.head()
+        assert await schema.find_revision(gate.fetch, "pgbackend") == schema.head()
 
 
-@pytest.mark.parametrize("content", [[], ["0003"], ["9999"], ["0001", "0002"]])
+@pytest.mark.parametrize("content", [[], ["r0001"], ["9999"], ["0001", "0002"]])
 async def test_a_hosts_alembic_version_in_the_same_schema_is_neither_touched_nor_believed(
     empty_database: str, content: list[str]
 ) -> None:
@@ -354,47 +382,14 @@ async def test_a_hosts_alembic_version_in_the_same_schema_is_neither_touched_nor
         await connection.executemany("INSERT INTO alembic_version VALUES ($1)", [(number,) for number in content])
 
         await migrate(empty_database, "public")
-        assert await schema.found(connection.fetch, "public") == schema.head()
+        assert await schema.find_revision(connection.fetch, "public") == schema.head()
         await migrate(empty_database, "public", to="base")
         await migrate(empty_database, "public")
         await migrate(empty_database, "public")
 
         kept = await connection.fetch("SELECT version_num FROM alembic_version ORDER BY 1")
         assert [row["version_num"] for row in kept] == content
-        assert await schema.found(connection.fetch, "public") == schema.head()
-
-
-async def test_a_log_that_kept_its_revision_in_alembic_version_goes_on_from_there(empty_database: str) -> None:
-    await migrate(empty_database, to="0004")
-    async with connected(empty_database) as connection:
-        await connection.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't')")
-        await connection.execute("ALTER TABLE pgbackend.pgbackend_revision RENAME TO alembic_version")
-
-        await migrate(empty_database)
-
-        assert await schema.found(connection.fetch, "pgbackend") == schema.head()
-        assert await connection.fetchval("SELECT count(*) FROM pgbackend.events") == 1
-
-
-async def test_the_owner_of_such_a_log_can_read_its_revision_when_a_superuser_migrates(empty_database: str) -> None:
-    role = "tenant_" + urlsplit(empty_database).path[-12:]
-    async with connected(empty_database) as connection:
-        await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
-        try:
-            await connection.execute(f"CREATE SCHEMA pgbackend AUTHORIZATION {role}")
-            await schema.migrate(
-                lambda: asyncpg.connect(empty_database, user=role, password="secret"), "pgbackend", to="0004"
-            )
-            await connection.execute("ALTER TABLE pgbackend.pgbackend_revision RENAME TO alembic_version")
-
-            await migrate(empty_database)
-
-            await connection.execute(f"SET ROLE {role}")
-            assert await schema.found(connection.fetch, "pgbackend") == schema.head()
-        finally:
-            await connection.execute("RESET ROLE")
-            await connection.execute(f"DROP OWNED BY {role} CASCADE")
-            await connection.execute(f"DROP ROLE {role}")
+        assert await schema.find_revision(connection.fetch, "public") == schema.head()
 
 
 def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -428,12 +423,40 @@ async def test_the_alembic_command_prints_sql_and_goes_back_in_a_checkout(empty_
     assert printed.returncode == 0, printed.stderr
     async with connected(empty_database) as connection:
         await connection.execute(printed.stdout)
-        assert await schema.found(connection.fetch, "by Hand") == schema.head()
+        assert await schema.find_revision(connection.fetch, "by Hand") == schema.head()
 
         down = await asyncio.to_thread(alembic, "downgrade", "base", **settings)
 
         assert down.returncode == 0, down.stderr
-        assert await schema.found(connection.fetch, "by Hand") is None
+        assert await schema.find_revision(connection.fetch, "by Hand") is None
+
+
+async def test_the_alembic_command_refuses_a_log_of_a_version_before_the_first_release(empty_database: str) -> None:
+    await migrate(empty_database)
+    async with connected(empty_database) as connection:
+        await connection.execute("UPDATE pgbackend.pgbackend_revision SET version_num = '0005'")
+
+    done = await asyncio.to_thread(alembic, "upgrade", "head", PGBACKEND_DSN=empty_database)
+
+    assert done.returncode != 0
+    assert "before the first release" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_new_revision_is_made_from_a_template_that_runs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
+    shutil.copy(ROOT / "alembic.ini", tmp_path)
+    done = alembic(
+        *("-c", str(tmp_path / "alembic.ini"), "revision", "--rev-id", "r9999", "-m", "9999 leases have zones")
+    )
+    assert done.returncode == 0, done.stderr
+
+    module = runpy.run_path(str(tmp_path / "migrations" / "versions" / "9999_leases_have_zones.py"))
+
+    assert (module["revision"], module["down_revision"]) == ("r9999", schema.head())
+    operations = Operations(MigrationContext.configure(dialect_name="postgresql", opts={"as_sql": True}))
+    module["upgrade"](op=operations)
+    module["downgrade"](op=operations)
 
 
 def test_the_alembic_command_without_a_dsn_says_what_to_set() -> None:
@@ -458,7 +481,7 @@ async def test_an_installed_wheel_brings_its_migrations(empty_database: str, tmp
             archive.extractall(site)
         script = (
             "import asyncio, sys, asyncpg, pgbackend\n"
-            "from pgbackend import schema\n"
+            "from pgbackend.postgres import schema\n"
             "asyncio.run(schema.migrate(lambda: asyncpg.connect(sys.argv[1]), 'installed'))\n"
             "print(pgbackend.__file__, schema.head())\n"
         )

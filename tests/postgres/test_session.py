@@ -214,7 +214,7 @@ async def test_a_migration_that_was_rolled_back_for_a_conflict_is_done_again(emp
     await connection.execute("CREATE EVENT TRIGGER conflict ON ddl_command_end WHEN TAG IN ('CREATE SCHEMA') "
                              "EXECUTE FUNCTION public.conflict()")  # fmt: skip
     await schema.migrate(lambda: asyncpg.connect(empty_database), "pgbackend")
-    assert await schema.found(connection.fetch, "pgbackend") == schema.head()
+    assert await schema.find_revision(connection.fetch, "pgbackend") == schema.head()
     assert await connection.fetchval("SELECT last_value FROM public.conflicts") == 3
     await connection.close()
 

@@ -2,7 +2,7 @@
 
 -- name: appenders_in_flight
 -- The highest position given out, then who may hold one of those open, in that order: by a function of the log
--- (migration 0009), which leaves no planner the choice.
+--, which leaves no planner the choice.
 SELECT
     evidence.upto,
     evidence.appenders,

@@ -71,7 +71,7 @@ forgotten AS (
         AND kept.position = done.position
 ),
 buried AS MATERIALIZED (
-    -- With the owner's rights, by a function of the log (migration 0010). It is called only if there are letters.
+    -- With the owner's rights, by a function of the log. It is called only if there are letters.
     SELECT {schema}.bury(
         jsonb_agg(dead.letter || jsonb_build_object('subscription', fenced.subscription, 'owner', $2::uuid))
     ) AS letters

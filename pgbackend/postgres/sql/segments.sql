@@ -20,7 +20,7 @@ LEFT JOIN (
 LEFT JOIN regexp_match(pg_get_expr(relpartbound, newest.oid), '[(]''([0-9]+)''[)] TO [(]''([0-9]+)''[)]') AS bounds ON true;
 
 -- name: make_segment
--- The bounds of the segment that was made, with the owner's rights, by a function of the log (migration 0010). It decides
+-- The bounds of the segment that was made, with the owner's rights, by a function of the log. It decides
 -- on them, locks, and gives up a wait after a second. Null when nothing was made, because enough are ahead.
 SELECT lower_bound, upper_bound
 FROM {schema}.make_segment()

@@ -103,3 +103,4 @@ class SegmentsSql:
 @dataclass(frozen=True, slots=True)
 class SchemaSql:
     find_revision: str
+    find_unversioned: str
