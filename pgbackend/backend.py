@@ -12,7 +12,7 @@ From `produce()` to the committed offset, one function a step:
 | 6 | `Feed._admit` → `Window.open`      |                       | it is in flight, within the bounds                 |
 | 7 | `Pump._deliver` → the dispatcher   |                       | it was handled, or raised; no transaction was open |
 | 8 | `Window.settle`, `Shard.note`      |                       | settled, or on its way to redelivery or burial     |
-| 9 | `Committer.run_once`               | `commit_offsets`      | durable, under the shard's epoch                   |
+| 9 | `Offsets.commit`                   | `commit_offsets`      | durable, under the shard's epoch                   |
 
 Shutdown is the same table: stop reading (4), finish 7 and 8, commit 9, give up the shards, close the appender.
 """

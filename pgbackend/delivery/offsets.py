@@ -1,132 +1,165 @@
-"""Offset commits: gathered over all shards of the process, fenced by epoch, one statement at a time (I5, I6, I9).
+"""Offset commits: all shards of the process in one statement, each fenced by its epoch (I5, I6, I9).
 
-The first settled event after a quiet time is committed at once, then commits follow at most every `commit_interval`;
-the interval stretches so that committing takes less than a tenth of the time. What a commit does not find under its
-epoch, owner and incarnation is a lost lease: the row then belongs to somebody else, and nothing was changed.
+`Committer` decides when. A row that a commit does not find under its epoch, owner and incarnation is a lost lease: the
+shard belongs to another worker now, and nothing of it was changed.
 """
 
-import asyncio
-import json
 import logging
-import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from pgbackend import facts
-from pgbackend.delivery.outcomes import (
-    Buried,
-    Finished,
-    LetterDelivered,
-    LetterFailed,
-    Scheduled,
-    Skipped,
-    without_texts,
-)
+from pgbackend.delivery.commit_inputs import commit_inputs
+from pgbackend.delivery.outcomes import without_texts
 from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.postgres.pool import GrowingDelay, Record, asks_for_other_values
+from pgbackend.postgres.pool import Database, Record, asks_for_other_values
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import OffsetsSql
 
-_TOLD_RANGES = 20
-"""How many skipped ranges a line of the log names at most."""
-_SHARE = 0.1
-"""Committing takes at most this share of the time."""
+_SHOWN_RANGES = 20
+"""How many skipped ranges a log line names at most."""
 
 
-class Committer:
-    """Commits what its shards have settled."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """What one pass did with the shards that it was given."""
 
-    def __init__(self, log: Log, *, schema: str, worker: UUID, commit_interval: float) -> None:
+    marks: Mapping[Shard, Mark]
+    """Durable now."""
+    lost: Sequence[Shard]
+    """Another worker has these."""
+    kept: Sequence[Shard]
+    """Not committed, or nobody knows: the shards have their marks back for the next pass."""
+    error: DatabaseError | None
+    """Why marks were kept."""
+
+
+class _Pass:
+    """One commit under way. `open`: the marks that the server has not answered for yet."""
+
+    def __init__(self, marks: dict[Shard, Mark]) -> None:
+        self.open = marks
+        self.done: dict[Shard, Mark] = {}
+        self.lost: list[Shard] = []
+
+    def confirm(self, marks: Mapping[Shard, Mark], rows: Iterable[Record]) -> list[Shard]:
+        """Note the marks whose rows the server returned; the shards whose rows it did not."""
+        places = {row["epoch"]: row["ctid"] for row in rows}
+        missing: list[Shard] = []
+        for shard, mark in marks.items():
+            place = places.get(shard.lease.epoch)
+            if place is None:
+                missing.append(shard)
+            else:
+                shard.confirm(mark, place)
+                self.done[shard] = mark
+                del self.open[shard]
+        if places:
+            facts.emit("offsets committed", level=logging.DEBUG, shards=len(places))
+        return missing
+
+    def lose(self, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            shard.lost = True
+            self.lost.append(shard)
+            del self.open[shard]
+
+
+class Offsets:
+    """Writes `offsets`, and with them what became of failed events."""
+
+    def __init__(self, log: Log, *, schema: str, worker: UUID) -> None:
         self._log = log
         self._sql = load(OffsetsSql, "offsets", schema=schema)
         self._worker = worker
-        self._interval = commit_interval
-        self._dirty: dict[Shard, None] = {}
-        self._due = asyncio.Event()
-        self._one_commit = asyncio.Lock()
-        self._under_way: dict[Shard, Mark] = {}
-        """What is being committed, as long as the server has not said that it is."""
-        self.on_committed: Callable[[Shard, Mark], None] = lambda *_: None
-        """Called for each shard after its mark was committed."""
-        self.on_lost: Callable[[Shard], None] = lambda _: None
-        """Called for each shard whose lease turned out to be lost."""
 
-    def note(self, shard: Shard) -> None:
-        """There may be something to commit for this shard."""
-        shard.noted = True
-        self._dirty[shard] = None
-        self._due.set()
+    @property
+    def database(self) -> Database:
+        return self._log.database
 
-    async def run(self) -> None:
-        backoff = GrowingDelay(self._log.database)
-        before = 0.0
-        while True:
-            await self._due.wait()
-            began = time.monotonic()
-            try:
-                await self.run_once()
-            except SchemaError:
-                raise
-            except DatabaseError as error:
-                facts.emit("commit failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
-                await backoff.wait()
-                continue
-            backoff.reset()
-            took = time.monotonic() - began
-            # One slow commit is a cold connection or a checkpoint, two in a row are a slow server.
-            await asyncio.sleep(max(self._interval, min(took, before) * (1 / _SHARE - 1)))
-            before = took
+    async def commit(self, shards: Iterable[Shard]) -> Committed:
+        """Commit everything that these shards have to commit. One call at a time.
 
-    async def run_once(self) -> None:
-        """Commit all there is.
-
-        Raises DatabaseError when PostgreSQL does not answer; everything is kept for next time.
+        Raises IncarnationChanged when the server lives another life, and SchemaError. Marks that were not committed,
+        whatever the reason, are back in their shards.
         """
-        async with self._one_commit:
-            shards, self._dirty = self._dirty, {}
-            self._due.clear()
-            marks = {shard: mark for shard in shards if not shard.lost and (mark := shard.collect()) is not None}
-            self._under_way = dict(marks)
-            try:
-                await self._commit(marks)
-            except BaseException:
-                # Also when cut off in the middle: what was committed unheard is committed again, to the same effect.
-                for shard, mark in self._under_way.items():
-                    shard.give_back(mark)
-                    self.note(shard)
-                raise
+        marks = {shard: mark for shard in shards if not shard.lost and (mark := shard.collect()) is not None}
+        run, error = _Pass(marks), None
+        try:
+            await self._commit(run)
+        except SchemaError:
+            raise
+        except DatabaseError as caught:
+            error = caught
+        finally:
+            # If the answer was lost, the mark may be durable: committing it again has the same effect.
+            for shard, mark in run.open.items():
+                shard.give_back(mark)
+        return Committed(marks=run.done, lost=run.lost, kept=list(run.open), error=error)
 
-    async def _commit(self, marks: dict[Shard, Mark]) -> None:
+    async def _commit(self, run: _Pass) -> None:
         plain = {
-            shard: mark for shard, mark in marks.items() if not (mark.outcomes or mark.calm) and shard.committed[0] >= 0
+            shard: mark
+            for shard, mark in run.open.items()
+            if not (mark.outcomes or mark.calm) and shard.committed[0] >= 0
         }
-        by_key = {shard: mark for shard, mark in marks.items() if shard not in plain}
         if plain:
-            by_key.update(await self._commit_plain(plain))
-        if not by_key:
+            # A row that was not where it was may have a new version: the key finds it.
+            await self._commit_plain(run, plain)
+        if not run.open:
             return
         try:
-            lost = await self._commit_by_key(by_key)
+            missing = await self._commit_by_key(run, dict(run.open))
         except (ConnectionLostError, SchemaError):
             raise
         except DatabaseError as error:
-            if len(by_key) == 1 and not asks_for_other_values(error):
+            if len(run.open) == 1 and not asks_for_other_values(error):
                 raise
-            # What one shard wants committed was refused: the others do not wait for it (I7).
-            await self._commit_apart(by_key)
-            return
-        await self._lose(lost)
+            # PostgreSQL refused what one shard wants to commit. The others do not wait for it (I7).
+            await self._commit_apart(run)
+        else:
+            await self._lose(run, missing)
 
-    async def _commit_apart(self, marks: dict[Shard, Mark]) -> None:
+    async def _commit_plain(self, run: _Pass, marks: Mapping[Shard, Mark]) -> None:
+        """Commit marks without outcomes, each row by its ctid."""
+        rows = await self._log.database.fetch(
+            self._sql.commit_offsets,
+            [shard.lease.epoch for shard in marks],
+            [shard.place for shard in marks],
+            [mark.position for mark in marks.values()],
+            [mark.pending for mark in marks.values()],
+            [mark.holes for mark in marks.values()],
+            [mark.complete for mark in marks.values()],
+            self._worker,
+            self._log.incarnation.id,
+        )
+        run.confirm(marks, rows)
+
+    async def _commit_by_key(self, run: _Pass, marks: Mapping[Shard, Mark]) -> list[Shard]:
+        """Commit marks with all their outcomes; the shards whose leases are lost."""
+        rows = await self._log.database.fetch(
+            self._sql.commit_by_key, self._worker, self._log.incarnation.id, *commit_inputs(marks)
+        )
+        names = {shard.lease.epoch: shard.lease.subscription for shard in marks}
+        # All rows of a subscription name the same ranges.
+        skipped = {names[row["epoch"]]: RangeSet.parse(row["skipped"]) for row in rows if row["skipped"]}
+        for name, ranges in skipped.items():
+            _emit_skipped(name, ranges)
+        gone = {row["epoch"]: row["lost"] for row in rows}
+        return run.confirm(
+            {shard: mark.without(gone.get(shard.lease.epoch, ())) for shard, mark in marks.items()}, rows
+        )
+
+    async def _commit_apart(self, run: _Pass) -> None:
         """Commit each shard by itself. Raises the first refusal, after all have had their turn."""
         refused: DatabaseError | None = None
-        for shard, mark in marks.items():
+        for shard, mark in list(run.open.items()):
             try:
-                await self._lose(await self._commit_alone(shard, mark))
+                await self._lose(run, await self._commit_alone(run, shard, mark))
             except (ConnectionLostError, SchemaError):
                 raise
             except DatabaseError as error:
@@ -135,169 +168,36 @@ class Committer:
         if refused is not None:
             raise refused
 
-    async def _commit_alone(self, shard: Shard, mark: Mark) -> Collection[Shard]:
+    async def _commit_alone(self, run: _Pass, shard: Shard, mark: Mark) -> list[Shard]:
         """Commit one shard; the shard, if its lease is lost.
 
-        If its texts are refused, it is committed without them: an event of which nobody can say why it failed harms
-        less than an offset that stands still.
+        If PostgreSQL refuses the texts of its errors, it is committed without them: an event whose error is not kept
+        does less harm than an offset that stands still.
         """
         try:
-            return await self._commit_by_key({shard: mark})
+            return await self._commit_by_key(run, {shard: mark})
         except DatabaseError as error:
             if not mark.outcomes or not asks_for_other_values(error):
                 raise
             facts.emit("texts refused", level=logging.ERROR, shard=shard.name, error=str(error))
             text = f"(its error cannot be stored, SQLSTATE {error.sqlstate}; the process that handled it has logged it)"
         bare = {key: without_texts(outcome, text) for key, outcome in mark.outcomes.items()}
-        return await self._commit_by_key({shard: replace(mark, outcomes=bare)})
+        return await self._commit_by_key(run, {shard: replace(mark, outcomes=bare)})
 
-    async def _lose(self, lost: Collection[Shard]) -> None:
-        """These shards are somebody else's now, unless it is the server that lives another life."""
-        if lost:
+    async def _lose(self, run: _Pass, shards: Sequence[Shard]) -> None:
+        """Other workers have these shards, unless the server lives another life: then raise IncarnationChanged."""
+        if shards:
             await self._log.incarnation.verify()
-        for shard in lost:
-            shard.lost = True
-            self.on_lost(shard)
-
-    async def _commit_plain(self, marks: dict[Shard, Mark]) -> dict[Shard, Mark]:
-        """Commit marks without outcomes; those whose row was not where it was."""
-        rows = await self._log.database.fetch(
-            self._sql.commit_offsets,
-            [shard.lease.epoch for shard in marks],
-            [shard.place for shard in marks],
-            [mark.position for mark in marks.values()],
-            [mark.pending for mark in marks.values()],
-            [mark.complete for mark in marks.values()],
-            self._worker,
-            self._log.incarnation.id,
-            [mark.holes for mark in marks.values()],
-        )
-        return self._confirm(marks, rows)
-
-    async def _commit_by_key(self, marks: dict[Shard, Mark]) -> dict[Shard, Mark]:
-        """Commit marks with all their outcomes; those whose lease is lost."""
-        outcomes = [(shard.lease.epoch, outcome) for shard, mark in marks.items() for outcome in mark.outcomes.values()]
-        ordered = {shard.lease.epoch for shard in marks if shard.lease.order != "none"}
-        rows = await self._log.database.fetch(
-            self._sql.commit_by_key,
-            json.dumps(
-                [
-                    {
-                        "subscription": shard.lease.subscription,
-                        "shards": shard.lease.shards,
-                        "shard": shard.lease.shard,
-                        "epoch": shard.lease.epoch,
-                        "position": mark.position,
-                        "pending": mark.pending,
-                        "holes": mark.holes,
-                        "complete": mark.complete,
-                        "calm": mark.calm,
-                    }
-                    for shard, mark in marks.items()
-                ]
-            ),
-            self._worker,
-            self._log.incarnation.id,
-            json.dumps(
-                [
-                    {
-                        "epoch": epoch,
-                        "position": outcome.position,
-                        "attempt": outcome.attempt,
-                        "delay": outcome.delay,
-                        "error": outcome.error,
-                        "failure": asdict(outcome.failure) if outcome.failure else None,
-                        "begun": outcome.started,
-                        "stays": epoch in ordered,
-                    }
-                    for epoch, outcome in outcomes
-                    if isinstance(outcome, Scheduled)
-                ]
-            ),
-            json.dumps(
-                [
-                    {"epoch": epoch, "position": outcome.position}
-                    for epoch, outcome in outcomes
-                    if isinstance(outcome, Finished | Buried)
-                ]
-            ),
-            json.dumps(
-                [
-                    {
-                        "epoch": epoch,
-                        "position": outcome.position,
-                        "attempts": outcome.failure.attempts,
-                        "error": outcome.failure.error,
-                        "details": dict(outcome.failure.details),
-                    }
-                    for epoch, outcome in outcomes
-                    if isinstance(outcome, Buried)
-                ]
-            ),
-            json.dumps(
-                [
-                    {"epoch": epoch, "letter": outcome.letter}
-                    for epoch, outcome in outcomes
-                    if isinstance(outcome, LetterDelivered)
-                ]
-            ),
-            json.dumps(
-                [
-                    {
-                        "epoch": epoch,
-                        "letter": outcome.letter,
-                        "attempt": outcome.attempt,
-                        "delay": outcome.delay,
-                        "error": outcome.error,
-                        "details": dict(outcome.details),
-                        "begun": outcome.started,
-                    }
-                    for epoch, outcome in outcomes
-                    if isinstance(outcome, LetterFailed)
-                ]
-            ),
-            json.dumps(
-                [
-                    {"epoch": epoch, "lower": outcome.lower, "upper": outcome.upper}
-                    for epoch, outcome in outcomes
-                    if isinstance(outcome, Skipped)
-                ]
-            ),
-        )
-        names = {shard.lease.epoch: shard.lease.subscription for shard in marks}
-        # A subscription with several shards here says the same of each.
-        skipped = {names[row["epoch"]]: RangeSet.parse(row["skipped"]) for row in rows if row["skipped"]}
-        for name, ranges in skipped.items():
-            _tell_skipped(name, ranges)
-        lost = {row["epoch"]: row["lost"] for row in rows}
-        return self._confirm(
-            {shard: mark.without(lost.get(shard.lease.epoch, ())) for shard, mark in marks.items()}, rows
-        )
-
-    def _confirm(self, marks: dict[Shard, Mark], rows: Iterable[Record]) -> dict[Shard, Mark]:
-        """Take the server's word for what was committed; the marks that it does not mention."""
-        places = {row[0]: row[1] for row in rows}
-        missing: dict[Shard, Mark] = {}
-        for shard, mark in marks.items():
-            place = places.get(shard.lease.epoch)
-            if place is None:
-                missing[shard] = mark
-            else:
-                shard.confirm(mark, place)
-                del self._under_way[shard]
-                self.on_committed(shard, mark)
-        if places:
-            facts.emit("offsets committed", level=logging.DEBUG, shards=len(places))
-        return missing
+            run.lose(shards)
 
 
-def _tell_skipped(subscription: str, ranges: RangeSet) -> None:
-    told = RangeSet(list(ranges)[:_TOLD_RANGES])
+def _emit_skipped(subscription: str, ranges: RangeSet) -> None:
+    shown = RangeSet(list(ranges)[:_SHOWN_RANGES])
     facts.emit(
         "events skipped",
         level=logging.WARNING,
         subscription=subscription,
         positions=ranges.count(),
-        ranges=f"{told}{' and more' if len(ranges) > len(told) else ''}",
+        ranges=f"{shown}{' and more' if len(ranges) > len(shown) else ''}",
         reason="Their rows are gone from the log: a segment was removed, or rows were deleted.",
     )

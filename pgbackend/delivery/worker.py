@@ -19,7 +19,8 @@ from uuid import uuid4
 
 from pgbackend import facts
 from pgbackend.codec.event import Event
-from pgbackend.delivery.offsets import Committer
+from pgbackend.delivery.committer import Committer
+from pgbackend.delivery.offsets import Committed, Offsets
 from pgbackend.delivery.pump import Pump
 from pgbackend.delivery.redelivery import Redelivery
 from pgbackend.delivery.registration import Registration
@@ -134,10 +135,10 @@ class Worker:
         self._subscriptions = Subscriptions(log, schema=settings.schema)
         self._redelivery = Redelivery(log.database, schema=settings.schema)
         self._committer = Committer(
-            log, schema=settings.schema, worker=self._id, commit_interval=settings.commit_interval
+            Offsets(log, schema=settings.schema, worker=self._id),
+            commit_interval=settings.commit_interval,
+            apply=self._apply,
         )
-        self._committer.on_committed = self._on_committed
-        self._committer.on_lost = self._on_lost
         self._presence = Presence(
             log.database,
             schema=settings.schema,
@@ -476,7 +477,7 @@ class Worker:
             shard=shard,
             cursor=self._tail.cursor(after=lease.position, strict=lease.order == "strict"),
             note=self._committer.note,
-            commit=self._committer.run_once,
+            commit=self._committer.flush,
             alone=self._alone,
             waiting=waiting,
             seconds_until=self._seconds_until,
@@ -586,9 +587,9 @@ class Worker:
         await asyncio.wait({task for _, _, task in leaving}, timeout=_CANCEL_TIMEOUT)
         try:
             async with asyncio.timeout(_COMMIT_TIMEOUT if deadline is None else deadline - time.monotonic()):
-                await self._committer.run_once()
+                await self._committer.flush()
                 await self._leases.release([epoch for epoch, pump, _ in leaving if not pump.shard.lost])
-        except (DatabaseError, TimeoutError, IncarnationChanged) as error:
+        except (DatabaseError, TimeoutError) as error:
             # Others take over when this worker is gone; what was not committed is dispatched again.
             text = str(error) or "PostgreSQL did not answer in time."
             facts.emit("release failed", level=logging.WARNING, error=text)
@@ -620,6 +621,13 @@ class Worker:
         self._rounds.wake()
 
     # Failed events that are due again.
+
+    def _apply(self, committed: Committed) -> None:
+        """Tell the pumps what is durable now, and end those whose leases are lost."""
+        for shard, mark in committed.marks.items():
+            self._on_committed(shard, mark)
+        for shard in committed.lost:
+            self._on_lost(shard)
 
     def _on_committed(self, shard: Shard, mark: Mark) -> None:
         entry = self._pumps.get(shard.lease.epoch)

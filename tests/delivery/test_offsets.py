@@ -1,4 +1,3 @@
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -8,9 +7,9 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend
-from pgbackend.delivery.offsets import Committer
+from pgbackend.delivery.offsets import Committed, Offsets
 from pgbackend.delivery.outcomes import Buried, Finished, Scheduled
-from pgbackend.delivery.shard import Mark, Shard
+from pgbackend.delivery.shard import Shard
 from pgbackend.delivery.window import Window
 from pgbackend.errors import ConnectionLostError, DatabaseError
 from pgbackend.facts import Recorder
@@ -23,7 +22,6 @@ from pgbackend.subscriptions.leases import Leases
 from pgbackend.torture.proxy import Proxy
 from tests.support.claims import claim_free
 from tests.support.events import make_event
-from tests.support.polling import eventually
 
 
 class Owner:
@@ -34,11 +32,8 @@ class Owner:
         self.log = log
         self.id: UUID = uuid4()
         self.leases = Leases(log, schema="pgbackend", worker=self.id)
-        self.committer = Committer(log, schema="pgbackend", worker=self.id, commit_interval=0.01)
-        self.lost: list[Shard] = []
-        self.committed: list[Mark] = []
-        self.committer.on_lost = self.lost.append
-        self.committer.on_committed = lambda _, mark: self.committed.append(mark)
+        self.offsets = Offsets(log, schema="pgbackend", worker=self.id)
+        self.noted: dict[Shard, None] = {}
 
     async def claim(self, *names: str) -> list[Shard]:
         connection = await asyncpg.connect(self.dsn)
@@ -64,7 +59,14 @@ class Owner:
             if position > shard.window.position:
                 shard.window.open(position, 1)
             shard.window.settle(position)
-        self.committer.note(shard)
+        self.noted[shard] = None
+
+    async def commit(self) -> Committed:
+        """Commit what was settled; what is not committed is tried again by the next call."""
+        noted, self.noted = self.noted, {}
+        committed = await self.offsets.commit(noted)
+        self.noted.update(dict.fromkeys(committed.kept))
+        return committed
 
 
 @asynccontextmanager
@@ -104,7 +106,7 @@ async def test_a_mark_is_committed_with_what_is_pending_below_it(ask: Ask, datab
         (shard,) = await owner.claim()
         shard.window.open_run([1, 2, 3, 4], [1] * 4)
         owner.settle(shard, 1, 4)
-        await owner.committer.run_once()
+        await owner.commit()
 
         assert await ask(OFFSET) == [(4, "{[2,4)}")]
 
@@ -114,13 +116,13 @@ async def test_a_row_that_was_moved_by_another_version_of_itself_is_found_by_its
         (shard,) = await owner.claim()
         await ask("UPDATE pgbackend.offsets SET shards = shards")
         owner.settle(shard, 1)
-        await owner.committer.run_once()
+        await owner.commit()
         assert await ask(OFFSET) == [(1, "{}")]
         assert not shard.lost
 
         # From then on by its new place again.
         owner.settle(shard, 2)
-        await owner.committer.run_once()
+        await owner.commit()
         assert await ask(OFFSET) == [(2, "{}")]
 
 
@@ -131,16 +133,17 @@ async def test_a_former_owner_cannot_commit(ask: Ask, database: str, with_outcom
         await ask("UPDATE pgbackend.offsets SET owner = NULL")
         (shard,) = await owner.claim()
         owner.settle(shard, 1, 2)
-        await owner.committer.run_once()
+        await owner.commit()
         former.settle(stale, 1, 2, 3)
         if with_outcome:
             stale.note(Buried(position=1, failure=Failure(error="x", attempts=1)))
             stale.note(Scheduled(position=2, attempt=1, delay=0.0, error="x", failure=None))
-        await former.committer.run_once()
+        committed = await former.commit()
 
         assert stale.lost
-        assert former.lost == [stale]
-        assert former.committed == []
+        assert committed.lost == [stale]
+        assert not committed.marks
+        assert not committed.kept
         assert not shard.lost
         assert await ask(OFFSET) == [(2, "{}")]
         assert await ask("SELECT count(*) FROM pgbackend.dead_letters") == [(0,)]
@@ -157,7 +160,7 @@ async def test_a_worker_that_claims_its_own_shard_again_cannot_commit_under_the_
         assert shard.lease.epoch > stale.lease.epoch
         owner.settle(stale, 1, 2)
         owner.settle(shard, 1)
-        await owner.committer.run_once()
+        await owner.commit()
 
         assert (stale.lost, shard.lost) == (True, False)
         assert await ask(OFFSET) == [(1, "{}")]
@@ -168,7 +171,7 @@ async def test_a_position_is_never_lowered(ask: Ask, database: str) -> None:
         (shard,) = await owner.claim()
         await ask("UPDATE pgbackend.offsets SET position = 7")
         owner.settle(shard, 1)
-        await owner.committer.run_once()
+        await owner.commit()
 
         assert await ask(OFFSET) == [(7, "{}")]
 
@@ -179,7 +182,7 @@ async def test_in_another_life_of_the_server_nothing_is_committed(ask: Ask, data
         await ask("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
         owner.settle(shard, 1)
         with pytest.raises(IncarnationChanged):
-            await owner.committer.run_once()
+            await owner.commit()
 
         assert await ask(OFFSET) == [(0, "{}")]
 
@@ -194,7 +197,7 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
         shard.note(Scheduled(position=1, attempt=2, delay=60.0, error="busy", failure=None))
         shard.note(Buried(position=2, failure=failure))
         shard.note(Finished(position=3))
-        await owner.committer.run_once()
+        await owner.commit()
 
         assert await ask(OFFSET) == [(3, "{}")]
         assert await ask(
@@ -205,8 +208,8 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
         ) == [(2, "1", "no such customer", 5, "17", 'quote " and \\ 🦆')]
 
         shard.note(Finished(position=1))
-        owner.committer.note(shard)
-        await owner.committer.run_once()
+        owner.noted[shard] = None
+        await owner.commit()
         assert await ask("SELECT count(*) FROM pgbackend.redeliveries") == [(0,)]
 
 
@@ -222,12 +225,13 @@ async def test_a_commit_that_failed_is_made_up_for_with_all_its_outcomes(
             proxy.lose_reply_to(b"unique-marker")
         else:
             proxy.cut()
-        with pytest.raises(ConnectionLostError):
-            await owner.committer.run_once()
-        assert owner.committed == []
+        committed = await owner.commit()
+        assert isinstance(committed.error, ConnectionLostError)
+        assert not committed.marks
+        assert committed.kept == [shard]
         proxy.restore()
         owner.settle(shard, 3)
-        await owner.committer.run_once()
+        await owner.commit()
 
         assert await ask(OFFSET) == [(3, "{}")]
         assert await ask("SELECT position, attempt FROM pgbackend.redeliveries") == [(1, 1)]
@@ -244,10 +248,11 @@ async def test_all_shards_of_a_process_are_committed_together_and_one_that_is_lo
         with Recorder() as recorder:
             for shard in shards:
                 owner.settle(shard, 1)
-            await owner.committer.run_once()
+            committed = await owner.commit()
             assert [fields["shards"] for fields in recorder.all("offsets committed")] == [4]
 
-        assert [shard.lease.shard for shard in owner.lost] == [2]
+        assert [shard.lease.shard for shard in committed.lost] == [2]
+        assert [shard.lease.shard for shard in committed.marks] == [0, 1, 3, 4]
         assert await ask(
             "SELECT shard, position FROM pgbackend.offsets WHERE subscription = 'many' ORDER BY shard"
         ) == [(0, 1), (1, 1), (2, 0), (3, 1), (4, 1)]
@@ -265,16 +270,16 @@ async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
         for shard in shards.values():
             shard.window.open_run([11, 12], [1] * 2)
             owner.settle(shard, 11, 12)
-        with Recorder() as recorder, pytest.raises(DatabaseError):
-            await owner.committer.run_once()
+        with Recorder() as recorder:
+            committed = await owner.commit()
 
         assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 'other'") == [(12,)]
         assert await ask("SELECT position FROM pgbackend.offsets WHERE subscription = 's'") == [(0,)]
         assert [fact["shard"] for fact in recorder.all("commit refused")] == ["s/0"]
-        # Or it would be committed with each try at the one that is refused: a failed event would never be due.
-        assert shards["other"].outcomes == {}
+        assert isinstance(committed.error, DatabaseError)
+        assert list(committed.marks) == [shards["other"]]
+        assert committed.kept == [shards["s"]]
         assert list(shards["s"].outcomes) == [("event", 3)]
-        assert not shards["other"].noted
 
 
 async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: str) -> None:
@@ -282,44 +287,13 @@ async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: s
         (shard,) = await owner.claim()
         shard.complete = True
         owner.settle(shard, 1)
-        await owner.committer.run_once()
+        await owner.commit()
         first = await ask("SELECT completed_at FROM pgbackend.offsets")
         owner.settle(shard, 2)
-        await owner.committer.run_once()
+        await owner.commit()
 
         assert first[0][0] is not None
         assert await ask("SELECT completed_at FROM pgbackend.offsets") == first
-
-
-async def test_commits_are_at_least_an_interval_apart_and_the_first_goes_at_once(ask: Ask, database: str) -> None:
-    async with owning(database) as owner:
-        (shard,) = await owner.claim()
-        loop = asyncio.get_running_loop()
-        times: list[float] = []
-        owner.committer.on_committed = lambda *_: times.append(loop.time())
-        position = 0
-
-        async def commits(count: int, *, interval: float) -> list[float]:
-            async def have_come() -> bool:
-                nonlocal position
-                position += 1
-                owner.settle(shard, position)
-                return len(times) >= count
-
-            times.clear()
-            owner.committer._interval = interval
-            running = asyncio.create_task(owner.committer.run())
-            try:
-                await eventually(f"{count} commits", have_come, interval=0.01)
-            finally:
-                running.cancel()
-                await asyncio.wait({running})
-            return times[:count]
-
-        await commits(1, interval=600.0)
-        first, second, third = await commits(3, interval=0.2)
-
-    assert min(second - first, third - second) >= 0.19
 
 
 async def test_a_range_set_of_a_thousand_holes_is_committed(ask: Ask, database: str) -> None:
@@ -329,8 +303,8 @@ async def test_a_range_set_of_a_thousand_holes_is_committed(ask: Ask, database: 
         for number in range(1, 1000):
             shard.window.add_hole((2 * number + 1, 2 * number + 2))
         shard.window.advance(2000)
-        owner.committer.note(shard)
-        await owner.committer.run_once()
+        owner.noted[shard] = None
+        await owner.commit()
         await ask("UPDATE pgbackend.offsets SET owner = NULL")
         (again,) = await owner.claim()
 

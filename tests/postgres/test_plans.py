@@ -127,7 +127,7 @@ async def test_offsets_are_committed_by_ctid(connection: Any) -> None:
     plan = await explain(
         connection, OFFSETS.commit_offsets,
         [row["epoch"] for row in rows], [row["ctid"] for row in rows], [200] * count, ["{[150,160)}"] * count,
-        [False] * count, rows[0]["owner"], incarnation, ["{}"] * count,
+        ["{}"] * count, [False] * count, rows[0]["owner"], incarnation,
     )  # fmt: skip
 
     assert {node["Node Type"] for node in on(plan, "offsets")} <= {"Tid Scan", "ModifyTable"}

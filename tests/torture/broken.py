@@ -11,14 +11,15 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from pgbackend.delivery.offsets import Committer
+from pgbackend.delivery.offsets import Offsets
 from pgbackend.delivery.worker import Worker
 from pgbackend.log.fence import Evidence, Fence
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.torture.worker import main
 
 FENCED = (
-    "AND stored.epoch = marked.epoch\n        AND stored.owner = $2\n        AND stored.position <= marked.position\n"
+    "AND stored.epoch = marked.epoch\n        AND stored.owner = marked.worker\n"
+    "        AND stored.position <= marked.position\n"
 )
 
 
@@ -35,15 +36,15 @@ def break_epochs() -> None:
     # Or it would have to be frozen with something on its way for its commits to come too late.
     break_doubt()
     setattr(Worker, "_on_lost", lambda *_: None)  # noqa: B010 - not its own
-    init = Committer.__init__
+    init = Offsets.__init__
 
-    def unfenced(self: Committer, *args: Any, **options: Any) -> None:
+    def unfenced(self: Offsets, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         statement = self._sql.commit_by_key
         assert FENCED in statement
-        self._sql = replace(self._sql, commit_by_key=statement.replace(FENCED, "AND $2::uuid IS NOT NULL\n"))
+        self._sql = replace(self._sql, commit_by_key=statement.replace(FENCED, ""))
 
-    Committer.__init__ = unfenced  # type: ignore[method-assign]
+    Offsets.__init__ = unfenced  # type: ignore[method-assign]
 
 
 def break_doubt() -> None:

@@ -1,0 +1,49 @@
+"""The inputs of the statement `commit_by_key`: what a mark holds, as one JSON document for each kind of row. Pure."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pgbackend.delivery.outcomes import Buried, Finished, LetterDelivered, LetterFailed, Outcome, Scheduled, Skipped
+from pgbackend.delivery.shard import Mark, Shard
+
+
+def commit_inputs(marks: Mapping[Shard, Mark]) -> tuple[str, str, str, str, str, str, str]:
+    """The marks, then the outcomes: scheduled, finished, buried, letters delivered, letters failed, skipped.
+
+    Each is a JSON array of rows with the names that the statement gives to its columns.
+    """
+    kinds: dict[type[Outcome], list[dict[str, Any]]] = {
+        kind: [] for kind in (Scheduled, Finished, Buried, LetterDelivered, LetterFailed, Skipped)
+    }
+    for shard, mark in marks.items():
+        for outcome in mark.outcomes.values():
+            kinds[type(outcome)].append({"epoch": shard.lease.epoch, **_columns(outcome)})
+    rows = [[_offset(shard, mark) for shard, mark in marks.items()], *kinds.values()]
+    offsets, scheduled, finished, buried, delivered, failed, skipped = map(json.dumps, rows)
+    return offsets, scheduled, finished, buried, delivered, failed, skipped
+
+
+def _offset(shard: Shard, mark: Mark) -> dict[str, Any]:
+    lease = shard.lease
+    return {
+        "subscription": lease.subscription,
+        "shards": lease.shards,
+        "shard": lease.shard,
+        "epoch": lease.epoch,
+        "ordered": lease.order != "none",
+        "position": mark.position,
+        "pending": mark.pending,
+        "holes": mark.holes,
+        "complete": mark.complete,
+        "clears_crashes": mark.calm,
+    }
+
+
+def _columns(outcome: Outcome) -> dict[str, Any]:
+    match outcome:
+        case Buried(position=position, failure=failure):
+            return {"position": position, **asdict(failure)}
+        case _:
+            return asdict(outcome)

@@ -1,0 +1,109 @@
+"""When offsets are committed, and what the worker learns of it.
+
+Pumps note shards that have something to commit; one loop commits them all together (`offsets.Offsets`) and hands the
+result of every pass to the worker. No commit happens anywhere else, so no result is lost with a caller that is
+cancelled: `flush()` only asks the loop for a pass and waits for it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from pgbackend import facts
+from pgbackend.delivery.offsets import Committed, Offsets
+from pgbackend.delivery.shard import Shard
+from pgbackend.errors import DatabaseError
+from pgbackend.postgres.pool import GrowingDelay
+
+_SHARE = 0.1
+"""Committing takes at most this share of the time."""
+
+
+class Committer:
+    """Commits what its shards have settled: at once after a quiet time, then at most every `commit_interval`."""
+
+    def __init__(self, offsets: Offsets, *, commit_interval: float, apply: Callable[[Committed], None]) -> None:
+        """`apply` gets the result of every pass, before any `flush()` that waited for the pass returns."""
+        self._offsets = offsets
+        self._interval = commit_interval
+        self._apply = apply
+        self._noted: dict[Shard, None] = {}
+        self._wake = asyncio.Event()
+        self._flush: asyncio.Future[DatabaseError | None] | None = None
+        """The outcome of the next pass, for the callers of `flush()` that wait for it."""
+        self._resting: asyncio.Timeout | None = None
+        self._ended = False
+
+    def note(self, shard: Shard) -> None:
+        """There may be something to commit for this shard."""
+        shard.noted = True
+        self._noted[shard] = None
+        self._wake.set()
+
+    async def flush(self) -> None:
+        """Return once everything noted before this call is committed.
+
+        Raises DatabaseError when the pass could not commit all of it; the next pass tries again.
+        """
+        if self._ended:
+            raise DatabaseError("The worker ended before this could be committed.")
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().create_future()
+            self._wake.set()
+            if self._resting is not None:
+                self._resting.reschedule(0.0)
+        # Shielded: a caller that is cancelled must not take the pass from the others.
+        if (error := await asyncio.shield(self._flush)) is not None:
+            raise error
+
+    async def run(self) -> None:
+        """Commit until cancelled. Raises IncarnationChanged and SchemaError: the worker cannot go on after them."""
+        delay = GrowingDelay(self._offsets.database)
+        before = 0.0
+        try:
+            while True:
+                await self._wake.wait()
+                began = time.monotonic()
+                if (error := (await self.run_once()).error) is not None:
+                    facts.emit("commit failed", level=delay.failed(), failures=delay.failures, error=str(error))
+                    await self._rest(delay.wait())
+                    continue
+                delay.reset()
+                took = time.monotonic() - began
+                # One slow commit is a cold connection or a checkpoint, two in a row are a slow server.
+                await self._rest(asyncio.sleep(max(self._interval, min(took, before) * (1 / _SHARE - 1))))
+                before = took
+        finally:
+            self._ended = True
+            _answer(self._flush, DatabaseError("The worker ended before this could be committed."))
+
+    async def run_once(self) -> Committed:
+        """Commit everything that is noted, and say what came of it. What was not committed is noted again."""
+        noted, self._noted = self._noted, {}
+        flush, self._flush = self._flush, None
+        self._wake.clear()
+        try:
+            committed = await self._offsets.commit(noted)
+        except BaseException:
+            _answer(flush, DatabaseError("The worker ended before this could be committed."))
+            raise
+        for shard in committed.kept:
+            self.note(shard)
+        self._apply(committed)
+        _answer(flush, committed.error)
+        return committed
+
+    async def _rest(self, pause: Awaitable[None]) -> None:
+        """Wait, but not beyond the moment in which a flush is asked for."""
+        with suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(None if self._flush is None else 0.0) as self._resting:
+                    await pause
+            finally:
+                self._resting = None
+
+
+def _answer(flush: "asyncio.Future[DatabaseError | None] | None", error: DatabaseError | None) -> None:
+    if flush is not None and not flush.done():
+        flush.set_result(error)
