@@ -6,29 +6,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import pytest
 import uvloop
 
-from tests.serve.broker import Broker, Commits, serving
-from tests.serve.target import Target, listening
-
-_ON_UVLOOP = {
-    "test_clients",
-    "test_connection",
-    "test_delivery",
-    "test_egress",
-    "test_hostile_targets",
-    "test_hosts",
-    "test_ingest",
-    "test_listener",
-    "test_tls",
-}
-"""Connections are the loop's, TLS too: what is said of them is tested on the loop that the broker runs on."""
+from tests.serve.support.broker import Broker, Commits, serving
+from tests.serve.support.target import Target, listening
 
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    if item.path.stem in _ON_UVLOOP:
-        return {"uvloop": uvloop.new_event_loop}
-    return {"asyncio": asyncio.new_event_loop}
+    """The broker runs on uvloop, whose connections differ from asyncio's, so its tests do as well."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from cloudevents.core.bindings.http import HTTPMessage, from_http, to_binary, to
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
-from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
-from tests.serve.target import Request, Target
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.support.target import Request, Target
 
 NODE = Path(__file__).parent / "node"
 NANOSECONDS = "2026-01-01T00:00:00.123456789Z"

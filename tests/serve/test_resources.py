@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
-from tests.serve.broker import HEADERS
-from tests.serve.process import Process, post, running
+from tests.serve.support.broker import HEADERS
+from tests.serve.support.process import Process, post, running
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.slow

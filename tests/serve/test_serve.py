@@ -26,8 +26,8 @@ from pgbackend.cli.serve import serve as serve_command
 from pgbackend.errors import PgBackendError
 from pgbackend.serve import app
 from pgbackend.torture.proxy import Proxy
-from tests.serve.process import INFORMED, config, post, refused, running
-from tests.serve.target import Request, Target, raw_server
+from tests.serve.support.process import INFORMED, config, post, refused, running
+from tests.serve.support.target import Request, Target, raw_server
 
 
 async def one_line(*args: str, env: Mapping[str, str] | None = None, code: int = 1) -> str:

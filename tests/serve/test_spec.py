@@ -22,9 +22,9 @@ from pgbackend.codec.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.model import DeadLetter, SubscriptionStatus
 from pgbackend.serve.config.models import load
-from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
-from tests.serve.process import Process, post, running
-from tests.serve.target import Request, Target
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.support.process import Process, post, running
+from tests.serve.support.target import Request, Target
 from tests.support.polling import eventually
 
 FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"

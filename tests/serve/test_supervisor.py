@@ -22,8 +22,8 @@ import asyncpg
 import pytest
 from aiohttp import web
 
-from tests.serve.process import Process, config, post, refused, running
-from tests.serve.target import Request, Target
+from tests.serve.support.process import Process, config, post, refused, running
+from tests.serve.support.target import Request, Target
 from tests.support.polling import eventually
 
 _LOGGED = ("--log-format", "json", "--log-level", "info")

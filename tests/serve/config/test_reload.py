@@ -13,9 +13,9 @@ import pytest
 from pgbackend.facts import Recorder
 from pgbackend.serve.config import reload
 from pgbackend.serve.config.models import Configuration, load_file
-from tests.serve.broker import HEADERS
-from tests.serve.process import running
-from tests.serve.target import Target
+from tests.serve.support.broker import HEADERS
+from tests.serve.support.process import running
+from tests.serve.support.target import Target
 from tests.support.polling import eventually
 
 

@@ -14,9 +14,9 @@ import asyncpg
 import pytest
 from aiohttp import web
 
-from tests.serve.broker import BATCH, envelope
-from tests.serve.process import Process, running
-from tests.serve.target import Request, Target
+from tests.serve.support.broker import BATCH, envelope
+from tests.serve.support.process import Process, running
+from tests.serve.support.target import Request, Target
 from tests.support.polling import eventually
 
 PERMANENT = ("none", "key", "strict", "altered")

@@ -13,9 +13,9 @@ from pgbackend.serve.egress.delivery import open_session
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
-from tests.serve.broker import Broker, serving
 from tests.serve.egress.test_triggers import complete, failing, letters, send, settled, subscription
-from tests.serve.target import Request, Target
+from tests.serve.support.broker import Broker, serving
+from tests.serve.support.target import Request, Target
 from tests.support.polling import eventually
 
 

@@ -12,9 +12,9 @@ from yarl import URL
 from pgbackend.codec import wire
 from pgbackend.serve.egress import connections as egress
 from pgbackend.serve.egress.delivery import Delivery, DeliveryError, open_session
-from tests.serve.broker import envelope
-from tests.serve.process import post, running
-from tests.serve.target import Target, raw_server, read_request
+from tests.serve.support.broker import envelope
+from tests.serve.support.process import post, running
+from tests.serve.support.target import Target, raw_server, read_request
 from tests.support.polling import eventually
 
 ORDER = wire.parse_structured(envelope("order"))

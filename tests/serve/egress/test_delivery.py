@@ -29,8 +29,8 @@ from pgbackend.serve.egress.delivery import (
     open_session,
     refuse_without_target,
 )
-from tests.serve.broker import envelope
-from tests.serve.target import Request, Target, raw_server, read_request
+from tests.serve.support.broker import envelope
+from tests.serve.support.target import Request, Target, raw_server, read_request
 
 ORDER = wire.parse_structured(
     b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","subject":"100% \xc3\xa9","time":'

@@ -21,9 +21,9 @@ from pgbackend.facts import Recorder
 from pgbackend.retry import Retry
 from pgbackend.serve.egress.connections import Connector
 from pgbackend.serve.egress.delivery import Delivery, DeliveryError, open_session
-from tests.serve.broker import envelope
-from tests.serve.hostile import behaving
-from tests.serve.target import Target, listening, raw_server, read_request
+from tests.serve.support.broker import envelope
+from tests.serve.support.hostile import behaving
+from tests.serve.support.target import Target, listening, raw_server, read_request
 from tests.support.polling import eventually
 
 EVENTS = 200

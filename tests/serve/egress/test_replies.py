@@ -19,8 +19,8 @@ from pgbackend.facts import Recorder
 from pgbackend.model import Failure
 from pgbackend.serve.egress import replies
 from pgbackend.serve.egress.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session
-from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope
-from tests.serve.target import Target, raw_server, read_request
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, envelope
+from tests.serve.support.target import Target, raw_server, read_request
 from tests.support.dispatchers import Catch
 from tests.support.polling import eventually
 
@@ -329,13 +329,19 @@ class TestMemory:
     async def test_replies_of_all_triggers_hold_no_more_bytes_than_there_may_be(
         self, session: aiohttp.ClientSession, target: Target
     ) -> None:
-        storing = most = 0
+        # Each may take four times its bytes in memory.
+        fit = (4 << 20) // 800_000
+        storing = 0
+        full = asyncio.Event()
 
         async def store(events: Sequence[Event]) -> None:
-            nonlocal storing, most
+            nonlocal storing
             storing += 1
-            most = max(most, storing)
-            await asyncio.sleep(0.01)
+            assert storing <= fit
+            if storing == fit:
+                full.set()
+            await full.wait()
+            await asyncio.sleep(0)
             storing -= 1
 
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
@@ -345,8 +351,6 @@ class TestMemory:
             for n in range(10)
         ]
         await asyncio.gather(*(delivery(ORDER) for delivery in deliveries for _ in range(3)))
-        # Each may take four times its bytes in memory.
-        assert most == (4 << 20) // 800_000
 
     async def test_a_reply_for_which_there_is_no_room_ends_with_its_timeout(
         self, session: aiohttp.ClientSession, target: Target, log: Log

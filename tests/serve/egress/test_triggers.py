@@ -14,8 +14,8 @@ from aiohttp import web
 from pgbackend.backend import Backend
 from pgbackend.facts import Recorder
 from pgbackend.model import DeadLetter, Status, SubscriptionStatus
-from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
-from tests.serve.target import Request, Target
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.support.target import Request, Target
 
 FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
 

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.serve.process import Process, config, post, refused, running
-from tests.serve.target import Request, Target
+from tests.serve.support.process import Process, config, post, refused, running
+from tests.serve.support.target import Request, Target
 
 
 async def admin_of(serve: Process) -> str:

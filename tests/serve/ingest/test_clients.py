@@ -11,7 +11,7 @@ from pgbackend.backend import Backend
 from pgbackend.serve.ingest import protocol as connection_module
 from pgbackend.serve.ingest.clients import Budget, address_of
 from pgbackend.serve.ingest.handler import Limits
-from tests.serve.broker import HEAD, Broker, Commits, serving
+from tests.serve.support.broker import HEAD, Broker, Commits, serving
 from tests.support.polling import eventually
 
 GREEDY, OTHER = "127.0.0.2", "127.0.0.3"

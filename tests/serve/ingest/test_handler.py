@@ -29,7 +29,7 @@ from pgbackend.serve.ingest import handler as ingest_module
 from pgbackend.serve.ingest.handler import Limits, Problem
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
-from tests.serve.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
 from tests.support.polling import eventually
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from pgbackend.errors import ConfigError
 from pgbackend.serve.ingest.hosts import Hosts, checked_host
-from tests.serve.broker import HEADERS, Broker
-from tests.serve.process import running
+from tests.serve.support.broker import HEADERS, Broker
+from tests.serve.support.process import running
 
 ATTRIBUTES = b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items())
 END = b"Connection: close\r\nContent-Length: 0\r\n\r\n"

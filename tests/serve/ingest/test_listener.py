@@ -12,7 +12,7 @@ from pgbackend.codec.event import Event
 from pgbackend.errors import ConfigError
 from pgbackend.serve.ingest import listener as listener_module
 from pgbackend.serve.ingest.listener import bind
-from tests.serve.broker import HEAD, STRUCTURED, Broker, Commits, envelope
+from tests.serve.support.broker import HEAD, STRUCTURED, Broker, Commits, envelope
 from tests.support.polling import eventually
 
 produce_soon = Backend.produce_soon

@@ -12,7 +12,7 @@ from pgbackend.backend import Backend
 from pgbackend.facts import Recorder
 from pgbackend.serve.ingest import protocol as connection_module
 from pgbackend.serve.ingest.handler import Problem
-from tests.serve.broker import HEAD, HEADERS, Broker, Commits, envelope
+from tests.serve.support.broker import HEAD, HEADERS, Broker, Commits, envelope
 from tests.support.polling import eventually
 
 produce_soon = Backend.produce_soon

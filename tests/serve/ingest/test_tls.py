@@ -16,7 +16,7 @@ from pgbackend.facts import Recorder
 from pgbackend.serve.ingest import listener as listener_module
 from pgbackend.serve.ingest import protocol as connection_module
 from pgbackend.serve.ingest.tls import TLS
-from tests.serve.broker import HEADERS, Broker, Commits, serving
+from tests.serve.support.broker import HEADERS, Broker, Commits, serving
 from tests.support.polling import eventually
 
 REQUEST = (

@@ -15,8 +15,8 @@ import pytest
 
 from pgbackend import facts
 from pgbackend.serve.operations import logs
-from tests.serve.broker import HEADERS, serving
-from tests.serve.target import Target
+from tests.serve.support.broker import HEADERS, serving
+from tests.serve.support.target import Target
 
 Lines = Callable[[], list[str]]
 HOSTILE = 'x\n2026-01-01T00:00:00Z [error    ] forged\r\x1b[2J\x1b]0;t\x07\u2028\u202e\x9b31m"} {"level": "error"'

@@ -26,8 +26,8 @@ from pgbackend.facts import Recorder
 from pgbackend.serve.operations import metrics as metrics_module
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
-from tests.serve.broker import HEADERS, serving
-from tests.serve.target import Target
+from tests.serve.support.broker import HEADERS, serving
+from tests.serve.support.target import Target
 from tests.support.polling import eventually
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

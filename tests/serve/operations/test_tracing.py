@@ -26,8 +26,8 @@ from pgbackend.codec.wire import parse_structured
 from pgbackend.errors import ConfigError
 from pgbackend.serve.operations import tracing
 from pgbackend.serve.operations.tracing import Tracing
-from tests.serve.broker import BATCH, HEADERS, STRUCTURED, envelope, serving
-from tests.serve.target import Request, Target
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, envelope, serving
+from tests.serve.support.target import Request, Target
 from tests.support.polling import eventually
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

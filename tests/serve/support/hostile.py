@@ -1,6 +1,6 @@
 """Targets that misbehave, each a process of its own, so that what they do costs the broker's process nothing.
 
-python -m tests.serve.hostile hang      prints its port, and serves until its standard input ends
+python -m tests.serve.support.hostile hang    prints its port, and serves until its standard input ends
 """
 
 import asyncio

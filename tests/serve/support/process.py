@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from tests.serve.broker import HEADERS
-from tests.serve.target import Target
+from tests.serve.support.broker import HEADERS
+from tests.serve.support.target import Target
 
 INFORMED = ("--log-level", "info")
 
