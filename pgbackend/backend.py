@@ -209,7 +209,8 @@ class Backend:
         self._forks = sockets.forks()
         self._one_init = asyncio.Lock()
         self._parts: _Parts | None = None
-        self._notifying: asyncio.Task[None] | None = None
+        self._actors: set[asyncio.Task[None]] = set()
+        """What `init()` leaves running: the appender and the notifier."""
         self._worker: Worker | None = None
         self._stop = asyncio.Event()
         self._stopped = False
@@ -328,8 +329,10 @@ class Backend:
             LogCheck(database, subscriptions, requirements, segments, schema=name),
             requirements,
         )
-        appender.start()
-        self._notifying = asyncio.create_task(notifier.run(), name="notify")
+        self._actors = {
+            asyncio.create_task(appender.run(), name="append"),
+            asyncio.create_task(notifier.run(), name="notify"),
+        }
 
     async def start(self) -> None:
         """Dispatch events to the subscriptions of this process, until `stop()` is called or this call is cancelled.
@@ -475,15 +478,16 @@ class Backend:
         if parts is None:
             return
         try:
-            await parts.appender.close(timeout=_left(deadline))
+            await parts.appender.drain(timeout=_left(deadline))
         finally:
-            if self._notifying is not None:
-                self._notifying.cancel()
+            actors, self._actors = self._actors, set()
+            for actor in actors:
+                actor.cancel()
             for registration in self._registrations.values():
                 registration.close(cancel=True)
             await parts.database.close(timeout=_left(deadline))
-        if self._notifying is not None:
-            await asyncio.wait({self._notifying})
+        if actors:
+            await asyncio.wait(actors)
 
     async def __aenter__(self) -> Self:
         """`init()`, and `start()` in the background. If that fails, the body is cancelled."""

@@ -1,23 +1,7 @@
 -- The log itself: appending to it and reading it in order.
 
--- name: append
--- One row for each element, in the order of the arrays: the identity draws positions as the rows come.
-INSERT INTO {schema}.events (
-    specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding
-)
-SELECT specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions::json, data,
-    data_encoding
-FROM unnest(
-    $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
-    $10::text[], $11::bytea[], $12::text[]
-) AS event (
-    specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding
-);
-
 -- name: append_one
--- The same for a lone event: a plain INSERT costs the server less than an unnest of twelve arrays.
+-- One event. Several are appended by COPY.
 INSERT INTO {schema}.events (
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
     data_encoding

@@ -13,7 +13,6 @@ class ConnectSql:
 
 @dataclass(frozen=True, slots=True)
 class LogSql:
-    append: str
     append_one: str
     read_page: str
     read_page_and_holes: str
