@@ -4,7 +4,7 @@ What can be imported from here is public; everything else may change without not
 """
 
 from pgbackend import filters
-from pgbackend.backend import Backend, EventProducer, Interface, Subscribable
+from pgbackend.backend import Backend
 from pgbackend.codec.event import Event
 from pgbackend.errors import (
     ConfigError,
@@ -27,6 +27,7 @@ from pgbackend.errors import (
     SubscriptionMismatchError,
     SubscriptionNotFoundError,
 )
+from pgbackend.interface import EventProducer, Interface, Subscribable
 from pgbackend.model import (
     BlockingAppender,
     ConsumerDispatcher,

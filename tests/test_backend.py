@@ -147,7 +147,8 @@ async def test_stop_while_init_is_under_way_leaves_nothing_open(database: str) -
     await backend.stop()
     with pytest.raises(NotRunningError, match="while it was being initialized"):
         await starting
-    assert backend._parts is None
+    with pytest.raises(NotRunningError, match="stopped"):
+        backend.dead_letters()
 
 
 # init() on a database that is not as it should be.
@@ -833,8 +834,8 @@ async def test_a_probe_says_that_transactions_are_read_only(database: str, plain
 async def test_a_probe_of_a_log_that_is_out_of_segments_says_why_none_is_made(
     backend: Backend, database: str, plain_role: tuple[str, str]
 ) -> None:
-    reach = await backend._use().segments.find_reach()
-    await execute(database, f"SELECT setval('pgbackend.events_position_seq', {reach.upper})")
+    segments_until = (await backend.status()).segments_until
+    await execute(database, f"SELECT setval('pgbackend.events_position_seq', {segments_until})")
     checks = await Probing(plain_role[1]).checks()
     assert {name for name, text in checks.items() if text != "ok"} == {"segments"}
     # Whoever may make them does so.
@@ -848,8 +849,8 @@ async def test_a_log_that_is_out_of_segments_for_a_moment_refuses_no_event_for_g
     """Each way of an INSERT: alone, unnest, COPY."""
     batch = [make_event(str(number)) for number in range(events)]
     operator = await asyncpg.connect(database)
-    reach = await backend._use().segments.find_reach()
-    await operator.execute("SELECT setval('pgbackend.events_position_seq', $1::bigint)", reach.upper)
+    segments_until = (await backend.status()).segments_until
+    await operator.execute("SELECT setval('pgbackend.events_position_seq', $1::bigint)", segments_until)
     async with operator.transaction():
         await operator.execute("LOCK TABLE pgbackend.events IN SHARE UPDATE EXCLUSIVE MODE")
         with pytest.raises(DatabaseError, match="no segment") as caught:

@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend, Event, Reject
+from pgbackend import Backend, Event, NotRunningError, Reject
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -139,6 +139,7 @@ async def test_others_at_work_are_waited_for_and_handlers_that_call_at_once_do_n
     database: str, call: Call
 ) -> None:
     gate = asyncio.Event()
+    calling: list[str] = []
     ended_: list[str] = []
     backend = Backend(database, **SETTINGS)
     both = asyncio.Barrier(2)
@@ -148,6 +149,7 @@ async def test_others_at_work_are_waited_for_and_handlers_that_call_at_once_do_n
             await gate.wait()
         else:
             await both.wait()
+            calling.append(event.id)
             if event.id == "a" or call not in (unsubscribe, delete):
                 await call(backend)
             else:
@@ -159,7 +161,7 @@ async def test_others_at_work_are_waited_for_and_handlers_that_call_at_once_do_n
     running = asyncio.create_task(backend.start())
     await backend.subscribe("s", handle, start="earliest")
     await backend.produce_many([make_event(id_) for id_ in ("other", "a", "b")])
-    await eventually("both call", lambda: _is(both.n_waiting == 0 and bool(backend._inside.total())))
+    await eventually("both call", lambda: _is(len(calling) == 2))
     await asyncio.wait({running}, timeout=0.3)
     assert ended_ == []
     gate.set()
@@ -188,8 +190,7 @@ async def test_an_event_that_means_stop_does_not_come_again(database: str) -> No
             await backend.subscribe("s", handle, start="earliest", order="strict")
             if not handled:
                 await backend.produce(make_event("stop"))
-                background = backend._background
-                assert background is not None
+                (background,) = [task for task in asyncio.all_tasks() if task.get_name() == "pgbackend start"]
                 await asyncio.wait({background})
             else:
                 await backend.produce(make_event("next"))
@@ -206,7 +207,8 @@ async def test_a_task_that_outlives_its_event_waits_for_the_end(database: str) -
         async def later() -> None:
             await let_go.wait()
             await backend.stop()
-            assert backend._parts is None
+            with pytest.raises(NotRunningError):
+                backend.dead_letters()
 
         async def handle(_: Event) -> None:
             stopped.append(asyncio.create_task(later()))
@@ -258,21 +260,18 @@ async def test_a_handler_may_reshard_what_runs_in_another_process_too(database: 
 
 @pytest.mark.parametrize("call", [unsubscribe, delete])
 async def test_a_handler_may_subscribe_anew_after_it(database: str, call: Call) -> None:
-    catch = Catch()
+    catch, subscribed = Catch(), asyncio.Event()
     async with Backend(database, **SETTINGS) as backend:
 
         async def handle(_: Event) -> None:
             await call(backend)
             await backend.subscribe("s", catch, start="latest")
+            subscribed.set()
 
         await backend.subscribe("s", handle, start="earliest")
         await backend.produce(make_event("a"))
-
-        async def is_new() -> bool:
-            registration = backend._registrations.get("s")
-            return registration is not None and registration.dispatch is catch
-
-        await eventually("it is subscribed anew", is_new)
+        async with asyncio.timeout(30):
+            await subscribed.wait()
         await backend.produce(make_event("b"))
         await catch.has("b")
 

@@ -12,6 +12,7 @@ import pytest
 from pgbackend import Backend, Event, SubscriptionBusyError
 from pgbackend.delivery.worker import Worker as RunningWorker
 from pgbackend.facts import Recorder
+from tests.support.backends import worker_of
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
@@ -95,8 +96,7 @@ async def test_a_worker_that_joins_waits_for_slow_dispatchers_and_the_shard_goes
         await one.produce_many([make_event(f"slow {key}", key=str(key)) for key in range(8)])
         await slow.has_begun(*(f"slow {key}" for key in range(8)))
         await two.subscribe("s", other.handle, shards=2)
-        joined, seen = two._worker, rounds.copy()
-        assert joined is not None
+        joined, seen = worker_of(two), rounds.copy()
         # Longer than any drain_timeout: a round lasts 0.1 s.
         await holds("it has asked for long", lambda: rounds[joined] >= seen[joined] + 15)
         await one.produce_many([make_event(f"quick {key}", key=str(key)) for key in range(20)])

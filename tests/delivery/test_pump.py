@@ -13,6 +13,7 @@ from pgbackend import Backend, Event, Reject, Retry, RetryAfter
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -947,8 +948,7 @@ async def test_an_event_found_due_before_its_commit_is_answered_is_dispatched_on
     async def answered_late(self: Database, statement: str, *args: Any, **options: Any) -> Any:
         rows = await fetch(self, statement, *args, **options)
         if "commit_by_key" in statement:
-            assert backend._worker is not None
-            backend._worker.redeliver_soon()
+            worker_of(backend).redeliver_soon()
             await asyncio.sleep(0.1)
         return rows
 

@@ -11,6 +11,7 @@ from pgbackend import Backend, ConfigError, Event, Pause, Reject, Retry, Subscri
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
 from pgbackend.delivery.pump import Pump
 from pgbackend.facts import Recorder
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -428,8 +429,7 @@ async def test_what_waits_here_and_the_new_filter_refuses_is_let_go(database: st
             await gate.holds(1)
 
             async def are_here() -> bool:
-                assert backend._worker is not None
-                ((pump, _),) = backend._worker._pumps.values()
+                ((pump, _),) = worker_of(backend)._pumps.values()
                 return len(pump.shard.window) == 12
 
             await eventually("all were read", are_here)

@@ -12,8 +12,10 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, NotRunningError, PgBackendError, ProduceUncertainError
+from pgbackend.delivery.runner import Runner
 from pgbackend.delivery.worker import Worker
 from pgbackend.facts import Recorder
+from pgbackend.lifecycle.lifecycle import Lifecycle
 from pgbackend.torture.proxy import Proxy
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
@@ -63,7 +65,8 @@ async def test_a_second_stop_waits_for_the_first(database: str) -> None:
             assert not any(stop.done() for stop in stops)
             gate.open()
             await stops[2]
-            assert backend._parts is None
+            with pytest.raises(NotRunningError):
+                backend.dead_letters()
             await asyncio.gather(*stops)
 
     assert gate.handled == ["a"]
@@ -293,10 +296,10 @@ class Cut:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        pytest.param(Backend, "_init", id="init"),
-        pytest.param(Backend, "_run", id="start"),
+        pytest.param(Lifecycle, "_init", id="init"),
+        pytest.param(Runner, "run", id="start"),
         pytest.param(Worker, "run", id="worker"),
-        pytest.param(Backend, "_end", id="stop"),
+        pytest.param(Lifecycle, "_end", id="stop"),
     ],
 )
 async def test_whatever_is_cancelled_at_whatever_moment_leaves_nothing(

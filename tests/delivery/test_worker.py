@@ -9,6 +9,7 @@ import pytest
 from pgbackend import Backend, Event, Retry
 from pgbackend.facts import Recorder
 from pgbackend.subscriptions.leases import Leases
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 
@@ -34,8 +35,7 @@ async def test_unsubscribing_a_subscription_whose_lease_has_just_been_given_up_h
         async with Backend(database, **SETTINGS) as backend:
             await backend.subscribe("s", Catch())
             await recorder.wait("lease claimed")
-            worker = backend._worker
-            assert worker is not None
+            worker = worker_of(backend)
             ((pump, _),) = worker._pumps.values()
             lost = True
             worker._on_lost(pump.shard)
@@ -45,7 +45,6 @@ async def test_unsubscribing_a_subscription_whose_lease_has_just_been_given_up_h
             await backend.subscribe("t", catch)
             await backend.produce(make_event("a"))
             await catch.has("a")
-    assert backend._worker is None
 
 
 @pytest.mark.direct
@@ -58,8 +57,7 @@ async def test_what_waited_to_be_tried_again_in_a_former_life_of_the_server_is_n
             await backend.subscribe("s", catch, order="key", retry=Retry(delay=0.4))
             await backend.produce(make_event("a", key="k"))
             await recorder.wait("retry scheduled")
-            assert backend._worker is not None
-            ((pump, _),) = backend._worker._pumps.values()
+            ((pump, _),) = worker_of(backend)._pumps.values()
             # As a crash leaves it.
             await observer.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
             await recorder.wait("incarnation changed")

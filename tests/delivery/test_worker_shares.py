@@ -13,6 +13,7 @@ import pytest
 from pgbackend import Backend, Event, Retry
 from pgbackend.delivery.worker import Worker as RunningWorker
 from pgbackend.facts import Recorder
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.ledger import Ledger
@@ -184,7 +185,7 @@ async def test_who_lost_a_shard_neither_takes_it_anew_nor_asks_for_it_while_some
             lost_at = rounds.copy()
 
             async def looked_often() -> bool:
-                return rounds[one._worker] >= lost_at[one._worker] + 4  # type: ignore[index] # it runs
+                return rounds[worker_of(one)] >= lost_at[worker_of(one)] + 4
 
             await eventually("it has looked several times", looked_often)
             assert gate.waiting == ["0"], "two of a key are at work at once"

@@ -13,6 +13,7 @@ import pytest
 from pgbackend import Backend, Event, Pause, Retry
 from pgbackend.delivery.care import Care
 from pgbackend.facts import Recorder
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.ledger import Ledger
@@ -334,7 +335,7 @@ async def test_what_waits_to_be_alone_goes_the_new_way_or_none(database: str) ->
 
         async def another_waits() -> bool:
             await backend.produce(make_event("c"))
-            return backend._worker is not None and bool(backend._worker._alone._waiters)
+            return bool(worker_of(backend)._alone._waiters)
 
         await eventually("another one waits for its end", another_waits)
         await backend.reconfigure("s", catch, filter=lambda event: event.id == "new")

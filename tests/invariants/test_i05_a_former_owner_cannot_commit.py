@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, facts
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.ledger import Ledger
@@ -181,8 +182,7 @@ async def test_a_worker_that_loses_its_connection_begins_nothing_until_it_has_re
         async with Backend(database, lease_timeout=60.0) as backend:
             await backend.subscribe("billing", catch)
             await recorder.wait("lease claimed")
-            worker = backend._worker
-            assert worker
+            worker = worker_of(backend)
             await observer.execute("SELECT pg_terminate_backend(backend_pid) FROM pgbackend.workers")
             await recorder.wait("presence lost")
             # Far sooner than the next renewal, which is in 20 s.

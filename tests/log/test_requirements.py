@@ -149,7 +149,7 @@ async def test_an_idle_worker_notices_that_the_log_was_set_back(database: str) -
         await recorder.wait("worker started")
 
         async def has_looked() -> bool:
-            return backend._use().log.incarnation.highest_seen == 5
+            return backend._lifecycle.opened().log.incarnation.highest_seen == 5
 
         await eventually("it has looked", has_looked)
         await set_back(database, SET_BACK["setval"])

@@ -22,6 +22,7 @@ from pgbackend import (
 from pgbackend.facts import Recorder
 from pgbackend.log.notify import Notifier
 from pgbackend.postgres.pool import Database
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -405,8 +406,7 @@ async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -
         await alter(backend, order="key", end=2)
 
         async def reads_no_more() -> bool:
-            worker = backend._worker
-            assert worker
+            worker = worker_of(backend)
             assert worker._tail
             return bool(worker._pumps) and not worker._tail._streams
 
@@ -430,8 +430,7 @@ async def test_an_earlier_end_completes_it_and_what_it_owes_behind_that_comes_wh
         altering = asyncio.create_task(alter(backend, order=order, end=3))
 
         async def nothing_more_begins() -> bool:
-            assert backend._worker
-            return all(pump.halted for pump, _ in backend._worker._pumps.values())
+            return all(pump.halted for pump, _ in worker_of(backend)._pumps.values())
 
         await eventually("nothing more begins", nothing_more_begins)
         gate.open()

@@ -9,6 +9,7 @@ from pgbackend import Backend, ConfigError, SubscriptionMismatchError, Subscript
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
+from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -215,9 +216,8 @@ async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_
     await is_complete(log)
 
     async def reads_no_more() -> bool:
-        assert log._worker
-        assert log._worker._tail
-        return not log._worker._tail._streams
+        tail = worker_of(log)._tail
+        return tail is not None and not tail._streams
 
     await eventually("nothing is read for it", reads_no_more)
 
@@ -231,8 +231,7 @@ async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database
         await backend.produce_many([make_event("a", key=key), make_event("behind")])
 
         async def one_is_complete() -> bool:
-            assert backend._worker
-            return any(pump.shard.complete for pump, _ in backend._worker._pumps.values())
+            return any(pump.shard.complete for pump, _ in worker_of(backend)._pumps.values())
 
         await eventually("one of them is complete", one_is_complete)
         (status,) = (await backend.status()).subscriptions

@@ -17,6 +17,7 @@ from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.lease import Tenure
 from pgbackend.subscriptions.leases import Leases, Presence
 from pgbackend.torture.proxy import Proxy
+from tests.support.backends import worker_of
 from tests.support.claims import claim_free
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
@@ -311,8 +312,7 @@ async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_regis
         async with Backend(database, **SETTINGS) as backend:
             await backend.subscribe("s", catch)
             await recorder.wait("lease claimed")
-            assert backend._worker
-            tenure = backend._worker._tenure
+            tenure = worker_of(backend)._tenure
             assert await terminate(database, PRESENCE)
             # At once, not when the next heartbeat fails in thirty seconds: others may take over from now on.
             await recorder.wait("presence lost", timeout=20)
@@ -331,8 +331,7 @@ async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(d
 
     def hear(name: str, _: object) -> None:
         if name == "presence lost":
-            assert backend._worker
-            tenures.append(backend._worker._tenure.valid_until)
+            tenures.append(worker_of(backend)._tenure.valid_until)
 
     with Recorder() as recorder, observe(hear):
         async with Backend(database, **SETTINGS) as backend:
@@ -353,8 +352,7 @@ async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_
 
         # Not a fact: on a busy machine it may have lost it before, for a moment.
         async def is_over() -> bool:
-            assert backend._worker
-            return backend._worker._tenure.valid_until < time.monotonic()
+            return worker_of(backend)._tenure.valid_until < time.monotonic()
 
         await eventually("its tenure is over", is_over)
         proxy.cut()
@@ -409,8 +407,7 @@ async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on
                 await claimed.wait()
             # Somebody takes it over, and gives it up again; in between this worker is told that it has nothing.
             await observer.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
-            assert backend._worker
-            backend._worker._on_held(frozenset())
+            worker_of(backend)._on_held(frozenset())
             answer.set()
             await recorder.wait("lease claimed")
             await backend.produce(make_event("a"))

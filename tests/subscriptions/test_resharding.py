@@ -315,7 +315,7 @@ async def test_a_process_that_hangs_is_waited_for_no_longer_than_its_lease(datab
 async def test_a_worker_that_does_not_let_go_is_named_and_goes_on(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgbackend.backend._HAND_OVER", 0.0)
+    monkeypatch.setattr("pgbackend.delivery.changes._HANDOVER", 0.0)
     gate, observer = Gate(), await asyncpg.connect(database)
     caller = Backend(database, drain_timeout=0.1, lease_timeout=0.1)
     await caller.init()

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from pgbackend import Backend, DeadLetter
+from pgbackend.delivery.worker import Worker
 from pgbackend.model import SubscriptionStatus
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -83,3 +84,10 @@ async def dead_letters(backend: Backend, count: int, name: str | None = None) ->
 
     await eventually(f"{count} dead letters", are_there)
     return found
+
+
+def worker_of(backend: Backend) -> Worker:
+    """The worker that runs now, for tests of what no public call shows."""
+    worker = backend._lifecycle.opened().runner.worker
+    assert worker is not None, "no worker runs"
+    return worker

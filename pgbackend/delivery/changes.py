@@ -1,0 +1,221 @@
+"""Changes of subscriptions: what this process runs of them, and what is stored of them.
+
+A change of something stored waits until nothing of the subscription is at work, here and in other workers. So nothing
+from before the change is dispatched after it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from typing import TypeVar
+
+from pgbackend import facts
+from pgbackend.delivery.handler_calls import HandlerCalls
+from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.registration import Registration
+from pgbackend.delivery.runner import Runner
+from pgbackend.delivery.worker import process_name
+from pgbackend.errors import SubscriptionNotFoundError
+from pgbackend.log.incarnation import IncarnationChanged
+from pgbackend.log.log import Log
+from pgbackend.log.notify import Notifier
+from pgbackend.model import ConsumerDispatcher, EventFilter
+from pgbackend.retry import Retry
+from pgbackend.settings import Settings
+from pgbackend.subscriptions.definitions import Definition, Place, Subscriptions, Terms, busy, exists, not_found
+
+_NEW_LIFE_POLL = 0.05
+"""Seconds between two tries while the worker has not noticed yet that the server began another life."""
+_HANDOVER = 5.0
+"""Seconds beyond its own bounds that a worker may need to release a shard."""
+
+_Result = TypeVar("_Result")
+
+
+class Changes:
+    """Makes each change once, wherever the subscription runs."""
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        subscriptions: Subscriptions,
+        redelivery: Redelivery,
+        notifier: Notifier,
+        runner: Runner,
+        calls: HandlerCalls,
+        settings: Settings,
+    ) -> None:
+        self._log = log
+        self._subscriptions = subscriptions
+        self._redelivery = redelivery
+        self._notifier = notifier
+        self._runner = runner
+        self._calls = calls
+        self._settings = settings
+
+    async def subscribe(self, wanted: Definition, start: Place, registration: Registration) -> None:
+        """The subscription exists, and this process runs it."""
+        registrations = self._runner.registrations
+        if wanted.name in registrations:
+            raise exists(wanted.name)
+        await self._in_this_life(lambda: self._subscriptions.ensure(wanted, start))
+        # Again: another call may have subscribed meanwhile.
+        if wanted.name in registrations:
+            raise exists(wanted.name)
+        registrations[wanted.name] = registration
+        self._claim_soon()
+
+    def reconfigure(
+        self,
+        name: str,
+        *,
+        dispatcher: ConsumerDispatcher,
+        dead_letter: ConsumerDispatcher | None,
+        filter: EventFilter | None,  # noqa: A002 - as in Backend.reconfigure()
+        concurrency: int,
+        retry: Retry,
+    ) -> None:
+        """From now on this process dispatches so."""
+        registration = self._runner.registrations.get(name)
+        if registration is None:
+            raise _not_run(name)
+        # Both in one step of the event loop: no event is dispatched half by the old options and half by the new ones.
+        registration.reconfigure(
+            dispatcher=dispatcher, dead_letter=dead_letter, filter=filter, concurrency=concurrency, retry=retry
+        )
+        worker = self._runner.worker
+        filtered = worker.reconfigured(registration) if worker is not None else 0
+        facts.emit("subscription reconfigured", subscription=name, filtered=filtered)
+
+    async def unsubscribe(self, name: str) -> None:
+        """This process does not run it any more, and its offset is committed."""
+        registration = self._runner.registrations.pop(name, None)
+        if registration is None:
+            raise _not_run(name)
+        await self._calls.make(self._unsubscribe(registration), registration)
+
+    async def _unsubscribe(self, registration: Registration) -> None:
+        if self._runner.worker is not None:
+            await self._runner.worker.stop_subscription(registration.name)
+        registration.close()
+
+    async def delete(self, name: str) -> None:
+        """Nothing is stored of the subscription any more."""
+        if name in self._runner.registrations:
+            await self.unsubscribe(name)
+        await self._subscriptions.delete(name)
+        await self._notifier.notify_leases()
+
+    async def seek(self, name: str, place: Place) -> None:
+        """The subscription's next event is the first behind `place`."""
+        registration = self._runner.registrations.get(name)
+        if await self._subscriptions.find(name) is None:
+            raise not_found(name)
+        if registration is None:
+            await self._in_this_life(lambda: self._subscriptions.seek(name, place))
+            await self._notifier.notify_leases()
+        else:
+            await self._calls.make(self._seek_at_rest(registration, place), registration)
+
+    async def _seek_at_rest(self, registration: Registration, place: Place) -> None:
+        name = registration.name
+        # At rest, so that nothing from the old place is dispatched after the seek.
+        async with self._at_rest(registration):
+            await self._in_this_life(lambda: self._subscriptions.seek(name, place))
+            if self._runner.worker is not None:
+                # Dispatches that outlasted the rest settle nothing any more.
+                self._runner.worker.lose_subscription(name)
+        await self._notifier.notify_leases()
+
+    async def alter(self, name: str, terms: Terms) -> None:
+        """What is stored of the subscription is as `terms` say."""
+        stored = await self._subscriptions.compare(name, terms)
+        if stored is None:
+            return
+        registration = self._runner.registrations.get(name) if terms.disturb(stored) else None
+        altering = self._alter(name, terms, registration)
+        await (altering if registration is None else self._calls.make(altering, registration))
+
+    async def _alter(self, name: str, terms: Terms, registration: Registration | None) -> None:
+        async with self._at_rest(registration) if registration is not None else nullcontext(True) as rests:
+            if not rests:
+                raise busy(name, [process_name()])
+            altered = await self._in_this_life(
+                lambda: self._subscriptions.alter(name, terms, patience=self._patience, on_rest=self._wake_workers)
+            )
+        if altered:
+            facts.emit(
+                "subscription altered", subscription=name,
+                order=terms.order, end=terms.end_position or terms.end_at, start=terms.start,
+            )  # fmt: skip
+            # This process claims the shards now, and nothing is awaited before that. So a `reconfigure()` that follows
+            # comes first, and no other worker, which may know only the old options, hears of the shards before.
+            if registration is None:
+                await self._notifier.notify_leases()
+
+    async def reshard(self, name: str, shards: int) -> None:
+        """The subscription has that many shards."""
+        resharding = self._reshard(name, shards)
+        registration = self._runner.registrations.get(name)
+        await (resharding if registration is None else self._calls.make(resharding, registration))
+
+    async def _reshard(self, name: str, shards: int) -> None:
+        changed = await self._in_this_life(
+            lambda: self._subscriptions.reshard(name, shards, patience=self._patience, on_rest=self._wake_workers)
+        )
+        if changed:
+            facts.emit("subscription resharded", subscription=name, shards=shards)
+            await self._wake_workers()
+
+    async def redeliver(self, ids: Sequence[int], subscription: str | None) -> int:
+        """Dead letters are due for dispatch again; how many."""
+        if subscription is not None and await self._subscriptions.find(subscription) is None:
+            raise not_found(subscription)
+        count = await self._redelivery.redeliver(list(ids) or None, subscription)
+        if self._runner.worker is not None:
+            self._runner.worker.redeliver_soon()
+        return count
+
+    async def _in_this_life(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """What the call returns. It begins anew when the server turns out to live another life than was known."""
+        while True:
+            try:
+                return await call()
+            except IncarnationChanged:
+                if self._runner.worker is None:
+                    await self._log.incarnation.enter()
+                else:
+                    # The worker must notice first and drop what it remembers of the old life.
+                    await asyncio.sleep(_NEW_LIFE_POLL)
+
+    @asynccontextmanager
+    async def _at_rest(self, registration: Registration) -> AsyncIterator[bool]:
+        """Nothing of the subscription is in flight here, and its shards stay free until the body ends.
+
+        Yields False when something is at work for longer than `drain_timeout`: then dispatching goes on.
+        """
+        registration.resting += 1
+        try:
+            yield self._runner.worker is None or await self._runner.worker.rest_subscription(registration.name)
+        finally:
+            registration.resting -= 1
+            self._claim_soon()
+
+    async def _wake_workers(self) -> None:
+        """All workers, here and elsewhere, look for shards to claim or to release."""
+        self._claim_soon()
+        await self._notifier.notify_leases()
+
+    def _claim_soon(self) -> None:
+        if self._runner.worker is not None:
+            self._runner.worker.claim_soon()
+
+    @property
+    def _patience(self) -> float:
+        """Seconds in which other workers release a shard or refuse to. A frozen one has lost its lease by then."""
+        return max(self._settings.drain_timeout, self._settings.lease_timeout) + _HANDOVER
+
+
+def _not_run(name: str) -> SubscriptionNotFoundError:
+    return SubscriptionNotFoundError(f"This backend runs no subscription {name!r}. Subscribe to it first.")

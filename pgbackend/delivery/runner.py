@@ -1,0 +1,173 @@
+"""Runs workers over the server's lives: one worker for each incarnation, from `start()` to `stop()`.
+
+A worker ends with `IncarnationChanged` when the server begins another life, and the next one starts from the durable
+rows. A lost connection is waited out. Any other error ends `start()` and is kept for `status()` and `probe()`.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from pgbackend import facts
+from pgbackend.delivery.registration import Registration
+from pgbackend.delivery.worker import Worker
+from pgbackend.errors import ConnectionLostError, PgBackendError, SchemaError
+from pgbackend.failures import describe
+from pgbackend.log.incarnation import IncarnationChanged
+from pgbackend.log.log import Log
+from pgbackend.log.requirements import Requirements
+from pgbackend.postgres import schema as tables
+from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.subscriptions.definitions import Subscriptions
+
+_CANCEL_TIMEOUT = 0.5
+"""Seconds that a worker has to end once its task is cancelled."""
+
+
+class NewWorker(Protocol):
+    """Makes a worker, whose other dependencies are given already."""
+
+    def __call__(self, *, registrations: dict[str, Registration]) -> Worker: ...
+
+
+class Runner:
+    """Runs the subscriptions of this process. `start()` may be called again after it has ended."""
+
+    def __init__(
+        self, log: Log, requirements: Requirements, subscriptions: Subscriptions, *, new_worker: NewWorker
+    ) -> None:
+        self._log = log
+        self._requirements = requirements
+        self._subscriptions = subscriptions
+        self._new_worker = new_worker
+        self._stop = asyncio.Event()
+        self._is_closed = False
+        self._running: asyncio.Task[None] | None = None
+        self.registrations: dict[str, Registration] = {}
+        """What this process runs, by the subscription's name."""
+        self.worker: Worker | None = None
+        """The one that runs now."""
+        self.error: BaseException | None = None
+        """What ended the worker that was started last; None when it runs, or ended as it was told to."""
+
+    async def start(self) -> None:
+        """Run until `stop_soon()` or cancellation. Raises what ended a worker, except for lost connections."""
+        if self._running is not None:
+            raise PgBackendError("This backend is running already.")
+        if not self._is_closed:
+            # An earlier call that was cancelled has set it.
+            self._stop.clear()
+        self.error = None
+        running = self._running = asyncio.create_task(self.run(), name="pgbackend worker")
+        running.add_done_callback(self._on_run_ended)
+        try:
+            # A cancelled caller must drain first. So only a second cancellation reaches the worker itself.
+            await asyncio.wait({running})
+        except asyncio.CancelledError:
+            self._stop.set()
+            await _end_or_cancel(running)
+            raise
+        if self.error is not None:
+            raise self.error
+
+    async def run(self) -> None:
+        """One worker after the other, each for one life of the server, until `stop_soon()`."""
+        delay = GrowingDelay(self._log.database)
+        is_new_life = False
+        while not self._stop.is_set():
+            self.worker = self._new_worker(registrations=self.registrations)
+            try:
+                # Before each worker: the stored rows may be older than what this process has seen.
+                await verify_log(self._requirements, self._subscriptions)
+                if is_new_life:
+                    await self._report_missing_subscriptions()
+                    is_new_life = False
+                await self.worker.run(self._stop)
+            except ConnectionLostError as error:
+                facts.emit("worker cannot start", level=delay.failed(), failures=delay.failures, error=str(error))
+                await delay.wait()
+            except IncarnationChanged as error:
+                facts.emit("incarnation changed", level=logging.WARNING, error=str(error))
+                is_new_life = True
+            finally:
+                self.worker = None
+
+    def stop_soon(self) -> None:
+        """The worker begins to end, and none starts any more."""
+        self._is_closed = True
+        self._stop.set()
+
+    async def stop(self, deadline: float) -> None:
+        """The worker has ended. By the deadline, in monotonic seconds, it is cancelled."""
+        self.stop_soon()
+        running = self._running
+        if running is None:
+            return
+        # A worker that dispatches keeps to the deadline by itself. One that still starts has nothing to drain.
+        if self.worker is None or not self.worker.dispatches:
+            running.cancel()
+        await asyncio.wait({running}, timeout=max(deadline - time.monotonic(), _CANCEL_TIMEOUT))
+        if not running.done():
+            running.cancel()
+            await asyncio.wait({running}, timeout=_CANCEL_TIMEOUT)
+
+    def close_registrations(self) -> None:
+        """The threads of all subscriptions end with what they do now."""
+        for registration in self.registrations.values():
+            registration.close(cancel=True)
+
+    def states(self) -> dict[str, str]:
+        """What each subscription is doing in this process, by its name."""
+        if self.error is not None:
+            return dict.fromkeys(self.registrations, self.describe_error())
+        return self.worker.states() if self.worker is not None else {}
+
+    def describe_error(self) -> str:
+        """That the worker died, and of what."""
+        assert self.error is not None  # noqa: S101 - callers have seen one
+        return f"worker died: {describe(self.error)}"
+
+    def _on_run_ended(self, running: "asyncio.Task[None]") -> None:
+        # Here, and not in `start()`, which may have been cancelled three times and be gone.
+        self._running = None
+        if not running.cancelled():
+            self.error = running.exception()
+        elif not self._stop.is_set():
+            self.error = PgBackendError(
+                "The worker's task was cancelled by something outside this backend. To end it, call stop()."
+            )
+        if self.error is not None:
+            facts.emit("worker died", level=logging.ERROR, error=describe(self.error))
+
+    async def _report_missing_subscriptions(self) -> None:
+        """Only a human can decide about a subscription that the server's new life does not know."""
+        for name in list(self.registrations):
+            if await self._subscriptions.find(name) is None:
+                facts.emit(
+                    "subscription is gone",
+                    level=logging.ERROR,
+                    subscription=name,
+                    error="A failover has lost it, or it was deleted. Subscribe to it again, or restart this process.",
+                )
+
+
+async def verify_log(requirements: Requirements, subscriptions: Subscriptions) -> None:
+    """Return when no event can be lost, as far as the stored rows and the catalogs show. Raises SchemaError."""
+    await requirements.verify()
+    refuse(await subscriptions.distrust())
+
+
+def refuse(problem: str | None) -> None:
+    """Raises SchemaError when there is a problem."""
+    if problem is not None:
+        raise SchemaError(problem, found=tables.head(), expected=tables.head())
+
+
+async def _end_or_cancel(task: "asyncio.Task[None]") -> None:
+    """The task, which was asked to end, has ended; a second cancellation of the caller cancels it."""
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})

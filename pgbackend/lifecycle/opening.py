@@ -1,0 +1,191 @@
+"""Opens the log for `init()` and closes it for `stop()`: connections, tables, proofs, and the actors that share them.
+
+`open_log()` returns only when the tables are as this version needs them and no event can be missed by a reader.
+Otherwise it raises, and nothing stays open.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from pgbackend.delivery.changes import Changes
+from pgbackend.delivery.handler_calls import HandlerCalls
+from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.runner import Runner, refuse, verify_log
+from pgbackend.delivery.worker import Worker
+from pgbackend.log.appender import Appender
+from pgbackend.log.log import Log
+from pgbackend.log.notify import Notifier, Wakeup, channel
+from pgbackend.log.requirements import Requirements
+from pgbackend.log.segments import Segments
+from pgbackend.log_check import LogCheck
+from pgbackend.postgres import schema as tables
+from pgbackend.postgres.dsn import describe_dsn, normalize_dsn
+from pgbackend.postgres.pool import Database
+from pgbackend.settings import Settings
+from pgbackend.subscriptions.definitions import Subscriptions
+
+if TYPE_CHECKING:
+    from pgbackend.embedded.server import EmbeddedServer
+
+LAST_STEP = 0.5
+"""Seconds that each last step has at least, even past the deadline."""
+
+
+class Server:
+    """The PostgreSQL that holds the log: one that runs already, or an embedded one. Raises ConfigError for a DSN."""
+
+    def __init__(self, dsn: str, *, listen_dsn: str | None) -> None:
+        self._dsn = normalize_dsn(dsn)
+        self._embedded: EmbeddedServer | None = None
+        self.listen_dsn = normalize_dsn(listen_dsn) if listen_dsn is not None else None
+        self.description = describe_dsn(dsn)
+        """Host, port and database, without credentials."""
+
+    def embed(self, directory: str | PathLike[str]) -> None:
+        """From now on it is an embedded server whose data lives in `directory`."""
+        # Here, because its package is an extra.
+        from pgbackend.embedded.server import EmbeddedServer  # noqa: PLC0415
+
+        self._embedded = EmbeddedServer(directory)
+        self.description = f"embedded in {directory}"
+
+    async def start(self) -> str:
+        """The DSN of the server, which runs."""
+        return self._dsn if self._embedded is None else await self._embedded.start()
+
+    async def stop(self) -> None:
+        """An embedded server has ended, unless another process uses it too."""
+        if self._embedded is not None:
+            await self._embedded.stop()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenLog:
+    """What exists between `init()` and `stop()`.
+
+    Its tasks have no group around them, because `init()` returns and leaves them running; `close()` ends them.
+    """
+
+    database: Database
+    log: Log
+    segments: Segments
+    subscriptions: Subscriptions
+    redelivery: Redelivery
+    appender: Appender
+    notifier: Notifier
+    tasks: "frozenset[asyncio.Task[None]]"
+    """The appender's and the notifier's."""
+    check: LogCheck
+    runner: Runner
+    calls: HandlerCalls
+    changes: Changes
+
+    async def close(self, deadline: float) -> None:
+        """Every event that was being produced is answered, and nothing of what `init()` made is left."""
+        try:
+            await self.appender.drain(timeout=seconds_left(deadline))
+        finally:
+            for task in self.tasks:
+                task.cancel()
+            self.runner.close_registrations()
+            await self.database.close(timeout=seconds_left(deadline))
+        await asyncio.wait(self.tasks)
+
+
+async def open_log(server: Server, settings: Settings, *, migrate: bool) -> OpenLog:
+    """The log, ready to be appended to and read. Raises as `Backend.init()` says."""
+    dsn, schema = await server.start(), settings.schema
+    database = Database(dsn, listen_dsn=server.listen_dsn, pool_size=settings.pool_size)
+    try:
+        await database.open()
+        await _prepare_tables(database, schema, migrate=migrate)
+        log = Log(database, schema=schema, hole_wait=settings.hole_wait)
+        requirements, subscriptions = Requirements(log, schema=schema), Subscriptions(log, schema=schema)
+        await verify_log(requirements, subscriptions)
+        refuse(await requirements.test_evidence())
+        segments = Segments(database, schema=schema)
+        await segments.extend()
+        await log.incarnation.enter()
+    except BaseException:
+        try:
+            await database.close(timeout=LAST_STEP)
+        finally:
+            await server.stop()
+        raise
+    return _start_actors(log, requirements, subscriptions, segments, settings)
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds that a last step has until the deadline, in monotonic seconds."""
+    return max(deadline - time.monotonic(), LAST_STEP)
+
+
+async def _prepare_tables(database: Database, schema: str, *, migrate: bool) -> None:
+    found = await tables.find_revision(database.fetch, schema)
+    if migrate and found != tables.head():
+        await tables.migrate(database.connect, schema)
+        found = await tables.find_revision(database.fetch, schema)
+    tables.check(found, schema)
+
+
+def _start_actors(
+    log: Log, requirements: Requirements, subscriptions: Subscriptions, segments: Segments, settings: Settings
+) -> OpenLog:
+    database, schema = log.database, settings.schema
+    sender, notify_channel, wakeup = str(uuid4()), channel(schema), Wakeup()
+    notifier = Notifier(database, channel=notify_channel, statement=log.sql.notify, sender=sender)
+
+    def wake_readers(_count: int) -> None:
+        wakeup.wake()
+        notifier.notify()
+
+    appender = Appender(
+        database,
+        log.sql,
+        schema=schema,
+        produce_timeout=settings.produce_timeout,
+        on_append=wake_readers,
+        on_full=segments.extend,
+    )
+    new_worker = partial(
+        Worker,
+        log=log,
+        segments=segments,
+        requirements=requirements,
+        settings=settings,
+        wakeup=wakeup,
+        notifier=notifier,
+        channel=notify_channel,
+        sender=sender,
+    )
+    runner = Runner(log, requirements, subscriptions, new_worker=new_worker)
+    calls = HandlerCalls(runner)
+    redelivery = Redelivery(database, schema=schema)
+    tasks = (asyncio.create_task(appender.run(), name="append"), asyncio.create_task(notifier.run(), name="notify"))
+    return OpenLog(
+        database=database,
+        log=log,
+        segments=segments,
+        subscriptions=subscriptions,
+        redelivery=redelivery,
+        appender=appender,
+        notifier=notifier,
+        tasks=frozenset(tasks),
+        check=LogCheck(database, subscriptions, requirements, segments, schema=schema),
+        runner=runner,
+        calls=calls,
+        changes=Changes(
+            log,
+            subscriptions=subscriptions,
+            redelivery=redelivery,
+            notifier=notifier,
+            runner=runner,
+            calls=calls,
+            settings=settings,
+        ),
+    )
