@@ -16,7 +16,6 @@ Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; mes
     ├── SubscriptionNotFoundError (LookupError)
     ├── SubscriptionMismatchError
     ├── SubscriptionBusyError
-    ├── LeaseLostError
     └── ProbeError
 """
 
@@ -152,10 +151,6 @@ class SubscriptionBusyError(PgBackendError):
     def __init__(self, message: str, *, workers: Sequence[str]) -> None:
         super().__init__(message)
         self.workers = tuple(workers)
-
-
-class LeaseLostError(PgBackendError):
-    """Another worker runs this shard now. Handled inside; never seen by a caller of the public API."""
 
 
 class ProbeError(PgBackendError):
