@@ -150,7 +150,7 @@ EPOCHS = "CREATE SEQUENCE {schema}.epochs AS bigint"
 # start_bound: the position or date where the subscription was told to start, as text. Null for "earliest" and
 # "latest", which are no places to go back to.
 # start_position: set while the start lies behind the end of the log, where no offset can be.
-# resting_until: no worker claims a shard before then, because the shards are about to change.
+# draining_until: no worker claims a shard before then, because the shards are about to change.
 # subscriptions_bounds_readable excludes the first and last date that exist: asyncpg reads those as infinite.
 SUBSCRIPTIONS = """
     CREATE TABLE {schema}.subscriptions (
@@ -163,7 +163,7 @@ SUBSCRIPTIONS = """
         created_at timestamptz NOT NULL DEFAULT now(),
         start_bound text,
         start_position bigint,
-        resting_until timestamptz,
+        draining_until timestamptz,
         CONSTRAINT subscriptions_pkey PRIMARY KEY (name),
         CONSTRAINT subscriptions_name_not_empty CHECK (name <> ''),
         CONSTRAINT subscriptions_ordering_known CHECK (ordering IN ('none', 'key', 'strict')),

@@ -11,7 +11,7 @@ from pgbackend.model import DeadLetter, Failure
 from pgbackend.postgres.pool import Database, Record
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import RedeliverySql
-from pgbackend.subscriptions.lease import Lease
+from pgbackend.subscriptions.leases import Lease
 
 _POSITION, _RECORDED_AT = 12, 13
 _LETTERS_BYTES = 16 << 20

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pgbackend.delivery.outcomes import Finished, Outcome, OutcomeKey, outcome_key
 from pgbackend.delivery.window import Window
 from pgbackend.model import Failure
-from pgbackend.subscriptions.lease import Lease, Tenure
+from pgbackend.subscriptions.leases import Lease
+from pgbackend.subscriptions.presence import Tenure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,8 +36,8 @@ from pgbackend.log.tail import Tail
 from pgbackend.postgres.pool import GrowingDelay
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.definitions import Subscriptions
-from pgbackend.subscriptions.lease import Lease, Tenure
-from pgbackend.subscriptions.leases import Leases, Presence, Survey, SurveyedShard
+from pgbackend.subscriptions.leases import Lease, Leases, Survey, SurveyedShard
+from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.subscriptions.sharing import Peer, ShardKey, share
 
 _ROUND = 1.0
@@ -161,8 +161,8 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Deliver until `stop` is set, then drain, commit and give up every shard."""
         await self._log.incarnation.enter()
-        # Who was killed could not do it: rows that only say so must not fill the table that all look at.
-        await self._leases.forget_dead()
+        # Killed workers leave their rows behind. Delete them so that surveys stay cheap.
+        await self._leases.delete_dead_workers()
         await self._presence.start()
         try:
             await self._leases.verify_presence()
@@ -372,7 +372,7 @@ class Worker:
         me = Peer(self._id, self._able(), asks=True)
         peers = {peer.id: peer for peer in survey.peers} | {self._id: me}
         leaving = {epoch for epoch, _ in self._leaving}
-        open_now = {shard.key: shard for shard in _to_be_run(survey)}
+        open_now = {shard.key: shard for shard in survey.claimable()}
         plan = share(
             {key: None if shard.free or shard.epoch in leaving else shard.owner for key, shard in open_now.items()},
             list(peers.values()),
@@ -402,7 +402,7 @@ class Worker:
         for shard in survey.shards:
             if shard.old:
                 subscription = shard.key[0]
-                old[subscription] = old.get(subscription, True) and shard.over and shard.free
+                old[subscription] = old.get(subscription, True) and shard.finished and shard.free
         for subscription in (name for name, are_over in old.items() if are_over and name in self._registrations):
             if await self._subscriptions.switch(subscription):
                 facts.emit("shards switched", subscription=subscription)
@@ -411,7 +411,7 @@ class Worker:
 
     def _to_rest(self, survey: Survey) -> list[int]:
         """What this worker has to give up whoever gets it: somebody wants it at rest, or it is over."""
-        resting = {shard.epoch for shard in survey.shards if shard.resting}
+        resting = {shard.epoch for shard in survey.shards if shard.draining}
         return [epoch for epoch, (pump, _) in self._pumps.items() if epoch in resting or pump.shard.is_over]
 
     async def _announce(self, survey: Survey, me: Peer, *, asks: bool) -> None:
@@ -718,16 +718,6 @@ class Worker:
             known = self._wakeup.count
             await asyncio.sleep(_SEGMENT_PAUSE)
             await self._wakeup.wait(since=known, timeout=_EXTEND)
-
-
-def _to_be_run(survey: Survey) -> list[SurveyedShard]:
-    """The shards that somebody may have now. As `claim` has it: new ones wait for the old ones, which end."""
-    changing = {shard.key[0] for shard in survey.shards if shard.old}
-    return [
-        shard
-        for shard in survey.shards
-        if not shard.resting and not (shard.over if shard.old else shard.key[0] in changing)
-    ]
 
 
 def _first(group: BaseExceptionGroup[BaseException] | None) -> BaseException:

@@ -21,7 +21,7 @@ _Grants = tuple[tuple[str, str], ...]
 
 _EVENT = ", ".join(COLUMNS)
 _TERMS = "ordering, start_at, end_position, end_at, start_bound, start_position"
-_ALTERED = f"{_TERMS}, shards, resting_until"
+_ALTERED = f"{_TERMS}, shards, draining_until"
 _OFFSET = "position, pending, holes, epoch, owner, completed_at, until"
 _NEW_OFFSET = "subscription, shard, shards, position, pending, holes, epoch"
 

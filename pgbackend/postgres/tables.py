@@ -134,7 +134,7 @@ def metadata(schema: str = "pgbackend") -> MetaData:
         Column("created_at", _TIMESTAMPTZ, nullable=False, server_default=text("now()")),
         Column("start_bound", TEXT),
         Column("start_position", BIGINT),
-        Column("resting_until", _TIMESTAMPTZ),
+        Column("draining_until", _TIMESTAMPTZ),
         PrimaryKeyConstraint("name", name="subscriptions_pkey"),
         CheckConstraint("name <> ''", name="subscriptions_name_not_empty"),
         CheckConstraint("ordering IN ('none', 'key', 'strict')", name="subscriptions_ordering_known"),

@@ -63,7 +63,7 @@ async def stored(database: str) -> list[Any]:
         return [
             tuple(row)
             for row in await connection.fetch(
-                "SELECT ordering, subscription.shards, stored.shards, epoch, resting_until IS NULL "
+                "SELECT ordering, subscription.shards, stored.shards, epoch, draining_until IS NULL "
                 "FROM pgbackend.subscriptions AS subscription "
                 "JOIN pgbackend.offsets AS stored ON subscription = name ORDER BY stored.shard"
             )

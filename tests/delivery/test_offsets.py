@@ -17,8 +17,8 @@ from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
 from pgbackend.model import Failure
 from pgbackend.postgres.pool import Database
-from pgbackend.subscriptions.lease import Tenure
 from pgbackend.subscriptions.leases import Leases
+from pgbackend.subscriptions.presence import Tenure
 from pgbackend.torture.proxy import Proxy
 from tests.support.claims import claim_free
 from tests.support.events import make_event

@@ -5,7 +5,8 @@ from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.delivery.window import Window
 from pgbackend.log.ranges import RangeSet
 from pgbackend.model import Epoch, Failure, Position
-from pgbackend.subscriptions.lease import Lease, Tenure
+from pgbackend.subscriptions.leases import Lease
+from pgbackend.subscriptions.presence import Tenure
 
 
 def make_shard(*, position: int = 0, pending: str = "{}") -> Shard:

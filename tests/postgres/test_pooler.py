@@ -19,8 +19,8 @@ from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
 from pgbackend.postgres.pool import Database, is_pooled
 from pgbackend.postgres.sql import file_names, load, statements
-from pgbackend.subscriptions.lease import Tenure
-from pgbackend.subscriptions.leases import Leases, Presence
+from pgbackend.subscriptions.leases import Leases
+from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.torture.proxy import Proxy
 from tests.support.claims import claim_free
 from tests.support.dispatchers import Catch

@@ -14,8 +14,8 @@ from pgbackend.errors import ConnectionLostError
 from pgbackend.facts import Recorder, observe
 from pgbackend.log.log import Log
 from pgbackend.postgres.pool import Database
-from pgbackend.subscriptions.lease import Tenure
-from pgbackend.subscriptions.leases import Leases, Presence
+from pgbackend.subscriptions.leases import Leases
+from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.torture.proxy import Proxy
 from tests.support.backends import worker_of
 from tests.support.claims import claim_free

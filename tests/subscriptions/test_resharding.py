@@ -272,7 +272,7 @@ async def test_what_is_at_work_in_another_process_ends_first(database: str) -> N
             resharding = asyncio.create_task(caller.reshard("s", 4))
 
             async def rests() -> bool:
-                return bool(await observer.fetchval("SELECT resting_until IS NOT NULL FROM pgbackend.subscriptions"))
+                return bool(await observer.fetchval("SELECT draining_until IS NOT NULL FROM pgbackend.subscriptions"))
 
             await eventually("the subscription is to rest", rests)
             assert len(await rows(observer)) == 1
@@ -346,7 +346,7 @@ async def test_a_caller_that_gives_up_leaves_the_subscription_running(database: 
         resharding = asyncio.create_task(caller.reshard("s", 4))
 
         async def rests() -> bool:
-            return bool(await observer.fetchval("SELECT resting_until IS NOT NULL FROM pgbackend.subscriptions"))
+            return bool(await observer.fetchval("SELECT draining_until IS NOT NULL FROM pgbackend.subscriptions"))
 
         await eventually("the subscription is to rest", rests)
         resharding.cancel()
@@ -471,7 +471,7 @@ async def test_back_to_the_old_number_waits_for_what_is_at_work_in_the_old_shard
             resharding = asyncio.create_task(caller.reshard("s", 2))
 
             async def rests() -> bool:
-                return bool(await observer.fetchval("SELECT resting_until IS NOT NULL FROM pgbackend.subscriptions"))
+                return bool(await observer.fetchval("SELECT draining_until IS NOT NULL FROM pgbackend.subscriptions"))
 
             await eventually("the subscription is to rest", rests)
             gate.open()

@@ -1,7 +1,6 @@
 """Claiming without a worker that looks for its share."""
 
-from pgbackend.subscriptions.lease import Lease
-from pgbackend.subscriptions.leases import Leases
+from pgbackend.subscriptions.leases import Lease, Leases
 
 
 async def claim_free(leases: Leases, *subscriptions: str) -> list[Lease]:

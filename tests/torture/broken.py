@@ -14,7 +14,7 @@ from typing import Any
 from pgbackend.delivery.offsets import Offsets
 from pgbackend.delivery.worker import Worker
 from pgbackend.log.fence import Evidence, Fence
-from pgbackend.subscriptions.lease import Tenure
+from pgbackend.subscriptions.presence import Tenure
 from pgbackend.torture.worker import main
 
 FENCED = (

@@ -1,9 +1,9 @@
--- Who runs which shard. A worker's lease on all its shards is its row in `workers`; all times are PostgreSQL's.
+-- Leases. A worker's row in `workers` stands for its leases on all its shards. All times are PostgreSQL's.
 
 -- name: renew
--- Register or renew this worker, and list the epochs that it still holds. The connection that runs this is the worker's
--- sign of life: when its backend is gone, so is the worker, and others need not wait for `lease_timeout`. Unless the
--- backend is not the one that this connection was promised ($4): then it is a pooler's, and lives or dies without us.
+-- Register or renew this worker, and list the epochs that it still holds. The backend that runs this is the worker's
+-- sign of life: when it is gone, others need not wait for `lease_timeout`. A pooler's backend is no such sign. It is
+-- recognised by its pid, which is not the one that the connection was given ($4).
 WITH renewed AS (
     INSERT INTO {schema}.workers AS worker (id, name, backend_pid, backend_start, lease_timeout)
     SELECT $1, $2, activity.pid, activity.backend_start, make_interval(secs => $3::float8)
@@ -22,49 +22,58 @@ WHERE owner = $1;
 SELECT EXISTS (SELECT FROM {schema}.workers WHERE id = $1);
 
 -- name: announce
--- What this worker runs, and whether it has room for more: that is forgotten after a moment if it is not said again.
+-- The subscriptions that this worker runs, and whether it asks for more shards. A request expires unless it is repeated.
 UPDATE {schema}.workers
 SET subscriptions = $2::text[],
     asked_at = CASE WHEN $3::boolean THEN clock_timestamp() END
 WHERE id = $1;
 
 -- name: survey_workers
--- Who is alive, what it runs, and whether it has asked for more within the last three rounds.
+-- The living workers, what each runs, and whether it has asked for more within the last three rounds.
 SELECT id, subscriptions, coalesce(asked_at > clock_timestamp() - interval '3 s', false) AS asks
 FROM {schema}.living_workers;
 
 -- name: survey_shards
--- Every shard, with who has it. Free: nobody's, or a dead worker's. While a subscription's number of shards changes it
--- has the old ones, which end at `until`, and the new ones, which wait for them.
+-- Every shard with its owner. It is free without one, or with a dead one. While a subscription's number of shards
+-- changes it has old shards, which end at `until`, and new ones, which wait for them.
 SELECT
     stored.subscription, stored.shards, stored.shard, stored.epoch, stored.owner,
     worker.id IS NULL AS free,
-    coalesce(subscription.resting_until > clock_timestamp(), false) AS resting,
+    coalesce(subscription.draining_until > clock_timestamp(), false) AS draining,
     stored.until IS NOT NULL AS old,
-    coalesce(stored.position >= least(stored.until, subscription.end_position - 1), false) AS over
+    coalesce(stored.position >= least(stored.until, subscription.end_position - 1), false) AS finished
 FROM {schema}.offsets AS stored
 JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
 LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner;
 
 -- name: claim
--- Take these shards, as far as they are free, each under a new epoch. One statement in autocommit: no client can stop
+-- Own those of the given shards that are free, each under a new epoch. One statement in autocommit: no client can stop
 -- between the lock and the commit.
--- Found first and locked by epoch after: a row that another worker claims in between has a new epoch and drops out. The
--- lock's recheck of the whole condition let it pass, because the new owner's row in `workers` is not joined anew.
--- For the same reason the subscription's terms are those of the epoch that was found: who changes them gives a new one.
-WITH free AS MATERIALIZED (
+-- Free rows are found first and locked by epoch afterwards. A row that another worker claims in between has a new epoch
+-- and drops out. The lock's own recheck would let it pass, because it does not join the new owner's row in `workers`.
+-- The same holds for the subscription's terms: they belong to the epoch that was found, since every change of them
+-- gives a new one.
+WITH given AS (
+    SELECT $1::text[] AS subscriptions, $2::int[] AS counts, $3::int[] AS shards, $4::uuid AS worker,
+        $5::text AS incarnation
+),
+free AS MATERIALIZED (
     SELECT stored.subscription, stored.shards, stored.shard, stored.epoch,
         subscription.ordering, subscription.start_position, subscription.start_at, subscription.end_position,
         subscription.end_at
-    FROM unnest($1::text[], $2::int[], $3::int[]) AS wanted (subscription, shards, shard)
-    JOIN {schema}.offsets AS stored USING (subscription, shards, shard)
+    FROM given
+    CROSS JOIN LATERAL unnest(given.subscriptions, given.counts, given.shards) AS wanted (subscription, shards, shard)
+    JOIN {schema}.offsets AS stored
+        ON stored.subscription = wanted.subscription
+        AND stored.shards = wanted.shards
+        AND stored.shard = wanted.shard
     JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
     LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner
     WHERE worker.id IS NULL
-        AND (subscription.resting_until IS NULL OR subscription.resting_until <= clock_timestamp())
+        AND (subscription.draining_until IS NULL OR subscription.draining_until <= clock_timestamp())
         AND CASE
             WHEN stored.until IS NOT NULL THEN stored.position < least(stored.until, subscription.end_position - 1)
-            -- Looked up once: for each of 4,000 shards of one subscription it took two seconds.
+            -- New shards wait for old ones. Looked up once: for each of 4,000 shards it took two seconds.
             ELSE stored.subscription <> ALL (
                 ARRAY (SELECT DISTINCT old.subscription FROM {schema}.offsets AS old WHERE old.until IS NOT NULL)
             )
@@ -79,15 +88,16 @@ locked AS (
     FOR UPDATE OF stored SKIP LOCKED
 )
 UPDATE {schema}.offsets AS stored
-SET owner = $4,
+SET owner = given.worker,
     epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
-    -- Who gives a shard up is no longer its owner: one that still has an owner was left by a dead one.
+    -- A worker that releases a shard leaves no owner. If there is one, it died with the shard.
     crashes = stored.crashes + CASE WHEN stored.owner IS NULL THEN 0 ELSE 1 END
 FROM locked
+CROSS JOIN given
 WHERE stored.subscription = locked.subscription
     AND stored.shards = locked.shards
     AND stored.shard = locked.shard
-    AND (SELECT id FROM {schema}.life) = $5
+    AND (SELECT id FROM {schema}.life) = given.incarnation
 RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored.position,
     stored.pending::text AS pending, stored.holes::text AS holes, stored.epoch, stored.ctid, stored.completed_at,
     stored.crashes,
@@ -95,14 +105,13 @@ RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored
     locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at;
 
 -- name: release
--- Give shards up, so that the next round of any worker may claim them.
 UPDATE {schema}.offsets
 SET owner = NULL
 WHERE owner = $1
     AND epoch = ANY ($2::bigint[]);
 
 -- name: leave
--- With what it may still have, claimed in the moment in which it was told to end: it has not died with that.
+-- Release what this worker still has, too: it may have claimed a shard just when it was stopped, and did not crash.
 WITH released AS (
     UPDATE {schema}.offsets
     SET owner = NULL
@@ -111,7 +120,7 @@ WITH released AS (
 DELETE FROM {schema}.workers
 WHERE id = $1;
 
--- name: forget_dead
--- Long after they died: one that was only frozen registers anew.
+-- name: delete_dead_workers
+-- Long after they died. A worker that was only frozen registers anew.
 DELETE FROM {schema}.workers
 WHERE heartbeat_at < clock_timestamp() - greatest(lease_timeout * 2, interval '5 minutes');

@@ -57,7 +57,7 @@ class LeasesSql:
     claim: str
     release: str
     leave: str
-    forget_dead: str
+    delete_dead_workers: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ altered AS (
         start_bound = $7,
         start_at = CASE WHEN $8::bigint IS NULL THEN start_at ELSE $10::timestamptz END,
         start_position = CASE WHEN $8::bigint IS NULL THEN start_position ELSE $11::bigint END,
-        resting_until = NULL
+        draining_until = NULL
     WHERE name = $1
         AND EXISTS (SELECT FROM unchanged)
 ),
@@ -143,31 +143,31 @@ RETURNING stored.shard;
 -- name: rest
 -- Who runs its shards lets what is at work end and gives them up, and nobody claims one, for $2 seconds; 0 ends that.
 UPDATE {schema}.subscriptions
-SET resting_until = CASE WHEN $2::float8 > 0 THEN clock_timestamp() + make_interval(secs => $2) END
+SET draining_until = CASE WHEN $2::float8 > 0 THEN clock_timestamp() + make_interval(secs => $2) END
 WHERE name = $1;
 
 -- name: rest_again
 -- The same for $2 seconds, unless it is at rest or somebody has refused that.
 WITH again AS (
     UPDATE {schema}.subscriptions
-    SET resting_until = clock_timestamp() + make_interval(secs => $2::float8)
+    SET draining_until = clock_timestamp() + make_interval(secs => $2::float8)
     WHERE name = $1
-        AND (resting_until IS NULL OR resting_until <= clock_timestamp())
-        AND resting_until IS DISTINCT FROM '-infinity'
+        AND (draining_until IS NULL OR draining_until <= clock_timestamp())
+        AND draining_until IS DISTINCT FROM '-infinity'
     RETURNING name
 )
 SELECT
     EXISTS (SELECT FROM again) AS again,
     EXISTS (
-        SELECT FROM {schema}.subscriptions WHERE name = $1 AND resting_until = '-infinity'
+        SELECT FROM {schema}.subscriptions WHERE name = $1 AND draining_until = '-infinity'
     ) AS refused;
 
 -- name: refuse_rest
 -- Tell whoever wants it to rest that one of its shards is not given up now.
 UPDATE {schema}.subscriptions
-SET resting_until = '-infinity'
+SET draining_until = '-infinity'
 WHERE name = $1
-    AND resting_until > clock_timestamp();
+    AND draining_until > clock_timestamp();
 
 -- name: find_owners
 -- The workers that are alive and have a shard of this subscription, by their names.
@@ -240,7 +240,7 @@ begun AS (
 )
 UPDATE {schema}.subscriptions
 SET shards = $3,
-    resting_until = NULL
+    draining_until = NULL
 WHERE name = $1
     AND EXISTS (SELECT FROM barrier)
 RETURNING name;
