@@ -31,7 +31,8 @@ from pgbackend.codec.attributes import COLUMNS, Row
 from pgbackend.codec.event import Event
 from pgbackend.codec.sdk import encode
 from pgbackend.errors import PgBackendError
-from pgbackend.postgres.pool import Connection, Database
+from pgbackend.postgres.connections import Connection
+from pgbackend.postgres.pool import Database
 
 EVENT_BYTES = 500
 PAGE = 1_000

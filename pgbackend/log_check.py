@@ -8,7 +8,9 @@ from pgbackend.errors import ConnectionLostError, DatabaseError, PgBackendError,
 from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.postgres import schema as tables
-from pgbackend.postgres.pool import STANDBY, Database, Record
+from pgbackend.postgres.connections import Record
+from pgbackend.postgres.errors import STANDBY
+from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogCheckSql
 from pgbackend.subscriptions.definitions import Subscriptions

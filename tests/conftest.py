@@ -20,9 +20,9 @@ import pytest
 
 from pgbackend import Backend
 from pgbackend.embedded.server import EmbeddedServer
-from pgbackend.postgres import pool as database_module
-from pgbackend.postgres import schema
+from pgbackend.postgres import connections, schema
 from pgbackend.postgres.grants import grants
+from pgbackend.postgres.pool import Database
 from tests.support.pooler import PGBOUNCER, Pooler
 
 # How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
@@ -80,21 +80,19 @@ def pooler(request: pytest.FixtureRequest, server: str) -> Iterator[Pooler | Non
     if PGBOUNCER is None:
         pytest.exit("--pooler needs pgbouncer (Debian: apt-get install pgbouncer).", returncode=4)
     with Pooler(server) as running, pytest.MonkeyPatch.context() as patch:
-        connect, init = asyncpg.connect, database_module.Database.__init__
+        connect, init = asyncpg.connect, Database.__init__
 
         def connect_directly(dsn: str | None = None, *args: Any, **options: Any) -> Any:
             if dsn is not None and not sys._getframe(1).f_globals["__name__"].startswith("pgbackend."):
                 dsn = running.direct(dsn)
             return connect(dsn, *args, **options)
 
-        def listen_directly(
-            self: database_module.Database, dsn: str, *, listen_dsn: str | None = None, **options: Any
-        ) -> None:
+        def listen_directly(self: Database, dsn: str, *, listen_dsn: str | None = None, **options: Any) -> None:
             init(self, dsn, listen_dsn=listen_dsn or running.direct(dsn), **options)
 
         patch.setattr(asyncpg, "connect", connect_directly)
         if mode == "listen":
-            patch.setattr(database_module.Database, "__init__", listen_directly)
+            patch.setattr(Database, "__init__", listen_directly)
         yield running
 
 
@@ -124,7 +122,7 @@ def role(request: pytest.FixtureRequest) -> Iterator[str | None]:
 
     def connect_as_owner(dsn: str, *args: Any, **kwargs: Any) -> Any:
         parts = urlsplit(dsn)
-        if parts.username == name and sys._getframe(1).f_globals["__name__"] != database_module.__name__:
+        if parts.username == name and sys._getframe(1).f_globals["__name__"] != connections.__name__:
             user, at, _ = owner.netloc.rpartition("@")
             dsn = parts._replace(netloc=f"{user}{at}{parts.netloc.rpartition('@')[2]}").geturl()
         return connect(dsn, *args, **kwargs)

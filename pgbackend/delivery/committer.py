@@ -14,7 +14,7 @@ from pgbackend import facts
 from pgbackend.delivery.offsets import Committed, Offsets
 from pgbackend.delivery.shard import Shard
 from pgbackend.errors import DatabaseError
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 
 _SHARE = 0.1
 """Committing takes at most this share of the time."""

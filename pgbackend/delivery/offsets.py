@@ -16,7 +16,9 @@ from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.postgres.pool import Database, Record, asks_for_other_values
+from pgbackend.postgres.connections import Record
+from pgbackend.postgres.errors import is_refused_for_data_or_size
+from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import OffsetsSql
 
@@ -117,7 +119,7 @@ class Offsets:
         except (ConnectionLostError, SchemaError):
             raise
         except DatabaseError as error:
-            if len(run.open) == 1 and not asks_for_other_values(error):
+            if len(run.open) == 1 and not is_refused_for_data_or_size(error):
                 raise
             # PostgreSQL refused what one shard wants to commit. The others do not wait for it (I7).
             await self._commit_apart(run)
@@ -177,7 +179,7 @@ class Offsets:
         try:
             return await self._commit_by_key(run, {shard: mark})
         except DatabaseError as error:
-            if not mark.outcomes or not asks_for_other_values(error):
+            if not mark.outcomes or not is_refused_for_data_or_size(error):
                 raise
             facts.emit("texts refused", level=logging.ERROR, shard=shard.name, error=str(error))
             text = f"(its error cannot be stored, SQLSTATE {error.sqlstate}; the process that handled it has logged it)"

@@ -60,7 +60,7 @@ from pgbackend.failures import Thrown, describe, leave_process
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.tail import Cursor
 from pgbackend.model import Failure
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 
 _LONGEST = 1e9
 """Seconds that an event may have to wait to be tried again: 30 years."""

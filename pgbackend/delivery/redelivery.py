@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pgbackend.codec.event import Event
 from pgbackend.delivery.shard import DueRequest, Waiting
 from pgbackend.model import DeadLetter, Failure
-from pgbackend.postgres.pool import Database, Record
+from pgbackend.postgres.connections import Record
+from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import RedeliverySql
 from pgbackend.subscriptions.leases import Lease

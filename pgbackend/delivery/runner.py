@@ -18,7 +18,7 @@ from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
 from pgbackend.log.requirements import Requirements
 from pgbackend.postgres import schema as tables
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.subscriptions.definitions import Subscriptions
 
 _CANCEL_TIMEOUT = 0.5

@@ -33,7 +33,7 @@ from pgbackend.log.notify import LEASES, Notifier, Wakeup
 from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.subscriptions.leases import Lease, Leases, Survey, SurveyedShard

@@ -32,18 +32,10 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
-from pgbackend.postgres.pool import (
-    Connection,
-    Database,
-    GrowingDelay,
-    is_definite,
-    is_out_of_segments,
-    is_position_taken,
-    is_refused_for_data,
-    on_unconfirmed,
-    repeat,
-    translate,
-)
+from pgbackend.postgres.connections import Connection, on_unconfirmed
+from pgbackend.postgres.errors import is_definite, is_out_of_segments, is_position_taken, is_refused_for_data, translate
+from pgbackend.postgres.pool import Database
+from pgbackend.postgres.reconnect import GrowingDelay, repeat
 from pgbackend.postgres.sql.statements import LogSql
 
 _BATCH_EVENTS = 1000

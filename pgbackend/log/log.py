@@ -13,7 +13,8 @@ from pgbackend.log.incarnation import Incarnation
 from pgbackend.log.pages import Pages
 from pgbackend.log.ranges import Range
 from pgbackend.model import BlockingAppender
-from pgbackend.postgres.pool import STATEMENT_TIMEOUT, Connection, Database
+from pgbackend.postgres.connections import Connection
+from pgbackend.postgres.pool import STATEMENT_TIMEOUT, Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import FenceSql, LogSql
 

@@ -11,7 +11,8 @@ import logging
 
 from pgbackend import facts
 from pgbackend.errors import DatabaseError
-from pgbackend.postgres.pool import Database, GrowingDelay
+from pgbackend.postgres.pool import Database
+from pgbackend.postgres.reconnect import GrowingDelay
 
 _INTERVALS = (0.005, 0.05)
 """Seconds between two NOTIFYs: the first of them after a quiet time, twice as long each time while more is due, up to

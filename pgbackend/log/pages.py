@@ -13,7 +13,8 @@ from pgbackend.codec.attributes import COLUMNS
 from pgbackend.codec.event import Event
 from pgbackend.log.incarnation import Incarnation
 from pgbackend.log.ranges import RangeSet
-from pgbackend.postgres.pool import Database, Record
+from pgbackend.postgres.connections import Record
+from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql.statements import LogSql
 
 PAGE_EVENTS = 1000

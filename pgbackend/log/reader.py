@@ -23,7 +23,7 @@ from pgbackend.log.fence import Evidence, Fence
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import Range, RangeSet
 from pgbackend.log.segments import SegmentMap
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 
 _HELD_EVENTS = 5000
 _HELD_BYTES = 32 << 20

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pgbackend.errors import ConnectionLostError, SchemaError
 from pgbackend.log.fence import Evidence
 from pgbackend.log.log import Log
-from pgbackend.postgres.pool import STANDBY, STATEMENT_TIMEOUT, Record, is_pooled, repeat
+from pgbackend.postgres.connections import Record, is_pooled
+from pgbackend.postgres.errors import STANDBY
+from pgbackend.postgres.pool import STATEMENT_TIMEOUT
+from pgbackend.postgres.reconnect import repeat
 from pgbackend.postgres.sql import load, quote_ident
 from pgbackend.postgres.sql.statements import RequirementsSql
 

@@ -21,7 +21,7 @@ from pgbackend.log.log import Log
 from pgbackend.log.notify import Wakeup
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Batch, Reader
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 
 _PASSING = 1.0
 """Seconds beyond `hole_wait` in which a reader has passed an overdue appender, however busy the machine."""

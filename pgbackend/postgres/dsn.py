@@ -143,6 +143,10 @@ class Target:
             application_name=name or fallback,
         )
 
+    def name_of(self, host: Host) -> str:
+        """One of the hosts as errors name it: like the whole DSN when that has only one."""
+        return str(host) if len(self.hosts) > 1 else self.where
+
 
 def parse_dsn(dsn: str) -> dict[str, str]:
     r"""The options of a DSN by libpq's names, as libpq reads it.

@@ -26,7 +26,10 @@ from sqlalchemy.sql import quoted_name
 
 from pgbackend.errors import ConfigError, DatabaseError, SchemaError
 from pgbackend.postgres import ddl
-from pgbackend.postgres.pool import INSUFFICIENT_PRIVILEGE, STATEMENT_TIMEOUT, Connection, repeat, translate
+from pgbackend.postgres.connections import Connection
+from pgbackend.postgres.errors import INSUFFICIENT_PRIVILEGE, translate
+from pgbackend.postgres.pool import STATEMENT_TIMEOUT
+from pgbackend.postgres.reconnect import repeat
 from pgbackend.postgres.sql import load, quote_ident, quote_literal
 from pgbackend.postgres.sql.statements import SchemaSql
 

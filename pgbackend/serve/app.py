@@ -29,7 +29,7 @@ from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.embedded import server as embedded
 from pgbackend.errors import ConfigError, ConnectionLostError, PgBackendError
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve.config.models import Configuration, load, load_file
 from pgbackend.serve.config.reload import changes, says_once
 from pgbackend.serve.egress import connections as egress

@@ -34,7 +34,7 @@ import uvloop
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError, PgBackendError
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve import app
 from pgbackend.serve.app import Orders, Settings
 from pgbackend.serve.config.reload import says_once

@@ -26,7 +26,7 @@ from pgbackend.log.fence import MAX_PENDING_RANGES
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
 from pgbackend.model import MAX_POSITION, Epoch, Order, Position, ShardStatus, SubscriptionStatus
-from pgbackend.postgres.pool import Record
+from pgbackend.postgres.connections import Record
 from pgbackend.postgres.sql import load, quote_ident, quote_literal
 from pgbackend.postgres.sql.statements import SubscriptionsSql
 

@@ -22,7 +22,10 @@ from uuid import UUID
 from pgbackend import facts
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.failures import describe
-from pgbackend.postgres.pool import Connection, Database, GrowingDelay, is_definite, is_pooled, repeat, translate
+from pgbackend.postgres.connections import Connection, is_pooled
+from pgbackend.postgres.errors import is_definite, translate
+from pgbackend.postgres.pool import Database
+from pgbackend.postgres.reconnect import GrowingDelay, repeat
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LeasesSql
 

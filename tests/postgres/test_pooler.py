@@ -17,7 +17,8 @@ from pgbackend.facts import Recorder
 from pgbackend.log import requirements
 from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
-from pgbackend.postgres.pool import Database, is_pooled
+from pgbackend.postgres.connections import is_pooled
+from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import file_names, load, statements
 from pgbackend.subscriptions.leases import Leases
 from pgbackend.subscriptions.presence import Presence, Tenure

@@ -12,7 +12,8 @@ import pytest
 
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.postgres import schema
-from pgbackend.postgres.pool import Connection, Database
+from pgbackend.postgres.connections import Connection
+from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import quote_ident
 
 EVENT = "INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/plain', 'sql')"

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectSql:
-    find_role: str
+class PrimariesSql:
+    examine_server: str
     find_timeline: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionsSql:
     prepare_session: str
     hides_warnings: str
 

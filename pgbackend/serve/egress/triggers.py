@@ -24,7 +24,7 @@ from yarl import URL
 from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.errors import DatabaseError, NotRunningError, SubscriptionBusyError, SubscriptionNotFoundError
-from pgbackend.postgres.pool import GrowingDelay
+from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve.config.models import Configuration, Trigger
 from pgbackend.serve.egress.delivery import DeadLetterDelivery, Delivery, refuse_without_target
 from pgbackend.serve.egress.replies import ReplyBudget
