@@ -23,6 +23,7 @@ from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.postgres import connections, schema
 from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
+from tests.support.databases import connected
 from tests.support.pooler import PGBOUNCER, Pooler
 
 # How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
@@ -137,16 +138,16 @@ def template(server: str, role: str | None) -> Iterator[str]:
     """Name of a database that was migrated once; copies of it cost less than migrating."""
 
     async def migrated() -> None:
-        async with _connected(server) as connection:
+        async with connected(server) as connection:
             await connection.execute(f'create database "{name}"')
         await schema.migrate(lambda: asyncpg.connect(_dsn(server, name)), "pgbackend")
         if role is not None:
-            async with _connected(_dsn(server, name)) as connection:
+            async with connected(_dsn(server, name)) as connection:
                 await connection.execute(f"create role {role} login password '{role}'")
                 await connection.execute(grants("pgbackend", producers=[role], consumers=[role], operators=[role]))
 
     async def dropped() -> None:
-        async with _connected(server) as connection:
+        async with connected(server) as connection:
             await connection.execute(f'drop database if exists "{name}" with (force)')
             if role is not None:
                 await connection.execute(f"drop role if exists {role}")
@@ -178,6 +179,13 @@ async def empty_database(server: str, way: Callable[[str], str]) -> AsyncIterato
 
 
 @pytest.fixture
+async def sql(database: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A connection to `database`, as the owner of the log and past the engine."""
+    async with connected(database) as connection:
+        yield connection
+
+
+@pytest.fixture
 async def backend(database: str) -> AsyncIterator[Backend]:
     """An initialized backend on a log of its own, stopped at the end; `start()` is the test's."""
     backend = Backend(database)
@@ -189,22 +197,13 @@ async def backend(database: str) -> AsyncIterator[Backend]:
 @asynccontextmanager
 async def _new_database(server: str, *, template: str) -> AsyncIterator[str]:
     name = f"pgbackend_test_{uuid.uuid4().hex[:12]}"
-    async with _connected(server) as connection:
+    async with connected(server) as connection:
         await connection.execute(f'create database "{name}" template "{template}"')
     try:
         yield _dsn(server, name)
     finally:
-        async with _connected(server) as connection:
+        async with connected(server) as connection:
             await connection.execute(f'drop database if exists "{name}" with (force)')
-
-
-@asynccontextmanager
-async def _connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 def _dsn(server: str, database: str) -> str:

@@ -44,19 +44,12 @@ from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.torture.proxy import Proxy
 from tests.support.codec import structured
+from tests.support.databases import execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
-
-
-async def execute(dsn: str, statement: str, *args: object) -> Any:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetchval(statement, *args)
-    finally:
-        await connection.close()
 
 
 # Before init(), and after stop().
@@ -116,7 +109,7 @@ async def test_init_at_the_same_time_makes_one_backend(database: str) -> None:
     await backend.stop()
 
     async def all_gone() -> bool:
-        count = await execute(
+        count = await query_value(
             database, "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgbackend%' "
             "AND datname = current_database()"
         )  # fmt: skip
@@ -208,7 +201,7 @@ async def test_a_log_of_a_newer_or_an_unreleased_version_is_refused_and_left_alo
     with pytest.raises(SchemaError) as caught:
         await Backend(database).init(migrate=migrate)
     assert (caught.value.found, caught.value.expected) == (revision, schema.head())
-    assert await execute(database, "SELECT version_num FROM pgbackend.pgbackend_revision") == revision
+    assert await query_value(database, "SELECT version_num FROM pgbackend.pgbackend_revision") == revision
 
 
 async def test_a_sequence_behind_its_events_is_refused(backend: Backend, database: str) -> None:
@@ -590,7 +583,8 @@ async def test_a_worker_whose_sign_of_life_dies_is_replaced(
             if when == "later":
                 await recorder.wait("worker started")
                 panics = 1
-                assert await execute(database, "SELECT count(pg_terminate_backend(backend_pid)) FROM pgbackend.workers")
+                ended = "SELECT count(pg_terminate_backend(backend_pid)) FROM pgbackend.workers"
+                assert await query_value(database, ended)
             await recorder.wait("presence died")
             await backend.produce(make_event("a"))
             await catch.has("a")
@@ -656,7 +650,7 @@ async def test_an_event_that_is_no_cloudevent_or_too_large_is_refused_by_name_an
     await backend.produce(make_event("fits", b"x" * 100))
     await backend.stop()
 
-    assert await execute(database, "SELECT array_agg(id) FROM pgbackend.events") == ["fits"]
+    assert await query_value(database, "SELECT array_agg(id) FROM pgbackend.events") == ["fits"]
 
 
 @pytest.mark.parametrize("name", ["id", "source", "subject", "dataschema", "partitionkey", "n", "n" * 30_000])
@@ -684,7 +678,7 @@ async def test_the_attributes_of_an_event_have_64_kib_together_by_any_way_into_t
     await connection.close()
     await backend.stop()
 
-    assert await execute(database, "SELECT count(*) FROM pgbackend.events") == 2
+    assert await query_value(database, "SELECT count(*) FROM pgbackend.events") == 2
 
 
 async def test_data_may_hold_any_octets(database: str) -> None:
@@ -793,15 +787,15 @@ async def test_a_probe_as_a_plain_role_commits_and_leaves_nothing_behind(
     position = "SELECT last_value FROM pgbackend.events_position_seq"
     flushed = "SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn"
     size = "SELECT sum(pg_relation_size(oid)) FROM pg_class WHERE relnamespace = 'pgbackend'::regnamespace"
-    before = [await execute(database, query) for query in (position, size, "SELECT count(*) FROM pgbackend.events")]
-    wal = await execute(database, flushed)
+    before = [await query_value(database, query) for query in (position, size, "SELECT count(*) FROM pgbackend.events")]
+    wal = await query_value(database, flushed)
     for _ in range(3):
         await backend.probe()
-    after = [await execute(database, query) for query in (position, size, "SELECT count(*) FROM pgbackend.events")]
+    after = [await query_value(database, query) for query in (position, size, "SELECT count(*) FROM pgbackend.events")]
     await backend.stop()
 
     assert after == before
-    assert await execute(database, flushed) > wal, "nothing was made durable"
+    assert await query_value(database, flushed) > wal, "nothing was made durable"
 
 
 @pytest.mark.direct

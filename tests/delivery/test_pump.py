@@ -13,41 +13,13 @@ from pgbackend import Backend, Event, Reject, Retry, RetryAfter
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
-from tests.support.backends import worker_of
+from tests.support.backends import dead_letters, produce, running, settled, worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 
 AT_ONCE = Retry(attempts=3, delay=0.0)
-
-
-@asynccontextmanager
-async def running(dsn: str, **settings: Any) -> AsyncIterator[Backend]:
-    async with Backend(dsn, **{"commit_interval": 0.01, "poll_interval": 0.2, **settings}) as backend:
-        yield backend
-
-
-async def produce(backend: Backend, *ids: str, key: str | None = None) -> None:
-    await backend.produce_many([make_event(id_, key=key) for id_ in ids])
-
-
-async def letters(backend: Backend, count: int) -> list[Any]:
-    async def found() -> list[Any]:
-        letters = [letter async for letter in backend.dead_letters()]
-        return letters if len(letters) >= count else []
-
-    return await eventually(f"{count} dead letters", found)
-
-
-async def settled(backend: Backend, name: str = "s") -> None:
-    """Return once nothing is owed to the subscription, redeliveries included."""
-
-    async def is_settled() -> bool:
-        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
-        return not status.lag and not status.redeliveries
-
-    await eventually(f"{name} owes nothing", is_settled)
 
 
 async def due_in(dsn: str, seconds: float) -> None:
@@ -89,7 +61,7 @@ async def test_an_event_that_used_up_its_attempts_is_kept_with_its_error_and_doe
         await backend.subscribe("s", catch, order=order, retry=AT_ONCE)
         await produce(backend, "bad", "good", key="k")
         await catch.has("good")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         await settled(backend)
 
     assert catch.attempts.count("bad") == 3
@@ -105,7 +77,7 @@ async def test_a_rejected_event_is_buried_after_its_first_attempt(database: str,
     async with running(database) as backend:
         await backend.subscribe("s", reject, order=order)
         await produce(backend, "a")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
 
     assert letter.failure.attempts == 1
     assert letter.failure.details == {"customer": "17"}
@@ -119,7 +91,7 @@ async def test_rejected_events_say_nothing_about_the_target(database: str) -> No
         async with running(database) as backend:
             await backend.subscribe("s", reject)
             await produce(backend, *map(str, range(3 * FAILURES_IN_A_ROW)))
-            await letters(backend, 3 * FAILURES_IN_A_ROW)
+            await dead_letters(backend, 3 * FAILURES_IN_A_ROW)
 
     assert recorder.all("target is down") == []
 
@@ -320,10 +292,10 @@ async def test_whatever_a_dispatcher_raises_is_a_failure_of_its_event_and_of_not
         await backend.subscribe("s", dispatcher, retry=Retry(attempts=2, delay=0.01, max_delay=0.01), concurrency=1)
         await backend.subscribe("other", catch)
         await produce(backend, "a", "b")
-        found = await letters(backend, 2)
+        found = await dead_letters(backend, 2)
         await catch.has("a", "b")
         states = {one.name: one.state for one in (await backend.status()).subscriptions}
-        await settled(backend)
+        await settled(backend, "s")
 
     assert all(letter.failure.error.startswith(expected) for letter in found)
     assert states == {"s": "running", "other": "running"}
@@ -343,7 +315,7 @@ async def test_what_is_behind_an_event_goes_on_whatever_its_dispatcher_throws(
         await backend.subscribe("s", handle, order=order, retry=Retry(attempts=2, delay=0.01, max_delay=0.01))
         await produce(backend, "bad", "a", "b", key="k")
         await catch.has("a", "b")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
 
     assert (letter.event.id, letter.failure.attempts, catch.ids) == ("bad", 2, ["a", "b"])
 
@@ -385,7 +357,7 @@ async def test_details_of_any_mapping_are_kept(database: str) -> None:
     async with running(database) as backend:
         await backend.subscribe("s", _raise(Detailed("no")), retry=Retry(attempts=1))
         await produce(backend, "a")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
 
     assert letter.failure.details == {"status": "503"}
 
@@ -425,7 +397,7 @@ async def test_what_a_filter_throws_is_a_failure_of_its_event_and_of_nothing_els
         await backend.subscribe("s", catch, filter=filter_, order=order, retry=AT_ONCE)
         await backend.subscribe("t", catch, filter=filter_, order=order, retry=AT_ONCE, dead_letter=given_up)
         await produce(backend, "a", "bad", "unwanted", "b", key="k")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         await settled(backend, "s")
         await settled(backend, "t")
 
@@ -463,7 +435,7 @@ async def test_a_new_filter_that_fails_on_what_waits_here_does_not_let_it_throug
         await backend.reconfigure("s", catch, filter=_filter(Panic("no")), concurrency=1, retry=Retry(attempts=1))
         gate.open()
         await catch.has("b")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         await settled(backend)
 
     assert (letter.event.id, catch.ids) == ("bad", ["b"])
@@ -514,7 +486,7 @@ async def test_what_the_dead_letter_dispatcher_gives_up_too_is_kept_with_the_fir
     async with running(database) as backend:
         await backend.subscribe("s", _raise(RuntimeError("first")), order=order, retry=AT_ONCE, dead_letter=dead)
         await produce(backend, "a")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         await settled(backend)
 
     assert letter.failure.error == "RuntimeError: first"
@@ -996,7 +968,7 @@ async def test_unsubscribe_waits_for_a_letter_whose_event_is_at_work_as_well(dat
     async with running(database) as backend:
         await backend.subscribe("s", dispatch)
         await produce(backend, "a")
-        await letters(backend, 1)
+        await dead_letters(backend, 1)
         await backend.seek("s", "earliest")
         await reached(2)
         await backend.redeliver(subscription="s")
@@ -1144,7 +1116,7 @@ async def test_an_offset_is_committed_though_the_text_of_an_error_is_refused(
         await backend.subscribe("s", handle, order=order, retry=AT_ONCE)
         await backend.subscribe("t", handle, order=order, retry=AT_ONCE, dead_letter=given_up)
         await produce(backend, "bad", "good", key="k")
-        found = await letters(backend, 2)
+        found = await dead_letters(backend, 2)
         await settled(backend, "s")
         await settled(backend, "t")
         await backend.redeliver(subscription="s")
@@ -1170,7 +1142,7 @@ async def test_details_are_kept_as_far_as_there_is_room(database: str) -> None:
     async with running(database) as backend:
         await backend.subscribe("s", handle, retry=Retry(attempts=1))
         await produce(backend, "large", "many")
-        found = {letter.event.id: letter.failure.details for letter in await letters(backend, 2)}
+        found = {letter.event.id: letter.failure.details for letter in await dead_letters(backend, 2)}
 
     assert found["large"]["first"] == "\\0" * 10
     assert 10_000 < len(found["large"]["large"]) < 64 << 10

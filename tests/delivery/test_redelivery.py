@@ -6,38 +6,15 @@ import asyncpg
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 
-from pgbackend import Backend, ConfigError, DeadLetter, Event, Reject, Retry, SubscriptionNotFoundError
+from pgbackend import Backend, ConfigError, Event, Reject, Retry, SubscriptionNotFoundError
 from pgbackend.delivery import worker
 from pgbackend.postgres.pool import Database
+from tests.support.backends import dead_letters, settled, waiting
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1}
-
-
-async def letters(backend: Backend, count: int, name: str | None = None) -> list[DeadLetter]:
-    async def found() -> list[DeadLetter]:
-        letters = [letter async for letter in backend.dead_letters(name)]
-        return letters if len(letters) == count else []
-
-    return await eventually(f"{count} dead letters", found)
-
-
-async def settled(backend: Backend, name: str = "s") -> None:
-    async def is_settled() -> bool:
-        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
-        return not status.lag and not status.redeliveries
-
-    await eventually(f"{name} owes nothing", is_settled)
-
-
-async def waiting(backend: Backend, count: int) -> None:
-    async def are_waiting() -> bool:
-        (status,) = (await backend.status()).subscriptions
-        return status.redeliveries == count and not status.lag
-
-    await eventually(f"{count} events wait to be tried again", are_waiting)
 
 
 async def reject(event: Event) -> None:
@@ -74,7 +51,7 @@ async def test_what_is_due_again_stays_within_the_bytes_of_a_window(
         await backend.subscribe("s", handle if not letters_too else reject)
         if letters_too:
             await backend.seek("s", "earliest")
-            await letters(backend, 60)
+            await dead_letters(backend, 60)
             await backend.reconfigure("s", handle)
             await backend.redeliver(subscription="s")
         else:
@@ -95,7 +72,7 @@ async def test_dead_letters_are_listed_in_pages_that_end_by_bytes(
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", reject)
         await backend.produce_many([make_event(str(n)) for n in range(120)])
-        await letters(backend, 120)
+        await dead_letters(backend, 120)
         connection = await asyncpg.connect(database)
         text = "convert_to(repeat('x', 1000000), 'UTF8')"
         column = f"subject = encode({text}, 'escape')" if attributes else f"data = {text}"
@@ -156,7 +133,7 @@ async def test_an_event_is_tried_again_at_its_time_and_not_before(
     async with Backend(database, commit_interval=0.01, poll_interval=600.0) as backend:
         await backend.subscribe("s", fail, retry=retry)
         await backend.produce(make_event("a"))
-        await letters(backend, 1)
+        await dead_letters(backend, 1)
 
     assert at[1] - at[0] >= 0.2
     assert at[2] - at[1] >= 0.4
@@ -234,8 +211,8 @@ async def test_dead_letters_carry_their_event_and_are_listed_by_subscription(dat
         await backend.subscribe("s", reject)
         await backend.subscribe("other", reject)
         await backend.produce_many([make_event(str(number), b"data") for number in range(3)])
-        mine = await letters(backend, 3, "s")
-        everybodys = await letters(backend, 6)
+        mine = await dead_letters(backend, 3, "s")
+        everybodys = await dead_letters(backend, 6)
         assert [letter async for letter in backend.dead_letters("nobody's")] == []
 
     assert {letter.subscription for letter in everybodys} == {"s", "other"}
@@ -252,7 +229,7 @@ async def test_more_dead_letters_than_a_page_are_listed_once_each(database: str)
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", reject)
         await backend.produce_many([make_event(str(number)) for number in range(250)])
-        found = await letters(backend, 250)
+        found = await dead_letters(backend, 250)
 
     assert len({letter.id for letter in found}) == 250
 
@@ -269,11 +246,11 @@ async def test_a_dead_letter_that_is_redelivered_and_handled_is_gone(database: s
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", handle)
         await backend.produce_many([make_event(id_) for id_ in "abc"])
-        found = await letters(backend, 3)
+        found = await dead_letters(backend, 3)
         is_fixed = True
         (chosen,) = [letter for letter in found if letter.event.id == "b"]
         assert await backend.redeliver(chosen.id) == 1
-        await letters(backend, 2)
+        await dead_letters(backend, 2)
         assert handled == [("b", 1)]
         assert await backend.redeliver(subscription="s") == 2
         await settled(backend)
@@ -292,7 +269,7 @@ async def test_a_redelivered_letter_that_fails_again_rests_again_after_all_its_a
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", catch, retry=retry)
         await backend.produce(make_event("a"))
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         assert await backend.redeliver(letter.id) == 1
 
         async def rests_again() -> bool:
@@ -308,7 +285,7 @@ async def test_a_letter_is_sent_where_its_subscription_runs_also_later(database:
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", reject)
         await backend.produce(make_event("a"))
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
     backend = Backend(database)
     await backend.init()
     assert await backend.redeliver(letter.id) == 1
@@ -331,7 +308,7 @@ async def test_a_letter_is_delivered_though_its_event_has_left_the_log(database:
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", catch, retry=Retry(attempts=1))
         await backend.produce(make_event("a", b"kept"))
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         connection = await asyncpg.connect(database)
         await connection.execute("DELETE FROM pgbackend.events")
         await connection.close()
@@ -353,7 +330,7 @@ async def test_letters_of_ordered_subscriptions_are_redelivered_too(database: st
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", handle, order=order)
         await backend.produce_many([make_event(id_, key="k") for id_ in "ab"])
-        await letters(backend, 2)
+        await dead_letters(backend, 2)
         is_fixed = True
         assert await backend.redeliver(subscription="s") == 2
         await catch.has("a", "b")

@@ -1,7 +1,5 @@
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,39 +9,12 @@ from pgbackend import Backend, ConfigError, Event, Pause, Reject, Retry, Subscri
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
 from pgbackend.delivery.pump import Pump
 from pgbackend.facts import Recorder
-from tests.support.backends import worker_of
+from tests.support.backends import failed, produce, running, settled, worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
 ORDERS = ["none", "key", "strict"]
-
-
-@asynccontextmanager
-async def running(dsn: str, **settings: Any) -> AsyncIterator[Backend]:
-    async with Backend(dsn, **{"commit_interval": 0.01, "poll_interval": 0.2, **settings}) as backend:
-        yield backend
-
-
-async def produce(backend: Backend, *ids: str, key: str | None = None) -> None:
-    await backend.produce_many([make_event(id_, key=key) for id_ in ids])
-
-
-async def settled(backend: Backend) -> None:
-    async def is_settled() -> bool:
-        (status,) = (await backend.status()).subscriptions
-        return not status.lag and not status.redeliveries
-
-    await eventually("nothing is owed", is_settled)
-
-
-async def failed(backend: Backend, count: int = 1) -> None:
-    """Return once so many events wait to be tried again."""
-
-    async def are_kept() -> bool:
-        return (await backend.status()).subscriptions[0].redeliveries >= count
-
-    await eventually(f"{count} failures are kept", are_kept)
 
 
 async def state(backend: Backend) -> str:

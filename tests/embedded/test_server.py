@@ -24,6 +24,7 @@ from pgbackend.embedded import server as embedded
 from pgbackend.embedded.server import EmbeddedServer, default_directory
 from pgbackend.errors import ConfigError, EmbeddedServerError, NotRunningError
 from pgbackend.facts import Recorder
+from tests.support.databases import query_value
 from tests.support.embedded_user import EmbeddedUser, keepers, postmaster, processes
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="is about what root does")
@@ -45,20 +46,12 @@ async def _no_server_is_left(directory: Path) -> None:
     await _until("no server, no keeper", lambda: not processes(directory) and not keepers(directory))
 
 
-async def _query(dsn: str, statement: str) -> object:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetchval(statement)
-    finally:
-        await connection.close()
-
-
 async def _answers(dsn: str, timeout: float = 60.0) -> None:
     """Connect as a pool would that lost its connections."""
     async with asyncio.timeout(timeout):
         while True:
             try:
-                await _query(dsn, "select 1")
+                await query_value(dsn, "select 1")
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 await asyncio.sleep(0.02)
             else:
@@ -66,12 +59,12 @@ async def _answers(dsn: str, timeout: float = 60.0) -> None:
 
 
 async def _write(dsn: str, value: int) -> None:
-    await _query(dsn, "create table if not exists kept (value int)")
-    await _query(dsn, f"insert into kept values ({value})")
+    await query_value(dsn, "create table if not exists kept (value int)")
+    await query_value(dsn, f"insert into kept values ({value})")
 
 
 async def _kept(dsn: str) -> object:
-    return await _query(dsn, "select array_agg(value order by value) from kept")
+    return await query_value(dsn, "select array_agg(value order by value) from kept")
 
 
 async def test_data_survives_a_restart(tmp_path: Path) -> None:
@@ -85,19 +78,19 @@ async def test_data_survives_a_restart(tmp_path: Path) -> None:
 
 async def test_fsync_is_on_and_nothing_listens_on_tcp(tmp_path: Path) -> None:
     async with EmbeddedServer(tmp_path) as server:
-        assert await _query(server.dsn, "show fsync") == "on"
-        assert await _query(server.dsn, "show listen_addresses") == ""
-        assert await _query(server.dsn, "show data_checksums") == "on"
+        assert await query_value(server.dsn, "show fsync") == "on"
+        assert await query_value(server.dsn, "show listen_addresses") == ""
+        assert await query_value(server.dsn, "show data_checksums") == "on"
 
 
 async def test_new_directories_get_postgresql_18_and_others_keep_theirs(tmp_path: Path) -> None:
     async with _server(tmp_path / "new") as server:
-        assert str(await _query(server.dsn, "show server_version")).startswith("18.")
+        assert str(await query_value(server.dsn, "show server_version")).startswith("18.")
     async with _server(tmp_path / "old", version=16) as server:
-        assert str(await _query(server.dsn, "show server_version")).startswith("16.")
-        assert await _query(server.dsn, "show data_checksums") == "on"
+        assert str(await query_value(server.dsn, "show server_version")).startswith("16.")
+        assert await query_value(server.dsn, "show data_checksums") == "on"
     async with _server(tmp_path / "old") as server:
-        assert str(await _query(server.dsn, "show server_version")).startswith("16.")
+        assert str(await query_value(server.dsn, "show server_version")).startswith("16.")
     with pytest.raises(EmbeddedServerError, match="holds a database of PostgreSQL 16, not 18"):
         await _server(tmp_path / "old", version=18).start()
 
@@ -118,7 +111,7 @@ async def test_starts_within_a_process_are_counted(tmp_path: Path) -> None:
     await one.stop()
     await other.stop()
     await other.stop()  # once too often: it takes nothing from the other
-    await _query(one.dsn, "select 1")
+    await query_value(one.dsn, "select 1")
     await one.stop()
     assert not processes(tmp_path)
 
@@ -367,7 +360,7 @@ async def test_by_tcp_nobody_comes_in_without_a_password(tmp_path: Path, *, form
     address = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}.1"
     settings = {"fsync": "off", "listen_addresses": address}
     async with EmbeddedServer(tmp_path, settings=settings) as server:
-        await _query(server.dsn, "select 1")
+        await query_value(server.dsn, "select 1")
         startup = b"\0\3\0\0user\0postgres\0database\0postgres\0\0"
         with socket.create_connection((address, 5432), source_address=("127.0.0.1", 0)) as connection:
             connection.sendall((len(startup) + 4).to_bytes(4, "big") + startup)
@@ -399,7 +392,7 @@ async def test_a_cancelled_start_leaves_nothing(tmp_path: Path) -> None:
         await starting
     await _no_server_is_left(tmp_path)
     async with _server(tmp_path) as server:
-        await _query(server.dsn, "select 1")
+        await query_value(server.dsn, "select 1")
 
 
 async def test_a_start_that_fails_says_why_and_uses_nothing(tmp_path: Path) -> None:
@@ -519,7 +512,7 @@ async def test_the_log_does_not_grow_without_bound(tmp_path: Path) -> None:
             file.write(b"x" * (9 << 20))
         await _until("it is cut", lambda: log.stat().st_size < 1 << 20)
         assert (tmp_path / "postgresql" / "postgresql.log.1").stat().st_size > 9 << 20
-        await _query(server.dsn, "do $$ begin raise warning 'still heard'; end $$")
+        await query_value(server.dsn, "do $$ begin raise warning 'still heard'; end $$")
         await _until("it goes on", lambda: "still heard" in log.read_text())
 
 
@@ -558,7 +551,7 @@ async def test_as_root_it_runs_as_the_owner_of_the_directory(tmp_path: Path) -> 
     owned.mkdir()
     os.chown(owned, _uid("nobody"), 12345)
     async with _server(owned) as server:
-        await _query(server.dsn, "select 1")
+        await query_value(server.dsn, "select 1")
         assert Path(f"/proc/{postmaster(owned)}").stat().st_uid == _uid("nobody")
     assert {path.stat().st_uid for path in (owned / "postgresql/data").rglob("*")} == {_uid("nobody")}
 
@@ -607,7 +600,7 @@ async def test_as_root_what_lies_in_a_directory_belongs_to_its_owner_from_the_be
     owned.mkdir()
     os.chown(owned, 65533, 0)
     async with _server(owned / "a" / "b") as server:
-        await _query(server.dsn, "select 1")
+        await query_value(server.dsn, "select 1")
         assert Path(f"/proc/{postmaster(owned / 'a/b')}").stat().st_uid == 65533
         assert Path(f"/proc/{postmaster(owned / 'a/b')}").stat().st_gid != 0
         made = {*owned.rglob("*")}
@@ -634,7 +627,7 @@ async def test_as_root_a_link_in_the_home_is_refused(tmp_path: Path, name: str) 
     before = roots.stat()
     if name == "run":  # the owner makes another
         async with _server(owned) as server:
-            await _query(server.dsn, "select 1")
+            await query_value(server.dsn, "select 1")
     else:
         with pytest.raises(EmbeddedServerError):
             await _server(owned).start()
@@ -796,7 +789,7 @@ async def test_users_that_come_go_and_die_at_any_moment_always_get_a_server(tmp_
         chance = random.Random(seed)
         for _ in range(3):
             async with EmbeddedUser(tmp_path) as user:
-                await _query(user.dsn, f"insert into kept values ({seed})")
+                await query_value(user.dsn, f"insert into kept values ({seed})")
                 await asyncio.sleep(chance.uniform(0, 0.3))
                 if chance.random() < 0.3:
                     for keeper in keepers(tmp_path):
@@ -809,13 +802,13 @@ async def test_users_that_come_go_and_die_at_any_moment_always_get_a_server(tmp_
                     await user.stop()
 
     async with _server(tmp_path) as server:
-        await _query(server.dsn, "create table kept (value int)")
+        await query_value(server.dsn, "create table kept (value int)")
     async with asyncio.TaskGroup() as group:
         for seed in range(4):
             group.create_task(come_and_go(seed))
     await _no_server_is_left(tmp_path)
     async with _server(tmp_path) as server:
-        assert await _query(server.dsn, "select count(*) from kept") == 12
+        assert await query_value(server.dsn, "select count(*) from kept") == 12
 
 
 def _uid(name: str) -> int:

@@ -33,13 +33,6 @@ async def log(database: str) -> AsyncIterator[Log]:
     await opened.close()
 
 
-@pytest.fixture
-async def sql(database: str) -> AsyncIterator[Any]:
-    connection = await asyncpg.connect(database)
-    yield connection
-    await connection.close()
-
-
 @asynccontextmanager
 async def appender(dsn: str, *ids: str) -> AsyncIterator[Any]:
     """A transaction that has appended these, and is open."""

@@ -23,6 +23,7 @@ from pgbackend.log.reader import Reader
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
+from tests.support.databases import execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -31,22 +32,6 @@ from tests.support.polling import eventually
 pytestmark = [pytest.mark.owner]
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "drain_timeout": 1.0}
-
-
-async def execute(dsn: str, statement: str, *args: object) -> Any:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetchval(statement, *args) if args else await connection.execute(statement)
-    finally:
-        await connection.close()
-
-
-async def ask(dsn: str, query: str) -> Any:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetchval(query)
-    finally:
-        await connection.close()
 
 
 @asynccontextmanager
@@ -70,7 +55,7 @@ async def committed(dsn: str, position: int) -> None:
     """Return once the offsets of all subscriptions are there."""
 
     async def reached() -> bool:
-        return bool(await ask(dsn, "SELECT min(position) FROM pgbackend.offsets") == position)
+        return bool(await query_value(dsn, "SELECT min(position) FROM pgbackend.offsets") == position)
 
     await eventually(f"offsets stand at {position}", reached)
 
@@ -195,7 +180,7 @@ async def test_a_copy_that_takes_the_databases_place_is_another_life(server: str
     async with running(database, "s", catch) as (backend, task):
         await backend.produce_many([make_event(f"old {number}") for number in range(10)])
         await committed(database, 10)
-        life = await ask(database, "SELECT id FROM pgbackend.life")
+        life = await query_value(database, "SELECT id FROM pgbackend.life")
         await backend.stop()
         await task
     await execute(server, f'CREATE DATABASE "{name}_copy" TEMPLATE "{name}"')
@@ -204,7 +189,7 @@ async def test_a_copy_that_takes_the_databases_place_is_another_life(server: str
         await committed(database, 40)
         await execute(server, f'DROP DATABASE "{name}" WITH (FORCE)')
         await execute(server, f'ALTER DATABASE "{name}_copy" RENAME TO "{name}"')
-        assert await ask(database, "SELECT id FROM pgbackend.life") != life
+        assert await query_value(database, "SELECT id FROM pgbackend.life") != life
         new = [make_event(f"new {number}") for number in range(50)]
         await eventually("it is back", lambda: produced(backend, new))
         await catch.has(*[f"new {number}" for number in range(50)])
@@ -234,7 +219,7 @@ async def test_a_dump_that_is_restored_under_a_running_worker_is_read_on_from(
 ) -> None:
     """The dump carries the unlogged row, too."""
     name, dump, script = urlsplit(database).path[1:], str(tmp_path / "dump"), tmp_path / "sql"
-    programs = _programs(int((await ask(server, "SHOW server_version")).partition(".")[0]), None)
+    programs = _programs(int((await query_value(server, "SHOW server_version")).partition(".")[0]), None)
 
     async def call(program: str, *arguments: str) -> None:
         running = await asyncio.create_subprocess_exec(programs / program, *arguments)
@@ -259,7 +244,7 @@ async def test_a_dump_that_is_restored_under_a_running_worker_is_read_on_from(
                     "AND relnamespace = 'pgbackend'::regnamespace AND NOT relispartition"
                 )
                 first = (
-                    f"TRUNCATE {await ask(database, tables)};"
+                    f"TRUNCATE {await query_value(database, tables)};"
                     if "--data-only" in RESTORES[how]
                     else "DROP SCHEMA pgbackend CASCADE;"
                 )
@@ -436,8 +421,8 @@ async def test_a_migration_is_not_carried_to_other_nodes_by_citus(empty_database
         )
     await schema.migrate(Database(empty_database).connect, 'in "quotes"')
 
-    assert await ask(empty_database, "SELECT array_agg(DISTINCT setting) FROM public.seen") == ["off"]
-    assert await ask(empty_database, "SELECT count(*) FROM public.seen WHERE command = 'CREATE SCHEMA'") == 1
+    assert await query_value(empty_database, "SELECT array_agg(DISTINCT setting) FROM public.seen") == ["off"]
+    assert await query_value(empty_database, "SELECT count(*) FROM public.seen WHERE command = 'CREATE SCHEMA'") == 1
 
 
 # Evidence.

@@ -12,6 +12,7 @@ from pgbackend.facts import Recorder
 from pgbackend.log.segments import AHEAD_POSITIONS, AHEAD_SEGMENTS, Reach, Segments
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
+from tests.support.databases import connected
 
 INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/plain', 'sql')"
 BOUNDS = """
@@ -40,15 +41,6 @@ async def log(empty_database: str) -> str:
             "CREATE TABLE pgbackend.events_0 PARTITION OF pgbackend.events FOR VALUES FROM (0) TO (500)"
         )
     return empty_database
-
-
-@asynccontextmanager
-async def connected(dsn: str, **settings: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    connection = await asyncpg.connect(dsn, server_settings=settings)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 @asynccontextmanager

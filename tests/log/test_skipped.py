@@ -1,7 +1,6 @@
 """Events removed before a subscription handled them are on record, hold up nothing, and are never half delivered."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -10,7 +9,8 @@ import pytest
 from pgbackend import Backend, Event, Reject, Retry
 from pgbackend.facts import Recorder
 from pgbackend.log.pages import Page, Pages
-from pgbackend.model import Order, SubscriptionStatus
+from pgbackend.model import Order
+from tests.support.backends import settled, status_of, waiting
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -19,13 +19,6 @@ from tests.support.producers import INSERT
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "hole_wait": 0.1}
 OFTEN = Retry(attempts=1000, delay=0.05, backoff="constant")
 pytestmark = pytest.mark.owner
-
-
-@pytest.fixture
-async def sql(database: str) -> AsyncIterator[Any]:
-    connection = await asyncpg.connect(database)
-    yield connection
-    await connection.close()
 
 
 @pytest.fixture
@@ -39,27 +32,6 @@ async def narrow(sql: Any) -> None:
         await sql.execute(f"""
             CREATE TABLE pgbackend.events_{lower} PARTITION OF pgbackend.events
             FOR VALUES FROM ({lower}) TO ({upper})""")
-
-
-async def status_of(backend: Backend, name: str = "s") -> SubscriptionStatus:
-    return next(found for found in (await backend.status()).subscriptions if found.name == name)
-
-
-async def settled(backend: Backend, name: str = "s") -> SubscriptionStatus:
-    async def is_settled() -> bool:
-        found = await status_of(backend, name)
-        return not found.lag and not found.redeliveries
-
-    await eventually(f"{name} owes nothing", is_settled)
-    return await status_of(backend, name)
-
-
-async def waits(backend: Backend, count: int) -> None:
-    async def are_waiting() -> bool:
-        found = await status_of(backend)
-        return found.redeliveries == count and not found.lag
-
-    await eventually(f"{count} events wait to be tried again", are_waiting)
 
 
 async def remove_first_segment(sql: Any, how: str) -> None:
@@ -87,7 +59,7 @@ async def test_failures_whose_events_are_gone_do_not_hold_up_other_retries(datab
         async with Backend(database, **SETTINGS) as backend:
             await backend.subscribe("s", flaky, retry=Retry(attempts=9, delay=1.0, backoff="constant"))
             await backend.produce_many([make_event(f"old{number}") for number in range(600)])
-            await waits(backend, 480)
+            await waiting(backend, 480)
             await sql.execute(f"{how} pgbackend.events")
             await backend.produce_many([make_event(f"new{number}") for number in range(5)])
             found = await settled(backend)

@@ -1,15 +1,15 @@
 """Dates that Python does not have, and rows that the driver cannot decode: each harms only itself."""
 
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from typing import Any
 
 import asyncpg
 import pytest
 
-from pgbackend import Backend, ConfigError, DeadLetter, Event
+from pgbackend import Backend, ConfigError, Event
 from pgbackend.facts import Recorder
 from pgbackend.model import Order
+from tests.support.backends import dead_letters, settled
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -22,32 +22,9 @@ UNREADABLE = ["infinity", "-infinity", "20000-01-01 00:00:00+00", "0044-03-15 00
 
 
 @pytest.fixture
-async def sql(database: str) -> AsyncIterator[Any]:
-    connection = await asyncpg.connect(database)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
 async def unchecked(sql: Any) -> None:
     """A log that is older than the check of its dates."""
     await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_recorded_at_readable")
-
-
-async def letters(backend: Backend, count: int) -> list[DeadLetter]:
-    async def found() -> list[DeadLetter]:
-        letters = [letter async for letter in backend.dead_letters()]
-        return letters if len(letters) == count else []
-
-    return await eventually(f"{count} dead letters", found)
-
-
-async def settled(backend: Backend) -> None:
-    async def is_settled() -> bool:
-        (found,) = (await backend.status()).subscriptions
-        return not found.lag and not found.redeliveries
-
-    await eventually("nothing is owed", is_settled)
 
 
 @pytest.mark.owner
@@ -72,12 +49,12 @@ async def test_an_event_that_cannot_be_read_becomes_a_dead_letter_and_the_others
             await backend.subscribe("s", catch, start="earliest", order=order)
             await backend.produce(make_event("last"))
             await catch.has("good0", "good1", "good2", "good3", "last")
-            found = await letters(backend, 4)
+            found = await dead_letters(backend, 4)
             await settled(backend)
             (status,) = (await backend.status()).subscriptions
             await backend.subscribe("other", other, start="earliest")
             await other.has("last")
-            both = await letters(backend, 8)
+            both = await dead_letters(backend, 8)
 
     assert catch.ids == ["good0", "good1", "good2", "good3", "last"]
     assert [letter.event.id for letter in found] == ["bad0", "bad1", "bad2", "bad3"]
@@ -101,18 +78,11 @@ async def test_a_dead_letter_of_an_event_that_could_not_be_read_can_be_dispatche
 
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", keep, start="earliest")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         assert await backend.redeliver(letter.id) == 1
-        await letters_are_gone(backend)
+        await dead_letters(backend, 0)
 
     assert got == [("bad", b"data", None)]
-
-
-async def letters_are_gone(backend: Backend) -> None:
-    async def are_gone() -> bool:
-        return not [letter async for letter in backend.dead_letters()]
-
-    await eventually("no dead letters", are_gone)
 
 
 @pytest.mark.owner
@@ -148,7 +118,7 @@ async def test_a_late_event_that_cannot_be_read_is_found_in_its_hole(database: s
         await catch.has("a")
         await producer.execute("COMMIT")
         await catch.has("late")
-        (letter,) = await letters(backend, 1)
+        (letter,) = await dead_letters(backend, 1)
         await settled(backend)
     await producer.close()
 

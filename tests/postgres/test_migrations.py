@@ -7,8 +7,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,6 +27,7 @@ from pgbackend.errors import SchemaError
 from pgbackend.postgres import schema
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.postgres.tables import metadata
+from tests.support.databases import connected
 from tests.support.polling import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -82,15 +82,6 @@ CATALOG = TABLES | {
         WHERE pronamespace = $1::text::regnamespace
         ORDER BY proname""",
 }
-
-
-@asynccontextmanager
-async def connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def catalog(dsn: str, name: str) -> dict[str, list[tuple[object, ...]]]:

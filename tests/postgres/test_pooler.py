@@ -24,6 +24,7 @@ from pgbackend.subscriptions.leases import Leases
 from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.torture.proxy import Proxy
 from tests.support.claims import claim_free
+from tests.support.databases import query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.ledger import Ledger
@@ -46,14 +47,6 @@ async def opened(dsn: str, **settings: Any) -> Database:
     database = Database(dsn, **settings)
     await database.open()
     return database
-
-
-async def ask(dsn: str, query: str, *args: object) -> Any:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetchval(query, *args)
-    finally:
-        await connection.close()
 
 
 # Found out.
@@ -247,7 +240,7 @@ async def test_everything_works_through_it(pooler: Pooler, empty_database: str, 
             await eventually("everything comes again", lambda: _is(lambda: len(strict.ids) == 2 * (len(ids) + 8)), 30)
             await backend.alter_subscription("plain", order="key", end=None, start="latest")
             await backend.delete_subscription("rejects")
-            registered = await ask(empty_database, "SELECT backend_pid IS NOT NULL FROM pgbackend.workers")
+            registered = await query_value(empty_database, "SELECT backend_pid IS NOT NULL FROM pgbackend.workers")
             status = await backend.status()
 
     assert registered == listening
@@ -281,7 +274,7 @@ async def test_a_listen_dsn_that_leads_through_a_pooler_too_is_polled_beneath(po
             await backend.subscribe("s", catch)
             await backend.produce(make_event("a"))
             await catch.has("a")
-            channels = await ask(dsn, "SELECT count(*) FROM pg_listening_channels()")
+            channels = await query_value(dsn, "SELECT count(*) FROM pg_listening_channels()")
 
     assert len(recorder.all("not listening")) == 1
     assert channels == 0
@@ -430,7 +423,7 @@ async def test_a_pgbouncer_killed_and_started_again_under_load_loses_nothing(
         await eventually("everything is handled", lambda: _is(lambda: not ledger.lost()), 60)
         await worker.stop()
     await backend.stop()
-    stored = await ask(database, "SELECT array_agg(id) FROM pgbackend.events")
+    stored = await query_value(database, "SELECT array_agg(id) FROM pgbackend.events")
 
     assert not set(ledger.produced) - set(stored)
     assert not set(load.refused) & set(stored), "an error said that they are not stored"
@@ -477,7 +470,7 @@ async def test_an_append_that_pgbouncer_dies_with_is_uncertain_and_not_repeated(
     await backend.produce(make_event("b"))
     await lock.close()
     await backend.stop()
-    stored = await ask(database, "SELECT array_agg(id) FROM pgbackend.events")
+    stored = await query_value(database, "SELECT array_agg(id) FROM pgbackend.events")
 
     assert stored.count("a") <= 1
     assert stored.count("b") == 1

@@ -4,7 +4,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -15,6 +14,7 @@ from pgbackend.postgres import schema
 from pgbackend.postgres.connections import Connection
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import quote_ident
+from tests.support.databases import connected
 
 EVENT = "INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/plain', 'sql')"
 NAMES = [
@@ -28,15 +28,6 @@ NAMES = [
     "äöü 🐘",
     "x" * 63,
 ]
-
-
-@asynccontextmanager
-async def connected(dsn: str, **settings: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    connection = await asyncpg.connect(dsn, server_settings=settings)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What the broker is specified to do, sentence by sentence, shown end to end: over HTTP in, out to real targets.
 
-A class is a section, a docstring a rule. What other files show end to end already is not shown again here;
-`SHOWN_ELSEWHERE` says where it is.
+A class is a section, a docstring a rule. Rules that other files of tests/serve show end to end are not repeated here.
 """
 
 import asyncio
@@ -20,106 +19,14 @@ from aiohttp import web
 
 from pgbackend.codec.event import Event
 from pgbackend.facts import Recorder
-from pgbackend.model import DeadLetter, SubscriptionStatus
 from pgbackend.serve.config.models import load
-from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
+from tests.serve.support.broker import HEADERS, STRUCTURED, Broker, envelope, send, serving
 from tests.serve.support.process import Process, post, running
 from tests.serve.support.target import Request, Target
+from tests.support.backends import complete, dead_letters, settled, status_of
 from tests.support.polling import eventually
 
 FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
-
-SHOWN_ELSEWHERE = {
-    "test_config.py": (
-        "everything_that_a_file_may_say_is_understood",
-        "defaults_are_those_of_the_specification",
-        "keys_match_without_case_as_in_the_files_of_triggermesh",
-        "the_proper_place_replaces_the_deprecated_one_as_a_whole",
-        "durations_are_iso_8601",
-        "a_mistake_is_named_with_its_path_and_what_was_expected",
-        "all_mistakes_are_named_in_the_order_of_the_file",
-    ),
-    "test_delivery.py": (
-        "binary_mode_carries_attributes_as_headers_and_the_bytes_untouched",
-        "structured_mode_is_one_json_object_with_the_data_as_its_very_text",
-        "configured_headers_go_with_each_event",
-        "a_header_says_which_attempt_it_is",
-        "no_attribute_breaks_out_of_its_header",
-        "a_target_that_cannot_decode_gets_attributes_as_they_are",
-        "2xx_is_delivered",
-        "a_dead_letter_target_that_is_gone_pauses_nothing",
-        "no_more_requests_are_open_than_connections_and_waiting_uses_up_no_timeout",
-        "a_refused_connection_is_retried",
-    ),
-    "test_egress.py": ("what_a_name_resolved_to_before_does_not_matter",),
-    "test_hostile_targets.py": (
-        "a_bad_target_harms_only_its_own_trigger",
-        "a_target_that_is_gone_for_a_while_gets_everything_when_it_is_back",
-    ),
-    "test_ingest.py": (
-        "the_content_type_alone_chooses_the_mode",
-        "another_format_is_415",
-        "an_empty_batch_is_taken",
-        "one_bad_event_refuses_all_and_is_named_by_its_index",
-        "an_event_of_the_limit_passes_in_every_mode_and_one_more_byte_is_413",
-        "an_endless_body_is_refused_while_it_arrives",
-        "who_knows_a_secret_may_send",
-        "nobody_else_may",
-        "202_comes_only_after_the_commit",
-        "without_postgresql_events_are_refused_until_it_is_back",
-    ),
-    "test_reload.py": (
-        "a_swapped_link_is_followed_as_kubernetes_does_it",
-        "secrets_that_rotate_are_in_force_at_both_ends",
-    ),
-    "test_replies.py": (
-        "an_event_counts_as_settled_only_after_its_reply_is_in_the_log",
-        "the_delivery_failed_and_says_why",
-        "a_body_that_is_no_event_is_ignored",
-    ),
-    "test_triggers.py": (
-        "a_given_up_event_goes_to_the_dead_letter_url_with_why",
-        "retry_after_is_obeyed_up_to_the_longest_wait",
-        "strict_order_survives_failures",
-        "events_of_one_key_arrive_one_after_another",
-        "concurrency_is_how_many_requests_are_open_at_a_time",
-        "a_new_trigger_gets_what_comes_after_it",
-        "the_earliest_start_is_all_that_the_log_has",
-    ),
-}
-
-
-@pytest.mark.parametrize("file", SHOWN_ELSEWHERE)
-def test_what_is_shown_elsewhere_is_there(file: str) -> None:
-    text = (Path(__file__).parent / file).read_text()
-    missing = [claim for claim in SHOWN_ELSEWHERE[file] if f"def test_{claim}(" not in text]
-    assert not missing, f"renamed in {file}, or no longer shown"
-
-
-async def send(broker: Broker, *ids: object, **members: object) -> None:
-    answer = await broker.send(BATCH, b"[%b]" % b",".join(envelope(id_, **members) for id_ in ids))
-    assert answer.status == 202, answer.body
-
-
-async def status(broker: Broker, name: str = "t") -> SubscriptionStatus:
-    found = await broker.backend.status()
-    return next(one for one in found.subscriptions if one.name == name)
-
-
-async def settled(broker: Broker, name: str = "t") -> None:
-    """Return once the trigger owes nothing."""
-
-    async def owes_nothing() -> bool:
-        one = await status(broker, name)
-        return (
-            (one.lag == 0 or one.complete) and one.redeliveries == 0 and not any(shard.pending for shard in one.shards)
-        )
-
-    await eventually(f"{name} is settled", owes_nothing)
-
-
-async def letters(broker: Broker, name: str = "t") -> list[DeadLetter]:
-    return [letter async for letter in broker.backend.dead_letters(name)]
 
 
 def one(url: str, options: str = "") -> str:
@@ -154,7 +61,7 @@ class TestParsing:
             for other in ({"type": "42"}, {"subject": "2026-01-01T00:00:00Z"}, {"flag": True}, {"note": "1.5"}):
                 members = {"type": "042", "subject": "2026-01-01", "flag": "yes", "note": "1.50"} | other
                 await send(broker, "wrong", **members)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["right"]
 
     MISTAKES = (
@@ -478,7 +385,7 @@ class TestFilters:
             for event in self.EVENTS:
                 assert (await broker.send(STRUCTURED, event)).status == 202
             for number in range(len(self.CASES)):
-                await settled(broker, f"f{number}")
+                await settled(broker.backend, f"f{number}")
         for number, (filters, expected) in enumerate(self.CASES):
             assert set(_ids(f"/{number}", target)) == set(expected.split()), filters
 
@@ -494,8 +401,8 @@ class TestDelivery:
             for id_ in ("redirected", "delivered"):
                 headers = HEADERS | {"ce-id": id_, "content-type": "application/octet-stream"}
                 assert (await broker.send(headers, body)).status == 202
-            await settled(broker)
-            assert [letter.event.id for letter in await letters(broker)] == ["redirected"]
+            await settled(broker.backend)
+            assert [letter.event.id for letter in await dead_letters(broker.backend)] == ["redirected"]
         assert [request.body for request in target.requests] == [body, body]
         assert other_target.requests == []
 
@@ -512,8 +419,8 @@ class TestDelivery:
         target.answer = answer
         async with serving(database, config=one(target.url, f"deliveryOptions: {{retry: 2, {FAST}}}")) as broker:
             await send(broker, *self.RETRIED, *self.FINAL)
-            await settled(broker)
-            dead = {letter.event.id for letter in await letters(broker)}
+            await settled(broker.backend)
+            dead = {letter.event.id for letter in await dead_letters(broker.backend)}
         assert dead == {str(code) for code in self.FINAL}
         assert all(target.ids().count(str(code)) == 2 for code in self.RETRIED)
         assert all(target.ids().count(str(code)) == 1 for code in self.FINAL)
@@ -571,14 +478,14 @@ class TestDelivery:
             await _until(lambda: len(_ids("/other", other_target)) == 10)
 
             async def is_paused() -> bool:
-                return (await status(broker)).state.startswith("paused")
+                return (await status_of(broker.backend, "t")).state.startswith("paused")
 
             await eventually("the trigger is paused", is_paused)
             asked = len(target.requests)
             await send(broker, *range(10, 20), source="/2")
             await _until(lambda: len(_ids("/other", other_target)) == 20)
             assert len(target.requests) == asked
-            assert await letters(broker) == []
+            assert await dead_letters(broker.backend, name="t") == []
             # Of the broker's records one at WARNING, for both to be seen: the trigger and the URL.
             said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
             assert len(said) == 1
@@ -605,8 +512,8 @@ class TestDelivery:
         async with serving(database, config=one(target.url, options)) as broker:
             await send(broker, "1")
             await target.wait(3)
-            await settled(broker)
-            assert await letters(broker) == []
+            await settled(broker.backend)
+            assert await dead_letters(broker.backend) == []
             released.set()
         assert all(0.3 <= wait < 20 for wait in waits(target)[:2])
 
@@ -629,10 +536,12 @@ class TestDeadLetters:
         async with serving(database, config=config) as broker:
             await send(broker, "1", data={"n": 1.0})
             for name in ("used-up", "handed-on", "nowhere", "nothing", "both-fail"):
-                await settled(broker, name)
-            kept = {name: len(await letters(broker, name)) for name in ("used-up", "handed-on", "nowhere")}
-            kept |= {name: len(await letters(broker, name)) for name in ("nothing", "both-fail")}
-            [letter] = await letters(broker, "both-fail")
+                await settled(broker.backend, name)
+            kept = {
+                name: len(await dead_letters(broker.backend, name=name)) for name in ("used-up", "handed-on", "nowhere")
+            }
+            kept |= {name: len(await dead_letters(broker.backend, name=name)) for name in ("nothing", "both-fail")}
+            [letter] = await dead_letters(broker.backend, name="both-fail")
         assert kept == {"used-up": 1, "handed-on": 0, "nowhere": 0, "nothing": 1, "both-fail": 1}
         assert letter.event.data_bytes == b'{"n": 1.0}'
         assert len(_ids("/dead", target)) == 2, "the dead letter URL has the same retries"
@@ -666,7 +575,7 @@ class TestReplies:
         async with serving(database, config=config) as broker:
             await send(broker, "plain", "1")
             [heard] = await other_target.wait(1)
-            await settled(broker, "asks")
+            await settled(broker.backend, "asks")
             assert {event.id for event in await broker.stored()} == {"plain", "1", "1'"}
         assert heard.body == b"said"
         assert heard.event().attributes_text["knativebrokerttl"] == "254"
@@ -684,9 +593,9 @@ class TestReplies:
         async with serving(database, config=one(target.url)) as broker:
             await send(broker, "loop")
             await target.wait(255, timeout=60)
-            await settled(broker)
+            await settled(broker.backend)
             assert len(await broker.stored()) == 255
-            assert await letters(broker) == []
+            assert await dead_letters(broker.backend) == []
 
 
 class TestBounds:
@@ -711,7 +620,7 @@ class TestBounds:
             target.requests.clear()
             name = f"t{expected}"
             async with serving(database, config=self.bounded(target.url, bounds, name)) as broker:
-                await settled(broker, name)
+                await settled(broker.backend, name)
             assert sorted(target.ids()) == list(expected), bounds
 
     async def test_a_changed_end_acts_at_once_and_a_changed_start_is_a_seek(
@@ -721,20 +630,20 @@ class TestBounds:
         async with serving(database, config=self.bounded(target.url, "{byId: {start: 0, end: 3}}")) as broker:
             await send(broker, *range(1, 6))
             await _until(lambda: len(target.requests) >= 2)
-            await _is_complete(broker)
+            await complete(broker.backend)
             assert sorted(target.ids()) == ["1", "2"]
 
             await broker.triggers.apply(load(self.bounded(target.url, "{byId: {start: 0, end: 5}}"), origin="test"))
             await _until(lambda: len(target.requests) >= 4)
-            await _is_complete(broker)
+            await complete(broker.backend)
             assert sorted(target.ids()) == ["1", "2", "3", "4"]
 
             await broker.triggers.apply(load(self.bounded(target.url, "{byId: {start: 2, end: 5}}"), origin="test"))
             await _until(lambda: len(target.requests) >= 6)
-            await _is_complete(broker)
+            await complete(broker.backend)
             assert sorted(target.ids()[4:]) == ["3", "4"]
         async with serving(database, config=self.bounded(target.url, "{byId: {start: 2, end: 5}}")) as broker:
-            await _is_complete(broker)
+            await complete(broker.backend)
             assert len(target.requests) == 6
 
     async def test_completion_is_durable_and_comes_by_the_clock_when_the_log_is_quiet(
@@ -747,10 +656,10 @@ class TestBounds:
             await broker.configure(config)
             await send(broker, "in time")
             await target.wait(1)
-            await _is_complete(broker)
+            await complete(broker.backend)
         async with serving(database, config=config) as broker:
             await send(broker, "too late")
-            await _is_complete(broker)
+            await complete(broker.backend)
         assert target.ids() == ["in time"]
 
 
@@ -766,13 +675,6 @@ async def _positioned(broker: Broker) -> list[Event]:
         return [Event(tuple(row)[:-1], position=row["position"]) for row in rows]
     finally:
         await connection.close()
-
-
-async def _is_complete(broker: Broker) -> None:
-    async def complete() -> bool:
-        return (await status(broker)).state == "complete"
-
-    await eventually("the trigger is complete", complete)
 
 
 class TestEgress:

@@ -1,8 +1,6 @@
 """`Backend.alter_subscription`: another order, end or start, with nothing lost and nothing repeated."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,7 +20,8 @@ from pgbackend import (
 from pgbackend.facts import Recorder
 from pgbackend.log.notify import Notifier
 from pgbackend.postgres.pool import Database
-from tests.support.backends import worker_of
+from tests.support.backends import complete, failed, produce, running, settled, worker_of
+from tests.support.databases import query_rows
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -34,52 +33,12 @@ LATER = 2.5
 """Seconds in which a failure is seen to wait and something is done meanwhile, also by a machine that stands still."""
 
 
-@asynccontextmanager
-async def running(dsn: str, **settings: Any) -> AsyncIterator[Backend]:
-    async with Backend(dsn, **{"commit_interval": 0.01, "poll_interval": 0.1, "hole_wait": 0.2, **settings}) as backend:
-        yield backend
-
-
-async def produce(backend: Backend, *ids: str, key: str | None = None) -> None:
-    await backend.produce_many([make_event(id_, key=key) for id_ in ids])
-
-
 async def alter(backend: Backend, **terms: Any) -> None:
     await backend.alter_subscription("s", **{"order": "none", "end": None, "start": "latest", **terms})
 
 
-async def settled(backend: Backend) -> None:
-    async def is_settled() -> bool:
-        (status,) = (await backend.status()).subscriptions
-        return not status.lag and not status.redeliveries
-
-    await eventually("nothing is owed", is_settled)
-
-
-async def complete(backend: Backend) -> None:
-    async def is_complete() -> bool:
-        return (await backend.status()).subscriptions[0].complete
-
-    await eventually("it is complete", is_complete)
-
-
-async def failed(backend: Backend, count: int = 1) -> None:
-    async def are_kept() -> bool:
-        return (await backend.status()).subscriptions[0].redeliveries >= count
-
-    await eventually(f"{count} failures are kept", are_kept)
-
-
-async def rows(dsn: str, query: str) -> list[tuple[Any, ...]]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return [tuple(row) for row in await connection.fetch(query)]
-    finally:
-        await connection.close()
-
-
 async def clock(dsn: str) -> datetime:
-    ((now,),) = await rows(dsn, "SELECT clock_timestamp()")
+    ((now,),) = await query_rows(dsn, "SELECT clock_timestamp()")
     assert isinstance(now, datetime)
     return now
 
@@ -238,7 +197,7 @@ async def test_a_commit_that_comes_between_is_not_overlooked(database: str) -> N
         altering = asyncio.create_task(alter(backend, order="key"))
 
         async def waits() -> bool:
-            return bool(await rows(database, "SELECT FROM pg_locks WHERE NOT granted"))
+            return bool(await query_rows(database, "SELECT FROM pg_locks WHERE NOT granted"))
 
         await eventually("it waits for the row", waits)
         await owner.execute("COMMIT")
@@ -390,7 +349,7 @@ async def test_what_lies_behind_an_end_date_is_one_range_however_much_it_is(data
             await connection.execute(INSERT, f"late{number}")
         await connection.close()
         await complete(backend)
-    pending = await rows(
+    pending = await query_rows(
         database, "SELECT count(range) FROM pgbackend.offsets, unnest(pending) AS range GROUP BY shard"
     )
 
@@ -538,7 +497,7 @@ async def test_a_subscription_older_than_start_bounds_is_taken_at_its_word(datab
         await produce(backend, "1", "2", "3")
         await backend.subscribe("s", catch, start=1, order="strict")
         await settled(backend)
-        await rows(database, "UPDATE pgbackend.subscriptions SET start_bound = 'unknown'")
+        await query_rows(database, "UPDATE pgbackend.subscriptions SET start_bound = 'unknown'")
         await alter(backend, order="strict", start=1)
         assert catch.ids == ["2", "3"]
         await alter(backend, order="strict", start=2)
@@ -647,7 +606,7 @@ async def test_a_subscription_that_nobody_runs_is_altered(database: str) -> None
     await backend.subscribe("s", print)
     await backend.unsubscribe("s")
     await alter(backend, order="strict", end=17)
-    (stored,) = await rows(database, "SELECT ordering, end_position, start_bound FROM pgbackend.subscriptions")
+    (stored,) = await query_rows(database, "SELECT ordering, end_position, start_bound FROM pgbackend.subscriptions")
     await backend.stop()
 
     assert stored == ("strict", 17, None)

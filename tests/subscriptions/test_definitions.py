@@ -9,7 +9,7 @@ from pgbackend import Backend, ConfigError, SubscriptionMismatchError, Subscript
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.definitions import Subscriptions
-from tests.support.backends import worker_of
+from tests.support.backends import complete, produce, settled, worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -24,26 +24,6 @@ async def log(database: str) -> Any:
     async with Backend(database, **SETTINGS, hole_wait=0.2) as backend:
         await backend.produce_many([make_event(str(number)) for number in range(10)])
         yield backend
-
-
-async def produce(backend: Backend, *ids: str) -> None:
-    await backend.produce_many([make_event(id_) for id_ in ids])
-
-
-async def caught_up(backend: Backend, name: str = "s") -> None:
-    async def is_caught_up() -> bool:
-        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
-        return not status.lag and not status.redeliveries
-
-    await eventually(f"{name} owes nothing", is_caught_up)
-
-
-async def is_complete(backend: Backend, name: str = "s") -> None:
-    async def complete() -> bool:
-        (status,) = [s for s in (await backend.status()).subscriptions if s.name == name]
-        return status.complete
-
-    await eventually(f"{name} is complete", complete)
 
 
 async def clock(dsn: str) -> datetime:
@@ -65,7 +45,7 @@ async def test_a_subscription_begins_where_it_is_told(log: Backend, start: Any, 
     catch = Catch()
     await log.subscribe("s", catch, start=start, order="strict")
     await produce(log, "10")
-    await caught_up(log)
+    await settled(log)
 
     assert catch.ids == [str(number) for number in expected]
 
@@ -76,7 +56,7 @@ async def test_a_subscription_begins_behind_a_date(log: Backend, database: str) 
     catch = Catch()
     await log.subscribe("s", catch, start=date, order="strict")
     await produce(log, "12")
-    await caught_up(log)
+    await settled(log)
 
     assert catch.ids == ["10", "11", "12"]
 
@@ -94,8 +74,8 @@ async def test_a_date_before_the_log_is_its_beginning_and_one_ahead_waits_for_it
     await eventually("the date has come", has_come)
     await produce(log, "after")
     await late.has("after")
-    await caught_up(log, "late")
-    await caught_up(log, "early")
+    await settled(log, "late")
+    await settled(log, "early")
 
     assert early.ids == [*map(str, range(10)), "before", "after"]
     assert late.ids == ["after"]
@@ -106,7 +86,7 @@ async def test_a_start_position_ahead_of_the_log_is_waited_for(log: Backend, sha
     catch = Catch()
     await log.subscribe("s", catch, start=12, end=15, shards=shards)
     await produce(log, "10", "11", "12", "13", "14")
-    await is_complete(log)
+    await complete(log)
     await log.probe()
 
     assert sorted(catch.ids) == ["12", "13"]
@@ -119,7 +99,7 @@ async def test_a_seek_ahead_of_the_log_counts_until_the_next_one(log: Backend) -
     await produce(log, "10", "11")
     await catch.has("11")
     await log.seek("s", 9)
-    await caught_up(log)
+    await settled(log)
 
     assert catch.ids == ["11", "9", "10", "11"]
 
@@ -133,7 +113,7 @@ async def test_a_position_that_no_log_has_is_refused(log: Backend) -> None:
 async def test_an_existing_subscription_goes_on_wherever_it_is_told_to_begin(log: Backend) -> None:
     first, second = Catch(), Catch()
     await log.subscribe("s", first, start="earliest")
-    await caught_up(log)
+    await settled(log)
     await log.unsubscribe("s")
     await produce(log, "10")
     await log.subscribe("s", second, start="latest")
@@ -155,7 +135,7 @@ async def test_latest_beside_an_open_appender_gets_its_event_and_nothing_older(
     await log.subscribe("s", catch, start="latest")
     await (transaction.commit() if commits else transaction.rollback())
     await produce(log, "newer")
-    await caught_up(log)
+    await settled(log)
     await producer.close()
 
     assert sorted(catch.ids) == (["newer", "open"] if commits else ["newer"])
@@ -202,7 +182,7 @@ async def test_latest_beside_an_appender_that_is_prepared_meanwhile_gets_its_eve
 async def test_an_end_position_is_exclusive_and_completes_the_subscription(log: Backend) -> None:
     catch = Catch()
     await log.subscribe("s", catch, start="earliest", end=6, order="strict")
-    await is_complete(log)
+    await complete(log)
     await produce(log, "10")
     (status,) = (await log.status()).subscriptions
 
@@ -213,7 +193,7 @@ async def test_an_end_position_is_exclusive_and_completes_the_subscription(log: 
 
 async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_memory(log: Backend) -> None:
     await log.subscribe("s", Catch(), start="earliest", end=6)
-    await is_complete(log)
+    await complete(log)
 
     async def reads_no_more() -> bool:
         tail = worker_of(log)._tail
@@ -236,7 +216,7 @@ async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database
         await eventually("one of them is complete", one_is_complete)
         (status,) = (await backend.status()).subscriptions
         gate.open()
-        await is_complete(backend)
+        await complete(backend)
 
     assert (status.complete, status.state) == (False, "running")
 
@@ -248,7 +228,7 @@ async def test_an_end_position_ahead_of_the_log_is_waited_for(log: Backend) -> N
     await catch.has("10")
     assert not (await log.status()).subscriptions[0].complete
     await produce(log, "11", "12", "13")
-    await is_complete(log)
+    await complete(log)
 
     assert catch.ids == ["10", "11"]
 
@@ -259,7 +239,7 @@ async def test_an_end_date_is_reached_by_the_clock_on_a_quiet_log(log: Backend, 
     await log.subscribe("s", catch, start="earliest", end=end)
     await catch.has("9")
     assert not (await log.status()).subscriptions[0].complete
-    await is_complete(log)
+    await complete(log)
     assert await clock(database) >= end
     await produce(log, "10")
     other = Catch()
@@ -304,7 +284,7 @@ async def test_completion_waits_for_an_open_appender_below_the_end(log: Backend,
     assert not (await log.status()).subscriptions[0].complete
     await producer.execute("COMMIT")
     await producer.close()
-    await is_complete(log)
+    await complete(log)
 
     assert catch.ids == ["12", "open"]
 
@@ -312,14 +292,14 @@ async def test_completion_waits_for_an_open_appender_below_the_end(log: Backend,
 async def test_a_complete_subscription_stays_complete_until_it_is_moved(log: Backend) -> None:
     first, second = Catch(), Catch()
     await log.subscribe("s", first, start="earliest", end=4)
-    await is_complete(log)
+    await complete(log)
     await log.unsubscribe("s")
     await log.subscribe("s", second, end=4)
     await produce(log, "10")
     assert (await log.status()).subscriptions[0].complete
     await log.seek("s", 1)
     await second.has("1", "2")
-    await is_complete(log)
+    await complete(log)
 
     assert sorted(second.ids) == ["1", "2"]
 
@@ -358,7 +338,7 @@ async def test_shards_divide_the_events_and_keys_stay_together(log: Backend) -> 
     shards: dict[str, set[object]] = {}
     await log.subscribe("s", catch, shards=3, order="key")
     await log.produce_many([make_event(f"{n}-{n % 7}", key=f"k{n % 7}") for n in range(70)])
-    await caught_up(log)
+    await settled(log)
     for id_ in catch.ids:
         shards.setdefault(id_.split("-")[1], set()).add(id_)
 
@@ -381,7 +361,7 @@ async def test_deleting_forgets_everything_and_the_name_begins_anew(log: Backend
     catch = Catch()
     await log.subscribe("s", catch)
     await produce(log, "10")
-    await caught_up(log)
+    await settled(log)
 
     assert catch.ids == ["10"]
 
@@ -442,7 +422,7 @@ async def test_after_seek_the_next_event_is_the_first_behind_the_place(
     if not started:
         await log.subscribe("s", catch, order="strict")
     await produce(log, "10")
-    await caught_up(log)
+    await settled(log)
     assert catch.ids == ["6", "7", "8", "9", "10"]
 
     catch.ids.clear()
@@ -450,17 +430,17 @@ async def test_after_seek_the_next_event_is_the_first_behind_the_place(
     await produce(log, "11")
     await log.seek("s", date)
     await catch.has("11")
-    await caught_up(log)
+    await settled(log)
     assert catch.ids[-1:] == ["11"]
     assert "10" not in catch.ids
 
     await log.seek("s", "earliest")
     await catch.has("0")
-    await caught_up(log)
+    await settled(log)
     await log.seek("s", "latest")
     catch.ids.clear()
     await produce(log, "12")
-    await caught_up(log)
+    await settled(log)
     assert catch.ids == ["12"]
 
 
@@ -476,11 +456,11 @@ async def test_seek_works_wherever_the_subscription_runs_and_its_date_counts_the
         await catch.has("5", "6", "7", "8", "9")
         now = await clock(database)
         await log.seek("s", now)
-        await caught_up(log)
+        await settled(log)
         catch.ids.clear()
         await log.seek("s", date)
         await catch.has("10")
-        await caught_up(log)
+        await settled(log)
 
     assert catch.ids == ["10"]
 
@@ -493,7 +473,7 @@ async def test_nothing_of_the_old_place_comes_after_seek(database: str) -> None:
         await catch.has("20")
         await backend.seek("s", 490)
         before = len(catch.ids)
-        await caught_up(backend)
+        await settled(backend)
 
     assert catch.ids[before:] == [str(number) for number in range(490, 500)]
 
@@ -535,7 +515,7 @@ async def test_seek_overlooks_no_failure_that_is_committed_while_it_waits(log: B
     await seeking
     catch = Catch()
     await log.subscribe("s", catch)
-    await caught_up(log)
+    await settled(log)
 
     assert sorted(catch.ids) == ["7", "8", "9"]
 

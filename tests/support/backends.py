@@ -74,13 +74,13 @@ async def waiting(backend: Backend, count: int, name: str | None = None) -> None
     await eventually(f"{count} events, and no more, wait for redelivery", are_waiting)
 
 
-async def dead_letters(backend: Backend, count: int, name: str | None = None) -> list[DeadLetter]:
-    """The dead letters once there are so many: those of the subscription, or all."""
+async def dead_letters(backend: Backend, count: int | None = None, name: str | None = None) -> list[DeadLetter]:
+    """The dead letters, of one subscription or of all; with `count` once there are exactly so many."""
     found: list[DeadLetter] = []
 
     async def are_there() -> bool:
         found[:] = [letter async for letter in backend.dead_letters(name)]
-        return len(found) == count
+        return count in (None, len(found))
 
     await eventually(f"{count} dead letters", are_there)
     return found

@@ -13,9 +13,9 @@ from pgbackend.serve.egress.delivery import open_session
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
-from tests.serve.egress.test_triggers import complete, failing, letters, send, settled, subscription
-from tests.serve.support.broker import Broker, serving
-from tests.serve.support.target import Request, Target
+from tests.serve.support.broker import Broker, send, serving
+from tests.serve.support.target import Request, Target, failing
+from tests.support.backends import complete, dead_letters, settled, status_of
 from tests.support.polling import eventually
 
 
@@ -59,7 +59,7 @@ class TestAddingAndRemoving:
             assert recorder.all("trigger added", trigger="billing")
             await send(broker, "after")
             await target.wait(1)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["after"]
 
     async def test_a_removed_trigger_keeps_its_place_and_goes_on_there(self, database: str, target: Target) -> None:
@@ -72,7 +72,7 @@ class TestAddingAndRemoving:
             await send(broker, 2, 3)
             await broker.configure(config(billing=to(target)))
             await target.wait(3)
-            await settled(broker)
+            await settled(broker.backend)
         assert sorted(target.ids()) == ["1", "2", "3"]
 
     async def test_a_removed_trigger_finishes_what_it_has_begun_and_holds_up_no_other(
@@ -94,7 +94,7 @@ class TestAddingAndRemoving:
                 released.set()
                 await recorder.wait("trigger removed", trigger="billing")
             await broker.triggers.settled()
-            [shard] = subscription(await broker.backend.status(), "billing").shards
+            [shard] = (await status_of(broker.backend, "billing")).shards
             assert (shard.position, shard.pending) == (1, 0)
         assert target.ids() == ["1"]
 
@@ -110,7 +110,7 @@ class TestAddingAndRemoving:
             released.set()
             await broker.triggers.settled()
             await target.wait(2)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["1", "2"]
 
     async def test_a_target_that_hangs_is_waited_for_as_long_as_the_backend_drains(
@@ -126,7 +126,7 @@ class TestAddingAndRemoving:
             # Nobody has settled it: it is dispatched again where the trigger is told to go next.
             await broker.configure(config(billing=to(other_target)))
             await other_target.wait(1)
-            await settled(broker)
+            await settled(broker.backend)
             released.set()
         assert other_target.ids() == ["1"]
 
@@ -149,7 +149,7 @@ class TestChanging:
             assert recorder.all("trigger changed", trigger="billing")
             await other_target.wait(3)
             released.set()
-            await settled(broker)
+            await settled(broker.backend)
         assert sorted(target.ids() + other_target.ids()) == ["0", "1", "2", "3", "4"]
         assert len(target.ids()) == 2
         assert {request.header("x") for request in other_target.requests} == {"new"}
@@ -166,7 +166,7 @@ class TestChanging:
             await target.wait(1)
 
             async def paused() -> bool:
-                return subscription(await broker.backend.status(), "gone").state.startswith("paused")
+                return (await status_of(broker.backend, "gone")).state.startswith("paused")
 
             await eventually("the trigger pauses", paused)
             with Recorder() as recorder:
@@ -180,7 +180,7 @@ class TestChanging:
                 other_target.answer = lambda request: web.Response(status=204)
                 await broker.configure(config(billing=same["billing"], gone=to(other_target, "concurrency: 2")))
                 await other_target.wait(3)
-            await settled(broker, "gone")
+            await settled(broker.backend, "gone")
         assert len({request.port for request in target.requests}) == 1
         assert sorted(set(other_target.ids())) == ["1", "2"]
 
@@ -189,11 +189,11 @@ class TestChanging:
             await send(broker, *range(20))
             await target.wait(20)
             await broker.configure(config(billing=to(target, "order: strict, deliveryOptions: {retry: 5}")))
-            assert subscription(await broker.backend.status(), "billing").order == "strict"
+            assert (await status_of(broker.backend, "billing")).order == "strict"
             target.requests.clear()
             await send(broker, *range(20, 60))
             await target.wait(40)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == [str(number) for number in range(20, 60)]
 
     async def test_an_end_acts_at_once_and_a_later_one_has_it_go_on(self, database: str, target: Target) -> None:
@@ -204,21 +204,21 @@ class TestChanging:
             await broker.configure(config(billing=to(target, f"order: strict, bounds: {{byId: {{end: {head + 3}}}}}")))
             await send(broker, *range(4, 9))
             await target.wait(5)
-            await complete(broker)
+            await complete(broker.backend)
             assert target.ids() == ["1", "2", "3", "4", "5"]
             await broker.configure(config(billing=to(target, f"order: strict, bounds: {{byId: {{end: {head + 5}}}}}")))
             await target.wait(7)
-            await complete(broker)
+            await complete(broker.backend)
             await broker.configure(config(billing=to(target, "order: strict")))
             await target.wait(8)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == [str(number) for number in range(1, 9)]
 
     async def test_another_start_is_a_seek_and_latest_moves_nothing(self, database: str, target: Target) -> None:
         async with serving(database, config=config(billing=to(target, "order: strict"))) as broker:
             await send(broker, *range(1, 6))
             await target.wait(5)
-            await settled(broker)
+            await settled(broker.backend)
             head = (await broker.backend.status()).head
             bounds = f"order: strict, bounds: {{byId: {{start: {head - 2}}}}}"
             await broker.configure(config(billing=to(target, bounds)))
@@ -227,7 +227,7 @@ class TestChanging:
                 await broker.configure(config(billing=to(target, options)))
             await send(broker, 6)
             await target.wait(8)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["1", "2", "3", "4", "5", "4", "5", "6"]
 
     async def test_of_changes_that_come_at_once_the_last_is_in_force(self, database: str, target: Target) -> None:
@@ -270,7 +270,7 @@ class TestChanging:
                 file = config(billing=to(target, f"shards: 2, {options}"))
                 await asyncio.gather(one.configure(file), other.configure(file))
                 await send(other, options)
-                await settled(one)
+                await settled(one.backend)
         counts = Counter(target.ids())
         assert len(counts) == 24
         assert {id_ for id_, count in counts.items() if count == 2} == {"19", "20", "order: none", "order: key"}
@@ -286,7 +286,7 @@ class TestChanging:
             await triggers.apply(load(config(billing=to(target)), origin="test"))
             await send(broker, "first")
             await target.wait(3)
-            await settled(broker)
+            await settled(broker.backend)
             await triggers.apply(load("{}", origin="test"))
             await triggers.settled()
         assert target.ids() == ["first", "r1", "r2"]
@@ -302,7 +302,7 @@ class TestChanging:
                 await send(broker, 1, 2, 3)
                 await target.wait(3)
                 await other_target.wait(1)
-                await settled(broker)
+                await settled(broker.backend)
                 said = (await metrics.exposition(None))[0].decode()
                 taken = [line for line in said.splitlines() if "consumed" in line and '"billing"' in line]
                 assert sorted(line.rpartition(" ")[2] for line in taken if "_total" in line) == ["1.0", "2.0"]
@@ -326,7 +326,7 @@ class TestShards:
                 [billing] = (await one.backend.status()).subscriptions
                 assert f"shards: {len([s for s in billing.shards if s.until is None])}" in f"shards: 1, {options}"
             await target.wait(count)
-            await settled(one)
+            await settled(one.backend)
         assert sorted(map(int, target.ids())) == list(range(count))
 
     async def test_it_can_be_another_one_at_the_start(self, database: str, target: Target) -> None:
@@ -348,7 +348,7 @@ class TestBounds:
             for number in range(1, 7):
                 await send(broker, number)
             await target.wait(2)
-            await complete(broker)
+            await complete(broker.backend)
         assert target.ids() == ["3", "4"]
 
 
@@ -378,19 +378,19 @@ class TestRestarting:
         async with serving(database, config=config(billing=to(target, "bounds: {byId: {end: 9999}}"))) as broker:
             await send(broker, *range(1, 6))
             await target.wait(5)
-            await settled(broker)
-            assert len(await letters(broker.backend)) == 1
+            await settled(broker.backend)
+            assert len(await dead_letters(broker.backend)) == 1
             head = (await broker.backend.status()).head
         options = f"order: strict, bounds: {{byId: {{start: {head - 2}, end: {head + 2}}}}}"
         for _ in range(2):  # the second time it is the same, and no seek
             async with serving(database, config=config(billing=to(other_target, options))) as broker:
                 await other_target.wait(2)
-                await settled(broker)
-                assert subscription(await broker.backend.status(), "billing").order == "strict"
+                await settled(broker.backend)
+                assert (await status_of(broker.backend, "billing")).order == "strict"
         async with serving(database, config=config(billing=to(other_target, options))) as broker:
             await send(broker, 6, 7)
             await other_target.wait(3)
-            await complete(broker)
+            await complete(broker.backend)
         assert other_target.ids() == ["4", "5", "6"]
 
 
@@ -427,8 +427,8 @@ class TestWithoutPostgres:
                 await send(broker, 2)
                 await target.wait(6)
                 for name in ("old", "same", "moved"):
-                    await settled(broker, name)
-                assert subscription(await broker.backend.status(), "moved").order == "none"
+                    await settled(broker.backend, name)
+                assert (await status_of(broker.backend, "moved")).order == "none"
         assert sorted(target.ids()) == ["1", "1", "1", "2", "2", "2"]
         assert other_target.requests == []
 

@@ -11,11 +11,10 @@ from typing import cast
 import asyncpg
 from aiohttp import web
 
-from pgbackend.backend import Backend
 from pgbackend.facts import Recorder
-from pgbackend.model import DeadLetter, Status, SubscriptionStatus
-from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
-from tests.serve.support.target import Request, Target
+from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, send, serving
+from tests.serve.support.target import Request, Target, failing
+from tests.support.backends import complete, dead_letters, settled
 
 FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
 
@@ -25,41 +24,6 @@ async def one_trigger(database: str, url: str, options: str = "") -> AsyncIterat
     body = f"target: {{url: '{url}'}}{', ' if options else ''}{options}"
     async with serving(database, config=f"triggers: {{billing: {{{body}}}}}") as broker:
         yield broker
-
-
-async def send(broker: Broker, *ids: object, **attributes: str) -> None:
-    answer = await broker.send(BATCH, b"[%b]" % b",".join(envelope(id_, **attributes) for id_ in ids))
-    assert answer.status == 202
-
-
-async def settled(broker: Broker, name: str = "billing", timeout: float = 60.0) -> SubscriptionStatus:
-    """The subscription's status once it owes nothing."""
-    try:
-        async with asyncio.timeout(timeout):
-            while True:
-                one = subscription(await broker.backend.status(), name)
-                if one.lag == 0 and one.redeliveries == 0 and not any(shard.pending for shard in one.shards):
-                    return one
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise TimeoutError(f"not settled within {timeout} s: {one}") from None
-
-
-def subscription(status: Status, name: str) -> SubscriptionStatus:
-    return next(one for one in status.subscriptions if one.name == name)
-
-
-async def letters(backend: Backend) -> list[DeadLetter]:
-    return [letter async for letter in backend.dead_letters("billing")]
-
-
-def failing(target: Target, status: int, *, times: int, **headers: str) -> None:
-    """The target answers the first `times` requests with this status."""
-    target.answer = lambda request: web.Response(
-        status=status if len(target.requests) <= times else 204,
-        headers={name.replace("_", "-"): value for name, value in headers.items()},
-        body=b"no" if len(target.requests) <= times else b"",
-    )
 
 
 async def test_events_of_every_mode_arrive_as_they_were_sent_and_in_log_order(
@@ -110,7 +74,7 @@ async def test_filters_choose_and_what_they_refuse_counts_as_handled(database: s
         await send(broker, 3, type="Order.created")
         await send(broker, 4, type="order.paid", subject="final")
         await target.wait(2)
-        await settled(broker)
+        await settled(broker.backend)
     assert sorted(target.ids()) == ["1", "4"]
 
 
@@ -120,8 +84,8 @@ class TestRetries:
         async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 3, {FAST}}}") as broker:
             await send(broker, 1)
             await target.wait(4)
-            await settled(broker)
-            assert await letters(broker.backend) == []
+            await settled(broker.backend)
+            assert await dead_letters(broker.backend) == []
         assert target.ids() == ["1"] * 4
 
     async def test_each_wait_is_as_long_as_the_policy_says(self, database: str, target: Target) -> None:
@@ -142,8 +106,8 @@ class TestRetries:
         failing(target, 503, times=100)
         async with one_trigger(database, target.url, "deliveryOptions: {retry: 0}") as broker:
             await send(broker, 1)
-            await settled(broker)
-            [letter] = await letters(broker.backend)
+            await settled(broker.backend)
+            [letter] = await dead_letters(broker.backend)
         assert len(target.requests) == 1
         assert letter.failure.attempts == 1
 
@@ -151,8 +115,8 @@ class TestRetries:
         failing(target, 403, times=100)
         async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 5, {FAST}}}") as broker:
             await send(broker, 1)
-            await settled(broker)
-            [letter] = await letters(broker.backend)
+            await settled(broker.backend)
+            [letter] = await dead_letters(broker.backend)
         assert len(target.requests) == 1
         assert "403" in letter.failure.error
 
@@ -184,8 +148,8 @@ class TestRetries:
             await send(broker, *range(5))
             await target.wait(10)
             down = False
-            await settled(broker)
-            assert await letters(broker.backend) == []
+            await settled(broker.backend)
+            assert await dead_letters(broker.backend) == []
         assert set(target.ids()) == {"0", "1", "2", "3", "4"}
 
 
@@ -200,8 +164,8 @@ class TestDeadLetters:
         async with serving(database, config=config) as broker:
             await send(broker, 1, subject="s")
             [dead] = await other_target.wait(1)
-            await settled(broker)
-            assert await letters(broker.backend) == []
+            await settled(broker.backend)
+            assert await dead_letters(broker.backend) == []
             [kept] = await broker.stored()
         assert target.ids() == ["1", "1"]
         assert dead.path == "/dead"
@@ -219,10 +183,10 @@ class TestDeadLetters:
         failing(other_target, 502, times=100)
         options = f"deliveryOptions: {{retry: 2, {FAST}, deadLetterURL: '{other_target.url}'}}"
         async with one_trigger(database, target.url, options) as broker:
-            await send(broker, 1, data={"n": 1})  # type: ignore[arg-type]
+            await send(broker, 1, data={"n": 1})
             await other_target.wait(3)
-            await settled(broker)
-            [letter] = await letters(broker.backend)
+            await settled(broker.backend)
+            [letter] = await dead_letters(broker.backend)
         assert (len(target.requests), len(other_target.requests)) == (1, 3)
         assert letter.event.data_bytes == b'{"n": 1}'
         assert letter.failure.error == f"Reject: {target.url} answered 400 Bad Request"
@@ -237,8 +201,8 @@ class TestDeadLetters:
         async with one_trigger(database, target.url, options) as broker:
             await send(broker, 1)
             await other_target.wait(3)
-            await settled(broker)
-            assert await letters(broker.backend) == []
+            await settled(broker.backend)
+            assert await dead_letters(broker.backend) == []
 
     async def test_without_a_target_url_events_go_to_the_dead_letter_url_at_once(
         self, database: str, target: Target
@@ -247,21 +211,21 @@ class TestDeadLetters:
         async with serving(database, config=config) as broker:
             await send(broker, 1)
             [dead] = await target.wait(1)
-            await settled(broker)
+            await settled(broker.backend)
         assert b64decode(dead.event().attributes_text["knativeerrordata"]) == b"the trigger has no target URL"
 
     async def test_without_any_url_the_log_keeps_the_event(self, database: str) -> None:
         async with serving(database, config="triggers: {billing: }") as broker:
             await send(broker, 1)
-            await settled(broker)
-            [letter] = await letters(broker.backend)
+            await settled(broker.backend)
+            [letter] = await dead_letters(broker.backend)
         assert letter.event.id == "1"
 
     async def test_a_kept_event_can_be_delivered_later(self, database: str, target: Target) -> None:
         failing(target, 400, times=1)
         async with one_trigger(database, target.url) as broker:
             await send(broker, 1)
-            await settled(broker)
+            await settled(broker.backend)
             assert await broker.backend.redeliver(subscription="billing") == 1
             await target.wait(2)
         assert target.ids() == ["1", "1"]
@@ -273,7 +237,7 @@ class TestOrderAndConcurrency:
         async with one_trigger(database, target.url, f"order: strict, deliveryOptions: {{retry: 5, {FAST}}}") as broker:
             await send(broker, *range(20))
             await target.wait(22)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["0", "0"] + [str(number) for number in range(20)]
 
     async def test_events_of_one_key_arrive_one_after_another(self, database: str, target: Target) -> None:
@@ -281,7 +245,7 @@ class TestOrderAndConcurrency:
             for number in range(30):
                 await send(broker, number, partitionkey=str(number % 3))
             await target.wait(30)
-            await settled(broker)
+            await settled(broker.backend)
         for key in range(3):
             ids = [id_ for id_ in map(int, target.ids()) if id_ % 3 == key]
             assert ids == sorted(ids)
@@ -301,7 +265,7 @@ class TestOrderAndConcurrency:
         async with one_trigger(database, target.url, "concurrency: 3") as broker:
             await send(broker, *range(30))
             await target.wait(30)
-            await settled(broker)
+            await settled(broker.backend)
         assert most == 3
 
 
@@ -312,7 +276,7 @@ class TestStartAndBounds:
         async with one_trigger(database, target.url) as broker:
             await send(broker, "after")
             await target.wait(1)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["after"]
 
     async def test_the_earliest_start_is_all_that_the_log_has(self, database: str, target: Target) -> None:
@@ -320,7 +284,7 @@ class TestStartAndBounds:
             await send(broker, "before")
         async with one_trigger(database, target.url, "start: earliest") as broker:
             await target.wait(1)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["before"]
 
     async def test_an_existing_trigger_goes_on_where_it_was(self, database: str, target: Target) -> None:
@@ -328,7 +292,7 @@ class TestStartAndBounds:
             async with one_trigger(database, target.url, f"start: {start}") as broker:
                 await send(broker, start)
                 await target.wait(1)
-                await settled(broker)
+                await settled(broker.backend)
         assert target.ids() == ["latest", "earliest"]
 
     async def test_positions_bound_it_exclusively_and_then_it_is_complete(self, database: str, target: Target) -> None:
@@ -338,7 +302,7 @@ class TestStartAndBounds:
         bounds = f"bounds: {{byId: {{start: {first + 1}, end: {first + 5}}}}}, order: strict"
         async with one_trigger(database, target.url, bounds) as broker:
             await target.wait(3)
-            await complete(broker)
+            await complete(broker.backend)
         assert target.ids() == ["3", "4", "5"]
 
     async def test_a_date_bounds_by_when_events_were_recorded(self, database: str, target: Target) -> None:
@@ -350,14 +314,8 @@ class TestStartAndBounds:
             await send(broker, "new")
         async with one_trigger(database, target.url, f"bounds: {{byDate: {{start: '{now}'}}}}") as broker:
             await target.wait(1)
-            await settled(broker)
+            await settled(broker.backend)
         assert target.ids() == ["new"]
-
-
-async def complete(broker: Broker, timeout: float = 60.0) -> None:
-    async with asyncio.timeout(timeout):
-        while not subscription(await broker.backend.status(), "billing").complete:
-            await asyncio.sleep(0.02)
 
 
 async def _clock(broker: Broker) -> str:
@@ -397,6 +355,6 @@ async def test_events_from_plain_sql_are_delivered(database: str, target: Target
         await connection.execute("insert into pgbackend.events (id, source, type) values ('1', '/sql', 'plain')")
         await connection.close()
         await target.wait(1)
-        await settled(broker)
+        await settled(broker.backend)
     event = target.requests[0].event()
     assert (event.id, event.source, event.type) == ("1", "/sql", "plain")

@@ -123,6 +123,12 @@ class Broker:
             await connection.close()
 
 
+async def send(broker: Broker, *ids: object, **members: object) -> None:
+    """One batch with these events is accepted; `members` are attributes, and data, of each."""
+    answer = await broker.send(BATCH, b"[%b]" % b",".join(envelope(id_, **members) for id_ in ids))
+    assert answer.status == 202, answer.body
+
+
 _produce_soon = Backend.produce_soon
 
 

@@ -73,6 +73,15 @@ class Target:
         return await answer if isinstance(answer, Awaitable) else answer
 
 
+def failing(target: Target, status: int, *, times: int, **headers: str) -> None:
+    """The target answers the first `times` requests with this status."""
+    target.answer = lambda request: web.Response(
+        status=status if len(target.requests) <= times else 204,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+        body=b"no" if len(target.requests) <= times else b"",
+    )
+
+
 @asynccontextmanager
 async def listening(bound: socket.socket | None = None) -> AsyncIterator[Target]:
     """A target that listens on a port of this machine: on any, or on this one, which it closes in the end."""
