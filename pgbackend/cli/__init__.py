@@ -1,7 +1,7 @@
-"""The command line: parses, calls `Backend` or the broker, prints. No SQL and no logic of its own.
+"""The command line: parses options, calls `Backend` or the broker, and prints.
 
-Each command lives in a module that is imported when it is needed, so that one does not pay for the others.
-Whatever goes wrong ends in one line that says what to do, and exit code 1; wrong usage is 2.
+Each command lives in a module of its own, which is imported only when the command runs. An error ends in one line that
+says what to do, and exit code 1; wrong usage is exit code 2.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ _COMMANDS = {
 
 
 class _Commands(click.Group):
-    """The commands of `_COMMANDS`, with this package's errors as one line each."""
+    """The commands of `_COMMANDS`. An error of this package becomes one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -47,12 +47,12 @@ _SETTINGS = {"auto_envvar_prefix": "PGBACKEND", "help_option_names": ["-h", "--h
 
 
 @click.group(cls=_Commands, context_settings=_SETTINGS)
-# Not by environment: a deployment that notes its PGBACKEND_VERSION must not get that printed instead of its work.
+# Not by environment: a deployment may set PGBACKEND_VERSION for itself, and must not get the version printed.
 @click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
 def main() -> None:
     """A durable event log for CloudEvents, inside the PostgreSQL you already run.
 
-    Every option can also be given by environment: under the name that its help shows, or else as
-    PGBACKEND_COMMAND_OPTION, such as PGBACKEND_BENCH_ROUNDS. Exit codes: 0 done, 1 failed with one clear line, 2 wrong
-    usage.
+    Every option also comes from the environment: from the variable that its help shows, or else from
+    PGBACKEND_COMMAND_OPTION, such as PGBACKEND_BENCH_ROUNDS. Exit codes: 0 done, 1 failed with one line that says why,
+    2 wrong usage.
     """

@@ -1,4 +1,4 @@
-"""`pgbackend bench`: this machine's figures beside those of bare asyncpg."""
+"""`pgbackend bench`: how fast pgbackend is on this machine, compared with bare asyncpg."""
 
 import asyncio
 from dataclasses import asdict
@@ -18,17 +18,20 @@ from pgbackend.cli.options import table
     show_envvar=True,
     help="The database to measure on, in a scratch schema that is dropped afterwards. Default: an embedded server.",
 )
+@click.option("--events", type=click.IntRange(min=1_000), default=50_000, show_default=True, help="Events in a round.")
 @click.option(
-    "--events", type=click.IntRange(min=1_000), default=50_000, show_default=True, help="How many events a round."
-)
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How many rounds; medians count."
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Rounds of each measurement; the medians are shown.",
 )
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def bench(dsn: str | None, *, events: int, rounds: int, json: bool) -> None:  # fmt: skip
-    """Measure pgbackend against bare asyncpg on the same rows, in the same run.
+    """Measure pgbackend and bare asyncpg with the same rows, in the same run.
 
-    Takes a few minutes with the defaults. The ratio is what counts: ours divided by bare.
+    Takes a few minutes with the defaults. Compare the ratios, pgbackend's figure divided by asyncpg's: they depend less
+    on the machine than the figures do.
     """
     report = asyncio.run(
         run(dsn, events=events, rounds=rounds, progress=lambda text: click.echo(f"… {text}", err=True))

@@ -1,4 +1,4 @@
-"""`pgbackend dead-letters`: events that were given up, what they held and why, and another try."""
+"""`pgbackend dead-letters`: lists and shows the events that were given up, and dispatches them again."""
 
 import asyncio
 from json import dumps
@@ -12,13 +12,13 @@ from pgbackend.model import DeadLetter
 
 @click.group("dead-letters")
 def dead_letters() -> None:
-    """List, show and dispatch again the events that used up their attempts."""
+    """List and show events that were given up, and dispatch them again."""
 
 
 @dead_letters.command("list")
 @backend_options()
-@click.option("--subscription", metavar="NAME", help="Only those of this subscription.")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many at most.")
+@click.option("--subscription", metavar="NAME", help="Only dead letters of this subscription.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="The most to list.")
 @click.option("--json", is_flag=True, help="Print one JSON object a line, with the whole event.")
 def list_(dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | None, limit: int, json: bool) -> None:
     """List dead letters, oldest first."""
@@ -44,16 +44,16 @@ def list_(dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | 
     ]
     click.echo(table(("ID", "SUBSCRIPTION", "TYPE", "EVENT ID", "ATTEMPTS", "BURIED", "ERROR"), rows))
     if len(letters) > limit:
-        click.echo(f"… and more: raise --limit {limit}.", err=True)
+        click.echo(f"There are more: raise --limit {limit}.", err=True)
 
 
 @dead_letters.command()
 @click.argument("letter_id", metavar="ID", type=int)
 @backend_options()
 @click.option("--json", is_flag=True, help="Print one JSON object, with the whole event.")
-@click.option("--data", is_flag=True, help="Print the event's data bytes as they are, and nothing else.")
+@click.option("--data", is_flag=True, help="Print only the event's data, byte for byte.")
 def show(letter_id: int, dsn: str, listen_dsn: str | None, schema: str, *, json: bool, data: bool) -> None:
-    """Show one dead letter: its event, its failure."""
+    """Show one dead letter: its event and its failure."""
     letters = asyncio.run(_read(dsn, listen_dsn=listen_dsn, schema=schema, letter_id=letter_id, limit=1))
     if not letters:
         raise click.ClickException(f"There is no dead letter {letter_id}. Run `pgbackend dead-letters list`.")
@@ -71,9 +71,9 @@ def show(letter_id: int, dsn: str, listen_dsn: str | None, schema: str, *, json:
 def redeliver(
     letter_ids: tuple[int, ...], dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | None
 ) -> None:
-    """Have dead letters dispatched again, by id or all of one subscription.
+    """Dispatch dead letters again: those with the given ids, or all of one subscription.
 
-    Whoever runs the subscription dispatches them, with a fresh set of attempts.
+    The workers of the subscription dispatch them, with all attempts anew.
     """
     if bool(letter_ids) == (subscription is not None):
         raise click.UsageError("Give either ids or --subscription NAME.")
@@ -88,7 +88,7 @@ def redeliver(
     missing = len(set(letter_ids)) - count
     click.echo(f"{count} dead letter{'s' * (count != 1)} will be dispatched again.")
     if letter_ids and missing:
-        raise click.ClickException(f"{missing} of these ids are not there. Run `pgbackend dead-letters list`.")
+        raise click.ClickException(f"{missing} of these ids do not exist. Run `pgbackend dead-letters list`.")
 
 
 async def _read(
@@ -124,8 +124,8 @@ def _to_json(letter: DeadLetter) -> str:
         },
         ensure_ascii=False,
     )
-    # The event's own text, not parsed and written anew: its numbers and spacing stay as they came. Line breaks between
-    # the values of JSON are only spacing; inside strings they are always escaped.
+    # The event's own text, so that its numbers and spacing stay as they came. A raw line break in JSON is only spacing,
+    # because strings escape theirs.
     event = write_structured(letter.event).decode().replace("\n", " ").replace("\r", " ")
     return f'{about[:-1]}, "event": {event}}}'
 
@@ -157,7 +157,7 @@ def _data(data: bytes | None) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        return f"{heading}, binary: print them with --data"
+        return f"{heading}, binary: print it with --data"
     return f"{heading}\n{text}"
 
 

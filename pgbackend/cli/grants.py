@@ -1,4 +1,4 @@
-"""`pgbackend grants`: the SQL that gives roles what they need on the log, and no more."""
+"""`pgbackend grants`: prints the SQL that gives roles exactly the rights that they need on the log."""
 
 import click
 
@@ -12,17 +12,17 @@ from pgbackend.postgres import grants as privileges
 @click.option("--consumer", "consumers", metavar="ROLE", multiple=True, help="A role that runs subscriptions.")
 @click.option(
     "--operator", "operators", metavar="ROLE", multiple=True,
-    help="A role that looks at the log, moves subscriptions and has dead letters dispatched again.",
+    help="A role that looks at the log, changes subscriptions and redelivers dead letters.",
 )  # fmt: skip
 @click.option(
     "--schema", envvar="PGBACKEND_SCHEMA", default="pgbackend", show_default=True, show_envvar=True,
     help="The schema that holds the log.",
 )  # fmt: skip
 def grants(producers: tuple[str, ...], consumers: tuple[str, ...], operators: tuple[str, ...], schema: str) -> None:
-    """Print the SQL that gives existing roles what they need on the log, and no more. No database needed.
+    """Print the SQL that gives existing roles exactly the rights that they need on the log. Needs no database.
 
-    Each option can be given several times, and a role be of several kinds: a broker is a producer and a consumer. Run
-    the SQL as the owner of the log's tables, and again after an update of pgbackend that came with a migration:
+    Each option can be given several times, and a role can be of several kinds: a broker is a producer and a consumer.
+    Run the SQL as the owner of the log's tables, and again after each update of pgbackend that has a migration:
 
     pgbackend grants --producer shop --consumer billing | psql -v ON_ERROR_STOP=1 …
     """

@@ -1,4 +1,4 @@
-"""`pgbackend migrate`: the log's tables, made, brought to a revision, checked, or printed as SQL."""
+"""`pgbackend migrate`: creates the log's tables, brings them to a revision, checks them, or prints the SQL."""
 
 import asyncio
 
@@ -21,18 +21,18 @@ from pgbackend.postgres.pool import Database
     help="The revision to bring the schema to. An older one drops what came after it; `base` drops the log.",
 )
 @click.option(
-    "--sql", is_flag=True, help="Print the SQL that makes the log, for somebody else to run. No database needed."
+    "--sql", is_flag=True, help="Print the SQL that creates the log, for somebody else to run. Needs no database."
 )
-@click.option("--check", is_flag=True, help="Change nothing; exit with 1 unless this version can work with the schema.")
+@click.option("--check", is_flag=True, help="Change nothing. Exit with 1 unless this version can work with the schema.")
 def migrate(dsn: str | None, listen_dsn: str | None, schema: str, *, to: str, sql: bool, check: bool) -> None:
-    """Make the log's tables, or bring them to what this version needs.
+    """Create the log's tables, or bring them to what this version needs.
 
-    Safe to run again, and by many at once.
+    It is safe to run again, and several times at once.
     """
     if sql and check:
         raise click.UsageError("Give --sql or --check, not both.")
     if check and to != "head":
-        raise click.UsageError("--check always looks for the newest revision: leave --to away.")
+        raise click.UsageError("--check always compares with the newest revision: leave out --to.")
     if sql:
         click.echo(revisions.offline_sql(schema, to))
         return

@@ -1,4 +1,4 @@
-"""What the commands share: the options that name a log, and how a command meets the database."""
+"""What the commands share: the options that lead to a log, a backend connected by them, and tables of text."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -27,11 +27,11 @@ def backend_options(*, dsn_required: bool = True) -> Callable[[Command], Command
             ),
             click.option(
                 "--listen-dsn", envvar="PGBACKEND_LISTEN_DSN", metavar="URL", show_envvar=True,
-                help="A direct way to the same database, where --dsn leads through a connection pooler.",
+                help="A direct URL of the same database, where --dsn leads through a connection pooler.",
             ),
             click.option(
                 "--dsn", envvar="PGBACKEND_DSN", metavar="URL", show_envvar=True, required=dsn_required,
-                help="The database: postgresql://user:password@host:port/name. Of several hosts the primary is used.",
+                help="The database: postgresql://user:password@host:port/name. Several hosts: the primary is used.",
             ),
         ):  # fmt: skip
             command = option(command)
@@ -42,7 +42,7 @@ def backend_options(*, dsn_required: bool = True) -> Callable[[Command], Command
 
 @asynccontextmanager
 async def connected(dsn: str, *, listen_dsn: str | None, schema: str) -> AsyncIterator[Backend]:
-    """A backend whose log has been found to be there and of this version; not started.
+    """A backend that is initialized, not started. Its log exists and has this version's tables.
 
     Raises ConnectionLostError when PostgreSQL does not answer within `ANSWER_TIMEOUT`, and SchemaError when
     `pgbackend migrate` has to run first.

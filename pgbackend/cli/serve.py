@@ -1,4 +1,4 @@
-"""`pgbackend serve`: the broker, in this process or in several under it; and what checks its configuration."""
+"""`pgbackend serve`: runs the broker, in this process or in several below it, or checks its configuration."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ _SECTIONS = {
 
 
 class _Sectioned(click.Command):
-    """A command whose many options are listed by what they are about."""
+    """A command whose help lists its many options in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {one.name: record for one in self.get_params(ctx) if (record := one.get_help_record(ctx))}
@@ -40,7 +40,7 @@ class _Sectioned(click.Command):
 
 
 class _PortOption(click.Option):
-    """A port whose variable Kubernetes may have set: a Service called `pgbackend` makes PGBACKEND_PORT a URL."""
+    """A port. It ignores a variable that Kubernetes set: a Service named `pgbackend` makes PGBACKEND_PORT a URL."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         value = super().resolve_envvar_value(ctx)
@@ -71,7 +71,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default=60.0,
     show_default=True,
     show_envvar=True,
-    help="How long to wait for PostgreSQL to be there. 0: not at all.",
+    help="How long to wait for PostgreSQL to answer. 0 does not wait.",
 )
 @click.option(
     "--data-dir",
@@ -79,25 +79,29 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     metavar="DIRECTORY",
     envvar="PGBACKEND_DATA_DIR",
     show_envvar=True,
-    help="Where the embedded PostgreSQL keeps its data, without --dsn. Default: the user's data directory.",
+    help="Where the embedded PostgreSQL, used without --dsn, keeps its data. Default: the user's data directory.",
 )
 @_file(
     "--config",
     "PGBACKEND_CONFIG_FILE",
-    "The triggers, and who may send: YAML or JSON, read again when it changes. Without one events are only taken in.",
+    "The triggers, and who may send: YAML or JSON, read again when it changes. Without a file, events are only stored.",
 )
 @click.option(
-    "--config-inline", metavar="TEXT", envvar="PGBACKEND_CONFIG", show_envvar=True, help="The same, as the text itself."
+    "--config-inline",
+    metavar="TEXT",
+    envvar="PGBACKEND_CONFIG",
+    show_envvar=True,
+    help="The content of such a file, instead of --config.",
 )
 @click.option(
     "--check-config",
     type=click.Path(dir_okay=False, path_type=Path, allow_dash=False),
     metavar="FILE",
     allow_from_autoenv=False,
-    help="Start nothing: say whether FILE is valid, secrets that it takes from elsewhere included. Exit code 1 if not.",
+    help="Only check FILE, and the secrets that it takes from elsewhere. Exit with 1 if it is not valid.",
 )
 @click.option(
-    "--print-schema", is_flag=True, allow_from_autoenv=False, help="Start nothing: print the JSON Schema of such files."
+    "--print-schema", is_flag=True, allow_from_autoenv=False, help="Only print the JSON Schema of such files."
 )
 @click.option(
     "--host",
@@ -106,7 +110,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default="127.0.0.1",
     show_default=True,
     show_envvar=True,
-    help="Where to listen. 0.0.0.0 is every IPv4 address of the machine, :: every address.",
+    help="The address to listen on. 0.0.0.0 is every IPv4 address of the machine, :: every address.",
 )
 @click.option(
     "--port",
@@ -117,7 +121,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default=8080,
     show_default=True,
     show_envvar=True,
-    help="0 is any free one.",
+    help="The port to listen on. 0 takes any free one.",
 )
 @click.option(
     "--admin-port",
@@ -126,7 +130,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     metavar="NUMBER",
     envvar="PGBACKEND_ADMIN_PORT",
     show_envvar=True,
-    help="A port for probes and metrics alone, without TLS. /metrics is then no longer at --port.",
+    help="A separate port for health checks and metrics, without TLS. /metrics is then not served at --port.",
 )
 @click.option(
     "--allowed-host",
@@ -134,18 +138,18 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     metavar="NAME",
     envvar="PGBACKEND_ALLOWED_HOST",
     show_envvar=True,
-    help="A name that requests may have in their Host header, for a reverse proxy. Several are possible; * is any. "
-    "Needed on a loopback address, which takes only its own names. Given, it is asked for on others, too.",
+    help="A name that requests may have in their Host header, such as a reverse proxy's. Can be given several times; "
+    "* allows any. Without it, a loopback address allows only its own names, and other addresses allow any.",
 )
 @_file("--tls-cert", "PGBACKEND_TLS_CERT", "Serve HTTPS with this certificate chain; read again when it changes.")
-@_file("--tls-key", "PGBACKEND_TLS_KEY", "Its private key, where that is not in the same file.")
-@_file("--tls-client-ca", "PGBACKEND_TLS_CLIENT_CA", "Let in only clients with a certificate of these authorities.")
+@_file("--tls-key", "PGBACKEND_TLS_KEY", "The private key of --tls-cert, unless it is in the same file.")
+@_file("--tls-client-ca", "PGBACKEND_TLS_CLIENT_CA", "Accept only clients with a certificate from these authorities.")
 @click.option(
     "--deny-private-targets",
     is_flag=True,
     envvar="PGBACKEND_DENY_PRIVATE_TARGETS",
     show_envvar=True,
-    help="Deliver to public addresses only: no private, loopback or link-local ones.",
+    help="Deliver only to public addresses: not to private, loopback or link-local ones.",
 )
 @click.option(
     "--max-hops",
@@ -155,7 +159,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default=255,
     show_default=True,
     show_envvar=True,
-    help="How often what a target replies may cause another reply, before that is taken for a loop.",
+    help="The longest chain of events that are replies to replies. A longer one is taken for a loop and ends.",
 )
 @click.option(
     "--workers",
@@ -165,7 +169,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default=1,
     show_default=True,
     show_envvar=True,
-    help="Processes that share the port. More than one run under a supervisor.",
+    help="Broker processes that share the port. Several run under a supervisor.",
 )
 @click.option(
     "--log-format",
@@ -174,7 +178,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default="console",
     show_default=True,
     show_envvar=True,
-    help="Lines on standard error for people, or for machines.",
+    help="The format of log lines on standard error: for people, or for machines.",
 )
 @click.option(
     "--log-level",
@@ -183,14 +187,14 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     default="info",
     show_default=True,
     show_envvar=True,
-    help="From which level on.",
+    help="The lowest level that is logged.",
 )
 @click.pass_context
 def serve(context: click.Context, /, *, check_config: Path | None, print_schema: bool, **options: Any) -> None:
     """Take CloudEvents in over HTTP and deliver them to the targets of a configuration file.
 
-    Without --dsn a PostgreSQL of its own is started. SIGTERM and SIGINT finish what is in progress. SIGHUP reads
-    configuration and certificates again; with several workers it restarts them one by one.
+    Without --dsn, an embedded PostgreSQL is started. SIGTERM and SIGINT drain and exit. SIGHUP reads configuration and
+    certificates again; with several processes it restarts them one by one.
     """
     try:
         if print_schema:
@@ -250,16 +254,16 @@ def _settings(context: click.Context, options: dict[str, Any]) -> "Settings":
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     if options["dsn"] is not None and options["data_dir"] is not None:
-        raise click.UsageError("--data-dir is the embedded PostgreSQL's: give it or --dsn.")
+        raise click.UsageError("--data-dir is for the embedded PostgreSQL: give it or --dsn, not both.")
     if options["tls_cert"] is None and (options["tls_key"] is not None or options["tls_client_ca"] is not None):
         raise click.UsageError("--tls-key and --tls-client-ca need --tls-cert.")
     if options["config"] is not None and options["config_inline"] is not None:
-        del options[_farther(context)]
+        del options[_overridden(context)]
     return Settings(**options)
 
 
-def _farther(context: click.Context) -> str:
-    """Of two configurations the one that is not on the command line; two of one kind are a mistake."""
+def _overridden(context: click.Context) -> str:
+    """The configuration from the environment, where the other is on the command line. Two of one kind are an error."""
     is_given = context.get_parameter_source("config") is ParameterSource.COMMANDLINE
     inline_is_given = context.get_parameter_source("config_inline") is ParameterSource.COMMANDLINE
     if is_given == inline_is_given:

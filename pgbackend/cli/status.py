@@ -1,4 +1,4 @@
-"""`pgbackend status`: where the log and its subscriptions stand."""
+"""`pgbackend status`: shows the head of the log, its open appenders and its subscriptions."""
 
 import asyncio
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from pgbackend.model import Info, Status, SubscriptionStatus
 @backend_options()
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def status(dsn: str, listen_dsn: str | None, schema: str, *, json: bool) -> None:
-    """Show the head of the log, and what each subscription has behind and before it."""
+    """Show the head of the log, and the state and lag of each subscription."""
 
     async def ask() -> tuple[Info, Status]:
         async with connected(dsn, listen_dsn=listen_dsn, schema=schema) as backend:
@@ -26,13 +26,14 @@ def status(dsn: str, listen_dsn: str | None, schema: str, *, json: bool) -> None
 
 
 def _shards(subscription: SubscriptionStatus) -> str:
-    """How many, and how many there are to be, where that changes."""
-    counts = [sum(1 for shard in subscription.shards if (shard.until is None) is new) for new in (False, True)]
-    return " → ".join(str(count) for count in counts if count)
+    """The number of shards; during a reshard the old and the new number."""
+    old = sum(shard.until is not None for shard in subscription.shards)
+    new = len(subscription.shards) - old
+    return " → ".join(str(count) for count in (old, new) if count)
 
 
 def _duration(seconds: float | None) -> str:
-    """As people say it: the two largest units.
+    """Seconds in their two largest units.
 
     >>> [_duration(seconds) for seconds in (None, 0.0, 0.25, 75.0, 3600.0, 200_000.0)]
     ['-', '0 s', '0.2 s', '1 min 15 s', '1 h', '2 d 7 h']

@@ -1,4 +1,4 @@
-"""`pgbackend subscriptions`: those there are; moved, spread over another number of shards, forgotten."""
+"""`pgbackend subscriptions`: lists, moves, reshards and deletes subscriptions."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ def subscriptions() -> None:
 @subscriptions.command("list")
 @backend_options()
 def list_(dsn: str, listen_dsn: str | None, schema: str) -> None:
-    """List every shard, with its place and who runs it."""
+    """List every shard, with its position and its owner."""
 
     async def ask() -> list[tuple[object, ...]]:
         async with connected(dsn, listen_dsn=listen_dsn, schema=schema) as backend:
@@ -41,10 +41,10 @@ def list_(dsn: str, listen_dsn: str | None, schema: str) -> None:
 @click.argument("place")
 @backend_options()
 def seek(name: str, place: str, dsn: str, listen_dsn: str | None, schema: str) -> None:
-    """Move a subscription: its next event is the first behind PLACE.
+    """Move a subscription: its next event is the first one after PLACE.
 
-    PLACE is a position, a date with its time zone (2026-01-31T12:00:00Z), "earliest" or "latest". What was waiting to
-    be tried again is dropped; dead letters stay.
+    PLACE is a position, a date with its time zone (2026-01-31T12:00:00Z), "earliest" or "latest". Failed events that
+    wait to be tried again are dropped; dead letters stay.
     """
     where, head = _place(place), 0
 
@@ -54,9 +54,9 @@ def seek(name: str, place: str, dsn: str, listen_dsn: str | None, schema: str) -
         head = (await backend.status()).head
 
     _do(dsn, listen_dsn, schema, move)
-    click.echo(f"{name} goes on behind {place}.")
+    click.echo(f"{name} goes on after {place}.")
     if isinstance(where, int) and where > head:
-        click.echo(f"The log is at {head:,}: what comes until then is not for {name}.")
+        click.echo(f"The log is at {head:,}. Events up to {where:,} will not be delivered to {name}.")
 
 
 @subscriptions.command()
@@ -64,12 +64,11 @@ def seek(name: str, place: str, dsn: str, listen_dsn: str | None, schema: str) -
 @click.argument("shards", type=click.IntRange(1, MAX_SHARDS))
 @backend_options()
 def reshard(name: str, shards: int, dsn: str, listen_dsn: str | None, schema: str) -> None:
-    """Spread a subscription over another number of shards, while it runs.
+    """Change the number of shards of a subscription, while it runs.
 
-    Nothing is lost or repeated, and events of one key stay in order. Have the processes that run it subscribe with this
-    number from now on. Waits until they have ended what is at work, half a minute perhaps. Old shards that lag behind
-    go on to where the farthest one stands, before the new ones begin: `pgbackend subscriptions list` shows both till
-    then.
+    Nothing is lost or repeated, and events of one key stay in order. From now on, processes must subscribe with this
+    number. The command waits until running dispatches have ended, half a minute perhaps. Old shards that lag behind go
+    on to where the farthest one stands; then the new ones begin. Until then, `pgbackend subscriptions list` shows both.
     """
     old: list[ShardStatus] = []
 
@@ -81,15 +80,15 @@ def reshard(name: str, shards: int, dsn: str, listen_dsn: str | None, schema: st
     _do(dsn, listen_dsn, schema, change)
     click.echo(f"{name} has {shards} shard{'s' * (shards != 1)}.")
     if old:
-        click.echo(f"They begin once the {len(old)} old ones have come to position {old[0].until:,}.")
+        click.echo(f"They begin when the {len(old)} old ones have reached position {old[0].until:,}.")
 
 
 @subscriptions.command()
 @click.argument("name")
-@click.confirmation_option(prompt="Its offset, what it has to try again and its dead letters go for good. Delete it?")
+@click.confirmation_option(prompt="This deletes its offset, its events to retry and its dead letters for good. Delete?")
 @backend_options()
 def delete(name: str, dsn: str, listen_dsn: str | None, schema: str) -> None:
-    """Forget a subscription, with its dead letters."""
+    """Delete a subscription, with its dead letters."""
     _do(dsn, listen_dsn, schema, lambda backend: backend.delete_subscription(name))
     click.echo(f"{name} is deleted.")
 
@@ -103,7 +102,7 @@ def _do(dsn: str, listen_dsn: str | None, schema: str, call: Callable[[Backend],
 
 
 def _place(text: str) -> Place:
-    """What `seek()` takes, from the text for it.
+    """The place that the text names.
 
     >>> _place("17"), _place("latest"), _place("2026-01-31T12:00:00Z").isoformat()
     (17, 'latest', '2026-01-31T12:00:00+00:00')

@@ -1,4 +1,4 @@
-"""`pgbackend torture`: what is promised, while everything goes wrong."""
+"""`pgbackend torture`: checks every promise while producers, workers and PostgreSQL are killed."""
 
 import asyncio
 import logging
@@ -13,19 +13,24 @@ from pgbackend.torture.run import run
 
 
 @click.command()
-@click.option("--minutes", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="How long it goes on.")
-@click.option("--seed", type=click.IntRange(min=0), help="Repeats the plan of an earlier run. Default: a random one.")
-@click.option("--plan", "only_plan", is_flag=True, help="Print the plan of blows, and do nothing.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="How long the run takes."
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Repeat the plan of an earlier run. Default: a random one.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only print the plan of faults.")
 @click.option(
     "--dsn",
     envvar="PGBACKEND_DSN",
     metavar="URL",
     show_envvar=True,
     help="The database to use, in a scratch schema that is dropped afterwards; its server is not restarted. "
-    "Default: an embedded server, which is restarted and killed, too.",
+    "Default: an embedded server, which is restarted and killed too.",
 )
 @click.option(
-    "--report", "page", type=click.File("w", encoding="utf-8", lazy=False), help="Write the report there as Markdown."
+    "--report",
+    "page",
+    type=click.File("w", encoding="utf-8", lazy=False),
+    help="Write the report to this file, as Markdown.",
 )
 @click.option(
     "--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the records in this new directory."
@@ -43,13 +48,13 @@ def torture(
 ) -> None:
     """Kill, freeze and cut off producers, workers and PostgreSQL, and check every promise on what really happened.
 
-    Exit code 1 when one was broken, with the evidence. The same --seed and --minutes give the same plan; with --dsn it
-    is another one, without restarts of PostgreSQL.
+    Exits with 1, and the evidence, when a promise was broken. The same --seed and --minutes give the same plan; with
+    --dsn it is another one, without restarts of PostgreSQL.
     """
-    # That the embedded server is restarted is no news here.
+    # Restarts of the embedded server are planned here. Do not print warnings about them.
     logging.getLogger("pgbackend").addHandler(logging.NullHandler())
     plan = Plan.make(secrets.randbelow(1_000_000) if seed is None else seed, minutes * 60, server=dsn is None)
-    server = "a PostgreSQL of its own, which is restarted" if dsn is None else "the one of --dsn, which is left alone"
+    server = "an embedded PostgreSQL, which is restarted" if dsn is None else "the PostgreSQL of --dsn, which is not"
     click.echo(f"… seed {plan.seed}, {minutes:g} minutes, on {server}", err=True)
     if only_plan:
         click.echo(str(plan))

@@ -1,4 +1,4 @@
-"""`pgbackend bench`: that it measures and tidies up; what it measures, nobody can promise for this machine."""
+"""`pgbackend bench` measures everything and leaves nothing behind. Its figures depend on the machine."""
 
 import json
 

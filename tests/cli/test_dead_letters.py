@@ -15,7 +15,7 @@ DATA = '{"order":  17,\n "price": 1.10}'
 
 @pytest.fixture
 async def buried(database: str) -> str:
-    """DSN of a log in which two events were given up."""
+    """The DSN of a log with two dead letters."""
 
     async def reject(event: Event) -> None:
         raise Reject("no such customer", details={"customer": "17"})
@@ -63,7 +63,7 @@ async def test_json_carries_the_event_as_it_came(run: Run, buried: str) -> None:
     assert '"price": 1.10' in lines[0]
 
 
-async def test_show_shows_one_whole(run: Run, buried: str) -> None:
+async def test_show_prints_one_dead_letter_in_full(run: Run, buried: str) -> None:
     lines = (await run("dead-letters", "list", "--json", "--dsn", buried)).stdout.splitlines()
     id_ = str(json.loads(lines[1])["id"])
     result = await run("dead-letters", "show", id_, "--dsn", buried)
@@ -79,7 +79,7 @@ async def test_show_of_an_unknown_id_fails_clearly(run: Run, database: str) -> N
     assert result.stderr == "Error: There is no dead letter 17. Run `pgbackend dead-letters list`.\n"
 
 
-async def test_redeliver_has_them_dispatched_again(run: Run, buried: str) -> None:
+async def test_redeliver_dispatches_dead_letters_again(run: Run, buried: str) -> None:
     handled: asyncio.Queue[str] = asyncio.Queue()
     result = await run("dead-letters", "redeliver", "--subscription", "billing", "--dsn", buried)
     assert result.stdout == "2 dead letters will be dispatched again.\n", result.output
@@ -88,13 +88,13 @@ async def test_redeliver_has_them_dispatched_again(run: Run, buried: str) -> Non
         assert {await handled.get(), await handled.get()} == {"a", "b"}
 
 
-async def test_redeliver_says_which_ids_were_not_there(run: Run, buried: str) -> None:
+async def test_redeliver_counts_unknown_ids(run: Run, buried: str) -> None:
     result = await run("dead-letters", "redeliver", "987654", "--dsn", buried)
     assert result.exit_code == 1
     assert "1 of these ids" in result.stderr
 
 
-async def test_redeliver_wants_ids_or_a_subscription(run: Run) -> None:
+async def test_redeliver_needs_ids_or_a_subscription(run: Run) -> None:
     dsn = ("--dsn", "postgresql://nobody@localhost:1/nowhere")
     assert (await run("dead-letters", "redeliver", *dsn)).exit_code == 2
     assert (await run("dead-letters", "redeliver", "1", "--subscription", "x", *dsn)).exit_code == 2

@@ -26,7 +26,7 @@ async def test_unknown_command_and_missing_dsn_are_wrong_usage(run: Run) -> None
 
 
 @pytest.mark.parametrize("command", [["status"], ["migrate"], ["migrate", "--check"], ["dead-letters", "list"]])
-async def test_a_server_that_is_not_there_is_one_clear_line(run: Run, command: list[str]) -> None:
+async def test_an_unreachable_server_is_one_clear_line(run: Run, command: list[str]) -> None:
     result = await run(*command, "--dsn", "postgresql://nobody@localhost:1/nowhere")
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -50,13 +50,13 @@ async def test_a_server_that_does_not_answer_is_one_clear_line_within_seconds(ru
     assert "did not answer" in result.stderr
 
 
-async def test_a_dsn_that_is_none_is_one_clear_line(run: Run) -> None:
+async def test_a_malformed_dsn_is_one_clear_line(run: Run) -> None:
     result = await run("status", "--dsn", "mysql://localhost/x")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: The DSN's scheme is ")
 
 
-async def test_options_come_by_environment(run: Run, database: str) -> None:
+async def test_options_can_come_from_the_environment(run: Run, database: str) -> None:
     assert (await run("status", env={"PGBACKEND_DSN": database})).exit_code == 0
     result = await run("status", env={"PGBACKEND_DSN": database, "PGBACKEND_SCHEMA": "elsewhere"})
     assert result.exit_code == 1
@@ -64,6 +64,6 @@ async def test_options_come_by_environment(run: Run, database: str) -> None:
     assert (await run("status", env={"PGBACKEND_DSN": database, "PGBACKEND_STATUS_JSON": "1"})).stdout.startswith("{")
 
 
-async def test_the_version_of_a_deployment_is_no_option(run: Run, database: str) -> None:
+async def test_a_version_variable_of_the_deployment_is_ignored(run: Run, database: str) -> None:
     result = await run("migrate", env={"PGBACKEND_DSN": database, "PGBACKEND_VERSION": "1"})
     assert "already" in result.stdout

@@ -7,7 +7,7 @@ from pgbackend.postgres import schema
 from tests.cli.conftest import Run
 
 
-async def test_migrate_makes_the_log_once(run: Run, empty_database: str) -> None:
+async def test_migrate_creates_the_log_once(run: Run, empty_database: str) -> None:
     missing = await run("migrate", "--check", "--dsn", empty_database)
     assert missing.exit_code == 1
     assert missing.stderr.endswith("holds no log. Run `pgbackend migrate`.\n")
@@ -20,7 +20,7 @@ async def test_migrate_makes_the_log_once(run: Run, empty_database: str) -> None
 
 
 @pytest.mark.owner
-async def test_migrate_goes_back_when_told_to(run: Run, database: str) -> None:
+async def test_migrate_to_an_older_revision_goes_back(run: Run, database: str) -> None:
     result = await run("migrate", "--to", "base", "--dsn", database)
     assert f"from {schema.head()} to nothing" in result.stdout
     assert (await run("migrate", "--check", "--dsn", database)).exit_code == 1
@@ -44,7 +44,7 @@ async def test_a_log_of_a_version_before_the_first_release_is_refused(run: Run, 
         assert "before the first release" in result.stderr
 
 
-async def test_printed_sql_makes_a_log_that_this_version_accepts(run: Run, empty_database: str) -> None:
+async def test_printed_sql_creates_a_log_that_this_version_accepts(run: Run, empty_database: str) -> None:
     printed = await run("migrate", "--sql", "--schema", "Ours")
     assert printed.exit_code == 0
     connection = await asyncpg.connect(empty_database)
@@ -53,7 +53,7 @@ async def test_printed_sql_makes_a_log_that_this_version_accepts(run: Run, empty
     assert (await run("migrate", "--check", "--schema", "Ours", "--dsn", empty_database)).exit_code == 0
 
 
-async def test_contradictions_are_wrong_usage(run: Run) -> None:
+async def test_contradicting_options_are_wrong_usage(run: Run) -> None:
     assert (await run("migrate", "--sql", "--check")).exit_code == 2
     assert (await run("migrate", "--check", "--to", "base")).exit_code == 2
     assert (await run("migrate")).exit_code == 2

@@ -31,7 +31,7 @@ async def test_the_number_of_shards_can_be_changed_and_is_shown(run: Run, subscr
     assert "  3 " in (await run("status", "--dsn", subscribed)).stdout
 
 
-async def test_old_shards_that_lag_behind_are_told_of(run: Run, subscribed: str) -> None:
+async def test_reshard_names_the_position_that_old_shards_must_reach(run: Run, subscribed: str) -> None:
     assert (await run("subscriptions", "reshard", "billing", "2", "--dsn", subscribed)).exit_code == 0
     async with Backend(subscribed) as backend:
         await backend.produce_many([make_event(str(number)) for number in range(9)])
@@ -39,12 +39,15 @@ async def test_old_shards_that_lag_behind_are_told_of(run: Run, subscribed: str)
     await connection.execute("UPDATE pgbackend.offsets SET position = 7 WHERE shard = 1")
     await connection.close()
     result = await run("subscriptions", "reshard", "billing", "3", "--dsn", subscribed)
-    assert result.stdout == "billing has 3 shards.\nThey begin once the 2 old ones have come to position 7.\n"
+    assert result.stdout == "billing has 3 shards.\nThey begin when the 2 old ones have reached position 7.\n"
 
 
-async def test_a_place_ahead_of_the_log_is_told_of(run: Run, subscribed: str) -> None:
+async def test_seek_says_what_a_place_ahead_of_the_log_skips(run: Run, subscribed: str) -> None:
     result = await run("subscriptions", "seek", "billing", "5000", "--dsn", subscribed)
-    assert result.stdout == "billing goes on behind 5000.\nThe log is at 0: what comes until then is not for billing.\n"
+    assert (
+        result.stdout
+        == "billing goes on after 5000.\nThe log is at 0. Events up to 5,000 will not be delivered to billing.\n"
+    )
 
 
 async def test_a_subscription_can_be_moved(run: Run, subscribed: str) -> None:
@@ -61,7 +64,7 @@ async def test_a_subscription_is_deleted_only_when_that_is_confirmed(run: Run, s
     assert (await run("subscriptions", "list", "--dsn", subscribed)).stdout == "no subscriptions\n"
 
 
-async def test_an_unknown_one_is_one_line(run: Run, database: str) -> None:
+async def test_an_unknown_subscription_is_one_clear_line(run: Run, database: str) -> None:
     result = await run("subscriptions", "reshard", "nobody", "2", "--dsn", database)
     assert result.exit_code == 1
     assert result.output.startswith("Error: There is no subscription 'nobody'.")

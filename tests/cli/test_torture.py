@@ -1,4 +1,4 @@
-"""`pgbackend torture` as a user runs it: on a server of its own, which is killed as well."""
+"""`pgbackend torture` as a user runs it, on an embedded server that is killed too."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.support.figures import report
 from tests.torture import broken
 
 
-async def test_the_plan_is_printed_and_nothing_done(run: Run) -> None:
+async def test_plan_only_prints_the_plan(run: Run) -> None:
     result = await run("torture", "--plan", "--seed", "7", "--minutes", "2")
     assert result.exit_code == 0
     assert result.stdout == f"{Plan.make(7, 120.0, server=True)}\n"
