@@ -1,9 +1,9 @@
 """How fast `pgbackend serve` delivers, as a ratio to a bare aiohttp client in the same run.
 
-Ours is the whole way: events that are in the log, read from an embedded PostgreSQL, through a subscription's pump and a
-`Delivery` to an HTTP target, their offsets committed meanwhile. Bare is what a program without any promises would do:
-64 tasks that post the same bodies over one keep-alive session. Both run in this process on uvloop, in turn, with the
-order alternating; the target is a process of its own that does as little as it can.
+Ours is the whole way: events are read from the log in an embedded PostgreSQL and go through a subscription and a
+`Delivery` to an HTTP target, while their offsets are committed. Bare does what a program without any promises would do:
+64 tasks post the same bodies over one keep-alive session. Both run in this process on uvloop, in turn, in alternating
+order. The target is a process of its own that does as little as it can.
 
     python benchmarks/delivery.py --events 20000 --rounds 5
 """
@@ -42,7 +42,7 @@ class _Target(asyncio.Protocol):
     """Answers 204 to every request as soon as all of it is there."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's is one, and does not say so.
+        # uvloop's transport is an asyncio.Transport, but does not inherit from it.
         self._transport = cast("asyncio.Transport", transport)
         self._received = b""
 
@@ -104,7 +104,7 @@ async def _ours(backend: Backend, url: str, events: int, name: str) -> float:
             done.set()
 
     async with open_session() as session:
-        # With all that `pgbackend serve` gives it, unless traces are on.
+        # As `pgbackend serve` makes it with tracing off.
         counts = Metrics().trigger(name)
         delivery = Delivery(session, URL(url), trigger=name, reply=backend.produce_many, metrics=counts)
         await backend.subscribe(name, dispatch, start=Position(0), concurrency=CONCURRENCY)
@@ -129,7 +129,7 @@ def _event(n: int) -> CloudEvent:
 async def _measure(events: int, rounds: int) -> bool:
     bare: list[float] = []
     ours: list[float] = []
-    look_for_garbage_rarely()  # as `pgbackend serve` does; it helps both
+    look_for_garbage_rarely()  # as `pgbackend serve` does; both sides profit
     with tempfile.TemporaryDirectory(prefix="pgbackend-bench-", ignore_cleanup_errors=True) as directory:
         async with _target() as url, Backend.embedded(directory) as backend:
             for first in range(0, events, _BATCH):
@@ -153,8 +153,8 @@ async def _measure(events: int, rounds: int) -> bool:
 def main() -> None:
     """Exit with 1 when the ratio is missed."""
     parser = argparse.ArgumentParser(description="Delivery over HTTP against a bare aiohttp client.")
-    parser.add_argument("--events", type=int, default=20_000, help="a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="medians count (default: %(default)s)")
+    parser.add_argument("--events", type=int, default=20_000, help="events in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the medians are shown (default: %(default)s)")
     parser.add_argument("--target", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.target:

@@ -1,9 +1,9 @@
-"""How fast `pgbackend serve` takes events in, against the same uvicorn answering 202 to nothing.
+"""How fast `pgbackend serve` takes events in, compared with a uvicorn that answers 202 and does nothing.
 
 Both run as processes of their own, on uvloop and httptools, and get the same requests from wrk over the same number of
-keep-alive connections, in turn and several rounds. Ours answers when the event is committed, by an embedded PostgreSQL
-with fsync on; at the end the log must hold as many events as were acknowledged, and no more than those that were on
-their way when wrk stopped. The promise is about single events in binary mode: half of bare uvicorn's rate.
+keep-alive connections, in turn and in several rounds. Ours answers when the event is committed to an embedded
+PostgreSQL with fsync on. At the end the log must hold all acknowledged events, and besides them only events that were
+under way when wrk stopped. The promise is for single events in binary mode: half of bare uvicorn's rate.
 
     python benchmarks/ingest.py [--rounds 5] [--seconds 5] [--workers 1] [--all]
 """
@@ -63,7 +63,7 @@ class Load:
     headers: dict[str, str]
     body: str
     events: int = 1
-    """In one request."""
+    """Events in one request."""
 
 
 LOADS = (
@@ -80,7 +80,7 @@ LOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What wrk saw."""
+    """What wrk measured."""
 
     rate: float
     """Requests a second."""
@@ -88,15 +88,15 @@ class Round:
 
 
 class BenchmarkError(Exception):
-    """The figures would mean nothing."""
+    """The run gives no figures that mean anything."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=5, help="of each side in each round")
-    parser.add_argument("--workers", type=int, default=1, help="processes of each side")
-    parser.add_argument("--all", action="store_true", help="structured mode and batches, too")
+    parser.add_argument("--seconds", type=int, default=5, help="seconds that each side runs in each round")
+    parser.add_argument("--workers", type=int, default=1, help="processes on each side")
+    parser.add_argument("--all", action="store_true", help="measure structured mode and batches too")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         print("This needs wrk: apt-get install wrk, or brew install wrk, or https://github.com/wg/wrk.")
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    # On a disk: a temporary directory may be in memory, where a commit costs nothing.
+    # On a disk, because /tmp may be in memory, where a commit costs nothing.
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgbackend-bench-", dir="/var/tmp")))
         server = EmbeddedServer(directory)
@@ -129,14 +129,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def compare(load: Load, bare: str, ours: str, dsn: str, script: Path, options: argparse.Namespace) -> float:
-    """The median of the rounds' ratios, printed with what it is made of."""
+    """The median of the rounds' ratios. Prints each round."""
     print(f"{load.name}: requests a second, {CONNECTIONS} connections, {options.workers} process(es) each")
     wrk(bare, script, 1)
     wrk(ours, script, 1)
     before, acknowledged, possible = asyncio.run(count(dsn)), 0, 0
     rates: list[tuple[float, float]] = []
     for number in range(options.rounds):
-        # In turns, so that a machine that is slower for a while is so for both.
+        # In turn, so that a slow moment of the machine is slow for both.
         sides = [bare, ours] if number % 2 == 0 else [ours, bare]
         rounds = {side: wrk(side, script, options.seconds) for side in sides}
         acknowledged += rounds[ours].requests * load.events
@@ -161,21 +161,21 @@ def lua(load: Load) -> str:
 
 
 def wrk(url: str, script: Path, seconds: int) -> Round:
-    """One run. Raises BenchmarkError when anything but 2xx was answered."""
+    """One run of wrk. Raises BenchmarkError for any answer but 2xx."""
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}", "-s", str(script), url]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603 - wrk
-    errors = re.search(r"Non-2xx.*|Socket errors.*", said)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603 - wrk
+    errors = re.search(r"Non-2xx.*|Socket errors.*", output)
     if errors:
-        raise BenchmarkError(f"wrk says of {url}: {errors[0]}")
-    rate, requests = re.search(r"Requests/sec:\s+([\d.]+)", said), re.search(r"(\d+) requests in", said)
+        raise BenchmarkError(f"wrk reports for {url}: {errors[0]}")
+    rate, requests = re.search(r"Requests/sec:\s+([\d.]+)", output), re.search(r"(\d+) requests in", output)
     if rate is None or requests is None:
-        raise BenchmarkError(f"wrk says: {said}")
+        raise BenchmarkError(f"wrk's output has no figures: {output}")
     return Round(float(rate[1]), int(requests[1]))
 
 
 @contextmanager
 def bare_uvicorn(workers: int) -> Iterator[str]:
-    """Its URL, while it runs."""
+    """The URL of a bare uvicorn, which runs until the body ends."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(2048)
@@ -193,7 +193,7 @@ def bare_uvicorn(workers: int) -> Iterator[str]:
 
 @contextmanager
 def broker(dsn: str, workers: int) -> Iterator[str]:
-    """Its URL, while it runs."""
+    """The URL of a broker, which runs until the body ends."""
     command = [sys.executable, "-m", "pgbackend", "serve", "--dsn", dsn, "--port", "0", "--config-inline", "{}"]
     command += ["--workers", str(workers)] if workers > 1 else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
@@ -202,7 +202,7 @@ def broker(dsn: str, workers: int) -> Iterator[str]:
             if (found := re.search(r"takes CloudEvents at (\S+)", line)) is not None:
                 break
         else:
-            raise BenchmarkError("pgbackend serve did not start. What it said stands above.")
+            raise BenchmarkError("pgbackend serve did not start. See its output above.")
         yield found[1]
     finally:
         process.terminate()

@@ -1,10 +1,10 @@
-"""What several workers bring, and what they cost: on an embedded server of its own, with processes of their own.
+"""The gain and the cost of several workers: each in a process of its own, on an embedded server.
 
     python benchmarks/scale_out.py workers        # one worker against two, with a handler that costs 5 ms of CPU
     python benchmarks/scale_out.py takeover       # from kill -9 of a worker to its shard's next handling, 50 times
     python benchmarks/scale_out.py connections    # the fence with 500 connections open, 100 of them appending
 
-Machines are noisy: what counts of the first is the ratio, taken over rounds with one and two workers in turn.
+Machines are noisy. So `workers` compares by the ratio, over rounds with one and two workers in turn.
 """
 
 import argparse
@@ -37,10 +37,10 @@ _INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES (gen_random_uu
 
 
 async def work(dsn: str, cpu: float) -> None:
-    """Run the subscription; a line on stdout for each event handled: its id and the time."""
+    """Run the subscription. Without CPU cost, print each handled event's id and time."""
 
     async def handle(event: Event) -> None:
-        # Of this process, not of the wall clock: on a busy machine that would cost less work.
+        # The CPU time of this process: by the wall clock, a busy machine would do less work.
         until = time.process_time() + cpu
         while time.process_time() < until:
             pass
@@ -69,7 +69,7 @@ async def worker(dsn: str, cpu: float) -> AsyncIterator[asyncio.subprocess.Proce
 
 async def until(what: str, condition: Callable[[], Awaitable[object]], *, timeout: float = 300.0) -> None:
     async with asyncio.timeout(timeout):
-        while not await condition():  # noqa: ASYNC110 - a database has nothing to wait on
+        while not await condition():  # noqa: ASYNC110 - a database can only be polled
             await asyncio.sleep(0.01)
     if what:
         print(what, file=sys.stderr)
@@ -86,11 +86,11 @@ async def fresh_log(server: str, name: str) -> AsyncIterator[str]:
     await maintenance.close()
 
 
-# What is measured.
+# The measurements.
 
 
 async def rate(server: str, workers: int, events: int) -> float:
-    """Events a second that so many workers handle of a backlog, once all of them have their share."""
+    """Events of a backlog that so many workers handle a second, once each has its share of the shards."""
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(fresh_log(server, "bench"))
         producer = await stack.enter_async_context(Backend(dsn))
@@ -129,12 +129,12 @@ async def compare_workers(server: str, rounds: int, events: int) -> bool:
         ratios.append(rates[2] / rates[1])
         print(f"one worker {rates[1]:.0f} events/s, two {rates[2]:.0f}, ratio {ratios[-1]:.2f}")
     ratio = statistics.median(ratios)
-    print(f"two workers do {ratio:.2f} times what one does (wanted: {WANTED_RATIO})")
+    print(f"two workers handle {ratio:.2f} times the events of one (wanted: {WANTED_RATIO})")
     return ratio >= WANTED_RATIO
 
 
 async def measure_takeover(server: str, kills: int) -> bool:
-    """A subscription with events all the time, run by two workers; the one that handled the last event is killed."""
+    """Two workers share a subscription. One is killed; the other must handle events of all shards."""
     times = []
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(fresh_log(server, "bench"))
@@ -152,7 +152,7 @@ async def measure_takeover(server: str, kills: int) -> bool:
             victim.kill()
             killed = time.monotonic()
             await victim.wait()
-            # One for each shard, so that each shard that the dead one had is seen to go on.
+            # Enough keys to reach every shard, so that every shard of the dead worker shows when it goes on.
             ids = {f"{killed}-{number}" for number in range(4 * SHARDS)}
             await producer.produce_many(
                 [CloudEvent({"id": id_, "type": "t", "source": "/b", "partitionkey": id_}, None) for id_ in ids]
@@ -224,7 +224,7 @@ async def measure_fence(server: str, idle: int, appending: int, checks: int) -> 
         print_checks(f"{appending} of them appending all the time", await checked())
         count = sum(await asyncio.gather(*appenders))
         late = statistics.median(handled) * 1000
-        print(f"meanwhile {count / 10:.0f} appends/s; handled {late:.0f} ms after they were recorded, in the median")
+        print(f"meanwhile {count / 10:.0f} appends/s; median {late:.0f} ms from recorded to handled")
         for connection in connections:
             await connection.close()
         await database.close()

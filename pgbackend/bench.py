@@ -1,10 +1,9 @@
 """How fast pgbackend is, as ratios to what bare asyncpg does with the same rows in the same run.
 
-A user of `Backend` like any other: it produces and subscribes through the public API, in a schema of its own that is
-dropped afterwards. Each measurement runs ours and bare in turn, several rounds with the order alternating, and takes
-the median of the rounds' ratios, so that a machine that is slow, or slow for a while, is slow for both. Events are 500
-bytes, commits as durable as the server has them, and while events are produced a second process has a subscription to
-the same log.
+It produces and subscribes through the public API, in a scratch schema that is dropped afterwards. Each measurement runs
+both sides in turn, in several rounds with alternating order, and takes the median of the rounds' ratios: a slow
+machine, or a slow moment, is slow for both sides. Events have 500 bytes, and commits are as durable as the server is
+set. While events are produced, a second process has a subscription to the same log.
 """
 
 import argparse
@@ -38,16 +37,16 @@ EVENT_BYTES = 500
 PAGE = 1_000
 PRODUCERS = 32
 IDLE = 0.02
-"""Seconds of silence before each event whose latency is taken."""
+"""Seconds without an event before each one whose latency is measured."""
 SAMPLES = 40
-"""Latencies taken a round."""
+"""Latencies measured in a round."""
 PATIENCE = 300.0
-"""Seconds after which a measurement that does not end is a failure."""
+"""Seconds after which a measurement that has not ended fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One comparison: medians over the rounds, and what we promise of their ratio."""
+    """One comparison: medians over the rounds, and the limit that we promise for their ratio."""
 
     name: str
     against: str
@@ -55,13 +54,13 @@ class Measurement:
     ours: float
     bare: float
     limit: float
-    """For rates the least ratio that is good enough, for latencies the greatest."""
+    """The least good ratio of rates, the greatest good ratio of latencies."""
     ratio: float
-    """Ours divided by bare: the median of the rounds' ratios, so that a slow moment weighs on both sides alike."""
+    """Ours divided by bare: the median of the rounds' ratios."""
 
     @property
     def ok(self) -> bool:
-        """Whether the ratio keeps its promise."""
+        """Whether the ratio is within its limit."""
         return self.ratio >= self.limit if self.unit == "events/s" else self.ratio <= self.limit
 
 
@@ -80,7 +79,7 @@ Figure = Callable[[], Awaitable[float]]
 async def run(
     dsn: str | None = None, *, events: int = 50_000, rounds: int = 5, progress: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """All measurements, on the database of `dsn` or on an embedded server that is gone afterwards."""
+    """All measurements, on the database of `dsn`, or on an embedded server that is deleted afterwards."""
     if dsn is not None:
         return await _run(dsn, events, rounds, progress)
     # Here, because its package is an extra.
@@ -138,7 +137,7 @@ class _Bench:
         self._rounds = rounds
         self._progress = progress
         self._events = [_event(n) for n in range(events)]
-        # What bare asyncpg is handed: rows that are ready to send.
+        # Bare asyncpg gets rows that are ready to send.
         self._rows: list[Row] = [encode(event, max_event_bytes=1 << 20)[0] for event in self._events]
         columns = ", ".join(COLUMNS)
         values = ", ".join(f"${n}" for n in range(1, len(COLUMNS) + 1))
@@ -155,8 +154,8 @@ class _Bench:
             await self._backend.produce_many(self._events[n : n + PAGE])
         await self._connection.execute(f'vacuum analyze "{self._schema}".events')
 
-    # Before anything else is produced: a subscription reads the log from its beginning.
     async def reading(self) -> list[Measurement]:
+        """Made before anything else is produced, because these subscriptions read the whole log."""
         return [
             await self._compare(
                 f"{_subscriptions(count)}: read, decode, dispatch",
@@ -238,9 +237,9 @@ class _Bench:
             for side in (bare, ours):  # once to warm up
                 await side()
             for round_ in range(self._rounds):
-                # In turn, and each goes first every other round: neither profits from what the other leaves behind.
+                # Each side goes first every other round, so that neither profits from what the other leaves behind.
                 for side in (ours, bare) if round_ % 2 else (bare, ours):
-                    # A collection falls on whoever runs when the counter is full: both begin with it empty.
+                    # Both sides begin with no garbage, because a collection costs the side that runs at the time.
                     gc.collect()
                     figures[side].append(await side())
         return Measurement(
@@ -288,7 +287,7 @@ class _Bench:
         return await _rate(len(self._rows), copy())
 
     async def _dispatch(self, subscriptions: int) -> float:
-        """Events a second over all subscriptions, once the first tenth has passed: before it stands the start-up."""
+        """Events a second over all subscriptions, without the first tenth, which has the start-up in it."""
         wanted = len(self._events) * subscriptions
         warm = wanted // 10
         handled = 0
@@ -323,7 +322,7 @@ class _Bench:
         async def fetch() -> None:
             position = 0
             while rows := await self._connection.fetch(self._page, position):
-                position = rows[-1][len(COLUMNS)]
+                position = rows[-1]["position"]
 
         return await _rate(len(self._events), fetch())
 
@@ -333,7 +332,7 @@ class _Bench:
         latencies: asyncio.Queue[float] = asyncio.Queue()
 
         async def handle(event: Event) -> None:
-            # The bare INSERTs come by as well; they have no stamp.
+            # Events of the bare INSERTs have no stamp.
             if stamp := _stamp(event):
                 latencies.put_nowait((time.monotonic_ns() - stamp) / 1e6)
 
@@ -361,7 +360,7 @@ class _Bench:
         return statistics.median(samples)
 
     async def machine(self) -> dict[str, str]:
-        """Where the figures come from: a figure without its machine says nothing."""
+        """The machine that the figures are from."""
         settings = {
             name: await self._connection.fetchval("select current_setting($1)", name)
             for name in ("server_version", "fsync", "synchronous_commit")
@@ -415,7 +414,7 @@ def _processor() -> str:
 
 @asynccontextmanager
 async def _connections(dsn: str, count: int) -> AsyncIterator[list[Connection]]:
-    # Bare asyncpg, as it has to be used behind a pooler where there is one.
+    # Bare asyncpg, set up for a pooler where there is one.
     database = Database(dsn)
     connections = [await database.connect() for _ in range(count)]
     try:
@@ -437,7 +436,7 @@ async def _started(backend: Backend) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _other(role: str, dsn: str, schema: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Another process that plays `role` until its standard input closes."""
+    """Another process in this role, until its standard input closes."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -446,7 +445,7 @@ async def _other(role: str, dsn: str, schema: str) -> AsyncIterator[asyncio.subp
         schema,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PGBACKEND_DSN": dsn},  # not an argument: everybody can read those
+        env={**os.environ, "PGBACKEND_DSN": dsn},  # not an argument: every user can read those
     )
     assert process.stdin  # noqa: S101 - they are pipes
     assert process.stdout  # noqa: S101
@@ -464,7 +463,7 @@ async def _other(role: str, dsn: str, schema: str) -> AsyncIterator[asyncio.subp
             await process.wait()
 
 
-async def _play(role: str, dsn: str, schema: str) -> None:
+async def _run_role(role: str, dsn: str, schema: str) -> None:
     """The other process."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -494,4 +493,4 @@ if __name__ == "__main__":
     parser.add_argument("role", choices=("listen", "produce"))
     parser.add_argument("schema")
     arguments = parser.parse_args()
-    asyncio.run(_play(arguments.role, os.environ["PGBACKEND_DSN"], arguments.schema))
+    asyncio.run(_run_role(arguments.role, os.environ["PGBACKEND_DSN"], arguments.schema))
