@@ -1,9 +1,30 @@
-"""The server's incarnation: which life of the server this process works in, and whether the log was set back in it.
+"""The server's incarnation: one uninterrupted life of the server, and of the log on it.
 
-What a process remembers of the log is valid for one incarnation (see "Failover" and "Restores" in
-pgbackend/log/fence.py). Its promise: before positions that were given out twice can be taken for events that this
-process has read, one of the methods raises `IncarnationChanged`. Everything in memory is void then, and the worker
-begins anew from its durable rows.
+What a process remembers of the log (pages, evidence, leases) is valid for one incarnation. Each page read, claim and
+offset commit depends on it. The promise: a position that was given out a second time is never taken for the event that
+this process has read there. `IncarnationChanged` is raised instead, and the worker starts again from its durable rows.
+
+**Failover.** Locks and names of transactions belong to one server: evidence of one says nothing about another, nor
+about the same server after a crash. A promoted standby has what the WAL says up to some point:
+
+- The sequence is at or above every event and offset that is there, because it writes up to 32 values ahead. Positions
+  that it skips at the switch belong to nobody: the first evidence proves them dead.
+- An offset is there only with everything that it was committed on. A hole that had been proven dead is dead here as
+  well: its appender has no commit record and will not get one.
+- An appender that was open has ended. A prepared one is there, with its locks, before the first connection is let in.
+- After an asynchronous failover the point may be some way back, and the sequence with it. Positions that processes have
+  seen are given out once more, to other events.
+
+So no memory crosses a switch. An unlogged table names the incarnation. Crash recovery and promotion empty it, and the
+first process to notice has PostgreSQL make up a new name.
+
+**Restores.** Positions are also given out again when the log is set back while the server lives on. A dump carries the
+unlogged row, so the identity (view `life`) has three more parts: the oid of the table, which a restored table does not
+share; the xmin of the row, which a restored row does not share; and the file of the sequence, which a copy of the
+database has elsewhere, and which TRUNCATE … RESTART IDENTITY and each ALTER SEQUENCE replace. `setval()` leaves no such
+trace. So a process ends the incarnation for all others when the sequence stands below a position that it has seen, or
+when an event that it knew has become another one. Offsets may then stand above new events, so the incarnation is marked
+as set back, and no worker starts in it until an operator has said how to go on.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -22,7 +43,7 @@ _CHANGED = "The server was restarted after a crash or failed over, or the log wa
 class IncarnationChanged(PgBackendError):  # noqa: N818 - a signal between the actors, never seen outside
     """The server crashed or failed over, or the log was set back: positions may have been given out again.
 
-    Begin anew from durable rows.
+    Start again from durable rows.
     """
 
 
@@ -35,9 +56,9 @@ class Incarnation:
         self._id: str | None = None
         self._highest_seen = 0
         self._landmarks: dict[int, str] = {}
-        """Events that were seen, by position, with the time of their recording in microseconds since 1970.
+        """Some events that were seen: position, and microseconds since 1970 when the event was recorded.
 
-        A log that was restored or emptied shows other events there. They are the newest event of the last call of
+        After the log was set back, other events stand there. They are the newest event at the last call of
         `verify_not_set_back`, and the last events of pages since then.
         """
 
@@ -52,7 +73,7 @@ class Incarnation:
         return self._highest_seen
 
     async def enter(self) -> str:
-        """This process works in the server's present incarnation; returns its identity, which is new if it had none."""
+        """Work in the server's present incarnation, named now if it has no name yet. Returns its identity."""
         while True:
             found = await self._database.fetchval(self._sql.find_incarnation)
             if isinstance(found, str):
@@ -123,8 +144,8 @@ class Incarnation:
         try:
             await self._database.execute(self._sql.end_life, self._id)
         except DatabaseError as error:
-            # This process begins anew in any case.
-            reason += f" (and the other processes could not be told: {error})"
+            # This process starts again in any case.
+            reason += f" (and ending the incarnation for other processes failed: {error})"
         raise IncarnationChanged(f"The log was set back: {reason}.")
 
 

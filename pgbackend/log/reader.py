@@ -1,18 +1,20 @@
-"""One reader of the log: pages in order, each proven by the fence before anybody gets it.
+"""A reader of the log: pages in order, each proven by the fence before it is delivered.
 
-A reader turns the log into a stream of `Batch`es. Applied one after another they tell a subscription all there is to
-know: the events in the order of their admission, up to where the log is accounted for, and which holes were left
-behind. Only `Fence` (pgbackend/log/fence.py) stands between `read_page` and a batch; this module does the I/O.
+A reader turns the log into a stream of batches. Taken one after another, they tell a subscription everything: the
+events in the order of delivery, up to where the log is accounted for, and which holes were passed. This module does the
+I/O of each round; `Fence` (pgbackend/log/fence.py) decides.
 
-Its promise: an event is in exactly one batch of a reader, and a position at or below `upto` that was in none is either
-in an open hole, or gone from the log, or dead for ever.
+The promise: an event is in exactly one batch of a reader. A position at or below `upto` that was in none lies in an
+open hole, or was removed from the log, or is dead.
 
-**Gone.** A removed segment looks like a roll-back of all that was in it. So whenever dead positions reach from one
-segment into another, or to the log's end, the reader asks which segments there are. Single rows that somebody deleted
-are seen as gone where they had been read once: between the two reads of a large event here, else by their subscription.
+**Removed events.** A segment that was removed looks like a rollback of everything in it. So whenever dead positions
+reach from one segment into another, or to the end of the log, the reader looks up which segments there are. A single
+row that was deleted shows only where it had been read before: here between the two reads of a large event, otherwise in
+the subscription that knows its position.
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,9 +29,9 @@ from pgbackend.postgres.reconnect import GrowingDelay
 
 _HELD_EVENTS = 5000
 _HELD_BYTES = 32 << 20
-"""What a reader keeps that is visible but above a hole it still waits for."""
+"""The most that a reader keeps behind a hole that it waits for, give or take a page."""
 _OPEN_HOLE_POLL = 0.25
-"""Seconds between looks at passed holes: an event comes within a second of its commit, also from plain SQL."""
+"""Seconds between two reads while passed holes are open: a late event comes within a second of its commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,144 +43,185 @@ class Unreadable:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one read found out. Never changed once it is made: several subscriptions share it."""
+    """What one round of a reader found out. Never changed: several subscriptions share it."""
 
     events: Sequence[Event]
-    """In the order of admission: first those that appeared in passed holes, then the log's next ones."""
+    """In the order of delivery: first those that appeared in passed holes, then the log's next ones."""
     positions: Sequence[int]
+    """Of each event."""
     sizes: Sequence[int]
-    """Of each event, so that the subscriptions that share a batch do not each work them out."""
-    upto: int
-    """Everything at or below is in a batch, in an open hole, or dead."""
-    opened: Sequence[Range]
-    """Holes that are now behind the reader, and may still be filled."""
-    closed: Sequence[Range]
-    """Holes behind the reader in which nothing can appear any more."""
+    """Bytes of each event, so that the subscriptions that share a batch do not each work them out."""
     size: int
-    """Bytes of its events, about."""
-    again: float | None
-    """Seconds until the reader should look again by itself; None: when there is a hint or the clock says so."""
-    removed: Sequence[Range] = ()
-    """Positions at or below `upto` that somebody has removed from the log; they may be in `closed` as well."""
-    unreadable: Sequence[Unreadable] = ()
-    """Events at or below `upto` that cannot be handed out."""
+    """Bytes of all events."""
+    upto: int
+    """Everything at or below was in a batch, or lies in an open hole, or was removed, or is dead."""
+    opened: Sequence[Range]
+    """Holes that the reader has passed in this round."""
+    closed: Sequence[Range]
+    """Passed holes in which nothing can appear any more."""
+    removed: Sequence[Range]
+    """Positions at or below `upto` whose events were removed from the log. They may be in `closed` as well."""
+    unreadable: Sequence[Unreadable]
+    """Events at or below `upto` that cannot be delivered."""
+    pause: float | None
+    """Seconds until the reader should read again. None: after the next wake-up or poll."""
 
     def __bool__(self) -> bool:
         return bool(self.events or self.opened or self.closed or self.removed or self.unreadable)
 
 
 class Reader:
-    """Reads on from a position. Not safe for two tasks at once."""
+    """Reads on from one position. Only one task at a time may use it."""
 
     def __init__(self, log: Log, *, after: int, holes: Iterable[Range] = (), strict: bool = False) -> None:
-        """`holes`: ranges at or below `after` that may still be filled. `strict`: wait for every hole (`strict`)."""
+        """`holes`: ranges at or below `after` that may still be filled. `strict`: wait at every hole, pass none."""
+        self.position = after
+        """Everything at or below was delivered in a batch, or lies in a hole that was passed, or is dead."""
         self._log = log
         self._fence = Fence(holes, strict=strict)
-        self._top = after
-        self._held: list[Event] = []
-        self._held_bytes = 0
-        self._blocked_reads = 0
-        self._removed: list[Range] = []
-        """Found to be removed from the log, and not told yet."""
-        self._lost: dict[int, str | None] = {}
-        """Positions among the held ones: see `Page.lost`."""
-        self.position = after
         self._segments = SegmentMap()
+        self._top = after
+        """Everything at or below was read. What lies above `position` is held back by a hole."""
+        self._held: list[Event] = []
+        """Events above `position` that were read, in order."""
+        self._lost: dict[int, str | None] = {}
+        """The events among those in `_held` that cannot be delivered: see `Page.lost`."""
+        self._removed: list[Range] = []
+        """Ranges above `position` that were removed from the log."""
+        self._blocked_reads = 0
+        """Reads in a row that brought nothing because a hole holds this reader back."""
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether an open appender holds this reader back, or more holes do than can be passed."""
+        return self._fence.barrier is not None
 
     def adopt(self, holes: Iterable[Range]) -> None:
-        """Also watch these holes from now on; what appears in them comes with a later batch."""
+        """Watch these holes too: what appears in them comes with a later batch."""
         self._fence.adopt(holes)
         self._segments.clear()
 
-    @property
-    def waiting(self) -> bool:
-        """Whether an appender holds it back: by what it may still append, or by more holes than can be passed."""
-        return self._fence.waiting
-
-    def open_holes(self) -> RangeSet:
-        """Everything at or below `position` that may still be filled."""
-        return self._fence.ranges().below(self.position)
-
     async def read(self, *, prove: bool = False) -> Batch:
-        """One round: evidence if there are gaps (or to `prove` that the log's end is its end), a page, a verdict."""
-        evidence: Evidence | None = None
-        if self._fence or prove:
-            evidence = await self._log.check()
-            self._fence.apply_evidence(evidence)
-        room = len(self._held) < _HELD_EVENTS and self._held_bytes < _HELD_BYTES
-        found = await self._log.pages.read(after=self._top, holes=self._fence.ranges(), page=room)
-        late, more = found.late, found.more
-        self._lost.update(found.lost)
-        # After the read: what is still missing now, and has nobody left to fill it, is dead.
-        passed = set(self._fence.fill([event.position for event in late])) if late else set()
-        closed = self._fence.remove_dead() if self._fence and not (late and more) else []
-        dead = [gap for gap in closed if not self._segments.has_both(*gap)]
-        dead += self._take(found.events)
-        if prove and evidence is not None and room and not more and evidence.upto > self._top:
-            # Nothing above the last row was visible after the evidence: the rest up to its `upto` is a hole as well.
-            if self._fence.add_missing(self._top + 1, evidence.upto + 1):
-                dead.append((self._top + 1, evidence.upto + 1))
-            else:
-                # No event above it shows that its segment is still there.
-                self._segments.clear()
-            self._top = evidence.upto
+        """One round: evidence if there are holes, a page, and what both of them prove. `prove`: evidence in any case.
+
+        With `prove` the end of the log is accounted for as well: positions that were drawn behind the last event are
+        dead, or become a hole. Raises IncarnationChanged, and DatabaseError before anything has changed.
+        """
+        evidence = await self._take_evidence() if self._fence or prove else None
+        has_room = self._has_room()
+        page = await self._log.pages.read(after=self._top, holes=self._fence.ranges(), page=has_room)
+        self._lost.update(page.lost)
+        late = self._fill_holes(page.late)
+        # While there are more late events to read, a hole without blockers may still have some.
+        closed = self._fence.remove_dead() if self._fence and not (page.late and page.more) else []
+        dead = [hole for hole in (*closed, *self._hold(page.events)) if not self._segments.has_both(*hole)]
+        if prove and evidence is not None and has_room and not page.more:
+            dead += self._account_for_end(evidence)
         if dead:
             self._removed.extend(await self._find_removed(dead))
-        events = [event for event in late if event.position in passed]
-        appeared = [event for event in late if event.position not in passed]
-        if appeared:
-            self._held = sorted([*self._held, *appeared], key=lambda event: event.position)
-            self._held_bytes += sum(event.weight for event in appeared)
         opened = self._fence.pass_overdue(self._log.clock, now=time.monotonic()) if self._fence else []
         before = self.position
-        released = self._release()
-        admitted = [*events, *released] if events else released
-        unreadable: list[Unreadable] = []
-        if self._lost:
-            admitted, unreadable = self._without_lost(admitted)
-        sizes = [event.weight for event in admitted]
+        delivered, unreadable = self._without_lost([*late, *self._release()])
+        sizes = [event.weight for event in delivered]
         return Batch(
-            events=admitted,
-            positions=[event.position for event in admitted],
+            events=delivered,
+            positions=[event.position for event in delivered],
             sizes=sizes,
+            size=sum(sizes),
             upto=self.position,
             opened=opened,
-            closed=[gap for gap in closed if gap[0] <= before],
-            size=sum(sizes),
-            again=self._again(more=more and room, progress=bool(admitted or opened or closed)),
-            removed=self._passed_removed() if self._removed else (),
+            closed=[hole for hole in closed if hole[0] <= before],
+            removed=self._take_removed(),
             unreadable=unreadable,
+            pause=self._pause(more=page.more and has_room, progress=bool(delivered or opened or closed)),
         )
 
+    async def _take_evidence(self) -> Evidence:
+        evidence = await self._log.check()
+        self._fence.apply_evidence(evidence)
+        return evidence
+
+    def _has_room(self) -> bool:
+        return len(self._held) < _HELD_EVENTS and sum(event.weight for event in self._held) < _HELD_BYTES
+
+    def _fill_holes(self, appeared: list[Event]) -> list[Event]:
+        """Take events that appeared in holes. Returns those of passed holes; the others wait in `_held`."""
+        if not appeared:
+            return []
+        passed = set(self._fence.fill([event.position for event in appeared]))
+        waiting = [event for event in appeared if event.position not in passed]
+        if waiting:
+            self._held = sorted([*self._held, *waiting], key=_position)
+        return [event for event in appeared if event.position in passed]
+
+    def _hold(self, events: list[Event]) -> list[Range]:
+        """Hold a page's events, and add the holes between them to the fence. Returns those that are dead already."""
+        if not events:
+            return []
+        dead: list[Range] = []
+        last = events[-1].position
+        if last - self._top != len(events):
+            before = self._top
+            for event in events:
+                if event.position != before + 1 and self._fence.add_missing(before + 1, event.position):
+                    dead.append((before + 1, event.position))
+                before = event.position
+        self._top = last
+        self._held = [*self._held, *events] if self._held else events
+        return dead
+
+    def _account_for_end(self, evidence: Evidence) -> list[Range]:
+        """Account for the positions between the last event and `upto`. Returns them when they are dead."""
+        if evidence.upto <= self._top:
+            return []
+        # The read began after the evidence was taken and showed nothing here: it is a hole like any other.
+        end = (self._top + 1, evidence.upto + 1)
+        self._top = evidence.upto
+        if self._fence.add_missing(*end):
+            return [end]
+        # No event behind this hole shows that its segment is still there: look it up when the hole dies.
+        self._segments.clear()
+        return []
+
     async def _find_removed(self, dead: Sequence[Range]) -> list[Range]:
-        """What of these positions has no segment. Waits for a server that is away: what this round has read is here."""
-        backoff = GrowingDelay(self._log.database)
+        """The parts of these ranges that belong to no segment any more.
+
+        Waits for a server that is away: the round has read events, and would lose them if it failed here.
+        """
+        delay = GrowingDelay(self._log.database)
         while True:
             try:
                 segments = await self._log.find_segments()
             except SchemaError:
                 raise
             except DatabaseError as error:
-                facts.emit("read failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
-                await backoff.wait()
+                facts.emit("read failed", level=delay.failed(), failures=delay.failures, error=str(error))
+                await delay.wait()
             else:
                 self._segments.update(segments)
                 return list(RangeSet(dead).difference(segments))
 
-    def _passed_removed(self) -> list[Range]:
-        """Ranges that are gone at or below `position`; the rest is told when it is passed."""
-        gone = RangeSet(self._removed)
-        passed = list(gone.below(self.position))
-        self._removed = list(gone.difference(passed))
-        return passed
+    def _release(self) -> list[Event]:
+        """Take the events below the barrier from `_held`, and move `position` up to it."""
+        barrier = self._fence.barrier if self._fence else None
+        if barrier is None:
+            released, self._held = self._held, []
+            self.position = self._top
+            return released
+        count = bisect_left(self._held, barrier, key=_position)
+        released, self._held = self._held[:count], self._held[count:]
+        self.position = max(self.position, barrier - 1)
+        return released
 
-    def _without_lost(self, admitted: list[Event]) -> tuple[list[Event], list[Unreadable]]:
-        """The events that can be handed out, and those that cannot be read; notes those that are gone."""
+    def _without_lost(self, events: list[Event]) -> tuple[list[Event], list[Unreadable]]:
+        """The events that can be delivered, and those that cannot be read. Notes those whose rows were deleted."""
+        if not self._lost:
+            return events, []
         whole: list[Event] = []
         unreadable: list[Unreadable] = []
-        for event in admitted:
+        for event in events:
             position = event.position
             if position not in self._lost:
                 whole.append(event)
@@ -188,56 +231,27 @@ class Reader:
                 unreadable.append(Unreadable(position, event.key_hash, error))
         return whole, unreadable
 
-    def _take(self, page: list[Event]) -> list[Range]:
-        """Keep a page's events, and note what is missing between them; what of that is dead, beyond one segment."""
-        dead: list[Range] = []
-        if not page:
-            return dead
-        top = self._top
-        last = page[-1].position
-        if last - top != len(page):
-            for event in page:
-                if (
-                    event.position != top + 1
-                    and self._fence.add_missing(top + 1, event.position)
-                    and not self._segments.has_both(top + 1, event.position)
-                ):
-                    dead.append((top + 1, event.position))
-                top = event.position
-        self._top = last
-        if self._held:
-            self._held.extend(page)
-            self._held_bytes += sum(event.weight for event in page)
-        else:
-            self._held = page
-            self._held_bytes = sum(event.weight for event in page) if self._fence.waiting else 0
-        return dead
+    def _take_removed(self) -> list[Range]:
+        """The removed ranges at or below `position`. The others come when they are passed."""
+        if not self._removed:
+            return []
+        removed = RangeSet(self._removed)
+        reached = list(removed.below(self.position))
+        self._removed = list(removed.difference(reached))
+        return reached
 
-    def _release(self) -> list[Event]:
-        """The held events that no hole holds back any more; moves `position` along."""
-        limit = self._fence.first_blocked() if self._fence else None
-        if limit is None:
-            released, self._held, self._held_bytes = self._held, [], 0
-            self.position = self._top
-            return released
-        count = 0
-        for event in self._held:
-            if event.position > limit:
-                break
-            count += 1
-        released, self._held = self._held[:count], self._held[count:]
-        if released:
-            self._held_bytes = sum(event.weight for event in self._held)
-        self.position = max(self.position, limit - 1)
-        return released
-
-    def _again(self, *, more: bool, progress: bool) -> float | None:
-        if more or self._fence.unproven:
+    def _pause(self, *, more: bool, progress: bool) -> float | None:
+        """Seconds until the next read: see `Batch.pause`."""
+        if more or self._fence.needs_evidence:
             self._blocked_reads = 0
             return 0.0
-        if self._fence.waiting:
-            # Most appenders are over in a millisecond or two; one that is not costs a look every 25 ms.
+        if self.is_blocked:
+            # Most appenders end within a millisecond or two. One that does not costs a read every 25 ms.
             self._blocked_reads = 0 if progress else self._blocked_reads + 1
-            # Not beyond 8, where it is 25 ms: after 1,750 looks, 44 s, the power is no float any more.
+            # At most 8, where it reaches 25 ms: after 1,750 reads the power would be no float any more.
             return min(0.001 * 1.5 ** min(self._blocked_reads, 8), 0.025)
         return _OPEN_HOLE_POLL if self._fence else None
+
+
+def _position(event: Event) -> int:
+    return event.position

@@ -1,13 +1,14 @@
-"""One read serves all: the shard pumps of a process share readers.
+"""The tail: all shards of a process that stand at about the same place share one reader.
 
-A `Stream` is a reader with a short memory of what it has read. Every pump has a `Cursor`, and every cursor is in one
-stream: pumps at about the same place share it, and with it each page, each decoded event and each check of the fence. A
-cursor that falls behind the memory (64 MiB for each) begins a stream of its own at its place; one that has caught up
-with another stream moves over. `strict` cursors share among themselves, since their reader waits where others go on.
+A `Stream` is a reader with a short memory of the batches that it has read, and the task that reads on. Each shard has a
+`Cursor`, and each cursor is in one stream. So the shards at the tail share each page, each decoded event and each check
+of the fence. A cursor that falls behind the memory of its stream (64 MiB) gets a stream of its own; one that catches up
+with another stream moves over. Cursors of `strict` subscriptions share only with each other, because their reader waits
+at holes.
 
-Moving is safe at any place, by one rule. A cursor knows what is settled by position: it admits an event that is above
-its place, or that lies in one of its own open holes, and no other. The holes it brings along are adopted by the
-stream's reader, so that whatever appears in them will be in some later batch.
+The promise: across all moves, each event comes to a cursor at least once, and its owner can tell when it comes again.
+An event is new when it is above the cursor's place, or lies in one of the owner's own open holes. The owner brings
+those holes along, and the new stream's reader adopts them, so that what appears in them is in some later batch.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from pgbackend.log.reader import Batch, Reader
 from pgbackend.postgres.reconnect import GrowingDelay
 
 _PASSING = 1.0
-"""Seconds beyond `hole_wait` in which a reader has passed an overdue appender, however busy the machine."""
+"""Seconds beyond `hole_wait` in which a reader has passed an overdue appender, however busy the machine is."""
 
 
 class Tail:
@@ -33,263 +34,307 @@ class Tail:
     def __init__(
         self, log: Log, wakeup: Wakeup, *, poll_interval: float, buffer_bytes: int, tasks: asyncio.TaskGroup
     ) -> None:
+        """`tasks`: where streams run. An error that ends a stream ends the group."""
         self.log = log
         self.wakeup = wakeup
         self.poll_interval = poll_interval
         self.buffer_bytes = buffer_bytes
         self._tasks = tasks
         self._streams: list[Stream] = []
+        """Oldest first."""
 
     def cursor(self, *, after: int, strict: bool = False) -> "Cursor":
-        """A place in the log that reads on behind `after`; what is open or unsettled below it, `next()` is told."""
+        """A place in the log that reads on behind `after`. Close it when it is not needed any more."""
         return Cursor(self, after=after, strict=strict)
 
-    def place(self, cursor: "Cursor", holes: RangeSet) -> "Stream":
-        """The stream that covers the cursor's place and is farthest ahead; a new one when there is none."""
-        # A strict cursor with holes below its place must see them filled first: no other's reader waits for those.
-        alone = cursor.strict and bool(holes)
-        fitting = [
-            s for s in self._streams if s.strict == cursor.strict and s.covers(cursor.position, with_holes=bool(holes))
-        ]
-        if fitting and not alone:
-            stream = max(fitting, key=lambda s: s.reader.position)
-            stream.reader.adopt(holes)
-        else:
+    def enter(self, cursor: "Cursor", holes: RangeSet) -> "Stream":
+        """Put the cursor into the stream that covers its place and is farthest ahead, or into a new one."""
+        stream = self._find_stream(cursor, holes)
+        if stream is None:
             reader = Reader(self.log, after=cursor.position, holes=holes, strict=cursor.strict)
             stream = Stream(self, reader, strict=cursor.strict)
             self._streams.append(stream)
             stream.task = self._tasks.create_task(stream.run(), name=f"stream from {cursor.position}")
+        else:
+            stream.reader.adopt(holes)
+        stream.cursors.add(cursor)
         return stream
 
-    def better_than(self, stream: "Stream", position: int, *, with_holes: bool) -> bool:
-        """Whether another stream covers this place and is farther ahead, or as far and older."""
+    def _find_stream(self, cursor: "Cursor", holes: RangeSet) -> "Stream | None":
+        if cursor.strict and holes:
+            # Its holes must be filled before anything else comes, and no other's reader waits for them.
+            return None
+        fitting = (stream for stream in self._streams if stream.fits(cursor, holes))
+        return max(fitting, key=lambda stream: stream.reader.position, default=None)
+
+    def has_better(self, cursor: "Cursor", holes: RangeSet, stream: "Stream") -> bool:
+        """Whether the cursor fits into another stream that is farther ahead than `stream`, or as far and older."""
+        if cursor.strict and holes:
+            return False
+        older = True
         for other in self._streams:
             if other is stream:
-                # The list is in order of age: those behind it are younger.
-                return any(
-                    s.strict == stream.strict
-                    and s.covers(position, with_holes=with_holes)
-                    and s.reader.position > stream.reader.position
-                    for s in self._streams
-                )
-            if (
-                other.strict == stream.strict
-                and other.covers(position, with_holes=with_holes)
-                and other.reader.position >= stream.reader.position
-            ):
-                return True
+                older = False
+            elif other.fits(cursor, holes):
+                lead = other.reader.position - stream.reader.position
+                if lead > 0 or (lead == 0 and older):
+                    return True
         return False
 
-    def drop(self, stream: "Stream") -> None:
-        self._streams.remove(stream)
-        if stream.task is not None:
-            stream.task.cancel()
+    def leave(self, cursor: "Cursor", stream: "Stream") -> None:
+        """Take the cursor out of the stream. A stream without cursors ends."""
+        stream.cursors.discard(cursor)
+        stream.forget()
+        if not stream.cursors:
+            self._streams.remove(stream)
+            if stream.task is not None:
+                stream.task.cancel()
 
 
 class Stream:
-    """A reader, the batches that some of its cursors have not taken yet, and the task that reads on for them."""
+    """A reader, the batches that some cursors have not taken yet, and the task that reads on when one wants more."""
 
     def __init__(self, tail: Tail, reader: Reader, *, strict: bool) -> None:
-        self._tail = tail
         self.reader = reader
         self.strict = strict
         self.cursors: set[Cursor] = set()
         self.task: asyncio.Task[None] | None = None
-        self.reading = False
-        self._batches: deque[Batch] = deque()
-        self._starts: deque[int] = deque()
-        self._bytes = 0
-        self._first = 0
+        self.watch = _BlockedWatch(tail.log, reader, strict=strict)
+        self._tail = tail
+        self._memory = _Memory()
+        self._is_reading = False
         self._published = asyncio.Event()
+        """Replaced by a new one each time it is set."""
         self._demand = asyncio.Event()
-        self._blocked_since: float | None = None
-        self._blocked_at = -1
-        self._told: str | None = None
-        """The oldest appender when it was said last that it is held back."""
-        self.blocked = False
-        """Whether an appender holds the reader back for longer than `hole_wait`."""
 
     @property
-    def next(self) -> int:
-        """The number that the next batch will have."""
-        return self._first + len(self._batches)
-
-    def covers(self, position: int, *, with_holes: bool) -> bool:
-        """Whether a cursor at this place finds here all that follows it, in its order, without waiting for history."""
-        if with_holes:
-            # What has appeared in its holes is read in the next round. What was read before, and the round under way,
-            # may hold more of the same transactions, which must not come first.
-            return position == self.reader.position and not self.reading
-        floor = self._starts[0] if self._starts else self.reader.position
-        return floor <= position <= self.reader.position
-
-    def take(self, number: int) -> Batch | None:
-        """The batch of that number; None when it is still to be read. LookupError when it is forgotten."""
-        index = number - self._first
-        if index < 0:
-            raise LookupError
-        if index >= len(self._batches) - 1:
-            # Whoever takes the last one will want another: read it meanwhile.
-            self._demand.set()
-        return self._batches[index] if index < len(self._batches) else None
-
-    async def published(self) -> None:
-        """Wait for the next batch."""
-        await self._published.wait()
-
-    def forget(self) -> None:
-        """Drop the batches that every cursor has taken. One that has fallen behind takes none of these any more."""
-        numbers = (cursor.number for cursor in self.cursors)
-        oldest = min((number for number in numbers if number >= self._first), default=self.next)
-        while self._batches and self._first < oldest:
-            self._shift()
-
-    def oldest(self) -> int:
+    def first_number(self) -> int:
         """The number of the oldest batch that is still here."""
-        return self._first
+        return self._memory.first
 
     async def run(self) -> None:
-        """Read on as long as somebody wants more."""
-        tail = self._tail
-        loop = asyncio.get_running_loop()
-        next_proof = loop.time() + tail.poll_interval
-        known = tail.wakeup.count
-        again: float | None = 0.0
-        backoff = GrowingDelay(tail.log.database)
+        """Read on while cursors want more, until cancelled. Raises IncarnationChanged and SchemaError."""
+        tail, loop = self._tail, asyncio.get_running_loop()
+        delay = GrowingDelay(tail.log.database)
+        proof_due = loop.time() + tail.poll_interval
+        woken = tail.wakeup.count
+        pause: float | None = 0.0
         while True:
             await self._demand.wait()
-            if again:
-                await tail.wakeup.wait(since=known, timeout=min(again, tail.poll_interval))
-            elif again is None:
-                await tail.wakeup.wait(since=known, timeout=max(0.0, min(tail.poll_interval, next_proof - loop.time())))
-            known = tail.wakeup.count
-            start = self.reader.position
-            prove = loop.time() >= next_proof
-            self.reading = True
+            if pause != 0.0:
+                patience = proof_due - loop.time() if pause is None else pause
+                await tail.wakeup.wait(since=woken, timeout=max(0.0, min(patience, tail.poll_interval)))
+            # Before the read: what is appended during it may be missed, and wakes the next one.
+            woken = tail.wakeup.count
+            prove = loop.time() >= proof_due
             try:
-                batch = await self.reader.read(prove=prove)
+                batch = await self.run_once(prove=prove)
             except SchemaError:
                 raise
             except DatabaseError as error:
-                facts.emit("read failed", level=backoff.failed(), failures=backoff.failures, error=str(error))
-                await backoff.wait()
+                facts.emit("read failed", level=delay.failed(), failures=delay.failures, error=str(error))
+                await delay.wait()
                 continue
-            finally:
-                self.reading = False
-            backoff.reset()
+            delay.reset()
             if prove:
-                next_proof = loop.time() + tail.poll_interval
-            again = batch.again
-            if batch or batch.upto > start:
-                self._publish(batch, start)
-            await self._watch(loop.time())
+                proof_due = loop.time() + tail.poll_interval
+            pause = batch.pause
+            await self.watch.look(loop.time())
 
-    async def _watch(self, now: float) -> None:
-        """Notice when an appender holds the reader back, and say which."""
-        if not self.reader.waiting:
-            self._blocked_since = self._told = None
-            self.blocked = False
-            return
-        if self._blocked_since is None or self._blocked_at != self.reader.position:
-            # Under load it always waits for somebody, each for a moment: held back is who does not move.
-            self._blocked_since, self._blocked_at = now, self.reader.position
-            self.blocked = False
-        patience = self._tail.log.clock.hole_wait
-        if not self.strict:
-            # It passes what is overdue; what still holds it is more holes than can be passed.
-            patience += _PASSING
-        if self.blocked or now - self._blocked_since <= patience:
-            return
-        self.blocked = True
+    async def run_once(self, *, prove: bool) -> Batch:
+        """One round of the reader. The batch is published if it says anything. Raises as `Reader.read()` does."""
+        start = self.reader.position
+        self._is_reading = True
         try:
-            appenders = await self._tail.log.appenders()
-        except DatabaseError:
-            appenders = ()
-        oldest = appenders[0].virtual_transaction if appenders else ""
-        if oldest == self._told:
-            # It moves on whenever one of many holes is filled, and is held back again behind the next.
-            return
-        self._told = oldest
-        facts.emit(
-            "reading waits for an open transaction",
-            level=logging.WARNING,
-            position=self.reader.position,
-            appenders=[str(appender) for appender in appenders],
-            reason=None if self.strict else f"More than {MAX_PENDING_RANGES} gaps in the log may be theirs. End them.",
-        )
+            batch = await self.reader.read(prove=prove)
+        finally:
+            self._is_reading = False
+        if batch or batch.upto > start:
+            self._publish(batch, start)
+        return batch
+
+    def fits(self, cursor: "Cursor", holes: RangeSet) -> bool:
+        """Whether the cursor finds here all that follows its place, in its order, without waiting for history."""
+        if self.strict != cursor.strict:
+            return False
+        if holes:
+            # The next round reads what has appeared in its holes. Earlier rounds, and the one under way, may have read
+            # later events of the same transactions, which must not come first.
+            return cursor.position == self.reader.position and not self._is_reading
+        oldest = self._memory.start
+        floor = self.reader.position if oldest is None else oldest
+        return floor <= cursor.position <= self.reader.position
+
+    def take(self, number: int) -> Batch | None:
+        """The batch of that number; None while it is still to be read. Raises LookupError when it was forgotten."""
+        batch = self._memory.get(number)
+        if number >= self._memory.end - 1:
+            # The cursor that takes the last batch will want another one: read it meanwhile.
+            self._demand.set()
+        return batch
+
+    async def published(self) -> None:
+        """Return after the next batch was published."""
+        await self._published.wait()
+
+    def forget(self) -> None:
+        """Drop the batches that every cursor has taken. A cursor that has fallen behind takes none of them any more."""
+        memory = self._memory
+        numbers = (cursor.number for cursor in self.cursors)
+        oldest = min((number for number in numbers if number >= memory.first), default=memory.end)
+        while memory.first < oldest:
+            memory.drop_first()
 
     def _publish(self, batch: Batch, start: int) -> None:
-        self._batches.append(batch)
-        self._starts.append(start)
-        self._bytes += batch.size
+        memory = self._memory
+        memory.append(batch, start)
         self._demand.clear()
-        # Who has not taken the oldest by now falls behind, and reads on by itself.
-        while self._bytes > self._tail.buffer_bytes and len(self._batches) > 1:
-            self._shift()
+        # A cursor that has not taken the oldest batch by now falls behind and gets a stream of its own.
+        while memory.bytes > self._tail.buffer_bytes and memory.end - memory.first > 1:
+            memory.drop_first()
         self._published.set()
         self._published = asyncio.Event()
 
-    def _shift(self) -> None:
-        self._bytes -= self._batches.popleft().size
-        self._starts.popleft()
-        self._first += 1
+
+class _Memory:
+    """The last batches of a stream, numbered in the order of reading."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        """The number of the oldest batch that is still here."""
+        self.bytes = 0
+        self._batches: deque[tuple[Batch, int]] = deque()
+        """Each with the position behind which it begins."""
+
+    @property
+    def end(self) -> int:
+        """The number that the next batch will have."""
+        return self.first + len(self._batches)
+
+    @property
+    def start(self) -> int | None:
+        """The position behind which the oldest batch begins; None when there is no batch."""
+        return self._batches[0][1] if self._batches else None
+
+    def get(self, number: int) -> Batch | None:
+        """The batch of that number; None when it is still to come. Raises LookupError when it was dropped."""
+        index = number - self.first
+        if index < 0:
+            raise LookupError
+        return self._batches[index][0] if index < len(self._batches) else None
+
+    def append(self, batch: Batch, start: int) -> None:
+        self._batches.append((batch, start))
+        self.bytes += batch.size
+
+    def drop_first(self) -> None:
+        batch, _ = self._batches.popleft()
+        self.bytes -= batch.size
+        self.first += 1
+
+
+class _BlockedWatch:
+    """Notices when open appenders hold a reader back for longer than they should, and reports which."""
+
+    def __init__(self, log: Log, reader: Reader, *, strict: bool) -> None:
+        self.is_blocked = False
+        self._log = log
+        self._reader = reader
+        self._strict = strict
+        self._since: float | None = None
+        self._position = -1
+        self._reported: str | None = None
+        """The oldest appender of the last report."""
+
+    async def look(self, now: float) -> None:
+        """Look at the reader after a round. Emits a fact when it has become blocked, or by another appender."""
+        if not self._reader.is_blocked:
+            self._since = self._reported = None
+            self.is_blocked = False
+            return
+        if self._since is None or self._position != self._reader.position:
+            # Under load a reader always waits for some appender, each for a moment. It is blocked when it stands still.
+            self._since, self._position = now, self._reader.position
+            self.is_blocked = False
+        patience = self._log.clock.hole_wait
+        if not self._strict:
+            # It passes overdue appenders, so only more holes than can be passed hold it back for longer.
+            patience += _PASSING
+        if self.is_blocked or now - self._since <= patience:
+            return
+        self.is_blocked = True
+        await self._report()
+
+    async def _report(self) -> None:
+        try:
+            appenders = await self._log.appenders()
+        except DatabaseError as error:
+            facts.emit("appenders not seen", level=logging.DEBUG, error=str(error))
+            appenders = ()
+        oldest = appenders[0].virtual_transaction if appenders else ""
+        if oldest == self._reported:
+            # The reader moves on whenever one of many holes is filled, and stops again at the next.
+            return
+        self._reported = oldest
+        facts.emit(
+            "reading waits for an open transaction",
+            level=logging.WARNING,
+            position=self._reader.position,
+            appenders=[str(appender) for appender in appenders],
+            reason=None if self._strict else f"More than {MAX_PENDING_RANGES} gaps in the log may be theirs. End them.",
+        )
 
 
 class Cursor:
-    """One pump's place in the log."""
+    """One shard's place in the log."""
 
     def __init__(self, tail: Tail, *, after: int, strict: bool) -> None:
         self.position = after
-        """Everything at or below has been handed out, or is one of the caller's holes."""
+        """The owner has taken over everything at or below, but for its open holes."""
         self.strict = strict
         self.number = 0
+        """The number of the batch that it takes next from its stream."""
         self._tail = tail
         self._stream: Stream | None = None
 
     async def next(self, holes: RangeSet) -> Batch:
-        """The next batch. `holes`: the caller's open holes now, for the stream that the cursor enters, should it do so.
+        """The next batch. `holes`: the owner's open holes as they are now, in case the cursor moves to another stream.
 
-        Events at or below `position` that are not in the caller's holes have been handed out before: skip them.
+        Skip events at or below `position` that are not in those holes: they came before.
         """
         while True:
-            stream = self._stream
-            if stream is None:
-                stream = self._enter(holes)
+            stream = self._stream or self._move(holes)
             try:
                 batch = stream.take(self.number)
             except LookupError:
-                stream = self._enter(holes)
+                self._move(holes)
                 continue
             if batch is not None:
                 self.number += 1
                 stream.forget()
                 return batch
-            if not (self.strict and holes) and self._tail.better_than(stream, self.position, with_holes=bool(holes)):
-                self._enter(holes)
+            if self._tail.has_better(self, holes, stream):
+                self._move(holes)
                 continue
             await stream.published()
 
     @property
     def blocked(self) -> bool:
-        """Whether its reader is held back by an appender, for longer than most are open."""
-        return self._stream is not None and self._stream.blocked
+        """Whether open appenders hold its reader back for longer than `hole_wait`."""
+        return self._stream is not None and self._stream.watch.is_blocked
 
     def advance(self, upto: int) -> None:
-        """Say that everything up to here has been taken over."""
+        """Record that the owner has taken over everything up to here."""
         self.position = max(self.position, upto)
 
     def close(self) -> None:
-        """Leave; a stream without cursors ends."""
+        """Leave the stream. It ends when no cursor is left in it."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.cursors.discard(self)
-            stream.forget()
-            if not stream.cursors:
-                self._tail.drop(stream)
+            self._tail.leave(self, stream)
 
-    def _enter(self, holes: RangeSet) -> Stream:
+    def _move(self, holes: RangeSet) -> Stream:
         self.close()
-        stream = self._stream = self._tail.place(self, holes)
-        stream.cursors.add(self)
-        self.number = stream.oldest()
+        stream = self._stream = self._tail.enter(self, holes)
+        self.number = stream.first_number
         return stream

@@ -39,7 +39,7 @@ class Follower:
     def _take(self, batch: Batch) -> None:
         self.account.take(batch.positions, batch.opened, batch.closed, batch.upto)
         # Whoever is held back is so by an appender that may still be waited for, or by a lack of evidence.
-        if not self.account.strict and batch.again != 0.0 and self.reader.position < self._was_visible:
+        if not self.account.strict and batch.pause != 0.0 and self.reader.position < self._was_visible:
             blockers = [gap.blockers or frozenset() for gap in self.reader._fence._holes if not gap.passed]
             waited_for = {name for names in blockers for name in names}
             assert any(not self.log.clock.is_overdue(name, now=0) for name in waited_for), "it waits for nobody"
@@ -195,7 +195,7 @@ def test_evidence_from_before_a_position_was_drawn_says_nothing_about_it() -> No
     gaps.add_missing(3, 7)
 
     assert gaps.remove_dead() == []
-    assert gaps.unproven
+    assert gaps.needs_evidence
     gaps.apply_evidence(Evidence(6, frozenset(), None))
     assert gaps.remove_dead() == [(3, 7)]
 
@@ -253,7 +253,7 @@ def test_no_more_holes_are_passed_than_an_offset_can_carry() -> None:
         gaps.add_missing(2 * number + 1, 2 * number + 2)
 
     assert len(gaps.pass_overdue(clock, now=1.0)) == MAX_PENDING_RANGES
-    assert gaps.first_blocked() == 2 * MAX_PENDING_RANGES + 1
+    assert gaps.barrier == 2 * MAX_PENDING_RANGES + 1
     assert gaps.fill([1]) == [1]
     assert len(gaps.pass_overdue(clock, now=1.0)) == 1, "reading goes on as holes are resolved"
 
@@ -268,7 +268,7 @@ def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
             log.commit(appender)
             log.unlock(appender)
     reader = log.reader(strict=True)
-    waits = [finished(reader).again or 0.0 for _ in range(5000)]
+    waits = [finished(reader).pause or 0.0 for _ in range(5000)]
 
     assert max(waits) <= 0.025
     assert waits[1:] == sorted(waits[1:])
@@ -282,7 +282,7 @@ def test_a_patient_reader_passes_nothing() -> None:
     gaps.add_missing(5, 6)
 
     assert gaps.pass_overdue(clock, now=99.0) == []
-    assert gaps.first_blocked() == 1
+    assert gaps.barrier == 1
 
 
 def test_a_long_transaction_that_has_ended_is_read_to_its_end_before_what_comes_behind_it() -> None:

@@ -1,5 +1,5 @@
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -50,26 +50,43 @@ def ids(batch: Batch) -> list[str]:
     return [event.id for event in batch.events]
 
 
-async def read_until(reader: Reader, what: str, condition: Any) -> list[str]:
-    """Rounds until the condition on all batches so far holds; the ids that came."""
-    seen: list[str] = []
+class Follower:
+    """A reader, and the passed holes that are still open, as a subscription knows them from its batches."""
 
-    async def reached() -> bool:
-        seen.extend(ids(await reader.read(prove=True)))
-        return bool(condition(seen))
+    def __init__(self, log: Log, *, after: int = 0, holes: RangeSet | None = None, strict: bool = False) -> None:
+        self.holes = RangeSet() if holes is None else holes.copy()
+        self.reader = Reader(log, after=after, holes=self.holes, strict=strict)
 
-    await eventually(what, reached, interval=0.001)
-    return seen
+    async def read(self, *, prove: bool = False) -> Batch:
+        batch = await self.reader.read(prove=prove)
+        for hole in batch.opened:
+            self.holes.add(*hole)
+        for hole in batch.closed:
+            self.holes.remove(*hole)
+        for position in batch.positions:
+            self.holes.discard(position)
+        return batch
+
+    async def until(self, what: str, condition: Callable[[list[str]], object]) -> list[str]:
+        """Read until the condition on all ids so far holds. Returns them."""
+        seen: list[str] = []
+
+        async def reached() -> bool:
+            seen.extend(ids(await self.read(prove=True)))
+            return bool(condition(seen))
+
+        await eventually(what, reached, interval=0.001)
+        return seen
 
 
 async def test_the_log_is_read_in_pages_and_each_event_once(log: Log, sql: Any) -> None:
     await sql.execute(BULK, 2 * PAGE_EVENTS + 500)
-    reader = Reader(log, after=0)
+    reader = Follower(log)
     batches = [await reader.read() for _ in range(4)]
 
     assert [len(batch.events) for batch in batches] == [PAGE_EVENTS, PAGE_EVENTS, 500, 0]
     assert [id_ for batch in batches for id_ in ids(batch)] == [str(n) for n in range(1, 2 * PAGE_EVENTS + 501)]
-    assert [batch.again for batch in batches] == [0.0, 0.0, None, None]
+    assert [batch.pause for batch in batches] == [0.0, 0.0, None, None]
     for batch in batches:
         assert list(batch.positions) == [event.position for event in batch.events]
 
@@ -80,12 +97,12 @@ async def test_positions_that_were_rolled_back_are_passed_without_a_trace(log: L
     await sql.execute(BULK, 100_000)
     await sql.execute("ROLLBACK")
     await sql.execute(INSERT, "b")
-    reader = Reader(log, after=0)
+    reader = Follower(log)
 
-    seen = await read_until(reader, "both are read", lambda seen: len(seen) == 2)
+    seen = await reader.until("both are read", lambda seen: len(seen) == 2)
 
     assert seen == ["a", "b"]
-    assert not reader.open_holes()
+    assert not reader.holes
 
 
 async def test_a_rolled_back_end_of_the_log_is_passed_when_it_is_proven(log: Log, sql: Any) -> None:
@@ -93,7 +110,7 @@ async def test_a_rolled_back_end_of_the_log_is_passed_when_it_is_proven(log: Log
     await sql.execute("BEGIN")
     await sql.execute(BULK, 50)
     await sql.execute("ROLLBACK")
-    reader = Reader(log, after=0)
+    reader = Follower(log)
     assert (await reader.read()).upto == 1
     batch = await reader.read(prove=True)
 
@@ -106,21 +123,21 @@ async def test_a_hole_as_large_as_a_bulk_load_is_one_range_and_what_appears_in_i
     async with appender(database) as bulk:
         await bulk.execute(BULK, 3 * PAGE_EVENTS)
         await sql.execute(INSERT, "after")
-        reader = Reader(log, after=0)
-        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["after"]
-        assert reader.open_holes() == RangeSet([(1, 3 * PAGE_EVENTS + 1)])
+        reader = Follower(log)
+        assert await reader.until("the hole is passed", lambda seen: seen) == ["after"]
+        assert reader.holes == RangeSet([(1, 3 * PAGE_EVENTS + 1)])
         await bulk.execute("COMMIT")
-    seen = await read_until(reader, "all have come", lambda seen: len(seen) >= 3 * PAGE_EVENTS)
+    seen = await reader.until("all have come", lambda seen: len(seen) >= 3 * PAGE_EVENTS)
 
     assert seen == [str(n) for n in range(1, 3 * PAGE_EVENTS + 1)]
-    assert not reader.open_holes()
+    assert not reader.holes
 
 
 async def test_an_event_never_comes_behind_one_of_its_own_transaction(log: Log, database: str, sql: Any) -> None:
     async with appender(database, "first") as late:
         await sql.execute(INSERT, "other")
-        reader = Reader(log, after=0)
-        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["other"]
+        reader = Follower(log)
+        assert await reader.until("the hole is passed", lambda seen: seen) == ["other"]
         await late.execute(INSERT, "second")
         await late.execute("COMMIT")
     await sql.execute(INSERT, "after")
@@ -129,31 +146,33 @@ async def test_an_event_never_comes_behind_one_of_its_own_transaction(log: Log, 
 
 
 async def test_a_strict_reader_waits_for_each_hole_and_keeps_log_order(log: Log, database: str, sql: Any) -> None:
-    reader = Reader(log, after=0, strict=True)
+    reader = Follower(log, strict=True)
     async with appender(database, "1") as one, appender(database, "2") as two:
         await sql.execute(INSERT, "3")
         for _ in range(5):
             batch = await reader.read(prove=True)
             assert (ids(batch), batch.upto) == ([], 0)
-        assert reader.waiting
+        assert reader.reader.is_blocked
         await two.execute("COMMIT")
         assert ids(await reader.read()) == []
         await one.execute("COMMIT")
 
-    assert await read_until(reader, "all three", lambda seen: len(seen) == 3) == ["1", "2", "3"]
+    assert await reader.until("all three", lambda seen: len(seen) == 3) == ["1", "2", "3"]
 
 
 async def test_what_is_held_behind_a_hole_is_bounded(log: Log, database: str, sql: Any) -> None:
-    reader = Reader(log, after=0, strict=True)
+    reader = Follower(log, strict=True)
     async with appender(database, "slow") as slow:
         await sql.execute(BULK, 12 * PAGE_EVENTS)
         for _ in range(30):
             await reader.read(prove=True)
-        assert len(reader._held) < 7 * PAGE_EVENTS
         await slow.execute("COMMIT")
-    seen = await read_until(reader, "all of it", lambda seen: len(seen) > 12 * PAGE_EVENTS)
+    batches: list[Batch] = []
+    while sum(len(batch.events) for batch in batches) <= 12 * PAGE_EVENTS:
+        batches.append(await reader.read())
 
-    assert seen == ["slow", *(str(n) for n in range(1, 12 * PAGE_EVENTS + 1))]
+    assert max(len(batch.events) for batch in batches) < 7 * PAGE_EVENTS, "all that was held comes at once"
+    assert [id_ for batch in batches for id_ in ids(batch)] == ["slow", *(str(n + 1) for n in range(12 * PAGE_EVENTS))]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -163,14 +182,14 @@ async def test_a_prepared_transaction_is_an_appender_like_any_other(
 ) -> None:
     if await sql.fetchval("SHOW max_prepared_transactions") == "0":
         pytest.skip("this server has max_prepared_transactions = 0")
-    reader = Reader(log, after=0, strict=strict)
+    reader = Follower(log, strict=strict)
     async with appender(database, "prepared") as connection:
         await sql.execute(INSERT, "after")
         before = ids(await reader.read(prove=True))
         await connection.execute("PREPARE TRANSACTION 'p'")
     before += [id_ for _ in range(5) for id_ in ids(await reader.read(prove=True))]
     await sql.execute(end)
-    seen = await read_until(reader, "the hole is gone", lambda _: not reader.waiting and not reader.open_holes())
+    seen = await reader.until("the hole is gone", lambda _: not reader.reader.is_blocked and not reader.holes)
     prepared = ["prepared"] if end.startswith("COMMIT") else []
 
     if strict:
@@ -186,22 +205,22 @@ async def test_a_savepoint_that_was_rolled_back_leaves_a_dead_hole(log: Log, dat
         await connection.execute("ROLLBACK TO s")
         await connection.execute(INSERT, "3")
         await connection.execute("COMMIT")
-    reader = Reader(log, after=0, strict=True)
+    reader = Follower(log, strict=True)
 
-    assert await read_until(reader, "both", lambda seen: len(seen) == 2) == ["1", "3"]
+    assert await reader.until("both", lambda seen: len(seen) == 2) == ["1", "3"]
 
 
 async def test_a_successor_goes_on_from_a_place_and_its_open_holes(log: Log, database: str, sql: Any) -> None:
     async with appender(database, "late") as late:
         await sql.execute(INSERT, "1")
         await sql.execute(INSERT, "2")
-        first = Reader(log, after=0)
-        await read_until(first, "the hole is passed", lambda seen: len(seen) == 2)
-        successor = Reader(log, after=2, holes=first.open_holes())
+        first = Follower(log)
+        await first.until("the hole is passed", lambda seen: len(seen) == 2)
+        successor = Follower(log, after=2, holes=first.holes)
         assert ids(await successor.read()) == ["2"]
         await late.execute("COMMIT")
 
-    assert await read_until(successor, "the late one", lambda seen: seen) == ["late"]
+    assert await successor.until("the late one", lambda seen: seen) == ["late"]
 
 
 @pytest.mark.parametrize("size", [16_384, 16_385, 1_000_000])
@@ -209,7 +228,7 @@ async def test_data_of_any_size_comes_whole(log: Log, sql: Any, size: int) -> No
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     await sql.execute(LARGE, ["a", "b"], data)
     await sql.execute(INSERT, "none")
-    batch = await Reader(log, after=0).read()
+    batch = await Follower(log).read()
 
     assert [event.data_bytes for event in batch.events] == [data, data, None]
 
@@ -218,12 +237,12 @@ async def test_a_page_of_large_data_is_bounded_and_nothing_is_left_out(log: Log,
     data = b"x" * 1_000_000
     count = 40
     await sql.execute(LARGE, [str(n) for n in range(count)], data)
-    reader = Reader(log, after=0)
+    reader = Follower(log)
     batches: list[Batch] = []
     while sum(len(batch.events) for batch in batches) < count:
         batches.append(await reader.read())
         assert batches[-1].size <= PAGE_BYTES + 10_000_000
-        assert batches[-1].again == 0.0 or len(batches[-1].events) < 20
+        assert batches[-1].pause == 0.0 or len(batches[-1].events) < 20
 
     assert len(batches) >= 3
     assert [id_ for batch in batches for id_ in ids(batch)] == [str(n) for n in range(count)]
@@ -244,7 +263,7 @@ async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
         f"SELECT {', '.join(f'${n}' for n in range(1, len(columns) + 1))} FROM generate_series(1, {count})",
         *columns.values(),
     )
-    reader = Reader(log, after=0)
+    reader = Follower(log)
     positions: list[int] = []
     while len(positions) < count:
         batch = await reader.read()
@@ -269,9 +288,9 @@ async def test_an_event_that_is_deleted_while_its_page_is_read_is_not_handed_out
 
     await sql.execute(LARGE, ["a", "b"], b"x" * 20_000)
     monkeypatch.setattr(Database, "fetch", delete_before)
-    reader = Reader(log, after=0)
+    reader = Follower(log)
 
-    assert await read_until(reader, "the other one", bool) == ["b"]
+    assert await reader.until("the other one", bool) == ["b"]
 
 
 async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_behind_them(
@@ -281,11 +300,11 @@ async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_
     async with appender(database) as late:
         await late.execute(LARGE, [str(n) for n in range(30)], data)
         await sql.execute(INSERT, "after")
-        reader = Reader(log, after=0)
-        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["after"]
+        reader = Follower(log)
+        assert await reader.until("the hole is passed", lambda seen: seen) == ["after"]
         await late.execute(INSERT, "30")
         await late.execute("COMMIT")
-    seen = await read_until(reader, "all of them", lambda seen: len(seen) >= 31)
+    seen = await reader.until("all of them", lambda seen: len(seen) >= 31)
 
     assert seen == [str(n) for n in range(31)]
 
@@ -305,12 +324,12 @@ async def test_an_event_never_gets_its_large_data_from_another_life_of_the_serve
     monkeypatch.setattr(Database, "fetch", crash_between)
 
     with pytest.raises(IncarnationChanged):
-        await Reader(log, after=0).read()
+        await Follower(log).read()
 
 
 async def test_in_another_life_of_the_server_a_reader_stops(log: Log, sql: Any) -> None:
     await sql.execute(INSERT, "a")
-    reader = Reader(log, after=0)
+    reader = Follower(log)
     await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
 
     with pytest.raises(IncarnationChanged):
@@ -377,13 +396,13 @@ async def test_a_connection_lost_while_segments_are_looked_up_loses_nothing_of_w
 
     async with appender(database, "late") as late:
         await sql.execute(INSERT, "a")
-        reader = Reader(log, after=0)
-        assert await read_until(reader, "the hole is passed", lambda seen: seen) == ["a"]
+        reader = Follower(log)
+        assert await reader.until("the hole is passed", lambda seen: seen) == ["a"]
         await late.execute("COMMIT")
     await sql.execute("SELECT setval('pgbackend.events_position_seq', 10000005)")
     await sql.execute(INSERT, "in the next segment")
     monkeypatch.setattr(Log, "find_segments", fail_once)
-    seen = await read_until(reader, "both", lambda seen: len(seen) >= 2)
+    seen = await reader.until("both", lambda seen: len(seen) >= 2)
 
     assert seen == ["late", "in the next segment"]
     assert failures > 1

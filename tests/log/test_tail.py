@@ -187,7 +187,7 @@ async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_
             while not await quick.has_all():
                 await quick.take()
                 (stream,) = tail._streams
-                assert stream._bytes <= 6 * EVENT_BYTES
+                assert stream._memory.bytes <= 6 * EVENT_BYTES
         quick.cursor.close()
         idle.cursor.close()
 
@@ -209,6 +209,6 @@ async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
             while not await quick.has_all():
                 await quick.take()
         (stream,) = tail._streams
-        assert len(stream._batches) <= 1, "but for one that may just have been read"
+        assert stream._memory.end - stream._memory.first <= 1, "but for one that may just have been read"
         quick.cursor.close()
         idle.cursor.close()
