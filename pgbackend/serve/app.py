@@ -38,7 +38,7 @@ from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.admin import Admin
 from pgbackend.serve.ingest.handler import Ingest
 from pgbackend.serve.ingest.hosts import Hosts
-from pgbackend.serve.ingest.listener import Listener, Ports, Share, bind
+from pgbackend.serve.ingest.listener import Listener, Ports, bind
 from pgbackend.serve.ingest.protocol import allow_many_connections
 from pgbackend.serve.ingest.tls import TLS
 from pgbackend.serve.operations import tracing
@@ -125,18 +125,11 @@ def configuration_of(settings: Settings) -> Configuration:
 
 
 async def run(
-    settings: Settings,
-    configuration: Configuration,
-    ports: Ports,
-    orders: Orders,
-    on_serving: Callable[[], None],
-    *,
-    share: Share | None = None,
+    settings: Settings, configuration: Configuration, ports: Ports, orders: Orders, on_serving: Callable[[], None]
 ) -> None:
     """Serve on `ports`, which are the listeners' from then on, until `orders` say stop; return once it is drained.
 
-    `share`: of the connections for events, where other processes serve on `ports`, too. `on_serving` is called once
-    events are taken in. Raises PgBackendError.
+    `on_serving` is called once events are taken in. Raises PgBackendError.
     """
     tls = None if settings.tls_cert is None else TLS(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     allow_many_connections()
@@ -163,7 +156,7 @@ async def run(
                     )
                     following = _Following(settings, triggers, ingest, tls)
                     hosts = Hosts(ports.events.getsockname()[0], settings.allowed_hosts, name=settings.host)
-                    listener = Listener(ingest, ports.events, hosts=hosts, tls=tls, share=share)
+                    listener = Listener(ingest, ports.events, hosts=hosts, tls=tls)
                     admin = None if ports.admin is None else Listener(Admin(ingest), ports.admin, hosts=hosts)
                     await _run(backend, listener, admin, following, orders, on_serving)
     finally:

@@ -1,19 +1,21 @@
-"""Several brokers on one port: the process that starts them, replaces them, and has them drain.
+"""The supervisor of `serve --workers`: several broker processes on one port.
 
-    place 1   starting ─▶ listening ─▶ draining ─▶ ended
-                             │  ▲           └─ after SIGTERM, or when its successor listens (SIGHUP)
-                             ▼  └─ a new worker, after a wait
-                            died
+It binds the ports, starts the processes and replaces those that die; it handles no event itself. Each process is a
+whole broker on the shared sockets, and leases decide which of them delivers what. Any process answers at the admin
+port, for all. The promise: while one process lives, no client is refused; a restart refuses no client and loses no
+request; if the supervisor is killed, its processes drain and end.
 
-The supervisor binds the ports and touches no event; each worker is a whole broker on the shared sockets, and leases
-decide which of them delivers what. Any worker answers at the admin port, for all of them. The promise: while one worker
-lives, nobody is refused; a restart refuses nobody and loses no request; when the supervisor itself is killed, its
-workers drain and end.
+    starting ─▶ listening ─▶ draining ─▶ ended
+                    │            (after SIGTERM; on SIGHUP, once the successor listens)
+                    ▼
+                  died ─▶ replaced, after a delay
 
-A worker is spawned, never forked: a fork would inherit an event loop. It gets its settings through a pipe, since a
-command line can be read by everybody, tells through another that it listens or why it cannot, and sees the supervisor's
-end by the end of the first. All of them accept from one socket: with SO_REUSEPORT each would have a queue of its own,
-in which connections wait for a worker that is frozen, or gone.
+- Processes are spawned, not forked: a fork would inherit an event loop.
+- Settings travel through a pipe, because every user of the machine can read a command line. A second pipe reports that
+  the process listens, or why it cannot.
+- All processes accept from one socket. With SO_REUSEPORT each would have its own queue, and connections would wait
+  there for a process that is frozen or dead. The first process to wake up accepts: spreading the connections evenly
+  was measured with 2, 8 and 64 of them and made no difference to the throughput of two processes.
 """
 
 import asyncio
@@ -24,11 +26,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing, contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -38,36 +41,38 @@ from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve import app
 from pgbackend.serve.app import Orders, Settings
 from pgbackend.serve.config.reload import says_once
-from pgbackend.serve.ingest.listener import Ports, Share
-from pgbackend.serve.operations import counted, logs, metrics
+from pgbackend.serve.ingest.listener import Ports
+from pgbackend.serve.operations import logs, metrics, metrics_directory
 
 DRAIN_TIMEOUT = 50.0
-"""Seconds that a worker may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries, 5 to hand
-over the last traces."""
+"""Seconds that a process may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries, 5 to
+export the last traces."""
 _STEADY = 60.0
-"""Seconds after which a worker that died is replaced as if it were the first."""
-_READ_PAUSE = 0.1
-"""Seconds between tries at metrics that somebody reads just now."""
-_LONG_READ = 20
-"""Tries after which it is told that somebody still does."""
+"""A process that lived for this many seconds is replaced without the delay of earlier deaths."""
+_MERGE_RETRY = 0.1
+"""Seconds between attempts to merge the counts of an ended process while another process reads them."""
+_MERGE_ATTEMPTS = 20
+"""Attempts after which the supervisor logs that merging has to wait."""
 
 _spawn = multiprocessing.get_context("spawn")
 
 
 async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -> None:
-    """As `app.serve`, with `settings.workers` processes; SIGHUP restarts them one by one.
+    """Serve with `settings.workers` processes; return after a SIGTERM or SIGINT, once all have drained.
 
-    Raises PgBackendError, before any of them has been said to listen, with what the first said that could not.
+    SIGHUP restarts the processes one by one. Otherwise as `app.serve`. Raises PgBackendError if a process cannot start,
+    before anything is announced, or if a process did not drain.
     """
     if settings.config is not None and says_once(settings.config):
         raise ConfigError(
-            f"{settings.config} can be read only once, and each worker reads it: give a file, or --config-inline."
+            f"{settings.config} can be read only once, but each broker process reads it. "
+            "Give a regular file, or use --config-inline."
         )
     configuration = app.configuration_of(settings)
     ports = app.bind_ports(settings)
     supervisor = Supervisor(settings, ports)
-    with closing(ports), counted.new_directory() as directory:
-        # Before the first worker starts: that they count together is decided when they import `metrics`.
+    with closing(ports), metrics_directory.create() as directory:
+        # Before the first process starts: prometheus_client reads it when it is imported.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
 
         def at_once() -> None:
@@ -81,162 +86,165 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
 
 
 class Supervisor:
-    """Keeps `settings.workers` workers on `ports`."""
+    """Keeps `settings.workers` broker processes running on `ports`."""
 
     def __init__(self, settings: Settings, ports: Ports) -> None:
         self._settings = settings
         self._ports = ports
-        self._alive: set[_Worker] = set()
-        # Twice as many: a worker that drains and its successor live at the same time.
-        self._connections = _spawn.RawArray("i", [Share.NOBODY] * (2 * settings.workers))
+        self._alive: set[BrokerProcess] = set()
+        self._ended: asyncio.Queue[int] = asyncio.Queue()
+        """Pids whose metrics are not merged yet."""
 
     async def run(self, orders: Orders, on_serving: Callable[[], None]) -> None:
-        """Return once `orders` said stop and all have drained. `on_serving` is called once all listen."""
-        stopped = asyncio.create_task(orders.stop.wait(), name="wait for a signal")
-        keeping = asyncio.create_task(self._keep(orders, on_serving), name="keep workers")
-        await asyncio.wait({stopped, keeping}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (stopped, keeping):
-            task.cancel()
-        await asyncio.wait({stopped, keeping})
-        # Before the workers end: who comes from then on is refused, and does not queue for nobody.
-        self._ports.close()
-        undrained = await self._drain()
-        if not keeping.cancelled():
-            keeping.result()
+        """Return once `orders` said stop and all processes have drained. `on_serving` is called once all listen.
+
+        Raises PgBackendError if one of the first processes cannot start, or if a process did not drain.
+        """
+        try:
+            await _until(orders.stop, self._keep(orders.reload, on_serving))
+        finally:
+            # Closed first, so that new clients are refused instead of queueing for processes that will not accept.
+            self._ports.close()
+            undrained = await self._drain()
         if undrained:
-            raise PgBackendError(f"{undrained} of the workers did not drain. The log says why.")
+            raise PgBackendError(f"{undrained} of the broker processes did not drain. The log says why.")
 
     def kill(self) -> None:
-        """No worker lives, whatever it was doing."""
-        for worker in self._alive:
-            worker.kill()
+        """Every process gets SIGKILL, whatever it is doing."""
+        for process in self._alive:
+            process.kill()
 
-    async def _keep(self, orders: Orders, on_serving: Callable[[], None]) -> None:
-        """A worker listens in every place until this is cancelled. Raises PgBackendError when the first ones cannot."""
-        try:
-            async with asyncio.TaskGroup() as starting:
-                first = [starting.create_task(self._start()) for _ in range(self._settings.workers)]
-        except* PgBackendError as errors:
-            raise errors.exceptions[0] from None
+    async def _keep(self, reload: asyncio.Event, on_serving: Callable[[], None]) -> None:
+        """Keep a process listening in every place, until cancelled. Raises PgBackendError if the first ones cannot."""
+        places = await self._start_all()
         on_serving()
-        places = [_Place(task.result()) for task in first]
-        async with asyncio.TaskGroup() as keeping:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._merge_metrics(), name="merge metrics of ended processes")
             for place in places:
-                keeping.create_task(self._keep_place(place))
+                tasks.create_task(self._keep_place(place), name="keep a broker process running")
             while True:
-                await orders.reload.wait()
-                orders.reload.clear()
+                await reload.wait()
+                reload.clear()
                 await self._restart(places)
 
+    async def _start_all(self) -> list["_Place"]:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                starting = [
+                    tasks.create_task(self._start(), name="start a broker process")
+                    for _ in range(self._settings.workers)
+                ]
+        except* PgBackendError as errors:
+            raise errors.exceptions[0] from None
+        return [_Place(task.result()) for task in starting]
+
     async def _keep_place(self, place: "_Place") -> None:
-        backoff = GrowingDelay(cap=30.0)
+        delay = GrowingDelay(cap=30.0)
         while True:
-            worker = place.worker
-            code = await worker.ended()
+            process = place.process
+            code = await process.ended()
             async with place.changing:
-                if worker is not place.worker:
-                    continue  # its successor was there first
-                facts.emit("worker process died", level=logging.WARNING, pid=worker.pid, exitcode=code)
-                if worker.age() > _STEADY:
-                    backoff.reset()
-                while worker is place.worker:
-                    await backoff.wait()
-                    try:
-                        place.worker = await self._start()
-                    except PgBackendError as error:
-                        facts.emit("worker process cannot start", level=logging.ERROR, error=str(error))
+                if process is not place.process:
+                    continue  # a restart replaced it
+                facts.emit("broker process died", level=logging.WARNING, pid=process.pid, exitcode=code)
+                if process.age() > _STEADY:
+                    delay.reset()
+                place.process = await self._replace(delay)
+
+    async def _replace(self, delay: GrowingDelay) -> "BrokerProcess":
+        while True:
+            await delay.wait()
+            try:
+                return await self._start()
+            except PgBackendError as error:
+                facts.emit("broker process cannot start", level=logging.ERROR, error=str(error))
 
     async def _restart(self, places: list["_Place"]) -> None:
-        """Every place has a new worker, and its former one has drained."""
+        """Replace the process of every place; each predecessor drains once its successor listens."""
         for place in places:
             async with place.changing:
                 try:
                     successor = await self._start()
                 except PgBackendError as error:
-                    # What keeps this one from starting would keep the others: those that run are better than none.
-                    facts.emit("restart given up", level=logging.ERROR, error=str(error))
+                    # The others would fail for the same reason, so the old processes stay.
+                    facts.emit("restart abandoned", level=logging.ERROR, error=str(error))
                     return
-                # Only now: until it listens, its predecessor takes what comes.
-                predecessor, place.worker = place.worker, successor
+                predecessor, place.process = place.process, successor
             await self._end(predecessor)
-        facts.emit("workers restarted", count=len(places))
+        facts.emit("broker processes restarted", count=len(places))
 
-    async def _start(self) -> "_Worker":
-        """A new worker, once it listens. Raises PgBackendError when it cannot."""
-        taken = {worker.number for worker in self._alive}
-        number = next(number for number in range(len(self._connections)) if number not in taken)
+    async def _start(self) -> "BrokerProcess":
+        """A new process, once it listens. Raises PgBackendError if it cannot."""
         try:
-            worker = _Worker(self._settings, self._ports, Share(self._connections, number), number)
+            process = BrokerProcess(self._settings, self._ports)
         except OSError as error:
-            # Out of memory, processes or files. That may pass, and the other workers go on.
-            raise PgBackendError(f"A worker process cannot be made: {error.strerror}.") from error
-        self._alive.add(worker)
-        worker.end.add_done_callback(lambda _: self._forget(worker))
+            # The machine is out of memory, processes or files, which may pass; the other processes go on.
+            raise PgBackendError(f"Cannot start a broker process: {error.strerror}.") from error
+        self._alive.add(process)
+        process.exit.add_done_callback(lambda _: self._forget(process))
         try:
-            await worker.listening()
+            await process.listening()
         except PgBackendError:
-            await self._end(worker)
+            await self._end(process)
             raise
-        facts.emit("worker process started", pid=worker.pid)
-        return worker
+        facts.emit("broker process started", pid=process.pid)
+        return process
 
-    def _forget(self, worker: "_Worker") -> None:
-        self._alive.discard(worker)
-        # One that was killed has not said so itself: others would wait for it to take connections.
-        self._connections[worker.number] = Share.NOBODY
-        self._count_out(worker.pid)
+    def _forget(self, process: "BrokerProcess") -> None:
+        self._alive.discard(process)
+        self._ended.put_nowait(process.pid)
 
-    def _count_out(self, pid: int, tries: int = 1) -> None:
-        """Its counts stay and its gauges go, now or as soon as nobody reads them."""
-        try:
-            metrics.worker_gone(pid)
-        except BlockingIOError:
-            # A read takes milliseconds. Who reads for longer is frozen, and may be for ever.
-            if tries == _LONG_READ:
-                facts.emit("worker process not counted out yet", level=logging.WARNING, pid=pid)
-            asyncio.get_running_loop().call_later(_READ_PAUSE, self._count_out, pid, tries + 1)
-        except OSError as error:
-            facts.emit("worker process not counted out", level=logging.WARNING, pid=pid, error=str(error))
+    async def _merge_metrics(self) -> None:
+        """Keep the counters of each ended process and drop its gauges, until cancelled."""
+        while True:
+            pid = await self._ended.get()
+            attempts = 0
+            # Reading takes milliseconds, unless the reader is frozen. Then this waits for as long as it is.
+            while not _merge(pid):
+                attempts += 1
+                if attempts == _MERGE_ATTEMPTS:
+                    facts.emit("metrics of a broker process not merged yet", level=logging.WARNING, pid=pid)
+                await asyncio.sleep(_MERGE_RETRY)
 
     async def _drain(self) -> int:
-        """Return once no worker lives: how many did not end as they should."""
-        async with asyncio.TaskGroup() as ending:
-            codes = [ending.create_task(self._end(worker)) for worker in self._alive]
-        # One that had not begun to obey signals had nothing to drain.
-        return sum(task.result() not in (0, -signal.SIGTERM) for task in codes)
+        """Return once no process lives: how many failed to drain."""
+        async with asyncio.TaskGroup() as tasks:
+            ending = [tasks.create_task(self._end(process), name="drain a broker process") for process in self._alive]
+        # SIGTERM kills a process that has not installed its handler yet; it had nothing to drain.
+        return sum(task.result() not in (0, -signal.SIGTERM) for task in ending)
 
-    async def _end(self, worker: "_Worker") -> int:
-        """Its exit code, once it has drained, or was killed because it did not."""
-        worker.terminate()
+    async def _end(self, process: "BrokerProcess") -> int:
+        """Its exit code, once it has drained, or was killed because it took too long."""
+        process.terminate()
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT):
-                return await worker.ended()
+                return await process.ended()
         except TimeoutError:
-            facts.emit("worker process killed", level=logging.ERROR, pid=worker.pid, timeout=DRAIN_TIMEOUT)
-            worker.kill()
-            return await worker.ended()
+            facts.emit("broker process killed", level=logging.ERROR, pid=process.pid, timeout=DRAIN_TIMEOUT)
+            process.kill()
+            return await process.ended()
 
 
 class _Place:
-    """One of the workers that there shall be."""
+    """One of the processes that should run."""
 
-    def __init__(self, worker: "_Worker") -> None:
-        self.worker = worker
+    def __init__(self, process: "BrokerProcess") -> None:
+        self.process = process
         self.changing = asyncio.Lock()
         """Held while a successor starts."""
 
 
-class _Worker:
-    """The supervisor's end of one worker. It runs from the beginning."""
+class BrokerProcess:
+    """The supervisor's handle on one broker process, which runs from the handle's creation on."""
 
-    def __init__(self, settings: Settings, ports: Ports, share: Share, number: int) -> None:
-        self.number = number
-        self._born = time.monotonic()
+    def __init__(self, settings: Settings, ports: Ports) -> None:
+        """Raises OSError if the system cannot start a process."""
+        self._started_at = time.monotonic()
         self._reports, theirs = _spawn.Pipe(duplex=False)
-        self._process = _spawn.Process(target=_work, args=(settings, ports, share, theirs))
-        # Before the mask is set: starting the tracker takes it away.
+        self._process = _spawn.Process(target=_main, args=(settings, ports, theirs))
+        # Before the mask is set: starting the tracker would reset it.
         resource_tracker.ensure_running()
-        # A worker is born deaf to the SIGINT that a terminal sends to everyone: its supervisor tells it what to do.
+        # A process starts with SIGINT blocked: a terminal sends it to all, but only the supervisor says when to stop.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -245,19 +253,22 @@ class _Worker:
             theirs.close()
         assert self._process.pid is not None  # noqa: S101 - it was started
         self.pid = self._process.pid
-        self.end = asyncio.create_task(self._join(), name=f"wait for worker process {self.pid}")
+        loop = asyncio.get_running_loop()
+        self.exit: asyncio.Future[int] = loop.create_future()
+        """The exit code, or the negative number of the signal that killed it."""
+        loop.add_reader(self._process.sentinel, self._reap)
 
     def age(self) -> float:
-        """Seconds since it was started."""
-        return time.monotonic() - self._born
+        """Seconds since the start."""
+        return time.monotonic() - self._started_at
 
     async def listening(self) -> None:
-        """Return once it takes connections. Raises PgBackendError with what it said, or how it ended instead."""
+        """Return once it accepts connections. Raises PgBackendError with what it reported, or how it ended instead."""
         try:
             await _readable(self._reports.fileno())
             problem: str | None = self._reports.recv()
         except EOFError:
-            problem = f"A worker process ended with exit code {await self.ended()} before it listened."
+            problem = f"A broker process ended with exit code {await self.ended()} before it listened."
         finally:
             self._reports.close()
         if problem is not None:
@@ -265,24 +276,37 @@ class _Worker:
 
     async def ended(self) -> int:
         """Its exit code, once it has one; the negative number of the signal that killed it."""
-        return await asyncio.shield(self.end)
+        return await asyncio.shield(self.exit)
 
     def terminate(self) -> None:
-        """It drains."""
+        """Ask it to drain and end."""
         self._process.terminate()
 
     def kill(self) -> None:
         self._process.kill()
 
-    async def _join(self) -> int:
-        await _readable(self._process.sentinel)
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
         self._process.join()
         assert self._process.exitcode is not None  # noqa: S101 - it was joined
-        return self._process.exitcode
+        self.exit.set_result(self._process.exitcode)
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Return once `stop` is set and `work` is cancelled. Raises the PgBackendError that `work` fails with."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(work, name="keep broker processes")
+            stopping = tasks.create_task(stop.wait(), name="wait for a signal")
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            working.cancel()
+            stopping.cancel()
+    except* PgBackendError as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _readable(file: int) -> None:
-    """Return once there is something to read, or the other end is gone."""
+    """Return once `file` has something to read, or its other end is closed."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_reader(file, ready.set)
@@ -292,28 +316,39 @@ async def _readable(file: int) -> None:
         loop.remove_reader(file)
 
 
-# In the worker
+def _merge(pid: int) -> bool:
+    """Whether the metrics of an ended process are dealt with; False while another process reads them."""
+    try:
+        metrics.merge_ended(pid)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        facts.emit("metrics of a broker process lost", level=logging.WARNING, pid=pid, error=str(error))
+    return True
 
 
-def _work(settings: Settings, ports: Ports, share: Share, reports: Connection) -> None:
-    """A worker's whole life."""
+# In the broker process
+
+
+def _main(settings: Settings, ports: Ports, reports: Connection) -> None:
+    """The whole life of a broker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     logs.configure(settings.log_format, settings.log_level)
-    reporting = _Reporting(reports)
+    report = _Report(reports)
     try:
         with (
-            counted.held(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])),
+            metrics_directory.hold(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            runner.run(_serve(settings, ports, share, reporting))
+            runner.run(_serve(settings, ports, report))
     except PgBackendError as error:
-        reporting.problem(error)
+        report.failed(error)
         sys.exit(1)
 
 
-class _Reporting:
-    """Tells the supervisor, once, how it came out."""
+class _Report:
+    """Tells the supervisor, once, that the process listens or why it cannot."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -321,33 +356,33 @@ class _Reporting:
     def listening(self) -> None:
         self._send(None)
 
-    def problem(self, error: PgBackendError) -> None:
+    def failed(self, error: PgBackendError) -> None:
         if self._connection.closed:
-            facts.emit("worker process failed", level=logging.ERROR, error=str(error))
+            facts.emit("broker process failed", level=logging.ERROR, error=str(error))
         else:
             self._send(str(error))
 
     def _send(self, problem: str | None) -> None:
-        with suppress(OSError), self._connection:  # a supervisor that is gone needs to know nothing
+        with suppress(OSError), self._connection:  # the supervisor may be dead
             self._connection.send(problem)
 
 
-async def _serve(settings: Settings, ports: Ports, share: Share, reporting: _Reporting) -> None:
-    with _orders() as orders:
-        await app.run(settings, app.configuration_of(settings), ports, orders, reporting.listening, share=share)
+async def _serve(settings: Settings, ports: Ports, report: _Report) -> None:
+    with _obeying_supervisor() as orders:
+        await app.run(settings, app.configuration_of(settings), ports, orders, report.listening)
 
 
 @contextmanager
-def _orders() -> Iterator[Orders]:
-    """What the supervisor says; its end says stop."""
+def _obeying_supervisor() -> Iterator[Orders]:
+    """SIGTERM says stop, SIGHUP says reload, and so does the supervisor's death say stop."""
     orders = Orders()
     loop = asyncio.get_running_loop()
     supervisor = multiprocessing.parent_process()
-    assert supervisor is not None  # noqa: S101 - this is a worker
+    assert supervisor is not None  # noqa: S101 - this is a broker process
 
     def orphaned() -> None:
         loop.remove_reader(supervisor.sentinel)
-        facts.emit("supervisor is gone", level=logging.WARNING, pid=supervisor.pid)
+        facts.emit("supervisor died", level=logging.WARNING, pid=supervisor.pid)
         orders.stop.set()
 
     loop.add_signal_handler(signal.SIGTERM, orders.stop.set)

@@ -1,4 +1,4 @@
-"""`pgbackend serve --workers N`: one port, several processes, and what happens when some of them go."""
+"""`pgbackend serve --workers N`: several broker processes on one port, started, restarted, stopped and killed."""
 
 import asyncio
 import fcntl
@@ -30,20 +30,20 @@ _LOGGED = ("--log-format", "json", "--log-level", "info")
 
 
 @asynccontextmanager
-async def workers(*args: str, count: int = 2) -> AsyncIterator[Process]:
-    """A broker of that many workers on any port, whose log can be asked for `facts`."""
+async def supervised(*args: str, count: int = 2) -> AsyncIterator[Process]:
+    """A broker of `count` processes on any free port, which logs its facts."""
     async with running("--port", "0", "--workers", str(count), *_LOGGED, *args) as serve:
         yield serve
 
 
 async def facts(serve: Process, name: str, count: int = 1) -> list[dict[str, object]]:
-    """The first `count` facts of that name, once they are logged."""
+    """The first `count` facts of this name, once they are logged."""
     return [json.loads(line) for line in await serve.complains(f'"event": "{name}"', count=count)]
 
 
 async def pids(serve: Process, count: int = 2) -> list[int]:
-    """Of the first `count` workers that were started."""
-    found = [fact["pid"] for fact in await facts(serve, "worker process started", count)]
+    """The pids of the first `count` broker processes that started."""
+    found = [fact["pid"] for fact in await facts(serve, "broker process started", count)]
     return [pid for pid in found if isinstance(pid, int)]
 
 
@@ -55,7 +55,7 @@ async def gone(*processes: int) -> None:
 
 
 class Senders:
-    """Clients that never send an event twice, over connections that they keep and over new ones."""
+    """Clients that send each event once, some over a kept connection and some over a new one each time."""
 
     def __init__(self, url: str, *, keeping: int = 8, opening: int = 4) -> None:
         parts = urlsplit(url)
@@ -83,7 +83,7 @@ class Senders:
         await asyncio.gather(*self._tasks)
 
     async def sent(self, more: int) -> None:
-        """Return once so many more were accepted."""
+        """Return once `more` further events were accepted."""
         goal = len(self.accepted) + more
 
         async def look() -> bool:
@@ -108,7 +108,7 @@ class Senders:
                     await writer.wait_closed()
 
     async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, close: bool) -> bool:
-        """Whether the connection may be used again."""
+        """Whether the connection can be used again."""
         self._sent += 1
         id_ = str(self._sent)
         writer.write(
@@ -132,7 +132,7 @@ class Senders:
 
 @pytest.fixture
 def arrived(target: Target) -> Counter[str]:
-    """How often each event has come to `target`, by id."""
+    """How often each event arrived at `target`, by id."""
     counter: Counter[str] = Counter()
 
     def count(request: Request) -> web.Response:
@@ -151,8 +151,8 @@ async def all_arrived(arrived: Counter[str], senders: Senders) -> None:
 
 
 class TestStart:
-    async def test_it_is_announced_once_when_all_listen(self, database: str, target: Target) -> None:
-        async with workers("--dsn", database, "--config-inline", config(target), count=3) as serve:
+    async def test_the_broker_is_announced_once_when_all_processes_listen(self, database: str, target: Target) -> None:
+        async with supervised("--dsn", database, "--config-inline", config(target), count=3) as serve:
             url = await serve.listening()
             assert len(await pids(serve, 3)) == 3
             assert await post(url) == 202
@@ -163,7 +163,7 @@ class TestStart:
             assert await serve.process.stdout.read() == b""
             assert serve.said.count("Broker takes") == 1
 
-    async def test_what_keeps_all_from_starting_is_one_line(self) -> None:
+    async def test_a_failure_of_all_processes_is_reported_in_one_line(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             dsn = f"postgresql://me:hunter2@127.0.0.1:{free.getsockname()[1]}/x"
@@ -175,35 +175,35 @@ class TestStart:
         assert said.startswith("Error: PostgreSQL at 127.0.0.1:")
         assert "hunter2" not in said
 
-    async def test_a_mistake_in_the_configuration_starts_nothing(self, tmp_path: Path) -> None:
+    async def test_an_invalid_configuration_starts_no_process(self, tmp_path: Path) -> None:
         arguments = ("--config-inline", "triggers: 1", "--data-dir", str(tmp_path / "data"), "--workers", "2")
         async with running(*arguments) as serve:
             assert await serve.ended() == 1
             assert (await serve.complaint()).startswith("Error: inline configuration:1: triggers")
         assert not (tmp_path / "data").exists()
 
-    async def test_a_configuration_that_only_one_process_can_read_is_refused(self) -> None:
+    async def test_a_configuration_that_can_be_read_only_once_is_refused(self) -> None:
         async with running("--config", "/dev/stdin", "--workers", "2") as serve:
             assert await serve.ended() == 1
             assert "can be read only once" in await serve.complaint()
 
     @pytest.mark.direct
     async def test_an_empty_database_is_migrated_once(self, empty_database: str) -> None:
-        async with workers("--dsn", empty_database, count=4) as serve:
+        async with supervised("--dsn", empty_database, count=4) as serve:
             assert await post(await serve.listening()) == 202
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
             assert '"level": "warning"' not in await serve.complaint()
 
     @pytest.mark.slow
-    async def test_they_share_an_embedded_postgresql(self, target: Target, tmp_path: Path) -> None:
+    async def test_all_processes_share_one_embedded_postgresql(self, target: Target, tmp_path: Path) -> None:
         arguments = ("--data-dir", str(tmp_path / "data"), "--config-inline", config(target))
-        async with workers(*arguments) as serve:
+        async with supervised(*arguments) as serve:
             url = await serve.listening()
             assert serve.said.count("starting an embedded PostgreSQL") == 1
             assert await post(url, "1") == 202
             serve.send(signal.SIGHUP)
-            await facts(serve, "workers restarted")
+            await facts(serve, "broker processes restarted")
             assert await post(url, "2") == 202
             await target.wait(2)
             serve.send(signal.SIGTERM)
@@ -214,17 +214,17 @@ class TestStart:
 class TestRestart:
     @pytest.mark.direct
     @pytest.mark.slow
-    async def test_nobody_is_refused_and_nothing_lost_or_repeated(
+    async def test_a_restart_refuses_no_client_and_loses_or_repeats_no_event(
         self, database: str, target: Target, arrived: Counter[str]
     ) -> None:
-        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+        async with supervised("--dsn", database, "--config-inline", config(target)) as serve:
             url = await serve.listening()
             before = await pids(serve)
             async with Senders(url) as senders:
                 await senders.sent(100)
                 for round_ in (1, 2):
                     serve.send(signal.SIGHUP)
-                    await facts(serve, "workers restarted", round_)
+                    await facts(serve, "broker processes restarted", round_)
                 await senders.sent(100)
             await gone(*before)
             assert senders.problems == []
@@ -234,30 +234,30 @@ class TestRestart:
             assert await serve.ended() == 0
             assert '"level": "warning"' not in await serve.complaint()
 
-    async def test_the_new_ones_have_the_new_configuration(
+    async def test_a_restart_puts_a_changed_configuration_in_force(
         self, database: str, target: Target, other_target: Target, tmp_path: Path
     ) -> None:
         file = tmp_path / "broker.yaml"
         file.write_text(config(target))
-        async with workers("--dsn", database, "--config", str(file)) as serve:
+        async with supervised("--dsn", database, "--config", str(file)) as serve:
             url = await serve.listening()
             file.write_text(config(other_target))
             serve.send(signal.SIGHUP)
-            await facts(serve, "workers restarted")
+            await facts(serve, "broker processes restarted")
             assert await post(url) == 202
             await other_target.wait(1)
             assert target.requests == []
 
-    async def test_when_the_new_ones_cannot_start_the_old_ones_stay(
+    async def test_the_old_processes_stay_if_new_ones_cannot_start(
         self, database: str, target: Target, tmp_path: Path
     ) -> None:
         file = tmp_path / "broker.yaml"
         file.write_text(config(target))
-        async with workers("--dsn", database, "--config", str(file)) as serve:
+        async with supervised("--dsn", database, "--config", str(file)) as serve:
             url = await serve.listening()
             file.write_text("triggers: 1")
             serve.send(signal.SIGHUP)
-            (said,) = await facts(serve, "restart given up")
+            (said,) = await facts(serve, "restart abandoned")
             assert f"{file}:1: triggers" in str(said["error"])
             assert await post(url) == 202
             await target.wait(1)
@@ -265,59 +265,20 @@ class TestRestart:
             assert await serve.ended() == 0
 
 
-class TestConnections:
-    async def test_those_opened_together_are_spread_over_all_workers(self, database: str) -> None:
-        async with workers("--dsn", database) as serve:
-            parts = urlsplit(await serve.listening())
-            assert parts.port
-            port = parts.port
-
-            async def counted(total: int) -> list[int]:
-                async def look() -> list[int]:
-                    counts = [connections(pid, port) for pid in await pids(serve)]
-                    return counts if sum(counts) == total else []
-
-                return await eventually(f"{total} are accepted", look)
-
-            # More than once: who stands still for a moment is not waited for.
-            for _ in range(3):
-                # As idle as they are, the first to wake up would have them all.
-                opened = await asyncio.gather(*(asyncio.open_connection(parts.hostname, port) for _ in range(64)))
-                counts = await counted(64)
-                for _, writer in opened:
-                    writer.close()
-                if min(counts) >= 16:
-                    break
-                await counted(0)
-            assert min(counts) >= 16, counts
-
-
-def connections(pid: int, port: int) -> int:
-    """How many connections to that port a process has accepted."""
-    sockets = {str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
-    established = "01"
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(
-        f"socket:[{row[9]}]" in sockets
-        for row in rows
-        if row[3] == established and int(row[1].rpartition(":")[2], 16) == port
-    )
-
-
 def left_behind(serve: Process) -> list[Path]:
-    """What the workers count in."""
+    """The directories in which the broker processes of `serve` count."""
     return list(Path(tempfile.gettempdir()).glob(f"pgbackend-metrics-{serve.process.pid}-*"))
 
 
 class TestMetrics:
-    async def test_any_worker_answers_for_all_and_for_those_that_are_gone(self, database: str) -> None:
-        async with workers("--dsn", database) as serve:
+    async def test_any_process_reports_the_counts_of_all_including_ended_ones(self, database: str) -> None:
+        async with supervised("--dsn", database) as serve:
             url = await serve.listening()
             for id_ in range(20):
                 assert await post(url, str(id_)) == 202
             await pids(serve)
             serve.send(signal.SIGHUP)
-            await facts(serve, "workers restarted")
+            await facts(serve, "broker processes restarted")
             for id_ in range(5):
                 assert await post(url, f"later {id_}") == 202
 
@@ -335,10 +296,8 @@ class TestMetrics:
             assert await serve.ended() == 0
             assert not left_behind(serve)
 
-    async def test_a_worker_that_is_frozen_while_it_reads_them_does_not_freeze_the_supervisor(
-        self, database: str
-    ) -> None:
-        async with workers("--dsn", database) as serve:
+    async def test_a_process_frozen_while_reading_metrics_does_not_block_the_supervisor(self, database: str) -> None:
+        async with supervised("--dsn", database) as serve:
             await serve.listening()
             killed, _ = await pids(serve)
             (directory,) = left_behind(serve)
@@ -346,14 +305,14 @@ class TestMetrics:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 os.kill(killed, signal.SIGKILL)
                 await pids(serve, 3)
-                (fact,) = await facts(serve, "worker process not counted out yet")
+                (fact,) = await facts(serve, "metrics of a broker process not merged yet")
                 assert fact["pid"] == killed
             assert list(directory.glob("*.db"))
 
             async def look() -> bool:
                 return not list(directory.glob(f"*_{killed}.db"))
 
-            await eventually("it is counted out", look)
+            await eventually("its metrics are merged", look)
             with (directory / "lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 serve.send(signal.SIGTERM)
@@ -361,23 +320,23 @@ class TestMetrics:
 
 
 class TestStop:
-    async def test_what_was_accepted_is_delivered_once_and_the_exit_code_is_0(
+    async def test_stopping_delivers_each_accepted_event_once_and_exits_with_0(
         self, database: str, target: Target, arrived: Counter[str]
     ) -> None:
         arguments = ("--dsn", database, "--config-inline", config(target))
-        async with workers(*arguments) as serve:
+        async with supervised(*arguments) as serve:
             async with Senders(await serve.listening()) as senders:
                 await senders.sent(100)
                 serve.send(signal.SIGTERM)
                 assert await serve.ended() == 0
-            # Clients that were just connecting may have been cut off. None that was heard was refused.
+            # A client that was just connecting may be cut off, but no request that arrived is refused.
             assert not any("http/1.1" in problem for problem in senders.problems), senders.problems
-        async with workers(*arguments) as serve:
+        async with supervised(*arguments) as serve:
             await serve.listening()
             await all_arrived(arrived, senders)
             assert set(arrived.values()) == {1}
 
-    async def test_an_interrupt_of_the_whole_terminal_drains_as_well(self, database: str, target: Target) -> None:
+    async def test_an_interrupt_of_the_whole_terminal_drains(self, database: str, target: Target) -> None:
         released = asyncio.Event()
 
         async def hold(request: Request) -> web.Response:
@@ -385,7 +344,7 @@ class TestStop:
             return web.Response(status=204)
 
         target.answer = hold
-        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+        async with supervised("--dsn", database, "--config-inline", config(target)) as serve:
             url = await serve.listening()
             assert await post(url) == 202
             await target.wait(1)
@@ -396,7 +355,7 @@ class TestStop:
             assert await serve.ended() == 0
             assert "Traceback" not in await serve.complaint()
 
-    async def test_a_second_interrupt_ends_all_at_once(self, database: str, target: Target) -> None:
+    async def test_a_second_interrupt_ends_all_processes_at_once(self, database: str, target: Target) -> None:
         released = asyncio.Event()
 
         async def hang(request: Request) -> web.Response:
@@ -404,7 +363,7 @@ class TestStop:
             return web.Response(status=204)
 
         target.answer = hang
-        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+        async with supervised("--dsn", database, "--config-inline", config(target)) as serve:
             url = await serve.listening()
             assert await post(url) == 202
             await target.wait(1)
@@ -416,7 +375,7 @@ class TestStop:
             assert (await serve.complaint()).count("Stopped at once") == 1
         released.set()
 
-    async def test_when_the_supervisor_is_killed_its_workers_drain(self, database: str, target: Target) -> None:
+    async def test_the_processes_drain_when_the_supervisor_is_killed(self, database: str, target: Target) -> None:
         released = asyncio.Event()
 
         async def hold(request: Request) -> web.Response:
@@ -425,38 +384,38 @@ class TestStop:
 
         target.answer = hold
         arguments = ("--dsn", database, "--config-inline", config(target))
-        async with workers(*arguments) as serve:
+        async with supervised(*arguments) as serve:
             url = await serve.listening()
             started = await pids(serve)
             assert await post(url) == 202
             await target.wait(1)
             serve.send(signal.SIGKILL)
-            await facts(serve, "supervisor is gone", 2)
+            await facts(serve, "supervisor died", 2)
             await refused(url)
             released.set()
             await gone(*started)
             assert not left_behind(serve)
-        # It was settled: nothing is delivered again.
-        async with workers(*arguments) as serve:
+        # The first event was settled, so it is not delivered again.
+        async with supervised(*arguments) as serve:
             assert await post(await serve.listening(), "2") == 202
             await target.wait(2)
         assert target.ids() == ["1", "2"]
 
-    async def test_when_all_are_killed_the_next_broker_removes_what_they_counted_in(self, database: str) -> None:
-        async with workers("--dsn", database) as serve:
+    async def test_the_next_broker_removes_the_metrics_directory_of_a_killed_one(self, database: str) -> None:
+        async with supervised("--dsn", database) as serve:
             await serve.listening()
             started = await pids(serve)
-            serve.send(signal.SIGSTOP)  # so that it replaces none
+            serve.send(signal.SIGSTOP)  # it must not replace them
             for pid in started:
                 os.kill(pid, signal.SIGKILL)
             serve.send(signal.SIGKILL)
             await serve.ended()
             assert left_behind(serve)
-            async with workers("--dsn", database) as successor:
+            async with supervised("--dsn", database) as successor:
                 await successor.listening()
                 assert not left_behind(serve)
                 assert left_behind(successor)
-                async with workers("--dsn", database) as other:
+                async with supervised("--dsn", database) as other:
                     await other.listening()
                     assert left_behind(successor)
 
@@ -464,32 +423,32 @@ class TestStop:
 class TestLoss:
     @pytest.mark.direct
     @pytest.mark.slow
-    async def test_a_worker_that_was_killed_is_replaced_and_another_delivers_meanwhile(
+    async def test_a_killed_process_is_replaced_and_another_delivers_meanwhile(
         self, database: str, target: Target, arrived: Counter[str]
     ) -> None:
-        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+        async with supervised("--dsn", database, "--config-inline", config(target)) as serve:
             url = await serve.listening()
             killed = await owner(database, "billing")
             assert killed in await pids(serve)
             async with Senders(url) as senders:
                 await senders.sent(100)
                 os.kill(killed, signal.SIGKILL)
-                (fact,) = await facts(serve, "worker process died")
+                (fact,) = await facts(serve, "broker process died")
                 assert (fact["pid"], fact["exitcode"], fact["level"]) == (killed, -signal.SIGKILL, "warning")
                 accepted = set(senders.accepted)
-                # Before the lease of the killed one is over.
-                await eventually("those from before arrive", lambda: have(arrived, accepted), 12.0)
+                # Sooner than the lease of the killed process ends.
+                await eventually("events accepted before the kill arrive", lambda: have(arrived, accepted), 12.0)
                 await pids(serve, 3)
                 await senders.sent(100)
             await all_arrived(arrived, senders)
-            # What is cut off is what that worker had in progress; what is repeated, what it had not committed.
+            # Only requests in progress at the killed process fail.
             assert len(senders.problems) <= 12, senders.problems
             assert await owner(database, "billing") != killed
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
 
-    async def test_one_is_replaced_although_somebody_has_removed_all_temporary_files(self, database: str) -> None:
-        async with workers("--dsn", database) as serve:
+    async def test_a_process_is_replaced_even_if_its_metrics_directory_was_deleted(self, database: str) -> None:
+        async with supervised("--dsn", database) as serve:
             await serve.listening()
             killed, _ = await pids(serve)
             for directory in left_behind(serve):
@@ -501,9 +460,9 @@ class TestLoss:
             assert await serve.ended() == 0
             assert not left_behind(serve)
 
-    async def test_while_none_can_be_made_the_others_go_on(self, database: str) -> None:
-        """The supervisor may open no more files: as bad for it as no memory for a process."""
-        async with workers("--dsn", database) as serve:
+    async def test_the_other_processes_go_on_while_a_new_one_cannot_start(self, database: str) -> None:
+        """Running out of files stands for running out of memory or processes."""
+        async with supervised("--dsn", database) as serve:
             url = await serve.listening()
             killed, other = await pids(serve)
             supervisor = serve.process.pid
@@ -511,25 +470,25 @@ class TestLoss:
             before = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
             resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (open_now, before[1]))
             os.kill(killed, signal.SIGKILL)
-            (fact,) = await facts(serve, "worker process cannot start")
-            assert fact["error"] == "A worker process cannot be made: Too many open files."
+            (fact,) = await facts(serve, "broker process cannot start")
+            assert fact["error"] == "Cannot start a broker process: Too many open files."
             serve.send(signal.SIGHUP)
             assert await post(url) == 202
             assert Path(f"/proc/{other}").exists()
             resource.prlimit(supervisor, resource.RLIMIT_NOFILE, before)
             await pids(serve, 3)
-            # Again: the first was given up, unless it was the killed one's turn, which waits for its replacement.
+            # Repeated, because the first restart may have been abandoned.
             serve.send(signal.SIGHUP)
-            await facts(serve, "workers restarted")
+            await facts(serve, "broker processes restarted")
             serve.send(signal.SIGTERM)
             assert await serve.ended() == 0
             assert "Traceback" not in await serve.complaint()
 
     @pytest.mark.slow
-    async def test_a_worker_that_is_frozen_holds_up_no_new_client(
+    async def test_a_frozen_process_delays_no_new_client(
         self, database: str, target: Target, arrived: Counter[str]
     ) -> None:
-        async with workers("--dsn", database, "--config-inline", config(target)) as serve:
+        async with supervised("--dsn", database, "--config-inline", config(target)) as serve:
             url = await serve.listening()
             delivering = await owner(database, "billing")
             frozen = next(pid for pid in await pids(serve) if pid != delivering)
@@ -550,7 +509,7 @@ async def have(arrived: Counter[str], wanted: set[str]) -> bool:
 
 
 async def owner(database: str, subscription: str) -> int:
-    """The process that delivers the subscription's only shard."""
+    """The pid of the process that owns the only shard of the subscription."""
 
     async def look() -> int:
         connection = await asyncpg.connect(database)

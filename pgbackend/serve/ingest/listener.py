@@ -1,7 +1,7 @@
 """The HTTP server in front of `ingest`: uvicorn's, but that clients are accepted here.
 
 `app` runs a `Listener` on a socket from `bind`, and stops it. Each client becomes a `connection`, over TLS after a
-handshake with what `tls` says then; where several processes share the port, each leaves the others theirs.
+handshake with what `tls` says then.
 
 Who was accepted is counted, and looked after, from then on; requests in progress are finished before `run` returns.
 """
@@ -11,7 +11,7 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Coroutine, Iterator, MutableSequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -35,10 +35,6 @@ _GRACE = 3.0
 """Seconds that requests which are still arriving get when the broker stops."""
 _ADMINS = 200
 """Connections to the admin port."""
-_SLACK = 2
-"""Connections that a process may have more than another that shares its port, without leaving the next ones to it."""
-_COURTESY = 0.01
-"""Seconds that it leaves them to the others; who waits then is taken by whoever is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +78,6 @@ def _no_port(host: str, port: int, option: str, error: OSError) -> ConfigError:
     return ConfigError(f"Cannot listen on port {port} of {host}: {reason}. Choose another with {option}.")
 
 
-class Share:
-    """What this process has of the connections to a port that several share, and what the others have.
-
-    Who wakes up first takes what comes: left alone, one of two idle processes ends up with 50 of 64 connections that
-    are opened together, and keeps them for hours. `counts` is memory of all of them, with a place for each.
-    """
-
-    NOBODY = 2**31 - 1
-    """In the place of a process that takes no connections."""
-
-    def __init__(self, counts: MutableSequence[int], own: int) -> None:
-        self._counts = counts
-        self._own = own
-
-    def note(self, connections: int) -> None:
-        """This process has so many."""
-        self._counts[self._own] = connections
-
-    def is_full(self) -> bool:
-        """Whether the next one should be another's."""
-        return self._counts[self._own] > min(self._counts) + _SLACK
-
-
 class Listener:
     """Serves `app` on a bound socket until `stop()`; takes over the socket.
 
@@ -112,13 +85,7 @@ class Listener:
     """
 
     def __init__(
-        self,
-        app: Ingest | Admin,
-        bound: socket.socket,
-        *,
-        tls: TLS | None = None,
-        share: Share | None = None,
-        hosts: Hosts | None = None,
+        self, app: Ingest | Admin, bound: socket.socket, *, tls: TLS | None = None, hosts: Hosts | None = None
     ) -> None:
         self._app = app
         self._socket = bound
@@ -139,7 +106,7 @@ class Listener:
         hosts = hosts or Hosts(bound.getsockname()[0])
         limit = limit_of_connections()
         state = State(min(limit, _ADMINS) if isinstance(app, Admin) else limit, hosts)
-        self._server = _Server(config, state, app, tls, share)
+        self._server = _Server(config, state, app, tls)
 
     async def run(self) -> None:
         """Return once `stop()` was called and every request in progress has its answer.
@@ -172,15 +139,12 @@ class Listener:
 class _Server(uvicorn.Server):
     """Uvicorn's, but that signals are the broker's, and that connections are looked after from the accept on."""
 
-    def __init__(
-        self, config: uvicorn.Config, state: State, app: Ingest | Admin, tls: TLS | None, share: Share | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, state: State, app: Ingest | Admin, tls: TLS | None) -> None:
         super().__init__(config)
         self.server_state: State = state
         self.accepting = asyncio.Event()
         self._app = app
         self._tls = tls
-        self._share = share
         self._bound: socket.socket | None = None
         """Where clients wait, while they are accepted."""
         self._connecting: set[asyncio.Task[None]] = set()
@@ -214,30 +178,12 @@ class _Server(uvicorn.Server):
             loop.call_later(seconds, then)
 
     def _accept(self, bound: socket.socket) -> None:
-        """Make a connection of the next client that waits, or leave it to another process.
+        """Make a connection of the next client that waits.
 
         The loop's own server would not count handshakes, and would show the certificate that it began with for ever.
         Nothing is awaited between a client's accept and its connection: what is cancelled there would lose the client.
         """
-        if self._has_its_share():
-            self._pause_accepting(_COURTESY, self._accept_rest)
-        else:
-            self._accept_one(bound)
-
-    def _accept_rest(self) -> None:
-        """Who has fewer connections was left the next ones: if it did not take them, it is busy, or frozen."""
-        self._resume_accepting()
-        if self._bound is not None and self._has_its_share():
-            while self._accept_one(self._bound):
-                pass
-
-    def _has_its_share(self) -> bool:
-        self._tell_others()
-        return self._share is not None and self._share.is_full()
-
-    def _tell_others(self) -> None:
-        if self._share is not None:
-            self._share.note(len(self.server_state.connections) + len(self._connecting) + len(self._handshakes))
+        self._accept_one(bound)
 
     def _accept_one(self, bound: socket.socket) -> bool:
         """Whether there was one."""
@@ -292,7 +238,6 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
-        self._tell_others()
         if counter % 10 == 0:
             self.server_state.tell_date(b"".join(b"%b: %b\r\n" % line for line in self.server_state.default_headers))
             self._look_after_connections()
@@ -319,8 +264,6 @@ class _Server(uvicorn.Server):
         if self._bound is not None:
             bound, self._bound = self._bound, None
             asyncio.get_running_loop().remove_reader(bound.fileno())
-            if self._share is not None:
-                self._share.note(Share.NOBODY)
             # They are connected, as far as they know, and may have sent something.
             while self._accept_one(bound):
                 pass

@@ -249,16 +249,14 @@ class TriggerMetrics:
         self._replied.inc(events)
 
 
-def worker_gone(pid: int) -> None:
-    """A process has ended: its gauges are gone, its counts stay. For the supervisor that made the directory.
+def merge_ended(pid: int) -> None:
+    """Add the counters of an ended process to the file of all ended ones, and delete its gauges.
 
-    The counts of all that ended are kept together: a broker that runs for years would have thousands of files.
-
-    Raises BlockingIOError at once while somebody reads them: it may be a worker that is frozen, and the supervisor has
-    signals to obey.
+    One file for all, because a broker that runs for years would otherwise have thousands. Raises BlockingIOError at
+    once while a process reads the files: that process may be frozen, and the supervisor must not wait for it.
     """
     directory = _directory()
-    assert directory is not None  # noqa: S101 - who has several processes has one
+    assert directory is not None  # noqa: S101 - the supervisor set it
     with _locked(directory, fcntl.LOCK_EX | fcntl.LOCK_NB):
         for file in directory.glob(f"*_{pid}.db"):
             kind = file.name.partition("_")[0]

@@ -558,7 +558,7 @@ class TestSeveralProcesses:
                     else:
                         await going.end()
                 before = (await staying.samples())[SENT]
-                metrics_module.worker_gone(going.process.pid)
+                metrics_module.merge_ended(going.process.pid)
                 assert (await staying.samples())[SENT] == before
             shown = await staying.samples()
             assert shown[SENT] == 31
@@ -583,7 +583,7 @@ class TestSeveralProcesses:
                 unlink(file)
 
             monkeypatch.setattr(Path, "unlink", hesitating)
-            moving = asyncio.create_task(asyncio.to_thread(metrics_module.worker_gone, going.process.pid))
+            moving = asyncio.create_task(asyncio.to_thread(metrics_module.merge_ended, going.process.pid))
             await asyncio.to_thread(copied.wait, 60)
             looking = asyncio.create_task(staying.samples())
             # As long as it may take who does not wait for the other.
