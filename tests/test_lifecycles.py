@@ -1,0 +1,174 @@
+"""Every actor keeps the one contract of tests/support/lifecycle.py."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from uuid import uuid4
+
+import pytest
+
+from pgbackend import Backend
+from pgbackend.delivery.committer import Committer
+from pgbackend.delivery.offsets import Offsets
+from pgbackend.log.appender import Appender
+from pgbackend.log.log import Log
+from pgbackend.log.notify import Notifier, channel
+from pgbackend.postgres.pool import Database
+from tests.support import lifecycle
+from tests.support.backends import SOON
+from tests.support.databases import connected
+from tests.support.dispatchers import Catch
+from tests.support.events import make_event
+from tests.support.lifecycle import Lifecycle
+from tests.support.polling import eventually
+
+ROW = ("1.0", "a", "test", "test", None, None, None, None, None, "{}", b"data", None)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the actors of one test share."""
+
+    dsn: str
+    database: Database
+    log: Log
+
+
+def appender(world: World) -> Lifecycle:
+    async def make_room() -> None: ...
+
+    def make() -> Appender:
+        return Appender(
+            world.database,
+            world.log.sql,
+            schema="pgbackend",
+            produce_timeout=5.0,
+            on_append=lambda count: None,
+            on_full=make_room,
+        )
+
+    async def use(appender: Appender) -> None:
+        await appender.append([ROW], 100)
+        await appender.append([ROW, ROW], 200)
+
+    return Lifecycle(make, use)
+
+
+def notifier(world: World) -> Lifecycle:
+    def make() -> Notifier:
+        return Notifier(world.database, channel=channel("pgbackend"), statement=world.log.sql.notify, sender="me")
+
+    async def use(notifier: Notifier) -> None:
+        heard: list[object] = []
+        async with connected(world.dsn) as listener:
+            await listener.add_listener(channel("pgbackend"), lambda *args: heard.append(args[-1]))
+            notifier.notify()
+            await eventually("the NOTIFY is heard", lambda: "me" in heard, interval=0.001)
+
+    return Lifecycle(make, use)
+
+
+def committer(world: World) -> Lifecycle:
+    def make() -> Committer:
+        offsets = Offsets(world.log, schema="pgbackend", worker=uuid4())
+        return Committer(offsets, commit_interval=0.01, apply=lambda committed: None)
+
+    async def use(committer: Committer) -> None:
+        await committer.flush()
+        await committer.flush()
+
+    return Lifecycle(make, use)
+
+
+class RunBackend:
+    """A backend's whole life in one `run()`."""
+
+    def __init__(self, dsn: str) -> None:
+        self.backend = Backend(dsn, **SOON, drain_timeout=1.0)
+        self.catch = Catch()
+        self.subscribed = asyncio.Event()
+
+    async def run(self) -> None:
+        try:
+            await self.backend.init()
+            await self.backend.subscribe("s", self.catch, start="earliest")
+            self.subscribed.set()
+            await self.backend.start()
+        finally:
+            await self.backend.stop()
+
+    async def drain(self) -> None:
+        await self.backend.stop()
+
+
+def backend(world: World) -> Lifecycle:
+    async def use(running: RunBackend) -> None:
+        await running.subscribed.wait()
+        await running.backend.produce(make_event("a"))
+        await running.catch.has("a")
+
+    # A cancelled `stop()` only stops waiting for the end, so wait for it again.
+    return Lifecycle(lambda: RunBackend(world.dsn), use, end=lambda running: running.backend.stop())
+
+
+ACTORS: dict[str, Callable[[World], Lifecycle]] = {
+    "appender": appender,
+    "notifier": notifier,
+    "committer": committer,
+    "backend": backend,
+}
+DRAINED = ("appender", "backend")
+"""Those that have `drain()`."""
+
+
+@pytest.fixture
+async def world(database: str) -> AsyncIterator[World]:
+    """At the end, when the pool is closed, no other connection to the database is left."""
+    opened = Database(database)
+    await opened.open()
+    log = Log(opened, schema="pgbackend", hole_wait=0.1)
+    await log.incarnation.enter()
+    yield World(database, opened, log)
+    await opened.close()
+    async with connected(database, application_name="observer") as observer:
+
+        async def are_closed() -> bool:
+            sessions = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'pgbackend'"
+            return not await observer.fetchval(f"SELECT count(*) {sessions}")
+
+        await eventually("no connection is left", are_closed)
+
+
+@pytest.fixture(params=ACTORS)
+def actor(request: pytest.FixtureRequest, world: World) -> Lifecycle:
+    return ACTORS[request.param](world)
+
+
+async def test_an_actor_can_be_cancelled_before_it_starts(actor: Lifecycle) -> None:
+    await lifecycle.cancel_before_it_starts(actor)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+async def test_an_actor_can_be_cancelled_at_every_await(actor: Lifecycle, *, again: bool, long: bool) -> None:
+    """The first steps one by one, later ones farther and farther apart; all of them with --long."""
+    stride = (lambda step: 1) if long else (lambda step: 1 + step // 8)
+    assert await lifecycle.cancel_at_every_step(actor, again=again, stride=stride) > 1
+
+
+async def test_an_actor_can_be_run_again_or_says_no(actor: Lifecycle) -> None:
+    await lifecycle.run_again(actor)
+
+
+@pytest.mark.parametrize("actor", DRAINED, indirect=True)
+async def test_an_actor_can_be_drained_before_it_runs(actor: Lifecycle) -> None:
+    await lifecycle.drain_before_it_runs(actor)
+
+
+@pytest.mark.parametrize("actor", DRAINED, indirect=True)
+async def test_an_actor_can_be_drained_twice(actor: Lifecycle) -> None:
+    await lifecycle.drain_twice(actor)
+
+
+@pytest.mark.parametrize("actor", DRAINED, indirect=True)
+async def test_an_actor_can_be_drained_while_it_is_cancelled(actor: Lifecycle) -> None:
+    await lifecycle.drain_while_it_is_cancelled(actor)
