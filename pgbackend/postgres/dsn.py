@@ -1,10 +1,10 @@
-"""DSNs as people have them: read by libpq's rules, and said without their secrets. Pure but for libpq's variables.
+"""Reads DSNs by libpq's rules, and describes them without their secrets.
 
-A DSN is a URL or `name=value …`. It is taken apart here, and asyncpg gets separate arguments: asyncpg reads a `#`, `[`
-or `]` in a password as a part of the URL's structure, and then connects to another database, as another user. A DSN may
-name several hosts: the one that is the primary is meant.
+A DSN is a URL or `name=value …`. It is parsed here, and asyncpg gets separate arguments: asyncpg reads a `#`, `[` or
+`]` in a password as a part of the URL's structure, and then connects to another database, as another user. A DSN may
+name several hosts, one of which is the primary. libpq's environment variables and service files count as well.
 
-The promise: no message shows a password, nor text of a DSN that could not be read, because it may be one.
+The promise: no message shows a password, nor any text of a DSN that cannot be parsed, because it may be one.
 """
 
 import configparser
@@ -32,11 +32,11 @@ _SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 _ENCRYPTED = ("require", "verify-ca", "verify-full")
 _FILES = ("sslcert", "sslkey", "sslrootcert", "sslcrl")
 _TLS = ("sslmode", *_FILES, "sslpassword", "sslnegotiation", "ssl_min_protocol_version", "ssl_max_protocol_version")
-"""What asyncpg does for a connection's encryption, and reads from a DSN alone."""
+"""Options of encryption, which asyncpg reads only from a DSN."""
 _FOR_ASYNCPG = (*_TLS, "krbsrvname", "gsslib")
 _WITH_SYSTEM_ROOTS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "sslpassword", "sslnegotiation")
 DEFAULT_HOSTS = ("/run/postgresql", "/var/run/postgresql", "/tmp", "localhost")  # noqa: S108 - where PostgreSQL puts its sockets
-"""Where PostgreSQL may be when nobody says where."""
+"""Where to look for PostgreSQL when the DSN names no host."""
 
 
 def _is(*values: str) -> Callable[[str], bool]:
@@ -44,13 +44,13 @@ def _is(*values: str) -> Callable[[str], bool]:
 
 
 _IGNORED: dict[str, Callable[[str], bool]] = {
-    # The kernel watches each connection of ours, with times that these could only make longer.
+    # The kernel watches each connection, with shorter times than these would set.
     **dict.fromkeys(
         ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"), lambda _: True
     ),
-    # All hosts are asked, and only one of them is the primary.
+    # All hosts are asked, and only one is the primary.
     "load_balance_hosts": _is("disable", "random"),
-    # asyncpg binds no channel: see channel_binding below.
+    # asyncpg has no channel binding; "require" is accepted with encryption, see _check_encryption().
     "channel_binding": _is("disable", "prefer", "require"),
     "gssencmode": _is("disable", "prefer"),
     "gssdelegation": _is("0"),
@@ -61,16 +61,16 @@ _IGNORED: dict[str, Callable[[str], bool]] = {
     "replication": _is("false", "off", "no", "0"),
     "min_protocol_version": _is("3.0"),
     "max_protocol_version": _is("3.0", "3.2", "latest"),
-    # SQLAlchemy's, for asyncpg.
+    # SQLAlchemy's option for asyncpg.
     "prepared_statement_cache_size": lambda _: True,
 }
-"""Options of libpq and of others that change nothing here, with the values for which that is true."""
+"""Options that change nothing here, as long as their value passes the check."""
 
 _REFUSED = (
     "require_auth", "requirepeer", "sslcrldir", "sslkeylogfile", "scram_client_key", "scram_server_key", "oauth_issuer",
     "oauth_client_id", "oauth_client_secret", "oauth_scope",
 )  # fmt: skip
-"""Options of libpq that ask for something which asyncpg cannot do."""
+"""Options of libpq that asyncpg does not support."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +78,11 @@ class Host:
     """One server of a DSN."""
 
     name: str
-    """A host's name or address, the directory of a Unix socket, or "" for wherever PostgreSQL is by default."""
+    """A host's name or address, the directory of a Unix socket, or "" for the places in `DEFAULT_HOSTS`."""
     port: int | None
-    """None: 5432."""
+    """None means 5432."""
     address: str | None = None
-    """Where it is, when the name is not to be looked up."""
+    """Its IP address (hostaddr), if the DSN has one; the name is not looked up then."""
 
     def __str__(self) -> str:
         name = f"[{self.name}]" if ":" in self.name and self.port is not None else self.name or "localhost"
@@ -91,38 +91,37 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a DSN says, for whoever connects."""
+    """What a DSN says, ready to connect with."""
 
     hosts: tuple[Host, ...]
-    """In their order; at least one."""
+    """At least one, in the DSN's order."""
     user: str
     password: str | None = field(repr=False)
-    """None: as PGPASSWORD or the password file says."""
+    """None means PGPASSWORD, or the password file."""
     passfile: str | None
     database: str | None
-    """None: as PGDATABASE says, or named like the user."""
+    """None means PGDATABASE, or the user's name."""
     options: tuple[tuple[str, str], ...] = field(repr=False)
-    """What asyncpg reads from a DSN alone."""
+    """Options that asyncpg reads only from a DSN."""
     settings: tuple[tuple[str, str], ...] = field(repr=False)
-    """Settings of the server for its sessions."""
+    """Server settings for the session."""
     connect_timeout: float | None
     """Seconds, for each host."""
     read_write: bool
-    """Whether a primary is passed over whose transactions are read-only by default."""
+    """Whether to pass over a primary whose transactions are read-only by default."""
     where: str
-    """Hosts, ports and database, fit to be printed: no user, no password."""
+    """Hosts, ports and database, safe to print: no user, no password."""
     application_name: str | None
-    """What its connections are to be called, if it says so."""
 
     @classmethod
     def of(cls, dsn: str) -> Self:
-        """Raises ConfigError for what cannot be meant, or cannot be done."""
+        """The target of a DSN. Raises ConfigError for a DSN that is wrong, or that asks for something unsupported."""
         options = {name: value for name, value in _with_service(parse_dsn(dsn)).items() if value}
         hosts = _hosts(options)
         wanted = options.pop("target_session_attrs", "") or os.environ.get("PGTARGETSESSIONATTRS", "")
         if wanted not in ("", "any", "primary", "read-write"):
             raise ConfigError(
-                f"target_session_attrs is {wanted!r}: the log needs the primary. Leave it away, or say read-write."
+                f"target_session_attrs is {wanted!r}: the log needs the primary. Leave it out, or set it to read-write."
             )
         _check_encryption(options, hosts)
         _drop_ignored(options)
@@ -144,26 +143,26 @@ class Target:
         )
 
     def name_of(self, host: Host) -> str:
-        """One of the hosts as errors name it: like the whole DSN when that has only one."""
+        """A host as messages name it: with the database when the DSN has only one host."""
         return str(host) if len(self.hosts) > 1 else self.where
 
 
 def parse_dsn(dsn: str) -> dict[str, str]:
-    r"""The options of a DSN by libpq's names, as libpq reads it.
+    r"""The options of a DSN by libpq's names, parsed as libpq does.
 
     >>> parse_dsn("postgresql://me:p%40#[w]@db,[::1]:6000/app?sslmode=require")["password"]
     'p@#[w]'
     >>> parse_dsn(r"host=/run/postgresql user=me password='it\'s'")["password"]
     "it's"
 
-    Raises ConfigError for what libpq does not take either, but for other spellings of the scheme and `ssl=…`.
+    Accepts what libpq accepts, and also other spellings of the scheme and `ssl=…`. Raises ConfigError for the rest.
     """
     text = dsn if isinstance(dsn, str) else ""
     try:
         text.encode()
     except UnicodeEncodeError:
         text = ""
-    # Read from a file, it ends in a newline.
+    # A DSN from a file ends in a newline.
     if scheme := _SCHEME.match(text.strip(_SPACES)):
         base, _, driver = scheme[1].lower().partition("+")
         if base not in _SCHEMES or driver not in _DRIVERS:
@@ -175,7 +174,7 @@ def parse_dsn(dsn: str) -> dict[str, str]:
         raise ConfigError(
             "The DSN is not a URL: expected postgresql://user@host:port/database, or host=… port=… user=… dbname=…."
         )
-    # asyncpg's word for it; and SQLAlchemy's for asyncpg, where libpq takes no other value than true.
+    # `database` is asyncpg's name for it, `ssl` is SQLAlchemy's for asyncpg; libpq knows ssl=true only.
     if "database" in options:
         options.setdefault("dbname", options.pop("database"))
     if "ssl" in options:
@@ -185,7 +184,7 @@ def parse_dsn(dsn: str) -> dict[str, str]:
 
 
 def normalize_dsn(dsn: str) -> str:
-    """The DSN as a URL that everybody reads in the same way.
+    """The DSN as a URL that every driver reads in the same way.
 
     >>> normalize_dsn("postgres+asyncpg://me:#@db/app?ssl=require")
     'postgresql://me:%23@db/app?sslmode=require'
@@ -197,7 +196,7 @@ def normalize_dsn(dsn: str) -> str:
 
 
 def build_dsn(options: Mapping[str, str]) -> str:
-    """The URL that `parse_dsn()` reads as these options."""
+    """The URL that `parse_dsn()` parses into these options."""
     rest = {name: value for name, value in options.items() if value}
     user, password, database = (quote(rest.pop(name, ""), safe="") for name in ("user", "password", "dbname"))
     credentials = user + (f":{password}" if password else "")
@@ -216,7 +215,7 @@ def _authority(name: str, port: str) -> str:
 
 
 def describe_dsn(dsn: str) -> str:
-    """Hosts, ports and database of a DSN, fit to be printed: no user, no password.
+    """Hosts, ports and database of a DSN, safe to print: no user, no password.
 
     >>> describe_dsn("postgresql://me:secret@a:1,[::1]:2/app"), describe_dsn("postgresql:///app?host=/run/a,/run/b")
     ('a:1,[::1]:2/app', '/run/a,/run/b/app')
@@ -225,7 +224,7 @@ def describe_dsn(dsn: str) -> str:
 
 
 def _parse_url(text: str) -> dict[str, str]:
-    """As conninfo_uri_parse_options() of libpq has it: user and password end at the first @ before a slash."""
+    """Like conninfo_uri_parse_options() of libpq: user and password end at the first @ before a slash."""
     options: dict[str, str] = {}
     end = 0
     if "@" in text.partition("/")[0]:
@@ -246,8 +245,8 @@ def _parse_url(text: str) -> dict[str, str]:
         end += 1
     path, _, query = text[end:].partition("?")
     if "@" in path and "user" not in options:
-        # libpq takes it for the database, and so would show most of a password that has a slash.
-        raise ConfigError("The DSN has an @ behind its first slash: write %2F for a / in the password, %40 for this @.")
+        # libpq reads it as the database, and so would print most of a password that contains a slash.
+        raise ConfigError("The DSN has an @ after its first slash: write %2F for a / in the password, %40 for this @.")
     options |= {
         "host": _decoded(",".join(names), "host"),
         "port": _decoded(",".join(ports), "port"),
@@ -263,9 +262,9 @@ def _parse_url(text: str) -> dict[str, str]:
 
 
 def _decoded(text: str, what: str) -> str:
-    # The cause of an error has the text, so it is not shown.
+    # "from None": the cause contains the text, which may be a password.
     if _NO_ENCODING.search(text) or "\0" in text:
-        raise ConfigError(f"The DSN's {what} has a % that begins no encoded character: write %25 for a % itself.")
+        raise ConfigError(f"The DSN's {what} has a % that does not begin an encoded character: write %25 for a %.")
     try:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
@@ -273,7 +272,7 @@ def _decoded(text: str, what: str) -> str:
 
 
 def _parse_words(text: str) -> dict[str, str]:
-    """As conninfo_parse() of libpq has it: values with spaces stand in quotes, and a backslash escapes."""
+    """Like conninfo_parse() of libpq: values with spaces are quoted, and a backslash escapes."""
     options: dict[str, str] = {}
     end = 0
     while text[end:].strip(_SPACES):
@@ -286,7 +285,7 @@ def _parse_words(text: str) -> dict[str, str]:
 
 
 def _with_service(options: dict[str, str]) -> dict[str, str]:
-    """The options, and those of the service that is asked for; what the DSN says itself counts more."""
+    """The options, completed by those of the DSN's service, if it names one."""
     file = options.pop("servicefile", "") or os.environ.get("PGSERVICEFILE") or str(Path("~/.pg_service.conf"))
     service = options.pop("service", "") or os.environ.get("PGSERVICE")
     if not service:
@@ -296,7 +295,7 @@ def _with_service(options: dict[str, str]) -> dict[str, str]:
         try:
             services.read(os.path.expanduser(path), "utf-8")  # noqa: PTH111 - Path's raises where there is no home
         except (configparser.Error, UnicodeDecodeError):
-            # Its text may be a password.
+            # "from None": the cause quotes the file, which may contain a password.
             raise ConfigError(f"The service file {path} cannot be read: expected [service] and name=value.") from None
         if service in services:
             return {**services[service], **options}
@@ -304,7 +303,7 @@ def _with_service(options: dict[str, str]) -> dict[str, str]:
 
 
 def _hosts(options: dict[str, str]) -> tuple[Host, ...]:
-    """The hosts of the DSN. `port`: one for all, or as many as hosts; so `hostaddr`."""
+    """The hosts of the DSN, with one port for all or one for each."""
     addresses = options.pop("hostaddr", "")
     names = (options.pop("host", "") or ("" if addresses else os.environ.get("PGHOST", ""))).split(",")
     ports = (options.pop("port", "") or os.environ.get("PGPORT", "")).split(",")
@@ -321,7 +320,7 @@ def _hosts(options: dict[str, str]) -> tuple[Host, ...]:
 
 def _host(name: str, address: str, port: str) -> Host:
     if bracketed := re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", name):
-        # As asyncpg takes them in `?host=`.
+        # asyncpg allows a port here, in `?host=`.
         name, port = bracketed[1], bracketed[2] or port
     if not name.startswith("/"):
         try:
@@ -329,9 +328,9 @@ def _host(name: str, address: str, port: str) -> Host:
         except UnicodeError:
             usable = False
         if not usable:
-            # Not shown: it is a part of the password where that has an @ or a / of its own.
+            # Never print this host: it is part of the password when that contains an @ or a /.
             raise ConfigError(
-                "The DSN has a host that cannot be one: expected a name, an address, or a socket's directory. "
+                "The DSN has an invalid host: expected a name, an address, or the directory of a socket. "
                 "Write %40 for an @ and %2F for a / in user and password."
             )
     if port and not (port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 1 << 16):
@@ -347,28 +346,28 @@ def _check_encryption(options: dict[str, str], hosts: tuple[Host, ...]) -> None:
     if mode not in ("", *_SSLMODES):
         raise ConfigError(f"sslmode is {mode!r}: expected one of {', '.join(_SSLMODES)}.")
     if options.get("sslrootcert") == "system" and mode != "verify-full":
-        raise ConfigError("sslrootcert=system needs sslmode=verify-full: anybody can get a certificate for some name.")
+        raise ConfigError("sslrootcert=system needs sslmode=verify-full: anyone can get a certificate for some name.")
     if options.get("sslrootcert") == "system" and (others := set(options) & set(_TLS) - set(_WITH_SYSTEM_ROOTS)):
-        raise ConfigError(f"sslrootcert=system does not go together with {', '.join(sorted(others))}.")
+        raise ConfigError(f"sslrootcert=system cannot be combined with {', '.join(sorted(others))}.")
     if options.get("channel_binding") == "require" and mode not in _ENCRYPTED:
         raise ConfigError("channel_binding=require needs sslmode=require, verify-ca or verify-full.")
     if mode == "verify-full" and any(host.address for host in hosts):
-        raise ConfigError("hostaddr does not go together with sslmode=verify-full: leave it away, or say verify-ca.")
+        raise ConfigError("hostaddr cannot be combined with sslmode=verify-full: leave it out, or use verify-ca.")
 
 
 def _drop_ignored(options: dict[str, str]) -> None:
     for name in [name for name in options if name in _IGNORED or name in _REFUSED]:
         value = options.pop(name)
         if name in _REFUSED or not _IGNORED[name](value):
-            raise ConfigError(f"The DSN's option {name} asks for what pgbackend cannot do: leave it away.")
+            raise ConfigError(f"The DSN's option {name} asks for something that pgbackend cannot do: leave it out.")
 
 
 def _connect_timeout(text: str) -> float | None:
     try:
         seconds = int(text or 0)
     except ValueError:
-        raise ConfigError("connect_timeout is no whole number of seconds.") from None
-    # As libpq has it: nothing, 0 and less mean no limit of the DSN's, and 2 is the least.
+        raise ConfigError("connect_timeout is not a whole number of seconds.") from None
+    # As in libpq: nothing, 0 and less mean no limit, and the shortest limit is 2.
     return float(min(max(seconds, 2), 86_400)) if seconds > 0 else None
 
 

@@ -1,23 +1,23 @@
-"""Who may do what with a log: the privileges of those who do not own it, as SQL for its owner to run.
+"""The privileges that roles need on a log they do not own, as SQL for its owner to run.
 
-Three kinds of role. A producer appends, and reads nothing of what others appended. A consumer runs subscriptions. An
-operator looks, moves subscriptions and sends dead letters on their way again, and reads no event but those. Each gets
-what the statements of its calls touch, of most tables by column; tests/postgres/test_grants.py
-tries what it can and cannot do.
+There are three kinds of role. A producer appends, and reads no events. A consumer runs subscriptions. An operator reads
+the status, moves subscriptions and redelivers dead letters, and reads no events except those. Each gets what its calls
+need, on most tables by column; tests/postgres/test_grants.py tries what each kind can and cannot do.
 
-What nobody gets, because the fence (pgbackend/log/fence.py) stands on it: any privilege on a segment, `position` to
-write, UPDATE, DELETE or TRUNCATE of events, nextval() or setval() of the positions. Nor `recorded_at` to write: dates
-are looked up by it. Migrating stays with the owner. The SQL stands here, not in sql/: it takes names, not parameters.
+The promise: no role gets what would break the fence (pgbackend/log/fence.py), which is any privilege on a segment,
+writing `position`, UPDATE, DELETE or TRUNCATE of events, and nextval() or setval() of the positions. Nor may a role
+write `recorded_at`, by which dates are looked up. Only the owner migrates. The SQL is built here and not in sql/,
+because it takes names, not parameters.
 """
 
 from collections.abc import Sequence
 
 from pgbackend.codec.attributes import COLUMNS
 from pgbackend.errors import ConfigError
-from pgbackend.postgres.sql import place_schema, quote_ident
+from pgbackend.postgres.sql import fill_in, quote_ident
 
 _Grants = tuple[tuple[str, str], ...]
-"""Privileges, and on what."""
+"""Pairs of privileges and their object."""
 
 _EVENT = ", ".join(COLUMNS)
 _TERMS = "ordering, start_at, end_position, end_at, start_bound, start_position"
@@ -25,17 +25,17 @@ _ALTERED = f"{_TERMS}, shards, draining_until"
 _OFFSET = "position, pending, holes, epoch, owner, completed_at, until"
 _NEW_OFFSET = "subscription, shard, shards, position, pending, holes, epoch"
 
-_EVERYBODY: _Grants = (
+_EVERYONE: _Grants = (
     ("USAGE", "SCHEMA {schema}"),
     ("SELECT", "TABLE {schema}.pgbackend_revision"),
-    # Whether the log was set back: its sequence against the highest position that is stored anywhere.
+    # To detect a sequence that is behind the highest position stored anywhere.
     ("SELECT", "SEQUENCE {schema}.events_position_seq"),
     ("SELECT (position)", "TABLE {schema}.events"),
     ("SELECT (position)", "TABLE {schema}.offsets"),
-    # Whoever comes first after a crash has the new life named, but not by a name of its choice.
+    # The first process after a crash inserts the new incarnation, but may not choose its id.
     ("SELECT, INSERT (single)", "TABLE {schema}.incarnation"),
     ("SELECT", "TABLE {schema}.life"),
-    # To prove the fence: a transaction that appends nothing is opened, and must be in the evidence.
+    # To test the evidence of the fence, which must name a transaction that opened the log for an append.
     ("EXECUTE", "FUNCTION {schema}.appenders_in_flight(regclass, regclass)"),
     ("EXECUTE", "FUNCTION {schema}.open_appender()"),
     ("EXECUTE", "FUNCTION {schema}.find_distributed(regclass)"),
@@ -60,12 +60,12 @@ _CONSUMER: _Grants = (
     ("SELECT, INSERT (subscription, positions)", "TABLE {schema}.skipped"),
     ("SELECT, DELETE", "TABLE {schema}.dead_letters"),
     ("UPDATE (attempts, error, details, attempt, due_at, begun)", "TABLE {schema}.dead_letters"),
-    # Letters are copied from the log, not made up.
+    # No INSERT on dead_letters: letters are copied from the log, so that no role can make them up.
     ("EXECUTE", "FUNCTION {schema}.bury(jsonb)"),
 )
 
 _OPERATOR: _Grants = (
-    # How long a subscription is behind, where a date is, and whose of several shards an event was.
+    # To find how far behind a subscription is, the position of a date, and the shard of an event.
     ("SELECT (position, recorded_at, key_hash)", "TABLE {schema}.events"),
     ("EXECUTE", "FUNCTION {schema}.appender_began(integer)"),
     ("EXECUTE", "FUNCTION {schema}.end_life(text)"),
@@ -80,11 +80,11 @@ _OPERATOR: _Grants = (
 )
 
 _HEADING = """\
--- Run this as the owner of the log's tables, or as a superuser. To run it again changes nothing."""
-# No names in comments: a name may have more than one line.
+-- Run this as the owner of the log's tables, or as a superuser. Running it again changes nothing."""
+# No role's name in a comment: a name may have more than one line.
 _SEE_OTHERS = """\
--- Since when a producer's transaction is open, consumers and operators see if the owner of the tables does: because it
--- is a superuser, or because one has granted it pg_read_all_stats."""
+-- Consumers and operators see the age of a producer's transaction if the owner of the tables sees it: because the owner
+-- is a superuser, or was granted pg_read_all_stats."""
 
 
 def grants(
@@ -92,13 +92,13 @@ def grants(
 ) -> str:
     """The SQL that gives these roles what they need on the log in `schema`. A role may be of several kinds.
 
-    Raises ConfigError for what cannot be the name of a role or schema.
+    Raises ConfigError for a name that no role or schema can have.
     """
-    everybody = list(dict.fromkeys([*producers, *consumers, *operators]))
+    everyone = list(dict.fromkeys([*producers, *consumers, *operators]))
     blocks = [
         _HEADING,
         "BEGIN;",
-        _block("everybody", _EVERYBODY, everybody, schema),
+        _block("everyone", _EVERYONE, everyone, schema),
         _block("producers", _PRODUCER, producers, schema),
         _block("consumers", _CONSUMER, consumers, schema),
         _block("operators", _OPERATOR, operators, schema),
@@ -113,13 +113,13 @@ def _block(title: str, privileges: _Grants, roles: Sequence[str], schema: str) -
         return ""
     grantees = ", ".join(map(_quote_role, dict.fromkeys(roles)))
     statements = [
-        f"GRANT {privilege} ON {place_schema(target, schema=schema)} TO {grantees};" for privilege, target in privileges
+        f"GRANT {privilege} ON {fill_in(target, schema=schema)} TO {grantees};" for privilege, target in privileges
     ]
     return "\n".join([f"-- {title}", *statements])
 
 
 def _quote_role(name: str) -> str:
     if name in ("public", "none"):
-        # Even in quotes PostgreSQL takes the one for all roles there are.
-        raise ConfigError(f"{name!r} is no role. Name the roles that produce, consume or operate.")
+        # Even in quotes, PostgreSQL reads "public" as all roles.
+        raise ConfigError(f"{name!r} is not a role. Name the roles that produce, consume or operate.")
     return quote_ident(name)

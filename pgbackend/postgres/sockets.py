@@ -1,11 +1,11 @@
-"""Sockets to PostgreSQL: found by name without the event loop's own threads, and never shared with a forked child.
+"""Sockets to PostgreSQL: opened without asyncio's default executor, and never shared with a forked child.
 
-asyncio looks names up in its default executor. Handlers fill that with work of their own, and then no connection would
-be made until they have ended. So each name is looked up in a thread of its own.
+asyncio looks names up in its default executor. Handlers may fill that with their own work, and then no connection could
+be opened until they end. So each name is looked up in a thread of its own.
 
-A child that a handler forked inherits every socket. As long as it lives, PostgreSQL would take a dead worker for alive.
-So the child's copies are replaced by /dev/null: nothing is sent on them, and what the parent has is not touched. The
-event loop's selector stays as it is, because the child shares it with the parent.
+A child that a handler forks inherits every socket. While the child lives, PostgreSQL would take a dead worker for a
+living one. So the child's copies are replaced by /dev/null: nothing is sent on them, and the parent's sockets are not
+touched. The event loop's selector stays as it is, because the child shares it with the parent.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
 _Protocol = Callable[[], asyncio.BaseProtocol]
-_Made = tuple[asyncio.Transport, asyncio.BaseProtocol]
+_Connected = tuple[asyncio.Transport, asyncio.BaseProtocol]
 
 _ours: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 _forks = 0
 
 
 def forks() -> int:
-    """How many times this process was forked from another one since pgbackend was imported.
+    """How many forks lie between the process that imported pgbackend and this one.
 
-    Another number than before means that this is a child, in which nothing that was open before can be used.
+    A number that has changed means that this is a child, which cannot use anything that was open before.
     """
     return _forks
 
@@ -41,7 +41,7 @@ def _forget_sockets() -> None:
     if inherited:
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for number in inherited:
-            # Not closed: the number would go to something else, which the socket object closes later.
+            # Not closed: the number would be reused for another file, which the socket object would close later.
             os.dup2(nothing, number, inheritable=False)
         os.close(nothing)
 
@@ -50,7 +50,7 @@ os.register_at_fork(after_in_child=_forget_sockets)
 
 
 class Loop:
-    """An event loop as asyncpg is given it: the running one, but for how it connects."""
+    """The running event loop as asyncpg gets it, with other methods to connect."""
 
     def __init__(self) -> None:
         self.running = asyncio.get_running_loop()
@@ -58,26 +58,26 @@ class Loop:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.running, name)
 
-    async def create_connection(self, protocol: _Protocol, host: str, port: int, **options: Any) -> _Made:
-        """Connect to the first address of the host that answers. Raises OSError, of the last one, when none does."""
+    async def create_connection(self, protocol: _Protocol, host: str, port: int, **options: Any) -> _Connected:
+        """Connect to the first address of the host that answers. Raises the last one's OSError when none does."""
         if options.get("ssl"):
             options.setdefault("server_hostname", host)
         error: OSError | None = None
-        for family, kind, number, _, address in await _find(host, port):
+        for family, kind, protocol_number, _, address in await _find_addresses(host, port):
             try:
-                wire = await self._connected(socket.socket(family, kind, number), address)
+                wire = await self._connect(socket.socket(family, kind, protocol_number), address)
             except OSError as refusal:
                 error = refusal
             else:
-                return await self._made(protocol, wire, options)
+                return await self._wrap(protocol, wire, options)
         raise error or OSError(f"{host} has no address")
 
-    async def create_unix_connection(self, protocol: _Protocol, path: str) -> _Made:
+    async def create_unix_connection(self, protocol: _Protocol, path: str) -> _Connected:
         """Connect to a Unix socket."""
-        return await self._made(protocol, await self._connected(socket.socket(socket.AF_UNIX), path), {})
+        return await self._wrap(protocol, await self._connect(socket.socket(socket.AF_UNIX), path), {})
 
-    async def _connected(self, wire: socket.socket, address: Any) -> socket.socket:
-        # Before it connects: a fork may happen meanwhile.
+    async def _connect(self, wire: socket.socket, address: Any) -> socket.socket:
+        # Before the first await: a fork may happen meanwhile.
         _ours.add(wire)
         try:
             wire.setblocking(False)
@@ -87,7 +87,7 @@ class Loop:
             raise
         return wire
 
-    async def _made(self, protocol: _Protocol, wire: socket.socket, options: dict[str, Any]) -> _Made:
+    async def _wrap(self, protocol: _Protocol, wire: socket.socket, options: dict[str, Any]) -> _Connected:
         try:
             return await self.running.create_connection(protocol, sock=wire, **options)
         except BaseException:
@@ -95,17 +95,16 @@ class Loop:
             raise
 
 
-async def _find(host: str, port: int) -> list[Any]:
-    """The addresses of a host."""
+async def _find_addresses(host: str, port: int) -> list[Any]:
     with suppress(socket.gaierror):
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return await in_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), name=f"find {host}")
 
 
 async def in_thread(call: Callable[[], _Result], *, name: str) -> _Result:
-    """What the call returns or raises, in a thread of its own, which nobody has to wait for and nothing else can fill.
+    """The result of `call()`, run in a daemon thread of its own; raises what it raises.
 
-    A caller that is cancelled leaves it running.
+    A cancelled caller leaves the thread running.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[_Result] = loop.create_future()
@@ -114,16 +113,16 @@ async def in_thread(call: Callable[[], _Result], *, name: str) -> _Result:
         try:
             result = call()
         except BaseException as error:  # noqa: BLE001 - the caller's to handle
-            _tell(loop, answer, error)
+            _resolve(loop, answer, error)
         else:
-            _tell(loop, answer, result)
+            _resolve(loop, answer, result)
 
     threading.Thread(target=run, name=f"pgbackend {name}", daemon=True).start()
     return await answer
 
 
-def _tell(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Any]", outcome: object) -> None:
-    def tell() -> None:
+def _resolve(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Any]", outcome: object) -> None:
+    def resolve() -> None:
         if answer.done():
             return
         if isinstance(outcome, BaseException):
@@ -132,4 +131,4 @@ def _tell(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Any]", outcom
             answer.set_result(outcome)
 
     with suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(tell)
+        loop.call_soon_threadsafe(resolve)

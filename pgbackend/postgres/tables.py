@@ -1,7 +1,7 @@
-"""SQLAlchemy's description of the log's tables, for Alembic's autogenerate and for whoever queries a log by SQLAlchemy.
+"""SQLAlchemy's description of the log's tables, for Alembic's autogenerate and for queries with SQLAlchemy.
 
-It says what the migrations made; a test holds the two against each other, catalog row by catalog row. The statements of
-this package do not go through it, and segments are not in it: they come and go.
+The promise: it agrees with the migrations, which a test compares catalog row by catalog row. The statements of this
+package do not use it. Segments are not in it, because they come and go.
 """
 
 from sqlalchemy import (
@@ -36,7 +36,7 @@ from sqlalchemy.sql import quoted_name
 
 _TIMESTAMPTZ = TIMESTAMP(timezone=True)
 
-# Few rows, written many times a second.
+# For tables with few rows that are updated many times a second.
 _HOT = {
     "fillfactor": 50,
     "autovacuum_vacuum_threshold": 500,
@@ -74,7 +74,7 @@ _ATTRIBUTES = """
 
 _RECORDED_AT = "recorded_at >= '0001-01-01 00:00:00+00' AND recorded_at < '10000-01-01 00:00:00+00'"
 
-# Neither the first nor the last date that there is: the driver makes those infinite.
+# Excludes the first and the last date that exist: asyncpg reads those as infinite.
 _BOUNDS = """
     start_at > '0001-01-01 00:00:00+00' AND start_at < '9999-12-31 23:59:59.999999+00'
     AND end_at > '0001-01-01 00:00:00+00' AND end_at < '9999-12-31 23:59:59.999999+00'
@@ -251,7 +251,7 @@ def _event_columns(defaults: dict[str, TextClause]) -> list[Column[object]]:
 def _of_subscription(subscriptions: Table, table: str) -> ForeignKeyConstraint:
     return ForeignKeyConstraint(
         ["subscription"],
-        # The column itself: a path in text would be cut at the dots of a schema's name.
+        # The column object: SQLAlchemy would split a path in text at the dots of a schema's name.
         [subscriptions.c.name],
         name=f"{table}_subscription_fkey",
         ondelete="CASCADE",

@@ -28,7 +28,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-# Read by libpq's rules.
+# Parsing, compared with libpq.
 
 
 def by_libpq(dsn: str) -> dict[str, str] | None:
@@ -105,7 +105,7 @@ SPECIMENS = [
 
 
 @pytest.mark.parametrize("dsn", SPECIMENS)
-def test_a_dsn_is_read_as_libpq_reads_it(dsn: str) -> None:
+def test_a_dsn_is_parsed_as_libpq_parses_it(dsn: str) -> None:
     assert by_us(dsn) == by_libpq(dsn)
 
 
@@ -123,7 +123,7 @@ SPECIAL = st.text("ab#[]?&=:@/%+,;'\\\" é", max_size=12)
     port=st.sampled_from(["", "1", "65535"]),
     setting=TEXT | SPECIAL,
 )
-def test_what_is_written_as_a_url_is_read_back_by_everybody(
+def test_a_built_url_is_parsed_back_by_us_and_by_libpq(
     user: str, password: str, database: str, hosts: list[str], port: str, setting: str
 ) -> None:
     options = {
@@ -140,16 +140,16 @@ def test_what_is_written_as_a_url_is_read_back_by_everybody(
 
 
 @given(text=st.text("ab#[]?&=:@/%+,1 2C\\'é", max_size=30))
-def test_any_url_is_read_as_libpq_reads_it(text: str) -> None:
-    # Spaces: libpq 17 and newer refuses them inside, older ones keep them. Newlines at the end are a file's.
+def test_any_url_is_parsed_as_libpq_parses_it(text: str) -> None:
+    # libpq 17 and newer refuses spaces inside, older versions keep them.
     assume(" " not in text)
-    # And an @ behind the first slash may be the end of a password.
+    # We refuse an @ after the first slash, because the slash may be part of a password.
     assume("@" not in text.partition("?")[0].partition("/")[2] or "@" in text.partition("/")[0])
     theirs, ours = by_libpq("postgresql://" + text), by_us("postgresql://" + text)
     if theirs is not None:
         assert ours == theirs
     elif ours is not None:
-        # We take options that libpq does not know: they are settings of the server.
+        # We accept options that libpq does not know, as settings of the server.
         assert "?" in text
 
 
@@ -157,7 +157,7 @@ WORDS = st.lists(st.sampled_from(["user", "password=", "=", "'", "\\", " ", "\t"
 
 
 @given(words=WORDS.map("".join))
-def test_any_list_of_words_is_read_as_libpq_reads_it(words: str) -> None:
+def test_any_list_of_words_is_parsed_as_libpq_parses_it(words: str) -> None:
     text = f"host=x {words}"
     theirs, ours = by_libpq(text), by_us(text)
     if theirs is not None or ours is None:
@@ -184,7 +184,7 @@ def test_any_list_of_words_is_read_as_libpq_reads_it(words: str) -> None:
         ("hostaddr=10.0.0.1 port=7", [("10.0.0.1", 7, "10.0.0.1")]),
     ],
 )
-def test_hosts_are_found_wherever_libpq_lets_them_stand(dsn: str, hosts: list[tuple[Any, ...]]) -> None:
+def test_hosts_are_found_wherever_libpq_allows_them(dsn: str, hosts: list[tuple[Any, ...]]) -> None:
     assert list(Target.of(normalize_dsn(dsn)).hosts) == [Host(*host) for host in hosts]
 
 
@@ -207,7 +207,7 @@ def test_hosts_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         ("postgresql://a,b/db?target_session_attrs=any", False),
     ],
 )
-def test_of_several_hosts_one_that_takes_writes_is_meant(dsn: str, read_write: bool) -> None:
+def test_a_read_only_primary_is_passed_over_when_there_are_several_hosts(dsn: str, read_write: bool) -> None:
     assert Target.of(dsn).read_write == read_write
 
 
@@ -230,11 +230,11 @@ NEON = "postgresql://me:pw@ep-cool.neon.tech/neondb?sslmode=require&channel_bind
         "prepared_statement_cache_size=0",
     ],
 )
-def test_what_changes_nothing_is_ignored(options: str) -> None:
+def test_options_without_effect_are_ignored(options: str) -> None:
     assert Target.of(f"postgresql://a/db?{options}").settings == ()
 
 
-def test_the_dsn_that_neon_gives_is_taken() -> None:
+def test_the_dsn_of_neon_is_accepted() -> None:
     target = Target.of(NEON)
     assert (target.options, target.settings) == ((("sslmode", "require"),), ())
 
@@ -263,12 +263,12 @@ def test_the_dsn_that_neon_gives_is_taken() -> None:
         ("target_session_attrs=standby", "target_session_attrs"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(options: str, name: str) -> None:
+def test_an_unsupported_option_is_refused_by_name(options: str, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         Backend(f"postgresql://a/db?{options}")
 
 
-def test_names_of_connections_and_a_limit_for_making_them_are_taken() -> None:
+def test_an_application_name_and_a_connect_timeout_are_accepted() -> None:
     target = Target.of("postgresql://a/db?fallback_application_name=psql&connect_timeout=30")
     assert (target.application_name, target.connect_timeout) == ("psql", 30.0)
     assert Target.of("postgresql://a/db?fallback_application_name=x&application_name=mine").application_name == "mine"
@@ -276,7 +276,7 @@ def test_names_of_connections_and_a_limit_for_making_them_are_taken() -> None:
     assert Target.of("postgresql://a/db?connect_timeout=1").connect_timeout == 2.0
 
 
-def test_a_service_gives_what_the_dsn_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_completes_the_dsn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "services"
     file.write_text("[ours]\nhost=a\nport=7\nuser=them\npassword=50%#[x]\ndbname=db\n")
     monkeypatch.setenv("PGSERVICEFILE", str(file))
@@ -296,9 +296,7 @@ def test_a_service_gives_what_the_dsn_does_not(tmp_path: Path, monkeypatch: pyte
 # Connecting.
 
 
-async def test_a_password_of_any_characters_leads_to_the_database_that_was_meant(
-    empty_database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_password_may_have_any_characters(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     role = "Any#[Role]? " + urlsplit(empty_database).path[-12:]
     secret = "p#[x]?&=:@/%+ é'\\\""
     given: list[dict[str, Any]] = []
@@ -312,7 +310,7 @@ async def test_a_password_of_any_characters_leads_to_the_database_that_was_meant
     await owner.execute(f'CREATE ROLE "{role}" LOGIN')
     monkeypatch.setattr(asyncpg, "connect", note)
     try:
-        # As people write them: what has a meaning of its own in a URL's user and password is encoded, and no more.
+        # People encode only the characters that have a meaning in a URL's user and password.
         plain = secret.translate({ord(one): quote(one, safe="") for one in "@/% "})
         at, name = Target.of(empty_database), quote(role, safe="#[]?")
         for password in (plain, quote(secret, safe="")):
@@ -328,7 +326,7 @@ async def test_a_password_of_any_characters_leads_to_the_database_that_was_meant
         await owner.close()
 
 
-async def test_words_work_as_a_url_does(empty_database: str) -> None:
+async def test_a_dsn_of_words_works_like_a_url(empty_database: str) -> None:
     at = Target.of(empty_database)
     words = f"host={at.hosts[0].name} port={at.hosts[0].port} user={at.user} dbname='{at.database}'"
     async with Backend(words) as backend:
@@ -349,7 +347,7 @@ async def test_options_of_libpq_do_not_reach_the_server(empty_database: str) -> 
     assert settings == ["ours", "off", "5MB"]
 
 
-async def test_a_password_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_password_file_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[object] = []
 
     async def note(*_: object, **arguments: Any) -> Any:
@@ -363,13 +361,13 @@ async def test_a_password_file_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert given == [str(file)]
 
 
-async def test_a_file_that_is_not_there_is_named_with_its_option(tmp_path: Path) -> None:
+async def test_a_missing_file_is_named_with_its_option(tmp_path: Path) -> None:
     for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
         with pytest.raises(ConfigError, match=f"{name} in the DSN"):
             await Database(f"postgresql://a/db?sslmode=verify-ca&{name}={tmp_path / 'nothing'}").connect()
 
 
-async def test_the_systems_certificates_are_used_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sslrootcert_system_uses_the_certificates_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
     async def note(*_: object, **arguments: Any) -> Any:
@@ -383,7 +381,7 @@ async def test_the_systems_certificates_are_used_when_they_are_asked_for(monkeyp
     assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 
-# Refusing, and saying nothing of a password.
+# Refusals, and passwords that no message shows.
 
 
 @pytest.mark.parametrize(
@@ -394,10 +392,10 @@ async def test_the_systems_certificates_are_used_when_they_are_asked_for(monkeyp
         ("mysql://a/db", "scheme is 'mysql'"),
         ("mysql://a/db?x=y", "scheme is 'mysql'"),
         ("postgresql://[::1/db", "brackets"),
-        ("postgresql://me:p/w@a/db", "an @ behind its first slash"),
+        ("postgresql://me:p/w@a/db", "an @ after its first slash"),
         ("postgresql://a:x/db", "a port that is not a number"),
         ("postgresql://a:70000/db", "a port that is not a number"),
-        ("postgresql://a..b/db", "a host that cannot be one"),
+        ("postgresql://a..b/db", "an invalid host"),
         ("postgresql:///db?host=a,b,c&port=1,2", "2 ports for 3 hosts"),
         ("postgresql://a,b/db?target_session_attrs=standby", "needs the primary"),
         ("postgresql://a/db?target_session_attrs=prefer-standby", "needs the primary"),
@@ -405,14 +403,14 @@ async def test_the_systems_certificates_are_used_when_they_are_asked_for(monkeyp
         ("postgresql://a/db\ud800", "is not a URL"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_connected(dsn: str, message: str) -> None:
+def test_a_wrong_dsn_is_refused_before_connecting(dsn: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Backend(dsn)
     with pytest.raises(ConfigError, match=message):
         Backend("postgresql://a/db", listen_dsn=dsn)
 
 
-def test_an_account_without_a_name_is_told_to_name_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_account_without_a_name_needs_a_user_in_the_dsn(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 
@@ -450,7 +448,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("secret", SECRETS)
 @pytest.mark.parametrize("form", LEAKS)
-async def test_nothing_of_a_password_is_in_any_message(
+async def test_no_message_shows_any_part_of_a_password(
     form: str, secret: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(0)
@@ -459,7 +457,7 @@ async def test_nothing_of_a_password_is_in_any_message(
         async with asyncio.timeout(60):
             await Database(dsn).open()
     text = "".join(traceback.format_exception(refused.value)) + caplog.text
-    assert "same" not in text.replace("test_nothing", "")
+    assert "same" not in text
     if not isinstance(refused.value, ConfigError):
         assert "same" not in repr(Target.of(dsn)) + describe_dsn(dsn)
 

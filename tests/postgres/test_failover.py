@@ -1,4 +1,4 @@
-"""A primary dies, its standby takes over: what is lost, what is not, and how long it takes. See docs/failover.md."""
+"""A primary dies and its standby takes over: nothing acknowledged is lost that must not be. See docs/failover.md."""
 
 import asyncio
 import itertools
@@ -49,7 +49,7 @@ def blank(pg_programs: Path) -> Iterator[Server]:
 
 @pytest.fixture
 async def pair(blank: Server, long: bool) -> AsyncIterator[Pair]:
-    # Processes are killed here and no machine, so only the figures are about disks.
+    # These tests kill processes, not machines, so fsync matters only for the figures.
     settings = {} if long else {"fsync": "off"}
     with _directory() as directory:
         async with Pair(directory, programs=blank.programs, settings=settings, blank=blank) as pair:
@@ -67,14 +67,14 @@ async def lone(blank: Server) -> AsyncIterator[Server]:
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    """Within reach of the servers' user, as pytest's own are not."""
+    """A directory that the servers' user can enter; pytest's own are private."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         Path(directory).chmod(0o755)
         yield Path(directory)
 
 
 async def produced(backend: Backend, *ids: str) -> list[str]:
-    """The ids that are acknowledged; each is tried until it is, or nobody knows."""
+    """Produce each event until it is acknowledged or uncertain; return the acknowledged ids."""
     known = []
     for id_ in ids:
         while True:
@@ -91,17 +91,17 @@ async def produced(backend: Backend, *ids: str) -> list[str]:
 
 @dataclass
 class Load:
-    """Callers of `produce()` and a slow transaction after the other, and what came of all they produced."""
+    """Callers of `produce()`, slow transactions one after the other, and the outcome of each event."""
 
     dsn: str
     acknowledged: set[str] = field(default_factory=set)
     uncertain: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
-    """An error said that they are not stored, or they were rolled back."""
+    """Not stored: produce() failed, or the transaction was rolled back."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """It produces until this is left."""
+        """Produce until the block ends."""
         enough = asyncio.Event()
         async with Backend(self.dsn, produce_timeout=10) as backend, asyncio.TaskGroup() as tasks:
             for number in range(8):
@@ -113,7 +113,7 @@ class Load:
                 enough.set()
 
     async def grows(self, by: int) -> None:
-        """Return once so many more events were acknowledged."""
+        """Return when `by` more events are acknowledged."""
         goal = len(self.acknowledged) + by
 
         async def has_grown() -> bool:
@@ -161,7 +161,7 @@ class Load:
 
 
 async def test_nothing_acknowledged_is_lost_with_a_synchronous_standby(pair: Pair, tmp_path: Path, long: bool) -> None:
-    """kill -9 of the primary and promotion under load, in turn on both servers."""
+    """Kill the primary and promote its standby under load, on both servers in turn."""
     rounds = 8 if long else 1
     load = Load(pair.dsn)
     settings: dict[str, object] = {"hole_wait": 0.3, "lease_timeout": 5.0}
@@ -179,7 +179,7 @@ async def test_nothing_acknowledged_is_lost_with_a_synchronous_standby(pair: Pai
             for turn in range(rounds):
                 await load.grows(150 + 37 * turn)
                 for name, position, pending in await _query(pair.primary, _OFFSETS):
-                    # What is handled from here on began after this was committed.
+                    # Every dispatch from here on began after this commit.
                     settled.append((name, position, RangeSet.parse(pending), len(ledgers[name].handled())))
                 pair.kill()
                 await pair.promote()
@@ -215,10 +215,8 @@ async def test_nothing_acknowledged_is_lost_with_a_synchronous_standby(pair: Pai
     )
 
 
-async def test_positions_that_are_given_out_again_are_neither_skipped_nor_taken_for_the_old_ones(
-    pair: Pair, tmp_path: Path
-) -> None:
-    """Asynchronous: the standby is behind, and what it does not have is lost. What comes after is handled all the same.
+async def test_events_at_reused_positions_are_dispatched(pair: Pair, tmp_path: Path) -> None:
+    """An asynchronous standby lacks the last events, so they are lost, and later events get their positions.
 
     The subscriptions run in other processes and in this one, and had settled what was lost.
     """
@@ -264,8 +262,8 @@ async def test_positions_that_are_given_out_again_are_neither_skipped_nor_taken_
     assert list(dict.fromkeys(strict)) == [id_ for _, id_ in stored if id_ in set(new)]
 
 
-async def test_what_was_open_at_the_switch_is_waited_for_or_dead(pair: Pair) -> None:
-    """A prepared transaction goes on living on the new primary; an open one is gone, and nothing waits for it."""
+async def test_appenders_that_are_open_at_a_failover_are_waited_for_or_dead(pair: Pair) -> None:
+    """A prepared transaction survives on the new primary. An open one is gone, and nothing waits for it."""
     await pair.synchronous()
     plain, strict = Catch(), Catch()
     async with Backend(pair.dsn, hole_wait=0.2, commit_interval=0.01) as backend:
@@ -280,7 +278,7 @@ async def test_what_was_open_at_the_switch_is_waited_for_or_dead(pair: Pair) -> 
         await open_.execute("BEGIN")
         await open_.execute(INSERT, "open")
         await backend.produce(make_event("second"))
-        # Both holes are passed by the one, and are pending; the other stands before them.
+        # The plain subscription passes both holes, which become pending; the strict one waits at them.
         await plain.has("first", "second")
 
         async def is_pending() -> bool:
@@ -311,7 +309,7 @@ async def test_what_was_open_at_the_switch_is_waited_for_or_dead(pair: Pair) -> 
     assert list(dict.fromkeys(strict.ids)) == ["first", "prepared", "second", "third"]
 
 
-async def test_a_standby_is_refused_by_name_and_the_primary_is_found_behind_it(pair: Pair) -> None:
+async def test_a_standby_is_refused_and_the_primary_is_found_after_it(pair: Pair) -> None:
     standby = pair.standby
     with pytest.raises(ConnectionLostError, match=f"127.0.0.1:{standby.port}/postgres is a standby") as refused:
         await Backend(standby.dsn).init()
@@ -335,13 +333,13 @@ async def test_a_standby_is_refused_by_name_and_the_primary_is_found_behind_it(p
             await backend.probe()
         return refused.value.checks if "primary" in refused.value.checks else {}
 
-    # The connection that it had may be the first to fail.
+    # The first probe may fail on the connection that the pool still has.
     checks = await eventually("the probe finds a standby", probed)
     assert checks["connection"] == "ok"
     assert "is a standby" in checks["primary"]
     await backend.stop()
 
-    # One host is silent, and the other refuses until it is promoted: neither keeps the other from being asked.
+    # One host is silent, and the other refuses until it is promoted. Both are asked again and again.
     with vanished() as port:
         database = Database(f"postgresql://postgres@127.0.0.1:{port},127.0.0.1:{standby.port}/postgres")
         connecting = asyncio.create_task(database.connect(timeout=120))
@@ -351,15 +349,15 @@ async def test_a_standby_is_refused_by_name_and_the_primary_is_found_behind_it(p
         await connection.close()
 
 
-async def test_a_primary_that_was_left_behind_is_not_gone_back_to(pair: Pair) -> None:
-    """As when its machine comes up again after the failover, and nobody has told it."""
+async def test_a_primary_left_behind_by_a_failover_is_refused(pair: Pair) -> None:
+    """As when its machine starts again after the failover."""
     old, new = pair.primary, pair.standby
     database = Database(old.dsn, listen_dsn=new.dsn)
     before = await database.connect()
     with pytest.raises(ConnectionLostError, match="is a standby"):
         await database.connect(direct=True)
     await pair.promote()
-    # Both take writes now. Until it has seen the new one nothing tells this process which of them counts.
+    # Both accept writes now. The process cannot tell them apart until it has seen the new one.
     await (await database.connect()).close()
     direct = await database.connect(direct=True)
 
@@ -376,7 +374,7 @@ async def test_a_primary_that_was_left_behind_is_not_gone_back_to(pair: Pair) ->
 
 @pytest.mark.parametrize("told", ["notice", "error"])
 async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lone: Server, told: str) -> None:
-    """Also where the server is set to keep its warnings to itself."""
+    """Also where the server is configured not to send warnings."""
 
     async def is_cancelled() -> bool:
         return bool(await lone.value(
@@ -388,7 +386,7 @@ async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lon
     backend = Backend(lone.dsn)
     await backend.init()
     await lone.configure("synchronous_standby_names", "nobody")
-    # By INSERT, and by COPY.
+    # By INSERT and by COPY.
     for count in (1, 50):
         producing = asyncio.create_task(backend.produce_many([make_event(str(n)) for n in range(count)]))
         await eventually("the wait for a standby is cancelled", is_cancelled)
@@ -401,8 +399,8 @@ async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lon
 
 
 @pytest.mark.skipif("not config.getoption('--long')", reason="takes long: give --long")
-async def test_a_primary_that_hangs_with_its_connections_open_is_left_for_the_new_one(pair: Pair) -> None:
-    """Its kernel still answers for it. Whoever finds the new one first closes what hangs on it."""
+async def test_a_hanging_primary_is_left_for_the_new_one(pair: Pair) -> None:
+    """Its kernel keeps the connections open. The first connection to the new primary closes them."""
     catch = Catch()
     async with Backend(pair.dsn, lease_timeout=6.0) as backend:
         await backend.subscribe("s", catch)
@@ -418,13 +416,13 @@ async def test_a_primary_that_hangs_with_its_connections_open_is_left_for_the_ne
         finally:
             hung.kill()
     report(f"hung: acknowledged after {acknowledged - began:.1f} s, dispatched after {catch.at[id_] - began:.1f} s")
-    # Not by the appender's patience of a minute.
+    # Sooner than by the appender's timeout of a minute.
     assert acknowledged - began < 50
 
 
 @pytest.mark.skipif("not config.getoption('--long')", reason="takes long: give --long")
-async def test_whatever_the_standby_has_of_the_log_hangs_together(pair: Pair) -> None:
-    """Cut off at any moment: no offset and no event is ahead of the sequence, no offset without the events before it.
+async def test_a_standby_has_no_offset_or_event_without_those_before_it(pair: Pair) -> None:
+    """At any moment no offset and no event is ahead of the sequence, and no offset is ahead of the events.
 
     WAL is one order: a commit is replayed after all that it was made on.
     """
@@ -462,7 +460,7 @@ async def test_whatever_the_standby_has_of_the_log_hangs_together(pair: Pair) ->
 @pytest.mark.skipif("not config.getoption('--long')", reason="takes long: give --long")
 @pytest.mark.parametrize("late", [0.0, 5.0], ids=["promoted at once", "promoted 5 s later"])
 async def test_how_long_a_failover_takes(pair: Pair, late: float) -> None:
-    """From the kill of the primary, and from the end of the promotion, to what is acknowledged and dispatched next."""
+    """Seconds from the kill, and from the end of the promotion, to the next acknowledgement and dispatch."""
     gaps: dict[str, list[float]] = {
         "promoted": [],
         "acknowledged": [],
@@ -518,7 +516,7 @@ async def _query(server: Server, statement: str) -> list[tuple[Any, ...]]:
 
 
 async def _replayed(pair: Pair) -> None:
-    """The standby shows all that the primary has now."""
+    """Return when the standby has replayed everything that the primary has now."""
     place = await pair.primary.value("SELECT pg_current_wal_lsn()::text")
 
     async def has_replayed() -> bool:

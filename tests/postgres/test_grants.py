@@ -1,6 +1,6 @@
-"""What each kind of role can do with what `pgbackend grants` prints, and what it cannot.
+"""What each kind of role can and cannot do with the privileges that `pgbackend grants` prints.
 
-The log belongs to a role that is no superuser, and each kind is a role of its own that connects as itself.
+The log belongs to a role that is no superuser, and each kind connects as a role of its own.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/plain', 
 
 @dataclass(frozen=True)
 class Roles:
-    """DSNs of one log by who connects; "superuser" made the database and owns nothing in it."""
+    """DSNs of one log by the role that connects; "superuser" created the database and owns nothing in it."""
 
     superuser: str
     suffix: str
@@ -72,7 +72,7 @@ class Roles:
 
     @asynccontextmanager
     async def backend(self, kind: str, **settings: Any) -> AsyncIterator[Backend]:
-        """Initialized, not started: nothing is dispatched by it."""
+        """A backend that is initialized but not started, so it dispatches nothing."""
         backend = Backend(self.dsn(kind), **SETTINGS, **settings)
         await backend.init(migrate=False)
         try:
@@ -86,7 +86,7 @@ KINDS = ("producer", "consumer", "operator")
 
 @pytest.fixture
 async def unprivileged(empty_database: str) -> AsyncIterator[Roles]:
-    """A log, and roles that may do nothing with it yet."""
+    """A log, and roles without any privilege on it."""
     roles = Roles(empty_database, urlsplit(empty_database).path[-12:])
     names = [roles.name(kind) for kind in ("owner", *KINDS)]
     async with roles.connected("superuser") as connection:
@@ -104,7 +104,7 @@ async def unprivileged(empty_database: str) -> AsyncIterator[Roles]:
 
 @pytest.fixture
 async def roles(unprivileged: Roles) -> Roles:
-    """A log, and a role of each kind with what is printed for it."""
+    """A log, and a role of each kind with the printed privileges."""
     sql = grants(
         "pgbackend",
         producers=[unprivileged.name("producer")],
@@ -115,11 +115,11 @@ async def roles(unprivileged: Roles) -> Roles:
     return unprivileged
 
 
-# What each can do.
+# What each kind can do.
 
 
 @pytest.mark.parametrize("private", ["sys", "rds_aurora"])
-async def test_somebodys_schema_named_like_another_engines_keeps_nobody_out(roles: Roles, private: str) -> None:
+async def test_an_inaccessible_schema_named_like_another_engines_does_no_harm(roles: Roles, private: str) -> None:
     await roles.execute("superuser", f"CREATE SCHEMA {private}")
 
     async with roles.backend("producer") as backend:
@@ -142,10 +142,10 @@ async def test_a_producer_appends_in_every_way_and_probes(roles: Roles) -> None:
     assert await roles.fetchval("owner", "SELECT count(*) FROM pgbackend.events") == 106
 
 
-async def test_a_producer_alone_has_segments_made_when_there_are_none_left(roles: Roles) -> None:
+async def test_a_producer_alone_makes_segments_when_none_are_left(roles: Roles) -> None:
     await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 95000000")
     async with roles.backend("producer") as backend:
-        # With the first of `init()`, the whole of them.
+        # Beyond the segments that init() made.
         await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 200000001")
         await backend.produce(make_event("beyond"))
         await backend.probe()
@@ -158,7 +158,7 @@ async def test_a_producer_alone_has_segments_made_when_there_are_none_left(roles
 
 
 async def test_a_consumer_runs_subscriptions_from_beginning_to_end(roles: Roles) -> None:
-    """Each verb, with failures, redelivery, dead letters and their way back."""
+    """Every call, with failures, redelivery, dead letters and their redelivery."""
     catch = Catch(fails=lambda event: event.id == "bad" and not mended)
     mended = False
     async with roles.backend("producer") as producer, roles.backend("consumer") as backend:
@@ -193,7 +193,7 @@ async def test_a_consumer_runs_subscriptions_from_beginning_to_end(roles: Roles)
         await running
 
 
-async def test_a_consumer_alone_has_segments_made(roles: Roles) -> None:
+async def test_a_consumer_alone_makes_segments(roles: Roles) -> None:
     await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 95000000")
     async with roles.backend("consumer") as backend:
         assert (await backend.status()).segments_until >= 195_000_000
@@ -216,7 +216,7 @@ async def test_a_broker_is_a_producer_and_a_consumer(roles: Roles) -> None:
         await running
 
 
-async def test_an_operator_looks_and_mends(roles: Roles) -> None:
+async def test_an_operator_reads_the_status_and_repairs(roles: Roles) -> None:
     async def fail(_: object) -> None:
         raise RuntimeError("no")
 
@@ -253,7 +253,7 @@ async def test_an_operator_looks_and_mends(roles: Roles) -> None:
 
 
 @pytest.mark.parametrize("kind", ["consumer", "operator"])
-async def test_who_blocks_is_seen_and_since_when_if_the_owner_may_see_it(roles: Roles, kind: str) -> None:
+async def test_an_open_appender_is_shown_and_its_age_if_the_owner_may_see_it(roles: Roles, kind: str) -> None:
     async with (
         roles.backend(kind) as backend,
         evidence(roles, kind) as log,
@@ -271,7 +271,7 @@ async def test_who_blocks_is_seen_and_since_when_if_the_owner_may_see_it(roles: 
         assert await log.oldest_appender_start() is not None
 
 
-async def test_of_a_backend_that_does_not_append_nobody_is_told_anything(roles: Roles) -> None:
+async def test_appender_began_tells_nothing_about_backends_that_do_not_append(roles: Roles) -> None:
     began = "SELECT pgbackend.appender_began($1)"
     await roles.execute("superuser", f"GRANT pg_read_all_stats TO {roles.name('owner')}")
     async with roles.connected("producer") as producer, producer.transaction():
@@ -281,7 +281,7 @@ async def test_of_a_backend_that_does_not_append_nobody_is_told_anything(roles: 
         assert await roles.fetchval("operator", began, producer.get_server_pid()) is not None
 
 
-# What none of them can do.
+# What each kind cannot do.
 
 _SEGMENT = "pgbackend.events_0"
 FORBIDDEN_TO_ALL = [
@@ -357,7 +357,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_role_cannot_do_what_is_not_its_business(roles: Roles, kind: str) -> None:
+async def test_a_role_can_do_nothing_else(roles: Roles, kind: str) -> None:
     allowed: list[str] = []
     async with roles.connected(kind) as connection:
         for statement in FORBIDDEN_TO_ALL + FORBIDDEN[kind]:
@@ -383,18 +383,18 @@ async def test_no_role_has_any_privilege_on_a_segment(roles: Roles, kind: str) -
         assert tuple(await connection.fetchrow(query, roles.name(kind)) or ()) == (0, 11)
 
 
-async def test_the_columns_that_a_producer_may_write_are_those_that_are_appended(roles: Roles) -> None:
+async def test_a_producer_may_write_exactly_the_columns_of_an_event(roles: Roles) -> None:
     query = """
-        SELECT attname::text FROM pg_attribute
+        SELECT attname::text AS name FROM pg_attribute
         WHERE attrelid = 'pgbackend.events'::regclass AND attnum > 0
             AND has_column_privilege($1, attrelid, attnum, 'INSERT')"""
     async with roles.connected("superuser") as connection:
         rows = await connection.fetch(query, roles.name("producer"))
 
-    assert {row[0] for row in rows} == set(COLUMNS)
+    assert {row["name"] for row in rows} == set(COLUMNS)
 
 
-# Across roles.
+# Several roles.
 
 
 async def test_the_fence_sees_the_appenders_of_other_roles(roles: Roles) -> None:
@@ -431,7 +431,7 @@ async def evidence(roles: Roles, kind: str) -> AsyncIterator[Log]:
         await database.close()
 
 
-async def test_who_begins_at_the_end_waits_for_an_appender_whose_age_it_cannot_see(roles: Roles) -> None:
+async def test_starting_at_latest_waits_for_an_appender_whose_age_is_hidden(roles: Roles) -> None:
     catch = Catch()
     async with roles.backend("consumer", hole_wait=0.05) as backend, roles.connected("producer") as slow:
         async with slow.transaction():
@@ -458,12 +458,12 @@ HELD_BY = """
 @pytest.mark.parametrize(
     ("claimer", "registered", "is_free"),
     [("consumer", True, False), ("superuser", True, True), ("consumer", False, False), ("superuser", False, False)],
-    ids=["who cannot see the start", "who can", "not registered, and not seen", "not registered"],
+    ids=["hidden", "visible", "not registered, hidden", "not registered"],
 )
-async def test_a_start_that_somebody_cannot_see_is_no_evidence_of_death(
+async def test_a_hidden_start_time_is_no_evidence_of_death(
     roles: Roles, claimer: str, registered: bool, is_free: bool
 ) -> None:
-    """The pid is that of another role's backend now, or the worker could not see its own start (after SET ROLE)."""
+    """The pid now belongs to another role's backend, or the worker could not see its own start (after SET ROLE)."""
     async with roles.backend("consumer") as backend, roles.connected("producer") as other:
         await backend.subscribe("s", Catch())
         start = datetime.now(UTC) - timedelta(days=1) if registered else None
@@ -483,20 +483,20 @@ async def test_a_worker_takes_over_from_a_dead_one_of_another_role(roles: Roles)
         await first.has("a")
         running.append(asyncio.create_task(other.start()))
         await other.subscribe("s", second)
-        # Its row as it would be had it died: the worker itself goes on, fenced.
+        # Make its row look as if it had died; the worker itself goes on, fenced.
         await roles.execute(
             "owner",
             "UPDATE pgbackend.workers SET backend_pid = 999999999 WHERE id = (SELECT owner FROM pgbackend.offsets)",
         )
 
-        async def taken() -> Any:
+        async def has_taken_over() -> Any:
             return await roles.fetchval(
                 "owner",
                 """
                 SELECT backend_pid <> 999999999 FROM pgbackend.workers JOIN pgbackend.offsets ON owner = id""",
             )
 
-        await eventually("it has the shard", taken)
+        await eventually("the other worker has the shard", has_taken_over)
         await one.stop()
         await roles.execute("producer", INSERT, "b")
         await second.has("b")
@@ -505,14 +505,14 @@ async def test_a_worker_takes_over_from_a_dead_one_of_another_role(roles: Roles)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_whoever_comes_first_after_a_crash_has_the_new_life_named(roles: Roles, kind: str) -> None:
+async def test_any_role_can_begin_the_new_incarnation_after_a_crash(roles: Roles, kind: str) -> None:
     await roles.execute("owner", "TRUNCATE pgbackend.incarnation")
     async with evidence(roles, kind) as log:
         assert log.incarnation.id == await roles.fetchval("owner", "SELECT id FROM pgbackend.life")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_many_roles_extend_at_once_and_each_segment_is_made_once(roles: Roles, kind: str) -> None:
+async def test_roles_that_extend_the_log_at_once_make_each_segment_once(roles: Roles, kind: str) -> None:
     await roles.execute("owner", "ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 90000000")
 
     async def extend(who: str) -> None:
@@ -530,7 +530,7 @@ async def test_many_roles_extend_at_once_and_each_segment_is_made_once(roles: Ro
     assert await roles.fetchval("owner", segments) == 19
 
 
-# Where something is missing.
+# Missing privileges.
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ async def test_many_roles_extend_at_once_and_each_segment_is_made_once(roles: Ro
         ("operator", lambda backend: backend.subscribe("s", Catch()), "subscriptions|offsets"),
     ],
 )
-async def test_what_is_missing_is_named_with_the_way_to_get_it(
+async def test_a_missing_privilege_is_named_with_how_to_get_it(
     roles: Roles, kind: str, act: Callable[[Backend], Awaitable[None]], what: str
 ) -> None:
     async with roles.backend(kind) as backend:
@@ -554,7 +554,7 @@ async def test_what_is_missing_is_named_with_the_way_to_get_it(
     assert caught.value.sqlstate == "42501"
 
 
-async def test_a_role_without_any_privilege_is_told_so_by_init_and_probe(unprivileged: Roles) -> None:
+async def test_init_refuses_a_role_without_privileges(unprivileged: Roles) -> None:
     backend = Backend(unprivileged.dsn("producer"))
     with pytest.raises(DatabaseError, match=r"permission denied for schema pgbackend .*`pgbackend grants`") as caught:
         await backend.init()
@@ -572,11 +572,11 @@ async def test_a_log_that_has_to_be_migrated_needs_its_owner(roles: Roles, later
     assert caught.value.sqlstate == "42501"
 
 
-# What one role can do to others.
+# Roles that try to harm others.
 
 
-async def test_a_letter_that_a_consumer_buries_says_what_the_log_says(roles: Roles) -> None:
-    """And only for a shard whose epoch and owner it names: the letter of another subscription cannot be made up."""
+async def test_a_consumer_cannot_make_up_a_dead_letter(roles: Roles) -> None:
+    """A letter's content comes from the log, and only for a shard whose epoch and owner the consumer names."""
     async with roles.backend("producer") as producer, roles.backend("consumer") as consumer:
         await producer.produce(make_event("real"))
         await consumer.subscribe("theirs", Catch(), start="earliest")
@@ -598,7 +598,7 @@ async def test_a_letter_that_a_consumer_buries_says_what_the_log_says(roles: Rol
 
 @pytest.mark.parametrize("held", ["advisory lock", "call"])
 async def test_no_role_can_keep_others_from_making_segments(roles: Roles, held: str) -> None:
-    """Any role may take an advisory lock, and stay in a transaction after a call that had nothing to do."""
+    """Any role may take an advisory lock, and may keep a transaction open after a call that made nothing."""
     hold = {
         "advisory lock": "SELECT pg_advisory_lock(hashtextextended('pgbackend segments pgbackend', 0))",
         "call": "SELECT pgbackend.make_segment()",
@@ -606,15 +606,15 @@ async def test_no_role_can_keep_others_from_making_segments(roles: Roles, held: 
     assert await roles.fetchval("producer", "SELECT lower_bound FROM pgbackend.make_segment()") == 100_000_000
     async with roles.connected("operator") as operator, operator.transaction():
         await operator.execute(hold[held])
-        # ALTER TABLE … RESTART would wait for whoever has read the sequence.
+        # ALTER TABLE … RESTART would wait for transactions that have read the sequence.
         await roles.execute("owner", "SELECT setval('pgbackend.events_position_seq', 95000000)")
         assert await roles.fetchval("producer", "SELECT lower_bound FROM pgbackend.make_segment()") == 110_000_000
 
 
-# The SQL itself.
+# The printed SQL.
 
 
-async def test_it_can_be_run_again_and_added_to(roles: Roles) -> None:
+async def test_the_sql_can_be_run_again_and_added_to(roles: Roles) -> None:
     everything = {kind: [roles.name("producer")] for kind in ("producers", "consumers", "operators")}
     for _ in range(2):
         await roles.execute("owner", grants("pgbackend", **everything))
@@ -625,8 +625,8 @@ async def test_it_can_be_run_again_and_added_to(roles: Roles) -> None:
 @pytest.mark.parametrize(
     "name", ["Of \"many\" 'words'", "$1 %s :x {schema} $$", "two\nlines; DROP", "back\\slash", "select"]
 )
-async def test_names_are_names_whatever_they_look_like(empty_database: str, name: str) -> None:
-    """By psql, as it says, which reads more into a text than the server does."""
+async def test_any_name_is_quoted_for_psql(empty_database: str, name: str) -> None:
+    """psql gives a meaning to more characters than the server does."""
     role = f"{name} {urlsplit(empty_database).path[-12:]}"
     connection = await asyncpg.connect(empty_database)
     await connection.execute(f"CREATE ROLE {quote_ident(role)}")
@@ -654,6 +654,6 @@ def psql(dsn: str, sql: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["public", "none", "", "x" * 64, "a\0b"])
-def test_what_is_no_role_is_refused(name: str) -> None:
+def test_an_impossible_role_is_refused(name: str) -> None:
     with pytest.raises(ConfigError):
         grants("pgbackend", producers=[name])

@@ -32,7 +32,7 @@ from tests.support.polling import eventually
 
 ROOT = Path(__file__).parents[2]
 
-# Everything that PostgreSQL says about the tables of a schema, as text that does not name the schema.
+# All that the catalogs say about the tables of a schema, as text without the name of the schema.
 TABLES = {
     "relations": """
         SELECT relname::text, relkind::text, relpersistence::text, array_to_string(reloptions, ' '),
@@ -69,7 +69,7 @@ TABLES = {
         WHERE relnamespace = $1::text::regnamespace
         ORDER BY 1""",
 }
-# And about what SQLAlchemy's metadata has no place for.
+# And about objects that SQLAlchemy's metadata cannot describe.
 CATALOG = TABLES | {
     "views": """
         SELECT relname::text, pg_get_viewdef(oid), relowner::regrole::text
@@ -267,7 +267,7 @@ async def test_a_log_without_a_version_table_is_refused_as_well(empty_database: 
         await Backend(empty_database).init(migrate=False)
 
 
-async def test_sql_written_offline_makes_the_same_tables_as_a_migration(empty_database: str) -> None:
+async def test_printed_sql_creates_the_same_log_as_a_migration(empty_database: str) -> None:
     name = "of%s:line"
     await migrate(empty_database, "online")
     async with connected(empty_database) as connection:
@@ -278,7 +278,7 @@ async def test_sql_written_offline_makes_the_same_tables_as_a_migration(empty_da
     await schema.migrate(lambda: asyncpg.connect(empty_database), "offline")
 
 
-async def test_sql_written_offline_for_the_way_back_removes_the_tables(empty_database: str) -> None:
+async def test_printed_sql_to_base_removes_the_log(empty_database: str) -> None:
     await migrate(empty_database)
     async with connected(empty_database) as connection:
         await connection.execute(schema.offline_sql("pgbackend", "head:base"))
@@ -309,7 +309,7 @@ def upgrade():
 
 
 def migrate_host(directory: Path, midway: Callable[[], object]) -> set[str]:
-    """Run another application's own Alembic, on a database of its own; the tables that it made."""
+    """Run another application's Alembic on a database of its own, and return the tables that it created."""
     (directory / "versions").mkdir(parents=True)
     (directory / "env.py").write_text(HOST_ENVIRONMENT)
     (directory / "versions" / "one.py").write_text(HOST_REVISION)
@@ -324,9 +324,7 @@ def migrate_host(directory: Path, midway: Callable[[], object]) -> set[str]:
         engine.dispose()
 
 
-async def test_a_log_is_migrated_while_the_hosts_own_alembic_runs_in_a_thread(
-    empty_database: str, tmp_path: Path
-) -> None:
+async def test_migrating_works_while_the_hosts_alembic_runs_in_a_thread(empty_database: str, tmp_path: Path) -> None:
     inside, go_on = threading.Event(), threading.Event()
 
     def midway() -> None:
@@ -347,9 +345,7 @@ async def test_a_log_is_migrated_while_the_hosts_own_alembic_runs_in_a_thread(
 
 
 @pytest.mark.direct
-async def test_the_hosts_own_alembic_runs_in_a_thread_while_a_log_is_migrated(
-    empty_database: str, tmp_path: Path
-) -> None:
+async def test_the_hosts_alembic_works_in_a_thread_while_a_migration_runs(empty_database: str, tmp_path: Path) -> None:
     waiting = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
     async with connected(empty_database) as gate:
         await gate.execute("SELECT pg_advisory_lock(hashtextextended('pgbackend migrate pgbackend', 0))")
@@ -365,9 +361,7 @@ async def test_the_hosts_own_alembic_runs_in_a_thread_while_a_log_is_migrated(
 
 
 @pytest.mark.parametrize("content", [[], ["r0001"], ["9999"], ["0001", "0002"]])
-async def test_a_hosts_alembic_version_in_the_same_schema_is_neither_touched_nor_believed(
-    empty_database: str, content: list[str]
-) -> None:
+async def test_the_hosts_alembic_version_in_the_same_schema_is_ignored(empty_database: str, content: list[str]) -> None:
     async with connected(empty_database) as connection:
         await connection.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
         await connection.executemany("INSERT INTO alembic_version VALUES ($1)", [(number,) for number in content])
@@ -459,7 +453,7 @@ def test_the_alembic_command_without_a_dsn_says_what_to_set() -> None:
 
 
 @pytest.mark.slow
-async def test_an_installed_wheel_brings_its_migrations(empty_database: str, tmp_path: Path) -> None:
+async def test_an_installed_wheel_contains_the_migrations(empty_database: str, tmp_path: Path) -> None:
     def build_and_run() -> str:
         dist, site = tmp_path / "dist", tmp_path / "site"
         subprocess.run(

@@ -1,4 +1,4 @@
-"""The statements of the hot path stay index scans at a large backlog, also when their plan must fit any parameters."""
+"""Statements of the hot path use index scans at a large backlog, with custom and with generic plans."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ def backlog(server: str) -> Iterator[str]:
         await connection.close()
 
     async def bloat() -> None:
-        """As under a snapshot that is held for long: committing goes on, and no old version can be removed."""
+        """Commit offsets under a held snapshot, so that no old row version can be removed."""
         holder, committer = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
         await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         await holder.execute("SELECT 1")
@@ -107,7 +107,7 @@ async def test_a_page_with_open_holes_reads_only_the_holes_and_the_page(connecti
     plan = await explain(connection, LOG.read_page_and_holes, after, incarnation, holes, True)
 
     assert scans_of_events(plan) == {"Index Scan"}
-    # What appeared in holes is put in order; the page comes in order by itself.
+    # Only the events that appeared in holes are sorted.
     assert all(node["Actual Rows"] <= 1000 for node in nodes(plan, "Sort"))
     assert rows_touched(plan) <= 1000
 
@@ -141,19 +141,19 @@ async def test_due_events_are_found_by_subscription_and_time(connection: Any) ->
 
     assert scans_of_events(plan) == {"Index Scan"}
     assert {node["Node Type"] for node in on(plan, "redeliveries")} == {"Index Scan"}
-    # One of them is at work already.
+    # One of them is in flight already.
     assert max(node["Actual Rows"] * node["Actual Loops"] for node in on(plan, "redeliveries")) <= 201
 
 
-async def test_failures_without_events_are_found_by_one_look_at_the_log_for_each(connection: Any) -> None:
+async def test_failures_without_events_cost_one_index_lookup_each(connection: Any) -> None:
     plan = await explain(connection, REDELIVERY.find_gone, "subscription 1", 0, 1, [5])
 
     assert scans_of_events(plan) == {"Index Only Scan"}
     assert rows_touched(plan) <= 20_000
 
 
-async def test_the_status_looks_at_one_event_for_each_thing_that_is_owed(connection: Any) -> None:
-    """However large the backlog, and however many ranges are pending, of which most hold nothing."""
+async def test_the_status_reads_one_event_for_each_thing_that_is_owed(connection: Any) -> None:
+    """However large the backlog, and however many empty ranges are pending."""
     holes = ",".join(f"[{start},{start + 2})" for start in range(15_000_000, 15_004_000, 4))
     transaction = connection.transaction()
     await transaction.start()
@@ -176,18 +176,18 @@ async def test_the_evidence_reads_no_event(connection: Any) -> None:
     assert not scans_of_events(plan)
 
 
-async def test_a_due_date_far_away_costs_nothing(connection: Any) -> None:
+async def test_finding_the_position_of_a_date_reads_one_event(connection: Any) -> None:
     plan = await explain(connection, LOG.find_position, 19_990_500, datetime.now(UTC))
 
     assert rows_touched(plan) == 1
 
 
 async def explain(connection: Any, statement: str, *args: object) -> dict[str, Any]:
-    """The root of the plan that the statement ran with, as PostgreSQL's JSON has it. Nothing is changed."""
+    """The root of the plan that the statement ran with, as PostgreSQL's JSON. The changes are rolled back."""
     transaction = connection.transaction()
     await transaction.start()
     try:
-        # Not a prepared EXPLAIN: its inner statement would always be planned for its values.
+        # PREPARE, because a prepared EXPLAIN would always plan its statement for the given values.
         types = [kind.name for kind in (await connection.prepare(statement)).get_parameters()]
         types = [kind.removesuffix("[]") + "[]" if kind.endswith("[]") else kind for kind in types]
         signature = f"({', '.join(types)})" if types else ""
@@ -217,22 +217,22 @@ def on(plan: dict[str, Any], relation: str) -> list[dict[str, Any]]:
 
 
 def scans_of_events(plan: dict[str, Any]) -> set[str]:
-    """How segments are read; those without a block do not count."""
+    """The types of scans of the segments of which at least one block was read."""
     return {
         node["Node Type"] for node in on(plan, "events") if node["Shared Hit Blocks"] + node["Shared Read Blocks"] > 0
     }
 
 
 def rows_touched(plan: dict[str, Any]) -> int:
-    """Rows of segments that were looked at, those that a filter threw away included."""
+    """Rows of segments that were read, including those that a filter removed."""
     return sum(
         int((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
         for node in on(plan, "events")
     )
 
 
-async def test_a_switch_of_shards_looks_only_at_what_is_in_doubt(connection: Any) -> None:
-    """What is pending in one of the old shards and not in the other, a range for each event."""
+async def test_a_switch_of_shards_reads_only_events_pending_in_some_shards(connection: Any) -> None:
+    """Each range is one event, pending in one of the old shards but not in the other."""
     pending = "{" + ",".join(f"[{position},{position + 1})" for position in range(1_000, 1_200, 2)) + "}"
     transaction = connection.transaction()
     await transaction.start()

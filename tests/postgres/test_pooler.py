@@ -1,9 +1,8 @@
-"""Through a real pgbouncer in transaction mode: it is found by evidence, and nothing is lost or left behind."""
+"""Through a real pgbouncer in transaction mode: it is detected, and nothing is lost or left behind."""
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -19,10 +18,11 @@ from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
 from pgbackend.postgres.connections import is_pooled
 from pgbackend.postgres.pool import Database
-from pgbackend.postgres.sql import file_names, load, statements
+from pgbackend.postgres.sql import fill_in, parse
 from pgbackend.subscriptions.leases import Leases
 from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.torture.proxy import Proxy
+from tests.postgres.test_statements import STATEMENTS
 from tests.support.claims import claim_free
 from tests.support.databases import query_value
 from tests.support.dispatchers import Catch
@@ -32,13 +32,13 @@ from tests.support.polling import eventually
 from tests.support.pooler import Pooler, needs_pgbouncer
 from tests.support.worker import Worker
 
-# The pooler is this file's own.
+# These tests run a pooler of their own.
 pytestmark = [needs_pgbouncer, pytest.mark.direct]
 
 
 @pytest.fixture
 def pooler(server: str) -> Iterator[Pooler]:
-    """Three connections to the server for everybody, so that whoever keeps something there is found out soon."""
+    """Three connections to the server for all clients, so that state left in a session soon meets another client."""
     with Pooler(server, default_pool_size=3) as running:
         yield running
 
@@ -49,11 +49,11 @@ async def opened(dsn: str, **settings: Any) -> Database:
     return database
 
 
-# Found out.
+# Detection.
 
 
 @pytest.mark.parametrize("mode", ["transaction", "session"])
-async def test_a_pooler_is_found_and_a_direct_way_is_not(server: str, database: str, mode: str) -> None:
+async def test_a_pooler_is_told_from_a_direct_connection(server: str, database: str, mode: str) -> None:
     with Pooler(server, pool_mode=mode) as pooler:
         there = await opened(pooler.dsn(database), listen_dsn=database)
         with Recorder() as recorder:
@@ -64,10 +64,10 @@ async def test_a_pooler_is_found_and_a_direct_way_is_not(server: str, database: 
         await there.close()
 
     assert found == [True, False, True]
-    assert recorder.all("pooler found") == [], "it was known when the pool was opened"
+    assert recorder.all("pooler found") == [], "open() had found it already"
 
 
-async def test_a_direct_connection_is_asked_once_and_keeps_its_statements(database: str) -> None:
+async def test_a_direct_connection_is_examined_once_and_keeps_its_statements(database: str) -> None:
     async with Proxy(database) as proxy:
         there = await opened(proxy.dsn, pool_size=1)
         for number in range(50):
@@ -81,8 +81,8 @@ async def test_a_direct_connection_is_asked_once_and_keeps_its_statements(databa
     assert (pooled, proxy.accepted) == (False, 1)
 
 
-async def test_a_pooler_that_comes_in_between_later_is_found(pooler: Pooler, database: str) -> None:
-    """A service's name that leads elsewhere from now on."""
+async def test_a_pooler_that_appears_later_is_detected(pooler: Pooler, database: str) -> None:
+    """A host name may lead somewhere else after a while."""
     async with Proxy(database) as proxy:
         there = await opened(proxy.dsn)
         proxy._target = pooler.dsn(database)
@@ -99,10 +99,10 @@ async def test_a_pooler_that_comes_in_between_later_is_found(pooler: Pooler, dat
     assert len(recorder.all("pooler found")) == 1
 
 
-# Nothing from one statement to the next.
+# No state from one statement to the next.
 
 
-async def test_statements_of_many_clients_are_not_mixed_up(pooler: Pooler, database: str) -> None:
+async def test_clients_never_run_each_others_statements(pooler: Pooler, database: str) -> None:
     """Parsed in one transaction and run in the next, a statement would be another client's, or gone."""
     clients = [await opened(pooler.dsn(database)) for _ in range(4)]
 
@@ -117,26 +117,24 @@ async def test_statements_of_many_clients_are_not_mixed_up(pooler: Pooler, datab
         await client.close()
 
 
-async def test_no_statement_looks_types_up_beside_a_transaction(
+async def test_no_statement_makes_asyncpg_look_up_types(
     pooler: Pooler, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """asyncpg's way to look a type up changes the session's settings for a moment, of whichever session it meets."""
+    """To look up a type, asyncpg changes settings of the session for a moment, and through a pooler of any session."""
     there = Database(pooler.dsn(database))
     connection = await there.connect()
 
     async def refused(*_: object) -> None:
-        raise AssertionError("a type that is not known yet: add it to database._TYPES")
+        raise AssertionError("asyncpg does not know a type yet: add it to connections._TYPES")
 
     monkeypatch.setattr(asyncpg.Connection, "_introspect_types", refused)
-    for file in file_names():
-        loaded = load(getattr(statements, f"{file.capitalize()}Sql"), file, schema="pgbackend")
-        for field in fields(loaded):
-            await connection.prepare(getattr(loaded, field.name))
+    for file, name in STATEMENTS:
+        await connection.prepare(fill_in(parse(file)[name], schema="pgbackend"))
     await connection.close()
 
 
-async def test_nothing_is_left_in_the_sessions_of_the_server(server: str, empty_database: str) -> None:
-    """Two connections to the server serve everybody, so whatever is left is left there."""
+async def test_no_state_is_left_in_the_servers_sessions(server: str, empty_database: str) -> None:
+    """Two connections to the server serve all clients, so any state would be left in these."""
     question = (
         "SELECT pg_backend_pid(), "
         # asyncpg turns JIT off and on again while it looks types up, in whichever session it meets.
@@ -151,7 +149,7 @@ async def test_nothing_is_left_in_the_sessions_of_the_server(server: str, empty_
         observers = [await Database(pooler.dsn(empty_database)).connect() for _ in range(2)]
 
         async def look() -> list[Any]:
-            # Both at once: each then has a session of its own.
+            # Both at once, so that each meets another session.
             async with observers[0].transaction(), observers[1].transaction():
                 return sorted([tuple(await observer.fetchrow(question) or ()) for observer in observers])
 
@@ -164,7 +162,7 @@ async def test_nothing_is_left_in_the_sessions_of_the_server(server: str, empty_
             await backend.produce_many([make_event(f"many {number}") for number in range(100)])
             await catch.has("a", "b", "c", "many 99")
             await backend.probe()
-            # Not later: a statement that `stop()` cuts off costs its connection to the server.
+            # Before stop(): a statement that it cancels closes its connection to the server.
             after = await look()
         for observer in observers:
             await observer.close()
@@ -181,21 +179,19 @@ async def test_a_pooler_with_one_connection_is_refused_and_says_what_to_set(
         await Backend(pooler.dsn(database)).init()
 
 
-async def test_processes_that_prove_the_fence_at_once_do_not_wait_for_each_other_for_ever(
-    pooler: Pooler, database: str
-) -> None:
-    """Each wants two of the pooler's three connections."""
+async def test_backends_that_test_the_evidence_at_once_do_not_deadlock(pooler: Pooler, database: str) -> None:
+    """Each needs two of the pooler's three connections."""
     backends = [Backend(pooler.dsn(database)) for _ in range(6)]
     await asyncio.gather(*(backend.init() for backend in backends))
     for backend in backends:
         await backend.stop()
 
 
-# From end to end.
+# End to end.
 
 
 @pytest.mark.parametrize("listening", [True, False], ids=["listen_dsn", "polling only"])
-async def test_everything_works_through_it(pooler: Pooler, empty_database: str, *, listening: bool) -> None:
+async def test_every_call_works_through_a_pooler(pooler: Pooler, empty_database: str, *, listening: bool) -> None:
     dsn = pooler.dsn(empty_database)
     listen_dsn = empty_database if listening else None
     plain, strict = Catch(fails=lambda event: event.id == "fails once" and event.attempt == 1), Catch()
@@ -253,8 +249,8 @@ async def _is(condition: Any) -> bool:
     return bool(condition())
 
 
-async def test_a_direct_way_to_listen_brings_the_hints(pooler: Pooler, database: str) -> None:
-    """Polling alone would find the event after a minute."""
+async def test_a_direct_listen_dsn_receives_wake_ups(pooler: Pooler, database: str) -> None:
+    """Polling alone would find the event only after a minute."""
     dsn, catch = pooler.dsn(database), Catch()
     async with Backend(dsn, listen_dsn=database, poll_interval=60) as backend:
         with Recorder() as recorder:
@@ -267,7 +263,7 @@ async def test_a_direct_way_to_listen_brings_the_hints(pooler: Pooler, database:
         await producer.stop()
 
 
-async def test_a_listen_dsn_that_leads_through_a_pooler_too_is_polled_beneath(pooler: Pooler, database: str) -> None:
+async def test_a_listen_dsn_through_a_pooler_falls_back_to_polling(pooler: Pooler, database: str) -> None:
     dsn, catch = pooler.dsn(database), Catch()
     with Recorder() as recorder:
         async with Backend(dsn, listen_dsn=dsn, poll_interval=0.1) as backend:
@@ -280,7 +276,7 @@ async def test_a_listen_dsn_that_leads_through_a_pooler_too_is_polled_beneath(po
     assert channels == 0
 
 
-async def test_segments_are_made_through_it(pooler: Pooler, database: str) -> None:
+async def test_segments_are_made_through_a_pooler(pooler: Pooler, database: str) -> None:
     there = await opened(pooler.dsn(database))
     await asyncio.gather(*(Segments(there, schema="pgbackend").extend() for _ in range(3)))
     upto = await Segments(there, schema="pgbackend").extend()
@@ -289,11 +285,11 @@ async def test_segments_are_made_through_it(pooler: Pooler, database: str) -> No
     assert upto >= 100_000_000
 
 
-# A worker's life.
+# Dead and living workers.
 
 
-async def test_a_pooled_backend_is_no_sign_of_life(pooler: Pooler, database: str) -> None:
-    """A pooler keeps it when the worker is dead, and closes it when the worker lives."""
+async def test_a_worker_does_not_register_a_pooled_backend(pooler: Pooler, database: str) -> None:
+    """A pooler may keep that backend when the worker is dead, and close it while the worker lives."""
     there = await opened(pooler.dsn(database))
     tenure = Tenure()
     presence = Presence(
@@ -309,7 +305,7 @@ async def test_a_pooled_backend_is_no_sign_of_life(pooler: Pooler, database: str
     assert (row["backend_pid"], row["backend_start"]) == (None, None)
 
 
-async def test_a_worker_killed_behind_a_pooler_is_succeeded_when_its_lease_has_run_out(
+async def test_a_worker_killed_behind_a_pooler_keeps_its_shards_until_its_lease_ends(
     pooler: Pooler, database: str, tmp_path: Path
 ) -> None:
     dsn, ledger = pooler.dsn(database), Ledger(tmp_path / "ledger")
@@ -332,16 +328,16 @@ async def test_a_worker_killed_behind_a_pooler_is_succeeded_when_its_lease_has_r
         await eventually("the rest is handled", lambda: _is(lambda: not ledger.lost()), 30)
     await there.close()
 
-    assert too_early == [], "it was taken for dead though its lease had not run out"
-    # What was in flight, or handled since the last commit of its offset.
+    assert too_early == [], "its shard was claimed before its lease ended"
+    # Only events in flight, or handled since the last commit of the offset.
     assert set(ledger.doubled()) <= by_first
 
 
 @pytest.mark.slow
-async def test_a_worker_killed_behind_a_pooler_is_succeeded_by_itself(
+async def test_another_process_takes_over_from_a_worker_killed_behind_a_pooler(
     pooler: Pooler, database: str, tmp_path: Path
 ) -> None:
-    """The same by the clock, and with two processes that do not share anything."""
+    """By the real clock, with two processes."""
     dsn, ledger = pooler.dsn(database), Ledger(tmp_path / "ledger")
     settings: dict[str, object] = {"lease_timeout": 2.0}
     producer = Backend(dsn)
@@ -362,11 +358,11 @@ async def test_a_worker_killed_behind_a_pooler_is_succeeded_by_itself(
     await producer.stop()
 
 
-# Poolers come and go.
+# Poolers that stop and start.
 
 
 class Load:
-    """Produces through the pooler until it is told to stop."""
+    """Produces through the pooler until it is left."""
 
     def __init__(self, backend: Backend, ledger: Ledger) -> None:
         self._backend = backend
@@ -406,7 +402,7 @@ class Load:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("listening", [True, False], ids=["listen_dsn", "polling only"])
-async def test_a_pgbouncer_killed_and_started_again_under_load_loses_nothing(
+async def test_restarts_of_pgbouncer_under_load_lose_nothing(
     pooler: Pooler, database: str, tmp_path: Path, *, listening: bool
 ) -> None:
     dsn, ledger = pooler.dsn(database), Ledger(tmp_path / "ledger")
@@ -426,15 +422,17 @@ async def test_a_pgbouncer_killed_and_started_again_under_load_loses_nothing(
     stored = await query_value(database, "SELECT array_agg(id) FROM pgbackend.events")
 
     assert not set(ledger.produced) - set(stored)
-    assert not set(load.refused) & set(stored), "an error said that they are not stored"
+    assert not set(load.refused) & set(stored), "events are stored although produce() failed"
     assert len(stored) == len(set(stored)), "an append was repeated"
     assert ledger.unknown() == []
-    # The worker lives and keeps its shard, so that no event has a reason to come twice.
+    # The worker lives and keeps its shard, so no event is dispatched twice.
     assert ledger.doubled() == {}
 
 
 @pytest.mark.slow
-async def test_pause_resume_and_reload_under_load_are_only_waits(pooler: Pooler, database: str, tmp_path: Path) -> None:
+async def test_pausing_and_reloading_pgbouncer_under_load_only_delays(
+    pooler: Pooler, database: str, tmp_path: Path
+) -> None:
     ledger = Ledger(tmp_path / "ledger")
     async with Backend(pooler.dsn(database)) as backend:
         await backend.subscribe("s", ledger.handle)
@@ -451,7 +449,9 @@ async def test_pause_resume_and_reload_under_load_are_only_waits(pooler: Pooler,
     assert ledger.doubled() == {}
 
 
-async def test_an_append_that_pgbouncer_dies_with_is_uncertain_and_not_repeated(pooler: Pooler, database: str) -> None:
+async def test_an_append_cut_off_by_the_end_of_pgbouncer_is_uncertain_and_not_repeated(
+    pooler: Pooler, database: str
+) -> None:
     backend = Backend(pooler.dsn(database))
     await backend.init()
     lock = await asyncpg.connect(database)
@@ -476,13 +476,13 @@ async def test_an_append_that_pgbouncer_dies_with_is_uncertain_and_not_repeated(
     assert stored.count("b") == 1
 
 
-# What pgbouncer says itself.
+# Errors of pgbouncer itself.
 
 
-async def test_a_pooler_that_takes_no_more_clients_is_named(server: str, database: str) -> None:
+async def test_a_full_pooler_is_blamed(server: str, database: str) -> None:
     with Pooler(server, max_client_conn=2) as pooler:
         there = Database(pooler.dsn(database))
-        # Of two connections the first one to a pooler is only there to find it out.
+        # The first two connections to a pooler are one to detect it and one to use.
         held = [await there.connect()]
 
         async def connect_another() -> None:
@@ -496,7 +496,7 @@ async def test_a_pooler_that_takes_no_more_clients_is_named(server: str, databas
     assert caught.value.sqlstate == "08P01"
 
 
-async def test_a_pooler_that_has_no_server_free_is_named(server: str, database: str) -> None:
+async def test_a_pooler_without_a_free_connection_is_blamed(server: str, database: str) -> None:
     with Pooler(server, default_pool_size=1, query_wait_timeout=1) as pooler:
         there = await opened(pooler.dsn(database))
         hog = await there.connect()
@@ -509,7 +509,7 @@ async def test_a_pooler_that_has_no_server_free_is_named(server: str, database: 
         await there.close()
 
 
-async def test_an_append_that_waited_in_vain_for_a_server_is_uncertain(server: str, database: str) -> None:
+async def test_an_append_that_gets_no_connection_from_the_pooler_is_uncertain(server: str, database: str) -> None:
     with Pooler(server, default_pool_size=2, query_wait_timeout=1) as pooler:
         backend = Backend(pooler.dsn(database))
         await backend.init()
@@ -527,20 +527,20 @@ async def test_an_append_that_waited_in_vain_for_a_server_is_uncertain(server: s
         await backend.stop()
 
 
-async def test_a_pooler_without_a_server_is_named(tmp_path: Path) -> None:
+async def test_a_pooler_without_a_server_is_blamed(tmp_path: Path) -> None:
     nowhere = f"postgresql://postgres@/postgres?host={tmp_path}"
     said = pytest.raises(ConnectionLostError, match=r"client_login_timeout.*pooler")
     with Pooler(nowhere, client_login_timeout=1) as pooler, said:
         await Backend(pooler.dsn(nowhere)).init()
 
 
-async def test_a_parameter_that_a_pooler_does_not_take_is_named(pooler: Pooler, database: str) -> None:
+async def test_a_parameter_that_a_pooler_refuses_is_named(pooler: Pooler, database: str) -> None:
     backend = Backend(pooler.dsn(database) + "&work_mem=4MB")
     with pytest.raises(ConnectionLostError, match=r"unsupported startup parameter: work_mem.*pooler"):
         await backend.init()
 
 
-async def test_a_pooler_in_statement_mode_is_named(server: str, database: str) -> None:
+async def test_a_pooler_in_statement_mode_is_blamed(server: str, database: str) -> None:
     with (
         Pooler(server, pool_mode="statement") as pooler,
         pytest.raises(ConnectionLostError, match=r"statement.*pooler"),

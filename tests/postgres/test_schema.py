@@ -71,9 +71,9 @@ async def test_migrating_at_head_changes_nothing(database: Database) -> None:
 
 
 @pytest.mark.direct
-async def test_many_migrate_at_once_and_one_of_them_works(database: Database, empty_database: str) -> None:
-    """Two processes and this one wait for the lock. Each then sees what the one before has committed, although these
-    roles' own isolation levels would show them the time before the wait.
+async def test_many_processes_can_migrate_at_once(database: Database, empty_database: str) -> None:
+    """Two processes and this one wait for the lock. Each then sees what the one before committed, although the default
+    isolation level of its connection would show it the time before the wait.
     """
 
     async def strict() -> Connection:
@@ -152,7 +152,7 @@ async def test_a_cancelled_migration_returns_when_it_is_rolled_back(database: Da
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)
 
-        # One that waits for the first, in this process, is cancelled as well.
+        # Cancel a second one as well.
         second = asyncio.create_task(schema.migrate(database.connect, "elsewhere"))
         await asyncio.sleep(0)
         second.cancel()
@@ -165,7 +165,7 @@ async def test_a_cancelled_migration_returns_when_it_is_rolled_back(database: Da
         await gate.execute("SELECT pg_advisory_unlock_all()")
         assert await schema.find_revision(database.fetch, "pgbackend") is None
         assert await schema.find_revision(database.fetch, "elsewhere") is None
-    # Nothing is stuck: the next one works.
+    # The lock is free again.
     await schema.migrate(database.connect, "pgbackend")
 
 
@@ -183,7 +183,7 @@ async def test_a_failed_migration_changes_nothing(database: Database) -> None:
 
 
 @pytest.mark.slow
-async def test_a_table_in_use_makes_a_migration_fail_soon_and_say_so(database: Database, empty_database: str) -> None:
+async def test_a_migration_soon_gives_up_waiting_for_a_table_in_use(database: Database, empty_database: str) -> None:
     await schema.migrate(database.connect, "pgbackend")
     async with connected(empty_database) as producer, producer.transaction():
         await producer.execute(EVENT)
@@ -194,7 +194,7 @@ async def test_a_table_in_use_makes_a_migration_fail_soon_and_say_so(database: D
     assert await schema.find_revision(database.fetch, "pgbackend") == schema.head()
 
 
-async def test_a_server_that_is_not_there_is_a_lost_connection() -> None:
+async def test_migrating_an_unreachable_server_is_a_lost_connection() -> None:
     with pytest.raises(ConnectionLostError):
         await schema.migrate(Database("postgresql://nobody@127.0.0.1:1/none").connect, "pgbackend")
 
@@ -260,7 +260,7 @@ async def test_migrating_prints_nothing_and_starts_no_thread(
     assert threading.active_count() == before
 
 
-# What an event row has to be, whoever inserts it.
+# Checks of the tables, which hold for every INSERT.
 
 VALID: dict[str, dict[str, object]] = {
     "nanoseconds": {"time": "2024-02-29T23:59:59.123456789Z"},
@@ -337,7 +337,7 @@ async def test_an_insert_of_id_source_and_type_is_a_valid_append(database: Datab
     assert (row["position"], row["specversion"], row["extensions"], row["data"]) == (1, "1.0", "{}", None)
 
 
-async def test_what_cloudevents_allows_is_stored_as_it_is(database: Database) -> None:
+async def test_valid_cloudevents_are_stored_unchanged(database: Database) -> None:
     await schema.migrate(database.connect, "pgbackend")
     async with database.acquire() as connection:
         for case, columns in VALID.items():
@@ -345,7 +345,7 @@ async def test_what_cloudevents_allows_is_stored_as_it_is(database: Database) ->
             assert {name: row[name] for name in columns} == columns, case
 
 
-async def test_what_cloudevents_forbids_is_refused_by_a_constraint_that_says_so(database: Database) -> None:
+async def test_invalid_cloudevents_are_refused_by_a_named_constraint(database: Database) -> None:
     await schema.migrate(database.connect, "pgbackend")
     async with database.acquire() as connection:
         for constraint, cases in INVALID.items():
@@ -386,7 +386,7 @@ async def test_events_of_one_key_have_one_hash_and_it_is_never_negative(database
             assert await key_hash(id=str(number)) >= 0
 
 
-async def test_deleting_a_subscription_takes_everything_it_owns(database: Database) -> None:
+async def test_deleting_a_subscription_deletes_its_rows(database: Database) -> None:
     await schema.migrate(database.connect, "pgbackend")
     async with database.acquire() as connection:
         await connection.execute("""

@@ -1,4 +1,4 @@
-"""What the role, the database, the server or the DSN set for a session does not change what the log does."""
+"""Session settings of the role, the database, the server or the DSN do not change what the log does."""
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
@@ -64,7 +64,7 @@ async def set_for(dsn: str, settings: dict[str, str]) -> None:
 
 
 async def use_everything(dsn: str) -> None:
-    """Each verb, with several workers that change the same rows, and retries."""
+    """Make every call, with several workers that change the same rows, and retries."""
     failed: set[str] = set()
 
     def fails_once(event: Event) -> bool:
@@ -102,7 +102,7 @@ async def test_settings_of_the_database_change_nothing(empty_database: str, sett
 
 
 @pytest.mark.direct
-async def test_limits_of_time_in_the_database_or_the_dsn_change_nothing(empty_database: str) -> None:
+async def test_timeouts_of_the_database_or_the_dsn_change_nothing(empty_database: str) -> None:
     await set_for(empty_database, HASTY)
     options = "".join(f"&{name}={quote(value)}" for name, value in HASTY.items())
     await use_everything(empty_database + ("" if "?" in empty_database else "?") + options)
@@ -119,7 +119,7 @@ async def test_behind_a_pooler_settings_of_the_database_change_nothing(
 
 
 @pytest.mark.direct
-async def test_a_connection_that_keeps_leases_may_be_idle_for_long(database: str) -> None:
+async def test_the_connection_of_the_leases_survives_an_idle_timeout(database: str) -> None:
     await set_for(database, {"idle_session_timeout": "100ms"})
     observer = await asyncpg.connect(database, server_settings={"idle_session_timeout": "0"})
     with Recorder() as recorder:
@@ -139,7 +139,7 @@ async def test_a_connection_that_keeps_leases_may_be_idle_for_long(database: str
 
 @pytest.mark.parametrize("name", ["synchronous_commit", "search_path", "TimeZone", "default_transaction_read_only"])
 @pytest.mark.direct
-async def test_what_belongs_to_the_user_stays(empty_database: str, name: str) -> None:
+async def test_settings_that_are_the_users_stay(empty_database: str, name: str) -> None:
     mine = {"synchronous_commit": "local", "search_path": "mine", "TimeZone": "Asia/Kathmandu"}.get(name, "on")
     await set_for(empty_database, {name: mine})
     connection = await Database(empty_database).connect()
@@ -149,15 +149,13 @@ async def test_what_belongs_to_the_user_stays(empty_database: str, name: str) ->
 
 @pytest.mark.direct
 @needs_pgbouncer
-async def test_a_pooler_that_would_hide_that_a_standby_was_not_waited_for_is_refused(
-    bouncer: Pooler, database: str
-) -> None:
+async def test_a_pooler_that_hides_warnings_is_refused(bouncer: Pooler, database: str) -> None:
     await set_for(database, {"client_min_messages": "error"})
     with pytest.raises(ConfigError, match="client_min_messages"):
         await Backend(bouncer.dsn(database)).init()
 
 
-# PostgreSQL rolls a transaction back to resolve a conflict.
+# Transactions that PostgreSQL rolls back to resolve a conflict.
 
 CONFLICTS = """
     CREATE SEQUENCE public.conflicts;
@@ -181,7 +179,7 @@ async def owner(database: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Reco
 @pytest.mark.owner
 @pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
 @pytest.mark.parametrize("table", ["events", "subscriptions", "offsets", "workers", "redeliveries", "dead_letters"])
-async def test_what_was_rolled_back_for_a_conflict_is_done_again(
+async def test_a_transaction_that_was_rolled_back_for_a_conflict_is_repeated(
     database: str, owner: "asyncpg.Connection[asyncpg.Record]", table: str, sqlstate: str
 ) -> None:
     await owner.execute(
@@ -207,7 +205,7 @@ async def test_what_was_rolled_back_for_a_conflict_is_done_again(
 
 
 @pytest.mark.owner
-async def test_a_migration_that_was_rolled_back_for_a_conflict_is_done_again(empty_database: str) -> None:
+async def test_a_migration_that_was_rolled_back_for_a_conflict_is_repeated(empty_database: str) -> None:
     connection = await asyncpg.connect(empty_database)
     await connection.execute(CONFLICTS.replace("RETURNS trigger", "RETURNS event_trigger").replace(
         "TG_ARGV[0]", "'40P01'").replace("RETURN NULL;", ""))  # fmt: skip
@@ -219,7 +217,7 @@ async def test_a_migration_that_was_rolled_back_for_a_conflict_is_done_again(emp
     await connection.close()
 
 
-async def test_a_conflict_that_does_not_end_is_an_error_in_time(database: str) -> None:
+async def test_an_endless_conflict_is_an_error_after_the_timeout(database: str) -> None:
     there = Database(database)
     await there.open()
     with pytest.raises(DatabaseError, match="made up") as caught:

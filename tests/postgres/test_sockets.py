@@ -54,7 +54,7 @@ CALLS: list[Callable[[Backend], Awaitable[Any]]] = [
 ]
 
 
-async def refused(backend: Backend, *, match: str) -> None:
+async def refuses_every_call(backend: Backend, *, match: str) -> None:
     for call in CALLS:
         with pytest.raises(PgBackendError, match=match) as caught:
             async with asyncio.timeout(20):
@@ -65,14 +65,14 @@ async def refused(backend: Backend, *, match: str) -> None:
 async def test_another_threads_loop_is_refused_at_once(database: str) -> None:
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", print)
-        await asyncio.to_thread(lambda: asyncio.run(refused(backend, match="another event loop")))
+        await asyncio.to_thread(lambda: asyncio.run(refuses_every_call(backend, match="another event loop")))
         with pytest.raises(PgBackendError, match="another event loop"):
             await asyncio.to_thread(lambda: backend.produce_soon(make_event("a"), lambda _: None))
-        # Here it still works.
+        # It still works in its own loop.
         await backend.produce(make_event("a"))
 
 
-async def test_the_loops_own_threads_reach_it_as_the_error_says(database: str) -> None:
+async def test_the_advice_of_that_error_works_in_a_thread(database: str) -> None:
     loop, catch = asyncio.get_running_loop(), Catch()
     async with Backend(database, **SETTINGS) as backend:
 
@@ -93,24 +93,24 @@ def test_a_second_run_is_refused_at_once(database: str) -> None:
         await backend.stop()
 
     asyncio.run(init_and_leave())
-    asyncio.run(refused(backend, match="event loop that is closed"))
+    asyncio.run(refuses_every_call(backend, match="event loop that is closed"))
 
 
-def test_a_failed_init_may_be_tried_again_in_another_loop() -> None:
+def test_a_failed_init_can_be_repeated_in_another_loop() -> None:
     backend = Backend("postgresql://127.0.0.1:1/none")
     for _ in range(2):
         with pytest.raises(PgBackendError, match="cannot be reached"):
             asyncio.run(backend.init())
 
 
-def test_another_loop_may_not_even_wait_for_an_init_that_is_under_way(database: str) -> None:
+def test_another_loop_cannot_wait_for_a_running_init(database: str) -> None:
     backend = Backend(database, **SETTINGS)
-    begun = threading.Event()
+    has_started = threading.Event()
 
     async def home() -> None:
         initializing = asyncio.create_task(backend.init())
         await asyncio.sleep(0)
-        begun.set()
+        has_started.set()
         await asyncio.to_thread(other.join)
         await initializing
         await backend.stop()
@@ -118,13 +118,13 @@ def test_another_loop_may_not_even_wait_for_an_init_that_is_under_way(database: 
     async def stranger() -> None:
         with pytest.raises(PgBackendError, match="another event loop"):
             await backend.init()
-        met.append(True)
+        refusals.append(True)
 
-    met: list[bool] = []
-    other = threading.Thread(target=lambda: (begun.wait(), asyncio.run(stranger())))
+    refusals: list[bool] = []
+    other = threading.Thread(target=lambda: (has_started.wait(), asyncio.run(stranger())))
     other.start()
     asyncio.run(home())
-    assert met
+    assert refusals
 
 
 CHILD = """
@@ -150,7 +150,7 @@ print("the parent works", flush=True)
 """
 
 
-def test_a_forked_child_is_refused_and_the_parent_goes_on(database: str) -> None:
+def test_a_forked_child_is_refused_and_the_parent_keeps_working(database: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, database], capture_output=True, text=True, timeout=60, check=True
     )
@@ -183,7 +183,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_child_that_a_handler_forked_does_not_keep_its_dead_parents_shards(database: str) -> None:
+async def test_a_handlers_child_does_not_keep_the_shards_of_its_dead_parent(database: str) -> None:
     catch = Catch()
     backend = Backend(database, poll_interval=0.1)
     await backend.init()
@@ -206,7 +206,7 @@ async def test_a_child_that_a_handler_forked_does_not_keep_its_dead_parents_shar
         await process.wait()
 
 
-async def test_names_are_looked_up_though_handlers_fill_the_default_executor(
+async def test_host_names_are_resolved_although_handlers_fill_the_default_executor(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()

@@ -8,15 +8,16 @@ import pytest
 
 from pgbackend.errors import ConfigError
 from pgbackend.postgres import schema, sql
-from pgbackend.postgres.sql import file_names, load, parse, place_schema, quote_ident, quote_literal, statements
+from pgbackend.postgres.sql import fill_in, load, parse, quote_ident, quote_literal, statements
 
 SCHEMA = "Of \"many\" 'words': 100%s {schema}"
-STATEMENTS = [(file, name) for file in file_names() for name in parse(file)]
+FILES = sorted(path.stem for path in Path(sql.__file__).parent.glob("*.sql"))
+STATEMENTS = [(file, name) for file in FILES for name in parse(file)]
 
 
 @pytest.fixture(scope="module")
 def log(request: pytest.FixtureRequest, server: str) -> Iterator[str]:
-    """DSN of the server's own database, with a log in a schema whose name asks for quotes."""
+    """DSN of the server's own database, with a log in a schema whose name needs quoting."""
 
     async def remove() -> None:
         connection = await asyncpg.connect(server)
@@ -30,31 +31,31 @@ def log(request: pytest.FixtureRequest, server: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), STATEMENTS)
-async def test_statement_prepares_on_the_migrated_schema(log: str, file: str, name: str) -> None:
+async def test_each_statement_is_valid_for_the_tables(log: str, file: str, name: str) -> None:
     connection = await asyncpg.connect(log)
     try:
-        await connection.prepare(place_schema(parse(file)[name], schema=SCHEMA))
+        await connection.prepare(fill_in(parse(file)[name], schema=SCHEMA))
     finally:
         await connection.close()
 
 
-@pytest.mark.parametrize("file", file_names())
+@pytest.mark.parametrize("file", FILES)
 def test_each_file_has_a_class_that_declares_its_statements(file: str) -> None:
     load(getattr(statements, f"{file.title().replace('_', '')}Sql"), file, schema=SCHEMA)
 
 
 @pytest.mark.parametrize(("file", "name"), STATEMENTS)
-def test_statement_carries_its_name_and_says_which_schema_it_means(file: str, name: str) -> None:
+def test_each_statement_carries_its_name_and_has_no_backslash(file: str, name: str) -> None:
     text = parse(file)[name]
 
     assert text.startswith(f"/* pgbackend:{name} */\n")
     assert len(text.splitlines()) > 1, "it has no text"
     assert ";" not in text, "one statement at a time"
-    assert "\\" not in text, "what a backslash means is for the session to say"
+    assert "\\" not in text, "its meaning depends on a setting of the session"
 
 
-def test_no_revision_has_a_backslash_in_what_it_makes() -> None:
-    """The body of a function is read in the session of whoever calls it."""
+def test_no_revision_has_a_backslash() -> None:
+    """The body of a function is parsed in its caller's session, whose settings give a backslash its meaning."""
     assert "\\" not in schema.offline_sql("pgbackend")
 
 
@@ -97,7 +98,7 @@ def test_two_statements_of_one_name_are_refused(files: Path) -> None:
         parse("test_twice")
 
 
-def test_text_that_belongs_to_no_statement_is_refused(files: Path) -> None:
+def test_text_outside_a_statement_is_refused(files: Path) -> None:
     (files / "test_stray.sql").write_text("SELECT 1\n-- name: append\nSELECT 2\n")
 
     with pytest.raises(TypeError, match="before its first"):
@@ -105,14 +106,14 @@ def test_text_that_belongs_to_no_statement_is_refused(files: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 64, "é" * 32, "\ud800"])
-def test_what_cannot_be_a_name_is_refused(name: str) -> None:
+def test_an_impossible_identifier_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="1 to 63 bytes"):
         quote_ident(name)
 
 
 @pytest.mark.parametrize("text", ["plain", "it's", "back\\slash", "\\'", '"', "äöü", "$1 %s :x"])
 @pytest.mark.parametrize("conforming", ["on", "off"])
-async def test_quoted_text_comes_back_as_it_was(server: str, text: str, conforming: str) -> None:
+async def test_quoting_does_not_change_a_text(server: str, text: str, conforming: str) -> None:
     connection = await asyncpg.connect(
         server, server_settings={"standard_conforming_strings": conforming, "escape_string_warning": "off"}
     )

@@ -1,16 +1,16 @@
-"""Named SQL statements: the `.sql` files beside this module, with the log's schema put in.
+"""Named SQL statements: the `.sql` files beside this module, with the log's schema filled in.
 
-A file is prose in comments, then statements. Each opens with `-- name: commit_offsets`, goes on with comment lines that
-say what it guarantees, and ends where the next one opens. Of the text, only three words are replaced:
+A file begins with comments, followed by statements. Each statement begins with `-- name: commit_offsets` and comment
+lines that say what it guarantees, and ends where the next one begins. Five placeholders are replaced in it:
 
     {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
     {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
-    {weight}            the bytes that an event takes in memory, of its unqualified columns: SELECT {weight} AS weight
-    {recorded_at}       its date; decoding fails for those beyond datetime, the infinite ones included
-    {readable_date}     its date, null for one beyond datetime
+    {weight}            the bytes that an event takes in memory, from its unqualified columns: SELECT {weight} AS weight
+    {recorded_at}       its date; decoding fails for dates beyond those of datetime, the infinite ones included
+    {readable_date}     its date; null for a date beyond those of datetime
 
-The statements of a file are declared as fields of a frozen dataclass in `statements.py`, so a mistyped name is a type
-error, and a field without a statement (or the reverse) fails when its actor is built, not when it is needed:
+`statements.py` declares the statements of a file as the fields of a frozen dataclass. A mistyped name is therefore a
+type error, and a field without a statement (or the reverse) fails when its user is built, not when it is needed:
 
     sql = load(SegmentsSql, "segments", schema="pgbackend")
     await connection.fetchrow(sql.find_reach)
@@ -46,19 +46,19 @@ _WEIGHT = """(
         + octet_length(extensions::text)
     )
 )"""
-# The driver takes an infinite date for a datetime without a time zone, which no other one can be compared with.
+# asyncpg reads an infinite date as a datetime without a time zone, which cannot be compared with any other.
 _RECORDED_AT = "CASE WHEN isfinite(recorded_at) THEN recorded_at ELSE timestamptz '4713-01-01 00:00:00+00 BC' END"
 _READABLE_DATE = """CASE
     WHEN recorded_at >= '0001-01-01 00:00:00+00' AND recorded_at < '10000-01-01 00:00:00+00' THEN recorded_at
 END"""
-# PostgreSQL cuts longer names off, silently: two logs would become one.
+# PostgreSQL truncates longer names silently: two logs would become one.
 _MAX_IDENTIFIER_BYTES = 63
 
 
 def load(cls: type[StatementsT], file: str, *, schema: str) -> StatementsT:
     """An instance of `cls` with the statements of `file`.sql for `schema`; each field is the statement of its name.
 
-    Raises TypeError when fields and statements are not the same names.
+    Raises TypeError when the fields and the statements do not have the same names.
     """
     statements = parse(file)
     declared = {field.name for field in fields(cls)}
@@ -67,12 +67,15 @@ def load(cls: type[StatementsT], file: str, *, schema: str) -> StatementsT:
         raise TypeError(
             f"{cls.__name__} and {file}.sql differ: only in the class {missing}, only in the file {unknown}."
         )
-    return cls(**{name: place_schema(text, schema=schema) for name, text in statements.items()})
+    return cls(**{name: fill_in(text, schema=schema) for name, text in statements.items()})
 
 
 @cache
 def parse(file: str) -> Mapping[str, str]:
-    """The statements of `file`.sql by name, each with its leading comment, the schema not yet put in."""
+    """The statements of `file`.sql by name, each with its leading comment and with its placeholders.
+
+    Raises TypeError for text outside a statement, or two statements of one name.
+    """
     statements: dict[str, list[str]] = {}
     lines: list[str] | None = None
     for line in files(__name__).joinpath(f"{file}.sql").read_text("utf-8").splitlines():
@@ -87,12 +90,7 @@ def parse(file: str) -> Mapping[str, str]:
     return MappingProxyType({name: "\n".join(text).rstrip("; ") for name, text in statements.items()})
 
 
-def file_names() -> list[str]:
-    """The names that `load` and `parse` take."""
-    return sorted(entry.name.removesuffix(".sql") for entry in files(__name__).iterdir() if entry.name.endswith(".sql"))
-
-
-def place_schema(text: str, *, schema: str) -> str:
+def fill_in(text: str, *, schema: str) -> str:
     """`text` with its placeholders replaced, in one pass: a schema named "{schema}" is a name like any other."""
     words = {
         "schema": quote_ident(schema),
@@ -105,7 +103,7 @@ def place_schema(text: str, *, schema: str) -> str:
 
 
 def quote_ident(name: str) -> str:
-    """`name` as a quoted identifier. Raises ConfigError for what PostgreSQL cannot have as a name.
+    """`name` as a quoted identifier. Raises ConfigError for a name that PostgreSQL cannot store.
 
     >>> quote_ident('Events of "Acme"s')
     '"Events of ""Acme""s"'
@@ -113,16 +111,16 @@ def quote_ident(name: str) -> str:
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        size = 0  # a lone surrogate: no UTF-8 holds it
+        size = 0  # UTF-8 has no lone surrogates
     if not 0 < size <= _MAX_IDENTIFIER_BYTES or "\0" in name:
         raise ConfigError(
-            f"{name!r} is no name in PostgreSQL: expected 1 to {_MAX_IDENTIFIER_BYTES} bytes of UTF-8, none zero."
+            f"{name!r} is not a name in PostgreSQL: expected 1 to {_MAX_IDENTIFIER_BYTES} bytes of UTF-8, none zero."
         )
     return '"' + name.replace('"', '""') + '"'
 
 
 def quote_literal(text: str) -> str:
-    r"""`text` as a literal that means the same whatever `standard_conforming_strings` is.
+    r"""`text` as a literal with the same meaning under both values of `standard_conforming_strings`.
 
     >>> quote_literal("it's")
     "'it''s'"

@@ -1,8 +1,8 @@
 -- The evidence that the fence rests on. See pgbackend/log/fence.py for the proof.
 
 -- name: appenders_in_flight
--- The highest position given out, then who may hold one of those open, in that order: by a function of the log
---, which leaves no planner the choice.
+-- The highest position given out, then the transactions that may hold one of those open. A function of the log reads
+-- them in that order, whatever the planner does.
 SELECT
     evidence.upto,
     evidence.appenders,

@@ -1,9 +1,9 @@
--- Segments: the range partitions of the log, made ahead of it.
+-- Segments: the range partitions of the log, made ahead of it. See pgbackend/log/segments.py.
 
 -- name: find_reach
--- How far the newest segment reaches, and how far the log has come: all that is needed to see that nothing is to do.
--- The last position given out counts, whether or not it can be seen yet. The newest is found by its name, which ends in
--- its lower bound: reading the bounds of all takes 4 ms with 100 segments, this 0.5 ms.
+-- The bounds of the newest segment, and the last position given out, visible or not.
+-- The newest segment is found by its name, which ends in its lower bound. Reading the bounds of all 100 segments takes
+-- 4 ms, this 0.5 ms.
 SELECT
     last_value AS head,
     (bounds[1])::bigint AS lower,
@@ -20,7 +20,7 @@ LEFT JOIN (
 LEFT JOIN regexp_match(pg_get_expr(relpartbound, newest.oid), '[(]''([0-9]+)''[)] TO [(]''([0-9]+)''[)]') AS bounds ON true;
 
 -- name: make_segment
--- The bounds of the segment that was made, with the owner's rights, by a function of the log. It decides
--- on them, locks, and gives up a wait after a second. Null when nothing was made, because enough are ahead.
+-- The bounds of the segment that this made, by a function of the log with its owner's rights. Null when enough segments
+-- are ahead. Waits for a lock at most one second.
 SELECT lower_bound, upper_bound
 FROM {schema}.make_segment()
