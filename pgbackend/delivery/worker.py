@@ -29,9 +29,8 @@ from pgbackend.delivery.window import Window
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
+from pgbackend.log.maintenance import Maintenance
 from pgbackend.log.notify import LEASES, Notifier, Wakeup
-from pgbackend.log.requirements import Requirements
-from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.settings import Settings
@@ -56,10 +55,6 @@ _OUTLAST_POLL = 0.02
 """Seconds between looks at whether what is at work has ended, before its shard is given up."""
 _LONGEST_KEPT = 600.0
 """Seconds after which a shard that was not given up may be held again, at most."""
-_EXTEND = 5.0
-"""Seconds between looks at the segments while the log is quiet."""
-_SEGMENT_PAUSE = 0.2
-"""The same while it is not."""
 
 
 _Result = TypeVar("_Result")
@@ -97,8 +92,7 @@ class Worker:
         self,
         *,
         log: Log,
-        segments: Segments,
-        requirements: Requirements,
+        maintenance: Maintenance,
         settings: Settings,
         registrations: dict[str, Registration],
         wakeup: Wakeup,
@@ -107,8 +101,7 @@ class Worker:
         sender: str,
     ) -> None:
         self._log = log
-        self._segments = segments
-        self._requirements = requirements
+        self._maintenance = maintenance
         self._settings = settings
         self._registrations = registrations
         self._wakeup = wakeup
@@ -180,7 +173,7 @@ class Worker:
                     tasks.create_task(self._run_rounds(), name="claim shards"),
                     tasks.create_task(self._committer.run(), name="commit offsets"),
                     tasks.create_task(self._run_redelivery(), name="redeliver"),
-                    tasks.create_task(self._run_segments(), name="extend segments"),
+                    tasks.create_task(self._maintenance.run(), name="maintain the log"),
                     tasks.create_task(self._watch_pumps(), name="watch over the pumps"),
                     tasks.create_task(self._presence.watch(), name="watch over the sign of life"),
                 ]
@@ -705,19 +698,6 @@ class Worker:
                     "proving the end failed", level=backoff.failed(), failures=backoff.failures, error=str(error)
                 )
                 await backoff.wait()
-
-    async def _run_segments(self) -> None:
-        while True:
-            try:
-                await self._requirements.verify()
-                await self._segments.extend()
-            except SchemaError:
-                raise
-            except DatabaseError as error:
-                facts.emit("segments not extended", level=logging.WARNING, error=str(error))
-            known = self._wakeup.count
-            await asyncio.sleep(_SEGMENT_PAUSE)
-            await self._wakeup.wait(since=known, timeout=_EXTEND)
 
 
 def _first(group: BaseExceptionGroup[BaseException] | None) -> BaseException:

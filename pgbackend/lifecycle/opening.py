@@ -19,6 +19,7 @@ from pgbackend.delivery.runner import Runner, refuse, verify_log
 from pgbackend.delivery.worker import Worker
 from pgbackend.log.appender import Appender
 from pgbackend.log.log import Log
+from pgbackend.log.maintenance import Maintenance
 from pgbackend.log.notify import Notifier, Wakeup, channel
 from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
@@ -138,9 +139,9 @@ def _start_actors(
 ) -> OpenLog:
     database, schema = log.database, settings.schema
     sender, notify_channel, wakeup = str(uuid4()), channel(schema), Wakeup()
-    notifier = Notifier(database, channel=notify_channel, statement=log.sql.notify, sender=sender)
+    notifier = Notifier(database, log.sql, channel=notify_channel, sender=sender)
 
-    def wake_readers(_count: int) -> None:
+    def wake_readers() -> None:
         wakeup.wake()
         notifier.notify()
 
@@ -155,8 +156,7 @@ def _start_actors(
     new_worker = partial(
         Worker,
         log=log,
-        segments=segments,
-        requirements=requirements,
+        maintenance=Maintenance(requirements, segments, wakeup),
         settings=settings,
         wakeup=wakeup,
         notifier=notifier,

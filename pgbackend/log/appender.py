@@ -79,10 +79,10 @@ class Appender:
         *,
         schema: str,
         produce_timeout: float,
-        on_append: Callable[[int], None],
+        on_append: Callable[[], None],
         on_full: Callable[[], Awaitable[object]],
     ) -> None:
-        """`on_append(count)` is called after each COMMIT; `on_full` is awaited when the log has no segment left."""
+        """`on_append()` is called after each COMMIT; `on_full` is awaited when the log has no segment left."""
         self._database = database
         self._timeout = produce_timeout
         self._on_append = on_append
@@ -233,7 +233,7 @@ class Appender:
             # Answer after the next batch was sent: PostgreSQL commits that one meanwhile. Answering a batch of HTTP
             # clients takes as long as a commit.
             asyncio.get_running_loop().call_soon(_confirm, batch)
-        self._on_append(len(rows))
+        self._on_append()
 
     async def _insert(self, rows: Sequence[Row]) -> None:
         try:

@@ -110,7 +110,7 @@ class Incarnation:
         When the log was set back within this incarnation, that ends it, so that every other process notices.
         """
         mine, seen, landmarks = self._id, self._highest_seen, dict(self._landmarks)
-        signs = await self._database.fetchrow(self._sql.find_signs, list(landmarks), list(landmarks.values()))
+        signs = await self._database.fetchrow(self._sql.compare_landmarks, list(landmarks), list(landmarks.values()))
         assert signs is not None  # noqa: S101 - a SELECT of scalars
         if mine is None or mine != self._id:
             return
@@ -142,7 +142,7 @@ class Incarnation:
     async def _end(self, reason: str) -> NoReturn:
         """End this incarnation for every process of the log, because the log was set back in it."""
         try:
-            await self._database.execute(self._sql.end_life, self._id)
+            await self._database.execute(self._sql.end_incarnation, self._id)
         except DatabaseError as error:
             # This process starts again in any case.
             reason += f" (and ending the incarnation for other processes failed: {error})"

@@ -54,7 +54,7 @@ class Log:
         self, connection: Connection | None = None, *, timeout: float = STATEMENT_TIMEOUT
     ) -> Evidence:
         """The evidence as the server gives it, not held against anything that this process knows."""
-        row = await (connection or self.database).fetchrow(self._fence_sql.appenders_in_flight, timeout=timeout)
+        row = await (connection or self.database).fetchrow(self._fence_sql.take_evidence, timeout=timeout)
         assert row is not None  # noqa: S101 - a function of scalars
         return Evidence(row["upto"], frozenset(row["appenders"]), row["incarnation"], row["server_start"])
 

@@ -1,8 +1,8 @@
-"""Wake-ups: who appended says so, who reads may sleep. Hints only (I10): polling is always on beneath.
+"""Wake-ups: a process that appends tells readers, which may sleep meanwhile. They are hints (I10): readers also poll.
 
-`Wakeup` is the bell inside a process. `Notifier` rings the other processes' bells with a NOTIFY that follows the commit
-it speaks of, in a transaction of its own: NOTIFY takes a lock at commit that the whole cluster shares, and inside the
-producers' transactions it brought 7,500 durable inserts a second down to 2,400.
+A `Wakeup` wakes the tasks of one process. A `Notifier` wakes other processes, with a NOTIFY that follows the commit in
+a transaction of its own. NOTIFY takes a lock at commit that the whole cluster shares: inside producers' transactions it
+slowed them from 7,500 to 2,400 durable inserts a second.
 """
 
 import asyncio
@@ -13,25 +13,24 @@ from pgbackend import facts
 from pgbackend.errors import DatabaseError
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay
-
-_INTERVALS = (0.005, 0.05)
-"""Seconds between two NOTIFYs: the first of them after a quiet time, twice as long each time while more is due, up to
-the last. At 20 ms throughout, a listening process and its reads took 7 % of a busy producer's rate."""
-
-_MAX_CHANNEL_BYTES = 63
-
-NOTIFY_PATIENCE = "500ms"
-"""How long a NOTIFY may wait for its turn."""
-
-_QUEUE_FULL = "54000"  # program_limit_exceeded
-_LOOK_FOR_LISTENER = " A session that listens keeps a transaction open: end the oldest one in pg_stat_activity."
+from pgbackend.postgres.sql.statements import LogSql
 
 LEASES = "leases"
-"""The payload of a hint that is about shards, not about events."""
+"""The payload of a notification about shards, not about events."""
+NOTIFY_PATIENCE = "500ms"
+"""How long a NOTIFY may wait for its turn."""
+_INTERVALS = (0.005, 0.05)
+"""Seconds between two NOTIFYs: the first value after a quiet time, doubled up to the second while more are due.
+
+With 20 ms all the time, a listening process and its reads took 7 % of a busy producer's rate.
+"""
+_MAX_CHANNEL_BYTES = 63
+_QUEUE_FULL = "54000"  # program_limit_exceeded
+_END_LISTENER = " A session that listens keeps a transaction open: end the oldest one in pg_stat_activity."
 
 
 def channel(schema: str) -> str:
-    """The log's NOTIFY channel: a name that PostgreSQL takes whole, one for each schema of a database."""
+    """The name of the log's NOTIFY channel: another one for each schema, and short enough for PostgreSQL."""
     name = f"pgbackend:{schema}"
     if len(name.encode()) <= _MAX_CHANNEL_BYTES:
         return name
@@ -39,26 +38,28 @@ def channel(schema: str) -> str:
 
 
 class Wakeup:
-    """A bell that nobody misses: whoever waits names the last stroke it knows of."""
+    """Wakes all tasks that wait. None misses a wake-up, because each names the last one that it knows of.
+
+    >>> wakeup = Wakeup()
+    >>> known = wakeup.count  # then look at the log, and wait for what comes after this moment
+    >>> wakeup.wake()
+    >>> asyncio.run(wakeup.wait(since=known, timeout=60.0))  # returns at once
+    """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
+        """How many wake-ups there were."""
         self._waiters: set[asyncio.Future[None]] = set()
 
-    @property
-    def count(self) -> int:
-        """How often it rang. Read it before looking at the log, wait for the next one after."""
-        return self._count
-
     def wake(self) -> None:
-        self._count += 1
+        """Wake every task that waits."""
+        self.count += 1
         for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _wake(waiter)
 
     async def wait(self, *, since: int, timeout: float) -> None:
-        """Return once it rang after stroke `since`, or `timeout` seconds have passed."""
-        if self._count != since:
+        """Return once `count` is no longer `since`, or `timeout` seconds have passed."""
+        if self.count != since:
             return
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
@@ -77,59 +78,60 @@ def _wake(waiter: "asyncio.Future[None]") -> None:
 
 
 class Notifier:
-    """Tells the other processes of this log, in the background and not too often, that there is something new."""
+    """Notifies the other processes of this log, in the background and not too often."""
 
-    def __init__(self, database: Database, *, channel: str, statement: str, sender: str) -> None:
-        """`sender` is the payload: a process ignores what it said itself."""
+    def __init__(self, database: Database, sql: LogSql, *, channel: str, sender: str) -> None:
+        """`sender` is the payload of notifications about events: a process ignores its own."""
         self._database = database
+        self._sql = sql
         self._channel = channel
-        self._statement = statement
         self._sender = sender
         self._due = asyncio.Event()
-        self._backoff = GrowingDelay(database)
-
-    def notify(self) -> None:
-        """There is something new. Returns at once."""
-        self._due.set()
-
-    async def notify_leases(self) -> None:
-        """There are shards to claim, or to give up. Returns when the others were told, or cannot be."""
-        await self._send(LEASES)
+        self._delay = GrowingDelay(database)
 
     async def run(self) -> None:
+        """Send the notifications that `notify()` asks for, until cancelled."""
         shortest, longest = _INTERVALS
         interval = shortest
         while True:
-            # Not due by now: it has been quiet.
-            interval = min(interval * 2, longest) if self._due.is_set() else shortest
+            was_quiet = not self._due.is_set()
+            interval = shortest if was_quiet else min(interval * 2, longest)
             await self._due.wait()
             self._due.clear()
             if await self._send(self._sender):
                 await asyncio.sleep(interval)
             else:
-                await self._backoff.wait()
+                await self._delay.wait()
+
+    def notify(self) -> None:
+        """Have other processes read the log soon. Returns at once."""
+        self._due.set()
+
+    async def notify_leases(self) -> None:
+        """Have other workers look at the shards now. Returns once the notification was sent, or has failed."""
+        await self._send(LEASES)
 
     async def _send(self, payload: str) -> bool:
-        """Whether it was sent. Otherwise only a hint is lost: the others poll."""
+        """Whether it was sent. A failure costs only a hint, because the others poll."""
         try:
-            await self._database.execute(self._statement, self._channel, payload, NOTIFY_PATIENCE)
+            await self._database.execute(self._sql.notify, self._channel, payload, NOTIFY_PATIENCE)
         except DatabaseError as error:
-            full = error.sqlstate == _QUEUE_FULL
+            is_full = error.sqlstate == _QUEUE_FULL
             facts.emit(
-                "notify failed", level=self._backoff.failed(), failures=self._backoff.failures, error=str(error),
-                effect="Other processes find events by polling meanwhile." + (_LOOK_FOR_LISTENER if full else ""),
+                "notify failed", level=self._delay.failed(), failures=self._delay.failures, error=str(error),
+                effect="Other processes find events by polling meanwhile." + (_END_LISTENER if is_full else ""),
             )  # fmt: skip
-            if full:
-                await self._make_room()
+            if is_full:
+                await self._free_queue()
             return False
-        if self._backoff.failures:
-            facts.emit("notify works again", failures=self._backoff.failures)
-            self._backoff.reset()
+        if self._delay.failures:
+            facts.emit("notify works again", failures=self._delay.failures)
+            self._delay.reset()
         return True
 
-    async def _make_room(self) -> None:
-        """Have PostgreSQL free what all listeners have read: asking for the usage does it, a refused NOTIFY not."""
+    async def _free_queue(self) -> None:
+        """Have PostgreSQL free the notifications that all listeners have read. A refused NOTIFY does not do that."""
         try:
-            await self._database.fetchval("SELECT pg_notification_queue_usage()")
+            await self._database.fetchval(self._sql.free_notifications)
         except DatabaseError as error:
-            facts.emit("asking for the NOTIFY queue failed", level=logging.DEBUG, error=str(error))
+            facts.emit("notification queue not freed", level=logging.DEBUG, error=str(error))

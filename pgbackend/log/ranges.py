@@ -1,11 +1,11 @@
-"""Sets of positions as ranges: what is missing, and what is pending, without ever counting it out.
+"""Sets of positions as ranges: holes, pending events, segments. A rolled-back bulk load is one range, however long.
 
-Pure. A range is a pair (lower, upper) with `lower` inside and `upper` outside, as PostgreSQL's int8range prints it.
+A range is a pair (lower, upper) with `lower` inside and `upper` outside, as PostgreSQL prints an int8range. Pure.
 """
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 Range = tuple[int, int]
 
@@ -13,7 +13,7 @@ _RANGE_TEXT = re.compile(r"\[(-?\d+),(-?\d+)\)")
 
 
 class RangeSet:
-    """Disjoint ranges in order. Neighbours that touch are one range.
+    """Disjoint ranges in order. Ranges that touch become one.
 
     >>> holes = RangeSet([(1, 5), (5, 7), (10, 11)])
     >>> str(holes), 6 in holes, 7 in holes
@@ -52,7 +52,8 @@ class RangeSet:
     def add(self, lower: int, upper: int) -> None:
         if lower >= upper:
             return
-        # Everything from the first range that ends at or behind `lower` to the last that begins at or before `upper`.
+        # The ranges that touch or overlap: from the first that ends at or above `lower` to the last that begins at or
+        # below `upper`.
         first = bisect_left(self._uppers, lower)
         last = bisect_right(self._lowers, upper)
         if first < last:
@@ -74,14 +75,14 @@ class RangeSet:
         self._uppers[first:last] = [b for _, b in kept]
 
     def discard(self, position: int) -> bool:
-        """Take one position out; whether it was there."""
+        """Remove one position. Returns whether it was there."""
         if position not in self:
             return False
         self.remove(position, position + 1)
         return True
 
     def below(self, limit: int) -> "RangeSet":
-        """The part of it at or below `limit`."""
+        """The part at or below `limit`."""
         part = RangeSet()
         count = bisect_right(self._lowers, limit)
         part._lowers = self._lowers[:count]
@@ -100,7 +101,7 @@ class RangeSet:
         return rest
 
     def within(self, lower: int, upper: int) -> list[Range]:
-        """What of it lies in one range."""
+        """The parts that lie between `lower` and `upper`."""
         first = bisect_right(self._uppers, lower)
         last = bisect_left(self._lowers, upper)
         parts = zip(self._lowers[first:last], self._uppers[first:last], strict=True)
@@ -113,7 +114,7 @@ class RangeSet:
         return twin
 
     def count(self) -> int:
-        """How many positions are in it."""
+        """How many positions there are."""
         return sum(self._uppers) - sum(self._lowers)
 
     def __contains__(self, position: object) -> bool:
@@ -126,7 +127,7 @@ class RangeSet:
         return iter(list(zip(self._lowers, self._uppers, strict=True)))
 
     def __len__(self) -> int:
-        """How many ranges it has."""
+        """How many ranges there are."""
         return len(self._lowers)
 
     def __eq__(self, other: object) -> bool:
@@ -142,3 +143,23 @@ class RangeSet:
 
     def __repr__(self) -> str:
         return f"RangeSet.parse({str(self)!r})"
+
+
+class SegmentMap:
+    """The segments that a reader knows, from the last time that it looked them up."""
+
+    def __init__(self) -> None:
+        self._segments: list[Range] = []
+
+    def update(self, segments: Sequence[Range]) -> None:
+        """These are the segments, in order."""
+        self._segments = list(segments)
+
+    def clear(self) -> None:
+        """No segment is known any more."""
+        self._segments = []
+
+    def has_both(self, lower: int, upper: int) -> bool:
+        """Whether both positions belong to one segment that is known."""
+        index = bisect_right(self._segments, (lower + 1,)) - 1
+        return index >= 0 and upper < self._segments[index][1]

@@ -23,8 +23,7 @@ from pgbackend.codec.event import Event
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.log.fence import Evidence, Fence
 from pgbackend.log.log import Log
-from pgbackend.log.ranges import Range, RangeSet
-from pgbackend.log.segments import SegmentMap
+from pgbackend.log.ranges import Range, RangeSet, SegmentMap
 from pgbackend.postgres.reconnect import GrowingDelay
 
 _HELD_EVENTS = 5000

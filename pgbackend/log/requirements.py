@@ -1,7 +1,10 @@
-"""Whether the proof in pgbackend/log/fence.py holds here: what it takes for granted, looked up in catalogs and tried.
+"""What the fence takes for granted, checked: the proof in pgbackend/log/fence.py holds only if all of this does.
 
-`init()` and `probe()` do both. A running worker looks things up again and again, because an operator can alter a
-sequence at any time. Its promise: what would make readers miss an event is an error that names it.
+- The tables are as the migrations made them: the sequence, the identity of `position`, what a crash keeps or empties.
+  `verify()` looks that up in the catalogs. A worker repeats it while it runs: an operator can alter a sequence.
+- The server is PostgreSQL: evidence names every open appender. `test_evidence()` opens one and looks for it.
+
+The promise: whatever would make readers miss an event is an error that names it and says how to repair it.
 """
 
 import asyncio
@@ -20,34 +23,34 @@ from pgbackend.postgres.sql import load, quote_ident
 from pgbackend.postgres.sql.statements import RequirementsSql
 
 _POOLED_TIMEOUT = 1.0
-"""Seconds that a proof through a pooler waits for its second connection, before it gives its first one back.
+"""Seconds that a test through a pooler waits for its second connection before it gives the first one back.
 
-Several processes that start together could otherwise take all of the pooler's connections and wait for each other."""
-
+Otherwise processes that start together could take all of the pooler's connections and wait for each other.
+"""
 _PATIENCE = 15.0
-"""Seconds after which it is tried no more."""
+"""Seconds for which a test through a pooler is tried again."""
 _MAX = (1 << 63) - 1
 
 
 class Requirements:
-    """Looks at the ground that the fence of one log stands on."""
+    """Checks what the fence of one log takes for granted."""
 
     def __init__(self, log: Log, *, schema: str) -> None:
         self._log = log
         self._schema = schema
         self._sql = load(RequirementsSql, "requirements", schema=schema)
-        self._one_proof = asyncio.Lock()
-        """Held by the one that needs two connections of the pool at once: several would wait for each other."""
+        self._one_test = asyncio.Lock()
+        """A test needs two connections of the pool at once, and several tests would wait for each other."""
 
     async def verify(self) -> None:
-        """Return when the tables are as the fence needs them, for all that catalogs say. Raises SchemaError."""
+        """The tables are as the fence needs them, as far as catalogs say. Raises SchemaError."""
         problem = await self.find_problem()
         if problem is not None:
             raise SchemaError(problem)
 
     async def find_problem(self) -> str | None:
-        """What in the log's tables would let events be lost, and how to mend it; None when nothing would."""
-        seen = await self._log.database.fetchrow(self._sql.examine)
+        """What in the log's tables would let events be lost, and how to repair it; None when nothing would."""
+        seen = await self._log.database.fetchrow(self._sql.find_properties)
         if seen is None:
             return (
                 f"Schema {quote_ident(self._schema)} lacks the table `events` or its sequence `events_position_seq`: "
@@ -64,18 +67,18 @@ class Requirements:
         return None
 
     async def test_evidence(self) -> str | None:
-        """Why evidence cannot be trusted on this server; None when an open appender was seen in it.
+        """Why evidence cannot be trusted on this server; None when it names an appender that was opened for the test.
 
-        A transaction of its own takes the lock of an INSERT, and evidence from another connection must name it. Raises
-        ConnectionLostError when there is no second connection.
+        The appender takes the lock of an INSERT and draws no position. Raises ConnectionLostError when there is no
+        second connection to take evidence on.
         """
         try:
-            async with self._one_proof:
+            async with self._one_test:
                 name, evidence = await repeat(self._observe_appender, STATEMENT_TIMEOUT)
         except ConnectionLostError as error:
             if error.sqlstate != STANDBY:
                 raise
-            # A role whose transactions are read-only appends nothing and runs no worker.
+            # A role with read-only transactions appends nothing and runs no worker.
             return None
         if name and name in evidence.appenders:
             return None
@@ -86,13 +89,13 @@ class Requirements:
         )
 
     async def _observe_appender(self) -> tuple[str | None, Evidence]:
-        """The virtual transaction of an appender on one connection, and evidence from another one meanwhile."""
+        """The virtual transaction of an appender on one connection, and evidence from another one while it is open."""
         deadline = time.monotonic() + _PATIENCE
         database = self._log.database
         pooled = False
         while True:
             try:
-                # Both connections first: through a pooler, connecting takes a server's connection several times.
+                # Both connections first: through a pooler, connecting needs a connection to the server several times.
                 async with database.acquire() as appender, database.acquire() as observer:
                     pooled = is_pooled(appender)
                     async with appender.transaction():
@@ -107,12 +110,12 @@ class Requirements:
                         f"The fence could not be proven: {error} A pooler must have two connections to the server at "
                         "least (`default_pool_size`)."
                     ) from error
-            # Not in step with other processes, which want the same connections.
+            # A random pause, so that processes which want the same connections do not keep in step.
             await asyncio.sleep(random.random() * _POOLED_TIMEOUT)  # noqa: S311 - not a secret
 
 
 def _problems(seen: Record, where: str) -> Iterator[str]:
-    """Each property that the fence lacks, with the way to mend it. `where`: the log's schema, quoted."""
+    """Each property that the tables lack, and how to repair it. `where`: the log's schema, quoted."""
     sequence, position = f"{where}.events_position_seq", f"{where}.events.position"
     altered = [
         f"{label} is {seen[name]}"

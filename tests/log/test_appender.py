@@ -48,7 +48,7 @@ async def appending(dsn: str, *, timeout: float = 30.0) -> AsyncIterator[Appende
         load(LogSql, "log", schema="pgbackend"),
         schema="pgbackend",
         produce_timeout=timeout,
-        on_append=lambda _: None,
+        on_append=lambda: None,
         on_full=nothing_to_extend,
     )
     running = asyncio.create_task(appender.run(), name="append")
@@ -195,7 +195,7 @@ async def test_a_call_that_is_left_when_the_appender_is_cancelled_is_answered(da
 async def test_an_appender_that_never_ran_drains_at_once_and_answers_its_calls(database: str) -> None:
     appender = Appender(
         Database(database), load(LogSql, "log", schema="pgbackend"), schema="pgbackend", produce_timeout=30.0,
-        on_append=lambda _: None, on_full=nothing_to_extend,
+        on_append=lambda: None, on_full=nothing_to_extend,
     )  # fmt: skip
     call = asyncio.create_task(append(appender, [row("a")]))
     await asyncio.sleep(0)

@@ -67,9 +67,7 @@ async def heard(database: str) -> Any:
 async def test_many_appends_make_few_notifications_and_the_last_is_not_lost(database: str, heard: list[object]) -> None:
     opened = Database(database)
     await opened.open()
-    notifier = Notifier(
-        opened, channel=channel("pgbackend"), statement=load(LogSql, "log", schema="pgbackend").notify, sender="me"
-    )
+    notifier = Notifier(opened, load(LogSql, "log", schema="pgbackend"), channel=channel("pgbackend"), sender="me")
     running = asyncio.create_task(notifier.run())
     began = time.monotonic()
     for _ in range(100):
@@ -96,9 +94,7 @@ async def test_a_notification_that_cannot_be_sent_stops_nothing(database: str, h
     async with Proxy(database) as proxy:
         opened = Database(proxy.dsn)
         await opened.open()
-        notifier = Notifier(
-            opened, channel=channel("pgbackend"), statement=load(LogSql, "log", schema="pgbackend").notify, sender="me"
-        )
+        notifier = Notifier(opened, load(LogSql, "log", schema="pgbackend"), channel=channel("pgbackend"), sender="me")
         running = asyncio.create_task(notifier.run())
         with Recorder() as recorder:
             proxy.cut()

@@ -18,7 +18,7 @@ BACKLOG = 200_000
 SUBSCRIPTIONS = 100
 LOG = load(LogSql, "log", schema="pgbackend")
 OFFSETS = load(OffsetsSql, "offsets", schema="pgbackend")
-HOLES = load(FenceSql, "fence", schema="pgbackend")
+FENCE = load(FenceSql, "fence", schema="pgbackend")
 REDELIVERY = load(RedeliverySql, "redelivery", schema="pgbackend")
 SUBSCRIPTION = load(SubscriptionsSql, "subscriptions", schema="pgbackend")
 
@@ -171,7 +171,7 @@ async def test_the_status_reads_one_event_for_each_thing_that_is_owed(connection
 
 
 async def test_the_evidence_reads_no_event(connection: Any) -> None:
-    plan = await explain(connection, HOLES.appenders_in_flight)
+    plan = await explain(connection, FENCE.take_evidence)
 
     assert not scans_of_events(plan)
 

@@ -5,6 +5,7 @@ lines that say what it guarantees, and ends where the next one begins. Five plac
 
     {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
     {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
+    {page_columns}      an event as readers take it; of a large one, whose `weight` is above 16384, without its content
     {weight}            the bytes that an event takes in memory, from its unqualified columns: SELECT {weight} AS weight
     {recorded_at}       its date; decoding fails for dates beyond those of datetime, the infinite ones included
     {readable_date}     its date; null for a date beyond those of datetime
@@ -36,7 +37,7 @@ else:
     StatementsT = TypeVar("StatementsT")
 
 _NAME = re.compile(r"^-- name: *(\w+) *$")
-_PLACEHOLDER = re.compile(r"\{(schema|schema_literal|weight|recorded_at|readable_date)\}")
+_PLACEHOLDER = re.compile(r"\{(schema|schema_literal|page_columns|weight|recorded_at|readable_date)\}")
 # The objects, the data, and up to four bytes for each character of the attributes. octet_length() fetches no TOAST.
 _WEIGHT = """(
     700 + coalesce(octet_length(data), 0) + 4 * (
@@ -51,6 +52,19 @@ _RECORDED_AT = "CASE WHEN isfinite(recorded_at) THEN recorded_at ELSE timestampt
 _READABLE_DATE = """CASE
     WHEN recorded_at >= '0001-01-01 00:00:00+00' AND recorded_at < '10000-01-01 00:00:00+00' THEN recorded_at
 END"""
+_PAGE_COLUMNS = """
+    CASE WHEN weight <= 16384 THEN specversion END AS specversion,
+    CASE WHEN weight <= 16384 THEN id END AS id,
+    CASE WHEN weight <= 16384 THEN source END AS source,
+    CASE WHEN weight <= 16384 THEN type END AS type,
+    CASE WHEN weight <= 16384 THEN subject END AS subject,
+    CASE WHEN weight <= 16384 THEN time END AS time,
+    CASE WHEN weight <= 16384 THEN datacontenttype END AS datacontenttype,
+    CASE WHEN weight <= 16384 THEN dataschema END AS dataschema,
+    CASE WHEN weight <= 16384 THEN partitionkey END AS partitionkey,
+    CASE WHEN weight <= 16384 THEN extensions END AS extensions,
+    CASE WHEN weight <= 16384 THEN data END AS data,
+    data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight"""
 # PostgreSQL truncates longer names silently: two logs would become one.
 _MAX_IDENTIFIER_BYTES = 63
 
@@ -95,6 +109,7 @@ def fill_in(text: str, *, schema: str) -> str:
     words = {
         "schema": quote_ident(schema),
         "schema_literal": quote_literal(schema),
+        "page_columns": _PAGE_COLUMNS.format(recorded_at=_RECORDED_AT),
         "weight": _WEIGHT,
         "recorded_at": _RECORDED_AT,
         "readable_date": _READABLE_DATE,

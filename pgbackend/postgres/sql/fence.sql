@@ -1,8 +1,8 @@
--- The evidence that the fence rests on. See pgbackend/log/fence.py for the proof.
+-- The evidence that the fence rests on. The proof is in pgbackend/log/fence.py.
 
--- name: appenders_in_flight
--- The highest position given out, then the transactions that may hold one of those open. A function of the log reads
--- them in that order, whatever the planner does.
+-- name: take_evidence
+-- The highest position given out, and then the transactions that may hold one of those open. A function of the log takes
+-- both in that order, which leaves no planner the choice.
 SELECT
     evidence.upto,
     evidence.appenders,
@@ -14,8 +14,7 @@ FROM {schema}.appenders_in_flight(
 ) AS evidence;
 
 -- name: describe_appenders
--- The same transactions with what this role or the log's owner may see of them, oldest first. For people, not for the
--- proof.
+-- The same transactions for people, not for the proof: oldest first, with what this role or the log's owner may see.
 SELECT
     held.virtualtransaction AS virtual_transaction,
     held.pid,
@@ -25,8 +24,10 @@ SELECT
     began.xact_start
 FROM pg_catalog.pg_locks AS held
 LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
-CROSS JOIN LATERAL (SELECT coalesce(activity.xact_start, {schema}.appender_began(held.pid)) AS xact_start) AS began
--- By the lock on its own xid: a prepared transaction keeps its virtual one until a restart makes it "-1/<xid>".
+CROSS JOIN LATERAL (
+    SELECT coalesce(activity.xact_start, {schema}.appender_began(held.pid)) AS xact_start
+) AS began
+-- Found by the lock on its own xid: a prepared transaction has its old name until a restart makes it "-1/<xid>".
 LEFT JOIN pg_catalog.pg_prepared_xacts AS prepared
     ON held.pid IS NULL
     AND EXISTS (

@@ -9,24 +9,12 @@ INSERT INTO {schema}.events (
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12);
 
 -- name: read_page
--- What is visible above a position, in log order, by the primary key. Empty when the incarnation is another one.
--- Of large events only position and weight: `read_large` fetches the rest. So a page never outweighs its rows times
--- 16 KiB, whatever the log holds. A running sum that ends the page costs twice as much (measured).
--- The position hides in a subquery, and the limit is a constant, so that a plan made for this position promises no more
--- than the generic one: PostgreSQL then keeps that. Planning anew with 11 segments took 1.8 ms of 2.0 a page.
-SELECT
-    CASE WHEN weight <= 16384 THEN specversion END AS specversion,
-    CASE WHEN weight <= 16384 THEN id END AS id,
-    CASE WHEN weight <= 16384 THEN source END AS source,
-    CASE WHEN weight <= 16384 THEN type END AS type,
-    CASE WHEN weight <= 16384 THEN subject END AS subject,
-    CASE WHEN weight <= 16384 THEN time END AS time,
-    CASE WHEN weight <= 16384 THEN datacontenttype END AS datacontenttype,
-    CASE WHEN weight <= 16384 THEN dataschema END AS dataschema,
-    CASE WHEN weight <= 16384 THEN partitionkey END AS partitionkey,
-    CASE WHEN weight <= 16384 THEN extensions END AS extensions,
-    CASE WHEN weight <= 16384 THEN data END AS data,
-    data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight
+-- The visible events above position $1, in log order, by the primary key. Empty in another incarnation than $2.
+-- Large events come with position and weight only, and `read_large` fetches the rest. So a page never outweighs its rows
+-- times 16 KiB, whatever the log holds. A running sum of weights that ends the page costs twice as much (measured).
+-- The position hides in a subquery and the limit is a constant, so that a plan for this position promises no more than
+-- the generic plan and PostgreSQL keeps that. With 11 segments, planning took 1.8 of 2.0 ms a page.
+SELECT {page_columns}
 FROM (
     SELECT *, {weight} AS weight
     FROM {schema}.events
@@ -38,22 +26,11 @@ FROM (
 ORDER BY position;
 
 -- name: read_page_and_holes
--- The same, preceded by what has appeared in the open holes, all in one snapshot: a late event must not be overtaken by
--- one of its own transaction. Holes are looked up as ranges; a rolled-back bulk load is one range, however long.
+-- The same, preceded by the events that have appeared in the open holes $3, all in one snapshot: no event of a
+-- transaction may overtake a late one. A hole is looked up as one range, also that of a rolled-back bulk load.
 -- Without the page when $4 is false.
-SELECT
-    CASE WHEN weight <= 16384 THEN specversion END AS specversion,
-    CASE WHEN weight <= 16384 THEN id END AS id,
-    CASE WHEN weight <= 16384 THEN source END AS source,
-    CASE WHEN weight <= 16384 THEN type END AS type,
-    CASE WHEN weight <= 16384 THEN subject END AS subject,
-    CASE WHEN weight <= 16384 THEN time END AS time,
-    CASE WHEN weight <= 16384 THEN datacontenttype END AS datacontenttype,
-    CASE WHEN weight <= 16384 THEN dataschema END AS dataschema,
-    CASE WHEN weight <= 16384 THEN partitionkey END AS partitionkey,
-    CASE WHEN weight <= 16384 THEN extensions END AS extensions,
-    CASE WHEN weight <= 16384 THEN data END AS data,
-    data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight
+-- `read_page` stays beside it: at the tail it takes 0.11 ms, this one 0.16 ms with no holes.
+SELECT {page_columns}
 FROM (
     (
         SELECT late.*
@@ -84,8 +61,8 @@ FROM (
 ORDER BY position;
 
 -- name: read_large
--- The whole of single events that a page left behind. Nothing when the incarnation is another one by now: their
--- positions may have been given out again.
+-- The whole of large events that a page has without their content. Empty in another incarnation: their positions may
+-- have been given out again.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
     data_encoding, position, {recorded_at} AS recorded_at, key_hash, {weight} AS weight
@@ -94,8 +71,8 @@ WHERE position = ANY ($1::bigint[])
     AND (SELECT id FROM {schema}.life) = $2;
 
 -- name: find_page
--- What `read_page_and_holes` reads, by position and key only: for the case that a row cannot be decoded. With its date
--- where that is why: finding such rows one by one takes 20 ms each.
+-- The positions and keys of what `read_page_and_holes` reads, for a page with a row that cannot be decoded. It names the
+-- dates that no datetime can hold, because finding such rows one by one takes 20 ms each.
 (
     SELECT late.*
     FROM unnest($3::text::int8multirange) AS hole
@@ -124,7 +101,7 @@ UNION ALL
 ORDER BY position;
 
 -- name: find_position
--- The first event at or above a position, and whether it was recorded by a date: one step of a search by time.
+-- The first event at or above position $1, and whether it was recorded by the date $2: one step of a search by time.
 SELECT position, recorded_at <= $2 AS is_before
 FROM {schema}.events
 WHERE position >= $1
@@ -132,7 +109,7 @@ ORDER BY position
 LIMIT 1;
 
 -- name: find_holes
--- The positions above one and up to another that no committed event has, as ranges in one snapshot.
+-- The ranges of positions above $1 and up to $2 that no visible event has, in one snapshot, the last $3 of them.
 SELECT lower, upper
 FROM (
     SELECT
@@ -141,7 +118,8 @@ FROM (
     FROM (
         SELECT position
         FROM {schema}.events
-        WHERE position > $1 AND position <= $2
+        WHERE position > $1
+            AND position <= $2
         UNION ALL
         SELECT $2::bigint + 1
     ) AS taken
@@ -151,7 +129,7 @@ ORDER BY lower DESC
 LIMIT $3;
 
 -- name: find_segments
--- The segments that are part of the log, in its order: not those that are detached, or on their way to it.
+-- The segments of the log in order, without those that are being detached.
 SELECT (bounds[1])::bigint AS lower, (bounds[2])::bigint AS upper
 FROM pg_catalog.pg_inherits
 JOIN pg_catalog.pg_class AS segment ON segment.oid = inhrelid
@@ -160,18 +138,19 @@ CROSS JOIN LATERAL regexp_match(
 ) AS bounds
 WHERE inhparent = to_regclass(quote_ident({schema_literal}) || '.events')
     AND NOT inhdetachpending
-    -- A partition that somebody made by other bounds (DEFAULT, MINVALUE) is none of ours.
+    -- A partition with other bounds (DEFAULT, MINVALUE) is no segment.
     AND bounds IS NOT NULL
 ORDER BY lower;
 
 -- name: find_incarnation
+-- The server's incarnation; null or no row when it has no name yet.
 SELECT id
 FROM {schema}.life;
 
--- name: find_signs
--- What tells whether the log is still the one that this process knows: the life, the last position given out, whether
--- an event at one of the positions $1 is another one than that which was recorded at $2, or gone, and the newest event
--- for the next time. Dates are microseconds as text: Python cannot hold each one that PostgreSQL can.
+-- name: compare_landmarks
+-- Whether the log is still the one that a process knows: its incarnation; the last position given out; whether any event
+-- at a position of $1 was replaced (it was recorded at another time than $2 says) or is missing; and the newest event,
+-- as the next landmark. Times are microseconds since 1970 as text, because Python cannot hold every date.
 SELECT
     (SELECT id FROM {schema}.life) AS incarnation,
     (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head,
@@ -180,10 +159,12 @@ SELECT
     newest.position,
     newest.recorded_at
 FROM (
-    SELECT coalesce(bool_or(stored <> recorded_at), false) AS replaced,
+    SELECT
+        coalesce(bool_or(stored <> recorded_at), false) AS replaced,
         coalesce(bool_or(stored IS NULL), false) AS missing
     FROM (
-        SELECT known.recorded_at,
+        SELECT
+            known.recorded_at,
             (
                 SELECT trunc(extract(epoch FROM event.recorded_at) * 1000000)::text
                 FROM {schema}.events AS event
@@ -199,20 +180,25 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) AS newest ON true;
 
--- name: end_life
+-- name: end_incarnation
+-- The incarnation $1 ends for every process, because the log was set back in it.
 SELECT {schema}.end_life($1);
 
 -- name: begin_incarnation
--- After a crash or a promotion the unlogged table is empty: whoever comes first has the new life named. PostgreSQL makes
--- up the name: most roles may not write it.
+-- A crash or a promotion empties the unlogged table, and the first process to notice inserts the row. PostgreSQL makes
+-- up the name, since most roles may not write it.
 INSERT INTO {schema}.incarnation (single)
 VALUES (true)
 ON CONFLICT DO NOTHING;
 
 -- name: notify
--- A NOTIFY must have an xid, and so a flush at its commit, which nobody needs: a lost wake-up is only a late one. For the
--- same reason it waits only $3 for the lock that all commits with a NOTIFY share: its owner may wait for a standby.
+-- A commit with a NOTIFY has an xid, and so would be flushed. No flush, because a lost wake-up only makes an event late.
+-- All commits with a NOTIFY share one lock, whose owner may wait for a standby: give up after $3.
 SELECT
     set_config('synchronous_commit', 'off', true),
     set_config('lock_timeout', $3, true),
     pg_notify($1, $2);
+
+-- name: free_notifications
+-- PostgreSQL frees the notifications that all listeners have read when it is asked how full their queue is.
+SELECT pg_notification_queue_usage();

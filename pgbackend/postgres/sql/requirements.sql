@@ -1,7 +1,7 @@
--- What the fence takes for granted, looked up and tried. See pgbackend/log/requirements.py.
+-- What the fence takes for granted: see pgbackend/log/requirements.py.
 
--- name: examine
--- The properties of the log's tables that the proof in pgbackend/log/fence.py stands on. All of it is in catalogs.
+-- name: find_properties
+-- The properties of the log's tables that the proof in pgbackend/log/fence.py rests on, from the catalogs.
 SELECT
     log.relpersistence = 'p' AND NOT EXISTS (
         SELECT
@@ -46,16 +46,19 @@ SELECT
     numbers.seqmin AS minimum,
     numbers.seqmax AS maximum
 FROM pg_catalog.pg_class AS log
-JOIN pg_catalog.pg_attribute AS position ON position.attrelid = log.oid AND position.attname = 'position'
-JOIN pg_catalog.pg_class AS sequence ON sequence.oid = to_regclass(quote_ident({schema_literal}) || '.events_position_seq')
+JOIN pg_catalog.pg_attribute AS position
+    ON position.attrelid = log.oid
+    AND position.attname = 'position'
+JOIN pg_catalog.pg_class AS sequence
+    ON sequence.oid = to_regclass(quote_ident({schema_literal}) || '.events_position_seq')
 JOIN pg_catalog.pg_sequence AS numbers ON numbers.seqrelid = sequence.oid
 WHERE log.oid = to_regclass(quote_ident({schema_literal}) || '.events');
 
 -- name: find_distributed
--- The log's tables that Citus distributes.
+-- The tables of the log that Citus distributes.
 SELECT {schema}.find_distributed(to_regclass(quote_ident({schema_literal}) || '.events')) AS tables;
 
 -- name: open_appender
--- This transaction appends from now on, without drawing a position; its virtual transaction. Null on a server whose
--- locks do not show it.
+-- Makes this transaction an appender that draws no position, and returns its virtual transaction; null on a server whose
+-- locks do not show that.
 SELECT {schema}.open_appender() AS virtual_transaction;

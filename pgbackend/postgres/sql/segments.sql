@@ -1,9 +1,8 @@
 -- Segments: the range partitions of the log, made ahead of it. See pgbackend/log/segments.py.
 
 -- name: find_reach
--- The bounds of the newest segment, and the last position given out, visible or not.
--- The newest segment is found by its name, which ends in its lower bound. Reading the bounds of all 100 segments takes
--- 4 ms, this 0.5 ms.
+-- The last position given out, visible or not, and the bounds of the newest segment. The newest is found by its name,
+-- which ends in its lower bound: with 100 segments that takes 0.5 ms, and reading the bounds of all takes 4 ms.
 SELECT
     last_value AS head,
     (bounds[1])::bigint AS lower,
@@ -20,7 +19,7 @@ LEFT JOIN (
 LEFT JOIN regexp_match(pg_get_expr(relpartbound, newest.oid), '[(]''([0-9]+)''[)] TO [(]''([0-9]+)''[)]') AS bounds ON true;
 
 -- name: make_segment
--- The bounds of the segment that this made, by a function of the log with its owner's rights. Null when enough segments
--- are ahead. Waits for a lock at most one second.
+-- The bounds of the segment that a function of the log has made, with the owner's rights. The function decides on them,
+-- and waits for a lock at most a second. Null when enough segments are ahead, so that none was made.
 SELECT lower_bound, upper_bound
-FROM {schema}.make_segment()
+FROM {schema}.make_segment();

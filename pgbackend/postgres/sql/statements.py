@@ -26,21 +26,22 @@ class LogSql:
     find_holes: str
     find_segments: str
     find_incarnation: str
-    find_signs: str
-    end_life: str
+    compare_landmarks: str
+    end_incarnation: str
     begin_incarnation: str
     notify: str
+    free_notifications: str
 
 
 @dataclass(frozen=True, slots=True)
 class FenceSql:
-    appenders_in_flight: str
+    take_evidence: str
     describe_appenders: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequirementsSql:
-    examine: str
+    find_properties: str
     find_distributed: str
     open_appender: str
 
