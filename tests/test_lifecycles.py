@@ -12,7 +12,12 @@ from pgbackend.delivery.committer import Committer
 from pgbackend.delivery.offsets import Offsets
 from pgbackend.log.appender import Appender
 from pgbackend.log.log import Log
-from pgbackend.log.notify import Notifier, channel
+from pgbackend.log.maintenance import Maintenance
+from pgbackend.log.notify import Notifier, Wakeup, channel
+from pgbackend.log.ranges import RangeSet
+from pgbackend.log.requirements import Requirements
+from pgbackend.log.segments import Segments
+from pgbackend.log.tail import Tail
 from pgbackend.postgres.pool import Database
 from tests.support import lifecycle
 from tests.support.backends import SOON
@@ -43,7 +48,7 @@ def appender(world: World) -> Lifecycle:
             world.log.sql,
             schema="pgbackend",
             produce_timeout=5.0,
-            on_append=lambda count: None,
+            on_append=lambda: None,
             on_full=make_room,
         )
 
@@ -56,7 +61,7 @@ def appender(world: World) -> Lifecycle:
 
 def notifier(world: World) -> Lifecycle:
     def make() -> Notifier:
-        return Notifier(world.database, channel=channel("pgbackend"), statement=world.log.sql.notify, sender="me")
+        return Notifier(world.database, world.log.sql, channel=channel("pgbackend"), sender="me")
 
     async def use(notifier: Notifier) -> None:
         heard: list[object] = []
@@ -66,6 +71,44 @@ def notifier(world: World) -> Lifecycle:
             await eventually("the NOTIFY is heard", lambda: "me" in heard, interval=0.001)
 
     return Lifecycle(make, use)
+
+
+def maintenance(world: World) -> Lifecycle:
+    def make() -> Maintenance:
+        segments = Segments(world.database, schema="pgbackend")
+        return Maintenance(Requirements(world.log, schema="pgbackend"), segments, Wakeup())
+
+    async def use(maintenance: Maintenance) -> None:
+        await maintenance.run_once()
+
+    return Lifecycle(make, use)
+
+
+class RunTail:
+    """A tail with one cursor that reads on."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.read: set[str] = set()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tail = Tail(self.log, Wakeup(), poll_interval=0.01, buffer_bytes=1 << 20, tasks=tasks)
+            cursor = tail.cursor(after=0)
+            while True:
+                batch = await cursor.next(RangeSet())
+                self.read.update(event.id for event in batch.events)
+                cursor.advance(batch.upto)
+
+
+def tail(world: World) -> Lifecycle:
+    async def use(running: RunTail) -> None:
+        id_ = str(uuid4())
+        async with connected(world.dsn) as producer:
+            await producer.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/s', 't')", id_)
+        await eventually("it is read", lambda: id_ in running.read, interval=0.001)
+
+    return Lifecycle(lambda: RunTail(world.log), use)
 
 
 def committer(world: World) -> Lifecycle:
@@ -114,6 +157,8 @@ def backend(world: World) -> Lifecycle:
 ACTORS: dict[str, Callable[[World], Lifecycle]] = {
     "appender": appender,
     "notifier": notifier,
+    "tail": tail,
+    "maintenance": maintenance,
     "committer": committer,
     "backend": backend,
 }
