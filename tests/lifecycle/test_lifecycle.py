@@ -1,4 +1,4 @@
-"""`init()` opens the log once, and `stop()` ends everything in time. tests/delivery/test_stopping.py has the rest."""
+"""`init()` opens the log once, and `stop()` ends everything in time. test_stopping.py has the rest."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""`stop()` ends everything, once, in time, whatever is under way and whoever else is at it."""
+"""`stop()` ends everything once and in time, whatever is under way."""
 
 import asyncio
 import threading
@@ -17,20 +17,20 @@ from pgbackend.delivery.worker import Worker
 from pgbackend.facts import Recorder
 from pgbackend.lifecycle.lifecycle import Lifecycle
 from pgbackend.torture.proxy import Proxy
+from tests.support.databases import connected
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
 LATE = 5.0 + 3.0
-"""Seconds beyond `drain_timeout`: what is documented, and what a busy machine may need besides."""
+"""Seconds beyond `drain_timeout`: the documented ones, and some more for a busy machine."""
 
 
 @asynccontextmanager
 async def nothing_left(database: str) -> AsyncIterator[None]:
-    """At the end no connection of a backend is open, and no task runs that did not before."""
+    """At the end no connection of a backend is open, and no task that the body started runs."""
     before = asyncio.all_tasks()
-    observer = await asyncpg.connect(database, server_settings={"application_name": "observer"})
-    try:
+    async with connected(database, application_name="observer") as observer:
         yield
 
         async def is_over() -> bool:
@@ -41,8 +41,6 @@ async def nothing_left(database: str) -> AsyncIterator[None]:
             return not open_ and not {task for task in asyncio.all_tasks() - before if not task.done()}
 
         await eventually("no connection and no task is left", is_over)
-    finally:
-        await observer.close()
 
 
 def in_time(began: float, drain_timeout: float) -> bool:
@@ -72,7 +70,7 @@ async def test_a_second_stop_waits_for_the_first(database: str) -> None:
     assert gate.handled == ["a"]
 
 
-async def test_a_stop_that_is_cancelled_still_comes_to_its_end(database: str) -> None:
+async def test_a_cancelled_stop_goes_on_to_its_end(database: str) -> None:
     gate = Gate()
     async with nothing_left(database):
         backend = Backend(database)
@@ -91,7 +89,7 @@ async def test_a_stop_that_is_cancelled_still_comes_to_its_end(database: str) ->
     assert gate.handled == ["a"]
 
 
-async def test_stop_cancels_an_init_that_is_under_way_and_says_so_to_its_caller(database: str) -> None:
+async def test_stop_cancels_init_and_its_caller_gets_an_error(database: str) -> None:
     async with nothing_left(database), Proxy(database) as proxy:
         proxy.stall()
         backend = Backend(proxy.dsn)
@@ -106,7 +104,7 @@ async def test_stop_cancels_an_init_that_is_under_way_and_says_so_to_its_caller(
 
 
 @pytest.mark.parametrize("moments", [0, 1, 2, 3, 5, 8, 13, 100])
-async def test_stop_ends_a_start_that_has_only_begun(database: str, moments: int) -> None:
+async def test_stop_ends_a_start_that_has_just_begun(database: str, moments: int) -> None:
     async with nothing_left(database):
         backend = Backend(database)
         await backend.init()
@@ -133,10 +131,11 @@ async def test_stop_ends_a_start_that_waits_for_the_server(database: str) -> Non
 # One deadline.
 
 
-async def test_handlers_that_fill_the_default_executor_do_not_hold_up_stop(database: str) -> None:
-    release = threading.Event()
+async def test_a_full_default_executor_does_not_delay_stop(database: str) -> None:
+    release, begun = threading.Event(), asyncio.Event()
 
     async def fill(_: Event) -> None:
+        begun.set()
         await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(None, release.wait) for _ in range(40)))
 
     async with nothing_left(database):
@@ -144,19 +143,17 @@ async def test_handlers_that_fill_the_default_executor_do_not_hold_up_stop(datab
         await backend.init()
         running = asyncio.create_task(backend.start())
         await backend.subscribe("s", fill, start="earliest")
-        with Recorder() as recorder:
-            await backend.produce(make_event("a"))
-            await recorder.wait("lease claimed")
-            await asyncio.sleep(0.1)
-            began = time.monotonic()
-            await backend.stop()
-            assert in_time(began, 0.2)
+        await backend.produce(make_event("a"))
+        await begun.wait()
+        began = time.monotonic()
+        await backend.stop()
+        assert in_time(began, 0.2)
         release.set()
         await running
 
 
 @pytest.mark.slow
-async def test_nor_do_they_hold_up_the_end_of_an_embedded_server(tmp_path: Path) -> None:
+async def test_a_full_default_executor_does_not_delay_the_end_of_an_embedded_server(tmp_path: Path) -> None:
     release, loop = threading.Event(), asyncio.get_running_loop()
     async with asyncio.timeout(120):
         async with Backend.embedded(tmp_path) as backend:
@@ -167,9 +164,7 @@ async def test_nor_do_they_hold_up_the_end_of_an_embedded_server(tmp_path: Path)
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "unsubscribe", "leave"])
-async def test_a_handler_that_swallows_its_cancellation_is_left_to_itself_and_commits_nothing(
-    database: str, how: str
-) -> None:
+async def test_a_handler_that_swallows_its_cancellation_commits_nothing(database: str, how: str) -> None:
     release, begun = asyncio.Event(), asyncio.Event()
 
     async def stubborn(_: Event) -> None:
@@ -198,7 +193,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_left_to_itself_and_co
                 await backend.stop()
             assert in_time(began, 0.2)
             assert [fields["events"] for fields in recorder.all("dispatcher abandoned")] == [["a"]]
-            # What it does later settles nothing.
+            # Its later return settles nothing.
             release.set()
             await backend.stop()
             await asyncio.wait({running})
@@ -210,7 +205,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_left_to_itself_and_co
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "unsubscribe"])
 @pytest.mark.parametrize("at_work", [False, True])
-async def test_a_server_that_is_frozen_does_not_hold_up_the_end(database: str, how: str, at_work: bool) -> None:
+async def test_a_frozen_server_does_not_delay_the_end(database: str, how: str, at_work: bool) -> None:
     gate = Gate()
     async with nothing_left(database), Proxy(database) as proxy:
         backend = Backend(proxy.dsn, drain_timeout=0.5, commit_interval=0.01)
@@ -238,7 +233,7 @@ async def test_a_server_that_is_frozen_does_not_hold_up_the_end(database: str, h
         proxy.restore()
 
 
-async def test_what_cannot_be_produced_in_time_is_answered(database: str) -> None:
+async def test_a_produce_that_cannot_end_in_time_gets_an_error(database: str) -> None:
     async with nothing_left(database):
         lock = await asyncpg.connect(database, server_settings={"application_name": "lock"})
         backend = Backend(database, drain_timeout=0.2, produce_timeout=60.0)
@@ -263,7 +258,7 @@ async def test_what_cannot_be_produced_in_time_is_answered(database: str) -> Non
 
 
 class Cut:
-    """Awaits a coroutine, and cancels the task that does when it is suspended for the `at`th time."""
+    """Awaits a call, and cancels the awaiting task when the call is suspended for the `at`th time."""
 
     def __init__(self, call: Awaitable[Any], at: int) -> None:
         self._call = call
@@ -287,7 +282,7 @@ class Cut:
                 task.cancel()
             try:
                 yield waits_for
-            except BaseException as thrown:  # noqa: BLE001 - handed on
+            except BaseException as thrown:  # noqa: BLE001 - passed on
                 error = thrown
             else:
                 error = None
@@ -302,10 +297,10 @@ class Cut:
         pytest.param(Lifecycle, "_end", id="stop"),
     ],
 )
-async def test_whatever_is_cancelled_at_whatever_moment_leaves_nothing(
+async def test_a_cancellation_at_any_await_leaves_nothing_open(
     database: str, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    """As `asyncio.run()` does at its end, at each place where the call waits."""
+    """`asyncio.run()` cancels all tasks at its end, wherever they wait."""
     original: Callable[..., Awaitable[Any]] = getattr(owner, name)
     cuts: list[Cut] = []
     at = 0
@@ -325,7 +320,7 @@ async def test_whatever_is_cancelled_at_whatever_moment_leaves_nothing(
             async def live(backend: Backend = backend, catch: Catch = catch) -> None:
                 await backend.init()
                 running = asyncio.create_task(backend.start())
-                # It says that its worker was cancelled from outside, where that is what is tried.
+                # Retrieve its error: it may say that its worker was cancelled from outside.
                 running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 await backend.subscribe("s", catch)
                 await backend.produce(make_event("a"))

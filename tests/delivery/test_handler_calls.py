@@ -1,4 +1,4 @@
-"""What a handler asks of its own backend does not wait for the event that it handles, and that event is settled."""
+"""A handler can call its own backend: the call does not wait for the handler's event, and that event is settled."""
 
 import asyncio
 import time
@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, NotRunningError, Reject
+from tests.support.databases import connected
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "drain_timeout": 25.0}
 SOON = 15.0
-"""Seconds in which everything has happened on a busy machine: less than `drain_timeout`."""
+"""Seconds that suffice on a busy machine, and fewer than `drain_timeout`."""
 
 Call = Callable[[Backend], Awaitable[None]]
 
@@ -50,17 +50,14 @@ CALLS = [stop, unsubscribe, delete, seek, alter, reshard]
 
 
 async def row(database: str) -> dict[str, Any] | None:
-    connection = await asyncpg.connect(database)
-    try:
+    async with connected(database) as connection:
         found = await connection.fetchrow(
             "SELECT name, end_position, subscription.shards, min(position) AS position, "
             "count(owner) AS owned, coalesce(bool_or(NOT isempty(pending)), false) AS owes "
             "FROM pgbackend.subscriptions AS subscription JOIN pgbackend.offsets ON subscription = name "
             "GROUP BY name, end_position, subscription.shards"
         )
-        return dict(found) if found is not None else None
-    finally:
-        await connection.close()
+    return dict(found) if found is not None else None
 
 
 async def happens(database: str, call: Call, *, position: int) -> None:
@@ -84,11 +81,16 @@ async def ended(running: "asyncio.Task[None]", backend: Backend) -> None:
     running.result()
 
 
-@pytest.mark.parametrize("whence", ["handler", "task", "thread", "dead letter"])
-@pytest.mark.parametrize("order", ["none", "key", "strict"])
+@pytest.mark.parametrize(
+    ("caller", "order"),
+    [
+        ("handler", "none"), ("handler", "key"), ("handler", "strict"), ("task", "none"), ("thread", "none"),
+        ("dead letter", "none"), ("dead letter", "key"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_call_from_a_handler_does_not_wait_for_its_own_event_which_is_settled(
-    database: str, call: Call, order: Any, whence: str
+async def test_a_call_from_a_handler_does_not_wait_for_its_own_event(
+    database: str, call: Call, order: Any, caller: str
 ) -> None:
     if call is reshard and order == "strict":
         pytest.skip("a strict subscription has a single shard")
@@ -98,10 +100,10 @@ async def test_a_call_from_a_handler_does_not_wait_for_its_own_event_which_is_se
 
     async def handle(event: Event) -> None:
         begun.append((event.id, event.attempt))
-        if whence == "dead letter" and event.failure is None:
+        if caller == "dead letter" and event.failure is None:
             raise Reject("to the other one")
         began = time.monotonic()
-        await (asyncio.create_task(as_task()) if whence == "task" else call(backend))
+        await (asyncio.create_task(as_task()) if caller == "task" else call(backend))
         returned.append(time.monotonic() - began)
 
     async def as_task() -> None:
@@ -115,29 +117,23 @@ async def test_a_call_from_a_handler_does_not_wait_for_its_own_event_which_is_se
 
     await backend.init()
     running = asyncio.create_task(backend.start())
-    dispatcher: Any = handle_in_thread if whence == "thread" else handle
+    dispatcher: Any = handle_in_thread if caller == "thread" else handle
     await backend.subscribe(
-        "s", dispatcher, start="earliest", order=order, dead_letter=handle if whence == "dead letter" else None
+        "s", dispatcher, start="earliest", order=order, dead_letter=handle if caller == "dead letter" else None
     )
     await backend.produce(make_event("a", key="k"))
-
-    async def has_returned() -> bool:
-        return bool(returned)
-
-    # The offset passes an event that goes to the dead-letter handler before that is called.
-    await eventually("the call returns", has_returned)
+    # First the return: the offset passes an event before the dead-letter handler gets it.
+    await eventually("the call returns", lambda: bool(returned))
     await happens(database, call, position=1)
     await ended(running, backend)
 
     assert len(returned) == 1
     assert returned[0] < SOON
-    assert begun == [("a", 1), ("a", 1)][: 2 if whence == "dead letter" else 1]
+    assert begun == [("a", 1), ("a", 1)][: 2 if caller == "dead letter" else 1]
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_others_at_work_are_waited_for_and_handlers_that_call_at_once_do_not_wait_for_each_other(
-    database: str, call: Call
-) -> None:
+async def test_calls_wait_for_other_events_but_not_for_each_other(database: str, call: Call) -> None:
     gate = asyncio.Event()
     calling: list[str] = []
     ended_: list[str] = []
@@ -161,7 +157,7 @@ async def test_others_at_work_are_waited_for_and_handlers_that_call_at_once_do_n
     running = asyncio.create_task(backend.start())
     await backend.subscribe("s", handle, start="earliest")
     await backend.produce_many([make_event(id_) for id_ in ("other", "a", "b")])
-    await eventually("both call", lambda: _is(len(calling) == 2))
+    await eventually("both call", lambda: len(calling) == 2)
     await asyncio.wait({running}, timeout=0.3)
     assert ended_ == []
     gate.set()
@@ -172,11 +168,7 @@ async def test_others_at_work_are_waited_for_and_handlers_that_call_at_once_do_n
     assert ended_[0] == "other"
 
 
-async def _is(value: bool) -> bool:
-    return value
-
-
-async def test_an_event_that_means_stop_does_not_come_again(database: str) -> None:
+async def test_an_event_whose_handler_stops_the_backend_is_settled(database: str) -> None:
     handled: list[str] = []
     for _ in range(2):
         backend = Backend(database, **SETTINGS)
@@ -194,12 +186,12 @@ async def test_an_event_that_means_stop_does_not_come_again(database: str) -> No
                 await asyncio.wait({background})
             else:
                 await backend.produce(make_event("next"))
-                await eventually("the next one is handled", lambda: _is(handled[-1] == "next"))
+                await eventually("the next one is handled", lambda: handled[-1] == "next")
 
     assert handled == ["stop", "next"]
 
 
-async def test_a_task_that_outlives_its_event_waits_for_the_end(database: str) -> None:
+async def test_a_call_from_a_task_that_outlives_its_event_waits_for_the_end(database: str) -> None:
     stopped: list[asyncio.Task[None]] = []
     let_go, catch = asyncio.Event(), Catch()
     async with Backend(database, **SETTINGS) as backend:
@@ -215,7 +207,7 @@ async def test_a_task_that_outlives_its_event_waits_for_the_end(database: str) -
 
         await backend.subscribe("s", handle, start="earliest")
         await backend.produce(make_event("a"))
-        await eventually("it was handled", lambda: _is(bool(stopped)))
+        await eventually("it was handled", lambda: bool(stopped))
         await backend.subscribe("t", catch, start="earliest")
         await catch.has("a")
         let_go.set()
@@ -223,7 +215,7 @@ async def test_a_task_that_outlives_its_event_waits_for_the_end(database: str) -
 
 
 @pytest.mark.parametrize("shards", [2, 5])
-async def test_a_handler_may_reshard_what_runs_in_another_process_too(database: str, shards: int) -> None:
+async def test_a_handler_can_reshard_a_subscription_that_two_workers_run(database: str, shards: int) -> None:
     asked = asyncio.Event()
     catch = Catch()
     async with Backend(database, **SETTINGS) as one, Backend(database, **SETTINGS) as two:
@@ -259,7 +251,7 @@ async def test_a_handler_may_reshard_what_runs_in_another_process_too(database: 
 
 
 @pytest.mark.parametrize("call", [unsubscribe, delete])
-async def test_a_handler_may_subscribe_anew_after_it(database: str, call: Call) -> None:
+async def test_a_handler_can_subscribe_again_after_the_call(database: str, call: Call) -> None:
     catch, subscribed = Catch(), asyncio.Event()
     async with Backend(database, **SETTINGS) as backend:
 
