@@ -57,7 +57,7 @@ with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What wrk sends."""
+    """A kind of request that wrk sends."""
 
     name: str
     headers: dict[str, str]
@@ -80,7 +80,7 @@ LOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What wrk measured."""
+    """The figures of one run of wrk."""
 
     rate: float
     """Requests a second."""

@@ -10,14 +10,14 @@ from pgbackend.subscriptions.definitions import Definition, Place, Terms, checke
 
 
 def checked_definition(name: str, *, order: Order, shards: int, end: int | datetime | None) -> Definition:
-    """What `subscribe()` stores."""
+    """The definition that `subscribe()` stores."""
     check_stored(name, order=order, shards=shards)
     end_position, end_at = _bounds(checked_end(end, f"end of {name!r}"))
     return Definition(name=name, order=order, shards=shards, end_position=end_position, end_at=end_at)
 
 
 def checked_terms(name: str, *, order: Order, end: int | datetime | None, start: Place) -> Terms:
-    """What `alter_subscription()` stores."""
+    """The terms that `alter_subscription()` stores."""
     check_stored(name, order=order, shards=1)
     start = checked_place(start, f"start of {name!r}")
     end_position, end_at = _bounds(checked_end(end, f"end of {name!r}"))

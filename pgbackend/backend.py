@@ -112,7 +112,7 @@ class Backend:
         return backend
 
     def info(self) -> Info:
-        """What this backend is. Known before `init()`."""
+        """Name, version, schema and server. Known before `init()`."""
         return Info(name="PostgreSQL", version=VERSION, schema=self._settings.schema, server=self._server.description)
 
     # The backend's life.
@@ -133,10 +133,10 @@ class Backend:
         Returns once in-flight events have finished, offsets are committed and leases are released. Lost connections and
         restarts of PostgreSQL are waited out.
 
-        A dispatch that still runs after `drain_timeout` is cancelled. One that does not end even then, such as a plain
-        function in its thread, is named in the log and left alone: it cannot commit anything. All of it takes at most
-        `drain_timeout` and 5 s, also when PostgreSQL does not answer. Cancelled a second time, this call does not wait
-        for dispatches any more.
+        A dispatch that still runs after `drain_timeout` is cancelled. If it does not end even then, as a plain function
+        in its thread, the log names it and it is left alone: it cannot commit anything. All of it takes at most
+        `drain_timeout` and 5 s, also when PostgreSQL does not answer. Cancelled a second time, this call no longer
+        waits for dispatches.
         """
         await self._lifecycle.opened().runner.start()
 
@@ -256,8 +256,8 @@ class Backend:
         """From now on this backend dispatches the subscription, which it runs, with these options of `subscribe()`.
 
         Nothing is lost or repeated: a running dispatch ends as it began. Waiting events that the new filter refuses
-        count as handled, failed ones that are due again too. A pause ends, and the target counts as up. What is stored
-        of the subscription stays; `alter_subscription()` changes that.
+        count as handled, failed ones that are due again too. A pause ends, and the target counts as up. The stored
+        order, end and start stay; `alter_subscription()` changes those.
 
         Raises SubscriptionNotFoundError when this backend does not run it, ConfigError for options out of their bounds.
         """

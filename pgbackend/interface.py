@@ -32,7 +32,7 @@ class Interface(EventProducer, Subscribable, Protocol):
     """TriggerMesh's `backend.Interface`."""
 
     def info(self) -> Info:
-        """What this backend is. Known before `init()`."""
+        """Name, version, schema and server. Known before `init()`."""
         ...
 
     async def init(self) -> None:

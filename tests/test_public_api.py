@@ -1,4 +1,4 @@
-"""What `pgbackend` exports, and nothing else, is public."""
+"""The names that `pgbackend` exports are public, and no others."""
 
 import inspect
 import types

@@ -1,4 +1,4 @@
-"""What the commands share: the options that lead to a log, a backend connected by them, and tables of text."""
+"""Shared by the commands: the options that lead to a log, a backend connected by them, and tables of text."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,7 @@
-"""Changes of subscriptions: what this process runs of them, and what is stored of them.
+"""Changes of subscriptions: in this process, and as they are stored.
 
-A change of something stored waits until nothing of the subscription is at work, here and in other workers. So nothing
-from before the change is dispatched after it.
+A change of a stored subscription waits until none of its events is at work, here and in other workers. So no event from
+before the change is dispatched after it.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from pgbackend.retry import Retry
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.definitions import Definition, Place, Subscriptions, Terms, busy, exists, not_found
 
-_NEW_LIFE_POLL = 0.05
-"""Seconds between two tries while the worker has not noticed yet that the server began another life."""
+_INCARNATION_POLL = 0.05
+"""Seconds between two tries while the worker has not noticed the new incarnation yet."""
 _HANDOVER = 5.0
 """Seconds beyond its own bounds that a worker may need to release a shard."""
 
@@ -59,7 +59,7 @@ class Changes:
         registrations = self._runner.registrations
         if wanted.name in registrations:
             raise exists(wanted.name)
-        await self._in_this_life(lambda: self._subscriptions.ensure(wanted, start))
+        await self._in_one_incarnation(lambda: self._subscriptions.ensure(wanted, start))
         # Again: another call may have subscribed meanwhile.
         if wanted.name in registrations:
             raise exists(wanted.name)
@@ -113,7 +113,7 @@ class Changes:
         if await self._subscriptions.find(name) is None:
             raise not_found(name)
         if registration is None:
-            await self._in_this_life(lambda: self._subscriptions.seek(name, place))
+            await self._in_one_incarnation(lambda: self._subscriptions.seek(name, place))
             await self._notifier.notify_leases()
         else:
             await self._calls.make(self._seek_at_rest(registration, place), registration)
@@ -122,14 +122,14 @@ class Changes:
         name = registration.name
         # At rest, so that nothing from the old place is dispatched after the seek.
         async with self._at_rest(registration):
-            await self._in_this_life(lambda: self._subscriptions.seek(name, place))
+            await self._in_one_incarnation(lambda: self._subscriptions.seek(name, place))
             if self._runner.worker is not None:
                 # Dispatches that outlasted the rest settle nothing any more.
                 self._runner.worker.lose_subscription(name)
         await self._notifier.notify_leases()
 
     async def alter(self, name: str, terms: Terms) -> None:
-        """What is stored of the subscription is as `terms` say."""
+        """The subscription is stored with these terms."""
         stored = await self._subscriptions.compare(name, terms)
         if stored is None:
             return
@@ -141,7 +141,7 @@ class Changes:
         async with self._at_rest(registration) if registration is not None else nullcontext(True) as rests:
             if not rests:
                 raise busy(name, [process_name()])
-            altered = await self._in_this_life(
+            altered = await self._in_one_incarnation(
                 lambda: self._subscriptions.alter(name, terms, patience=self._patience, on_rest=self._wake_workers)
             )
         if altered:
@@ -161,7 +161,7 @@ class Changes:
         await (resharding if registration is None else self._calls.make(resharding, registration))
 
     async def _reshard(self, name: str, shards: int) -> None:
-        changed = await self._in_this_life(
+        changed = await self._in_one_incarnation(
             lambda: self._subscriptions.reshard(name, shards, patience=self._patience, on_rest=self._wake_workers)
         )
         if changed:
@@ -177,8 +177,8 @@ class Changes:
             self._runner.worker.redeliver_soon()
         return count
 
-    async def _in_this_life(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
-        """What the call returns. It begins anew when the server turns out to live another life than was known."""
+    async def _in_one_incarnation(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
+        """The result of the call, which is made again when a new incarnation interrupts it."""
         while True:
             try:
                 return await call()
@@ -186,8 +186,8 @@ class Changes:
                 if self._runner.worker is None:
                     await self._log.incarnation.enter()
                 else:
-                    # The worker must notice first and drop what it remembers of the old life.
-                    await asyncio.sleep(_NEW_LIFE_POLL)
+                    # The worker must notice first, and drop its memory of the old incarnation.
+                    await asyncio.sleep(_INCARNATION_POLL)
 
     @asynccontextmanager
     async def _at_rest(self, registration: Registration) -> AsyncIterator[bool]:

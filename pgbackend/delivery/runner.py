@@ -1,7 +1,7 @@
-"""Runs workers over the server's lives: one worker for each incarnation, from `start()` to `stop()`.
+"""Runs workers from `start()` to `stop()`: one after the other, each for one incarnation of the server.
 
-A worker ends with `IncarnationChanged` when the server begins another life, and the next one starts from the durable
-rows. A lost connection is waited out. Any other error ends `start()` and is kept for `status()` and `probe()`.
+A worker ends with `IncarnationChanged` when the incarnation ends, and the next one starts from the durable rows. A lost
+connection is waited out. Any other error ends `start()` and is kept for `status()` and `probe()`.
 """
 
 import asyncio
@@ -45,14 +45,14 @@ class Runner:
         self._is_closed = False
         self._running: asyncio.Task[None] | None = None
         self.registrations: dict[str, Registration] = {}
-        """What this process runs, by the subscription's name."""
+        """The subscriptions that this process runs, by their names."""
         self.worker: Worker | None = None
-        """The one that runs now."""
+        """The worker that runs now."""
         self.error: BaseException | None = None
-        """What ended the worker that was started last; None when it runs, or ended as it was told to."""
+        """The error that ended the last `start()`; None while it runs, and when it ended without one."""
 
     async def start(self) -> None:
-        """Run until `stop_soon()` or cancellation. Raises what ended a worker, except for lost connections."""
+        """Run workers until `stop_soon()` or cancellation. Raises the error of a worker that no other can follow."""
         if self._running is not None:
             raise PgBackendError("This backend is running already.")
         if not self._is_closed:
@@ -72,24 +72,24 @@ class Runner:
             raise self.error
 
     async def run(self) -> None:
-        """One worker after the other, each for one life of the server, until `stop_soon()`."""
+        """Run one worker after the other, each for one incarnation of the server, until `stop_soon()`."""
         delay = GrowingDelay(self._log.database)
-        is_new_life = False
+        is_new_incarnation = False
         while not self._stop.is_set():
             self.worker = self._new_worker(registrations=self.registrations)
             try:
                 # Before each worker: the stored rows may be older than what this process has seen.
                 await verify_log(self._requirements, self._subscriptions)
-                if is_new_life:
+                if is_new_incarnation:
                     await self._report_missing_subscriptions()
-                    is_new_life = False
+                    is_new_incarnation = False
                 await self.worker.run(self._stop)
             except ConnectionLostError as error:
                 facts.emit("worker cannot start", level=delay.failed(), failures=delay.failures, error=str(error))
                 await delay.wait()
             except IncarnationChanged as error:
                 facts.emit("incarnation changed", level=logging.WARNING, error=str(error))
-                is_new_life = True
+                is_new_incarnation = True
             finally:
                 self.worker = None
 
@@ -104,7 +104,7 @@ class Runner:
         running = self._running
         if running is None:
             return
-        # A worker that dispatches keeps to the deadline by itself. One that still starts has nothing to drain.
+        # A worker that dispatches keeps to the deadline by itself. Before that it has nothing to drain.
         if self.worker is None or not self.worker.dispatches:
             running.cancel()
         await asyncio.wait({running}, timeout=max(deadline - time.monotonic(), _CANCEL_TIMEOUT))
@@ -118,7 +118,7 @@ class Runner:
             registration.close(cancel=True)
 
     def states(self) -> dict[str, str]:
-        """What each subscription is doing in this process, by its name."""
+        """The state of each subscription in this process, by its name."""
         if self.error is not None:
             return dict.fromkeys(self.registrations, self.describe_error())
         return self.worker.states() if self.worker is not None else {}
@@ -141,7 +141,7 @@ class Runner:
             facts.emit("worker died", level=logging.ERROR, error=describe(self.error))
 
     async def _report_missing_subscriptions(self) -> None:
-        """Only a human can decide about a subscription that the server's new life does not know."""
+        """Log the subscriptions that are not in the new incarnation. Only a human can decide about them."""
         for name in list(self.registrations):
             if await self._subscriptions.find(name) is None:
                 facts.emit(

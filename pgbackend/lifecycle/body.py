@@ -27,7 +27,7 @@ class Body:
 
     @property
     def background_error(self) -> BaseException | None:
-        """What ended dispatching; None when it runs, or ended as it was told to."""
+        """The error that ended `start()`; None while it runs, and when it ended without one."""
         if not self.background.done() or self.background.cancelled():
             return None
         return self.background.exception()

@@ -67,9 +67,9 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenLog:
-    """What exists between `init()` and `stop()`.
+    """Everything that exists between `init()` and `stop()`.
 
-    Its tasks have no group around them, because `init()` returns and leaves them running; `close()` ends them.
+    No task group is around its tasks, because they go on when `init()` returns. `close()` ends them.
     """
 
     database: Database

@@ -1,4 +1,4 @@
-"""What all commands have in common."""
+"""All commands handle usage, environment and unreachable servers alike."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""What `init()` needs: a server that answers, tables of this version, and a log that can be trusted."""
+"""`init()` needs a server that answers, tables of this version, and a log that can be trusted."""
 
 import asyncio
 import uuid

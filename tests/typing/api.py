@@ -1,4 +1,4 @@
-"""What the README shows must type-check as people write it. Read by mypy, never run."""
+"""The code of the README type-checks as people write it. mypy reads this file; nothing runs it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -99,5 +99,5 @@ async def protocols(backend: Backend, event: Event) -> None:
     subscribable: Subscribable = backend
     await interface.init()
     await subscribable.unsubscribe("billing")
-    # What a handler gets can be produced again.
+    # An event from a dispatcher can be produced again.
     await backend.produce_many([event])
