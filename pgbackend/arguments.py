@@ -6,7 +6,8 @@ from pgbackend.delivery.registration import is_async, is_generator
 from pgbackend.errors import ConfigError, shown
 from pgbackend.model import MAX_CONCURRENCY, MAX_NAME_BYTES, MAX_POSITION, MAX_SHARDS, Order
 from pgbackend.retry import Retry
-from pgbackend.subscriptions.definitions import Definition, Place, Terms, checked_end, checked_place
+from pgbackend.subscriptions.definitions import Definition, Terms
+from pgbackend.subscriptions.places import Place, checked_end, checked_place
 
 
 def checked_definition(name: str, *, order: Order, shards: int, end: int | datetime | None) -> Definition:

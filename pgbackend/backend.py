@@ -37,7 +37,7 @@ from pgbackend.model import ConsumerDispatcher, DeadLetter, EventFilter, Info, O
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.retry import Retry
 from pgbackend.settings import Settings
-from pgbackend.subscriptions.definitions import Place, checked_place
+from pgbackend.subscriptions.places import Place, checked_place
 
 if TYPE_CHECKING:
     from cloudevents.core.base import BaseCloudEvent
@@ -346,11 +346,11 @@ class Backend:
     async def status(self) -> Status:
         """The log and every subscription in it, as they stand now."""
         opened = self._lifecycle.opened()
-        _, _, head = await opened.subscriptions.places()
+        head = await opened.overview.find_head()
         return Status(
-            head=Position(head),
+            head=head,
             segments_until=Position(await opened.segments.extend()),
-            subscriptions=await opened.subscriptions.statuses(head=head, running=opened.runner.states()),
+            subscriptions=await opened.overview.list_statuses(head=head, states=opened.runner.states()),
             appenders=await opened.log.appenders(),
         )
 

@@ -13,23 +13,17 @@ from pgbackend.postgres.errors import STANDBY
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogCheckSql
-from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.overview import Overview
 
 
 class LogCheck:
     """Checks one log."""
 
     def __init__(
-        self,
-        database: Database,
-        subscriptions: Subscriptions,
-        requirements: Requirements,
-        segments: Segments,
-        *,
-        schema: str,
+        self, database: Database, overview: Overview, requirements: Requirements, segments: Segments, *, schema: str
     ) -> None:
         self._database = database
-        self._subscriptions = subscriptions
+        self._overview = overview
         self._requirements = requirements
         self._segments = segments
         self._schema = schema
@@ -68,7 +62,7 @@ class LogCheck:
         checks["primary"] = "ok"  # the pool opens no connection to a standby
         checks["writable"] = _writable(session)
         checks["privilege"] = _privilege(session)
-        checks["log"] = await self._subscriptions.distrust() or "ok"
+        checks["log"] = await self._overview.find_mistrust() or "ok"
         checks["fence"] = await self._check_fence(may_write=all_ok(checks))
         if not all_ok(checks):
             return

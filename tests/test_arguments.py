@@ -11,7 +11,7 @@ import pytest
 from pgbackend import Backend, ConfigError, Event, Retry
 from pgbackend.arguments import check_dispatching, check_letters, checked_definition, checked_terms
 from pgbackend.errors import shown
-from pgbackend.subscriptions.definitions import checked_place
+from pgbackend.subscriptions.places import checked_place
 
 NAIVE = datetime(2026, 1, 1)  # noqa: DTZ001 - the point
 

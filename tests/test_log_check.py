@@ -12,7 +12,7 @@ from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.log_check import LogCheck
 from pgbackend.postgres.pool import Database
-from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.overview import Overview
 from pgbackend.torture.proxy import Proxy
 from tests.support.databases import execute, query_value
 from tests.support.events import make_event
@@ -114,7 +114,7 @@ async def run_check(dsn: str) -> dict[str, str]:
         log = Log(database, schema="pgbackend", hole_wait=1.0)
         check = LogCheck(
             database,
-            Subscriptions(log, schema="pgbackend"),
+            Overview(database, schema="pgbackend"),
             Requirements(log, schema="pgbackend"),
             Segments(database, schema="pgbackend"),
             schema="pgbackend",

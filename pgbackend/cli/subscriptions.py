@@ -9,7 +9,7 @@ import click
 from pgbackend.backend import Backend
 from pgbackend.cli.options import backend_options, connected, table
 from pgbackend.model import MAX_SHARDS, ShardStatus
-from pgbackend.subscriptions.definitions import Place
+from pgbackend.subscriptions.places import Place
 
 
 @click.group()

@@ -22,7 +22,10 @@ from pgbackend.log.notify import Notifier
 from pgbackend.model import ConsumerDispatcher, EventFilter
 from pgbackend.retry import Retry
 from pgbackend.settings import Settings
-from pgbackend.subscriptions.definitions import Definition, Place, Subscriptions, Terms, busy, exists, not_found
+from pgbackend.subscriptions.alterations import Alterations
+from pgbackend.subscriptions.definitions import Definition, Subscriptions, Terms, exists, not_found
+from pgbackend.subscriptions.draining import busy
+from pgbackend.subscriptions.places import Place
 
 _INCARNATION_POLL = 0.05
 """Seconds between two tries while the worker has not noticed the new incarnation yet."""
@@ -40,6 +43,7 @@ class Changes:
         log: Log,
         *,
         subscriptions: Subscriptions,
+        alterations: Alterations,
         redelivery: Redelivery,
         notifier: Notifier,
         runner: Runner,
@@ -48,6 +52,7 @@ class Changes:
     ) -> None:
         self._log = log
         self._subscriptions = subscriptions
+        self._alterations = alterations
         self._redelivery = redelivery
         self._notifier = notifier
         self._runner = runner
@@ -113,7 +118,7 @@ class Changes:
         if await self._subscriptions.find(name) is None:
             raise not_found(name)
         if registration is None:
-            await self._in_one_incarnation(lambda: self._subscriptions.seek(name, place))
+            await self._in_one_incarnation(lambda: self._alterations.seek(name, place))
             await self._notifier.notify_leases()
         else:
             await self._calls.make(self._seek_at_rest(registration, place), registration)
@@ -122,7 +127,7 @@ class Changes:
         name = registration.name
         # At rest, so that nothing from the old place is dispatched after the seek.
         async with self._at_rest(registration):
-            await self._in_one_incarnation(lambda: self._subscriptions.seek(name, place))
+            await self._in_one_incarnation(lambda: self._alterations.seek(name, place))
             if self._runner.worker is not None:
                 # Dispatches that outlasted the rest settle nothing any more.
                 self._runner.worker.lose_subscription(name)
@@ -130,10 +135,10 @@ class Changes:
 
     async def alter(self, name: str, terms: Terms) -> None:
         """The subscription is stored with these terms."""
-        stored = await self._subscriptions.compare(name, terms)
+        stored = await self._alterations.compare(name, terms)
         if stored is None:
             return
-        registration = self._runner.registrations.get(name) if terms.disturb(stored) else None
+        registration = self._runner.registrations.get(name) if terms.need_drain(stored) else None
         altering = self._alter(name, terms, registration)
         await (altering if registration is None else self._calls.make(altering, registration))
 
@@ -142,7 +147,7 @@ class Changes:
             if not rests:
                 raise busy(name, [process_name()])
             altered = await self._in_one_incarnation(
-                lambda: self._subscriptions.alter(name, terms, patience=self._patience, on_rest=self._wake_workers)
+                lambda: self._alterations.alter(name, terms, patience=self._patience, on_drain=self._wake_workers)
             )
         if altered:
             facts.emit(
@@ -162,7 +167,7 @@ class Changes:
 
     async def _reshard(self, name: str, shards: int) -> None:
         changed = await self._in_one_incarnation(
-            lambda: self._subscriptions.reshard(name, shards, patience=self._patience, on_rest=self._wake_workers)
+            lambda: self._alterations.reshard(name, shards, patience=self._patience, on_drain=self._wake_workers)
         )
         if changed:
             facts.emit("subscription resharded", subscription=name, shards=shards)

@@ -20,6 +20,7 @@ from pgbackend.log.requirements import Requirements
 from pgbackend.postgres import schema as tables
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.overview import Overview
 
 _CANCEL_TIMEOUT = 0.5
 """Seconds that a worker has to end once its task is cancelled."""
@@ -35,11 +36,18 @@ class Runner:
     """Runs the subscriptions of this process. `start()` may be called again after it has ended."""
 
     def __init__(
-        self, log: Log, requirements: Requirements, subscriptions: Subscriptions, *, new_worker: NewWorker
+        self,
+        log: Log,
+        requirements: Requirements,
+        subscriptions: Subscriptions,
+        overview: Overview,
+        *,
+        new_worker: NewWorker,
     ) -> None:
         self._log = log
         self._requirements = requirements
         self._subscriptions = subscriptions
+        self._overview = overview
         self._new_worker = new_worker
         self._stop = asyncio.Event()
         self._is_closed = False
@@ -79,7 +87,7 @@ class Runner:
             self.worker = self._new_worker(registrations=self.registrations)
             try:
                 # Before each worker: the stored rows may be older than what this process has seen.
-                await verify_log(self._requirements, self._subscriptions)
+                await verify_log(self._requirements, self._overview)
                 if is_new_incarnation:
                     await self._report_missing_subscriptions()
                     is_new_incarnation = False
@@ -152,10 +160,10 @@ class Runner:
                 )
 
 
-async def verify_log(requirements: Requirements, subscriptions: Subscriptions) -> None:
+async def verify_log(requirements: Requirements, overview: Overview) -> None:
     """Return when no event can be lost, as far as the stored rows and the catalogs show. Raises SchemaError."""
     await requirements.verify()
-    refuse(await subscriptions.distrust())
+    refuse(await overview.find_mistrust())
 
 
 def refuse(problem: str | None) -> None:

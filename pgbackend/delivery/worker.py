@@ -34,8 +34,9 @@ from pgbackend.log.notify import LEASES, Notifier, Wakeup
 from pgbackend.log.tail import Tail
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.settings import Settings
-from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.alterations import Alterations
 from pgbackend.subscriptions.leases import Lease, Leases, Survey, SurveyedShard
+from pgbackend.subscriptions.overview import Overview
 from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.subscriptions.sharing import Peer, ShardKey, share
 
@@ -125,7 +126,8 @@ class Worker:
         self._free_since: dict[ShardKey, float] = {}
         self._due = asyncio.Event()
         self._leases = Leases(log, schema=settings.schema, worker=self._id)
-        self._subscriptions = Subscriptions(log, schema=settings.schema)
+        self._alterations = Alterations(log, schema=settings.schema)
+        self._overview = Overview(log.database, schema=settings.schema)
         self._redelivery = Redelivery(log.database, schema=settings.schema)
         self._committer = Committer(
             Offsets(log, schema=settings.schema, worker=self._id),
@@ -397,7 +399,7 @@ class Worker:
                 subscription = shard.key[0]
                 old[subscription] = old.get(subscription, True) and shard.finished and shard.free
         for subscription in (name for name, are_over in old.items() if are_over and name in self._registrations):
-            if await self._subscriptions.switch(subscription):
+            if await self._alterations.switch(subscription):
                 facts.emit("shards switched", subscription=subscription)
                 self._rounds.wake()
                 await self._notifier.notify_leases()
@@ -427,7 +429,7 @@ class Worker:
     async def _claim(self, keys: Sequence[ShardKey]) -> None:
         doubts = self._doubts
         for lease in await self._leases.claim(list(dict.fromkeys(keys))) if keys else ():
-            if lease.position > lease.head and (problem := await self._subscriptions.distrust()):
+            if lease.position > lease.head and (problem := await self._overview.find_mistrust()):
                 raise SchemaError(problem)
             registration = self._registrations.get(lease.subscription)
             if registration is None or registration.resting:
@@ -521,7 +523,7 @@ class Worker:
         elif at_once:
             # Calls that asked for the rest need not wait any longer.
             with suppress(DatabaseError):
-                await self._subscriptions.refuse_rest(pump.registration.name)
+                await self._alterations.refuse_drain(pump.registration.name)
 
     async def _outlast(self, pump: Pump) -> bool:
         """Whether what is at work now ends within `drain_timeout`. Others are dispatched meanwhile."""

@@ -28,7 +28,9 @@ from pgbackend.postgres import schema as tables
 from pgbackend.postgres.dsn import describe_dsn, normalize_dsn
 from pgbackend.postgres.pool import Database
 from pgbackend.settings import Settings
+from pgbackend.subscriptions.alterations import Alterations
 from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.overview import Overview
 
 if TYPE_CHECKING:
     from pgbackend.embedded.server import EmbeddedServer
@@ -75,7 +77,7 @@ class OpenLog:
     database: Database
     log: Log
     segments: Segments
-    subscriptions: Subscriptions
+    overview: Overview
     redelivery: Redelivery
     appender: Appender
     notifier: Notifier
@@ -106,8 +108,8 @@ async def open_log(server: Server, settings: Settings, *, migrate: bool) -> Open
         await database.open()
         await _prepare_tables(database, schema, migrate=migrate)
         log = Log(database, schema=schema, hole_wait=settings.hole_wait)
-        requirements, subscriptions = Requirements(log, schema=schema), Subscriptions(log, schema=schema)
-        await verify_log(requirements, subscriptions)
+        requirements, overview = Requirements(log, schema=schema), Overview(database, schema=schema)
+        await verify_log(requirements, overview)
         refuse(await requirements.test_evidence())
         segments = Segments(database, schema=schema)
         await segments.extend()
@@ -118,7 +120,7 @@ async def open_log(server: Server, settings: Settings, *, migrate: bool) -> Open
         finally:
             await server.stop()
         raise
-    return _start_actors(log, requirements, subscriptions, segments, settings)
+    return _start_actors(log, requirements, overview, segments, settings)
 
 
 def seconds_left(deadline: float) -> float:
@@ -135,7 +137,7 @@ async def _prepare_tables(database: Database, schema: str, *, migrate: bool) -> 
 
 
 def _start_actors(
-    log: Log, requirements: Requirements, subscriptions: Subscriptions, segments: Segments, settings: Settings
+    log: Log, requirements: Requirements, overview: Overview, segments: Segments, settings: Settings
 ) -> OpenLog:
     database, schema = log.database, settings.schema
     sender, notify_channel, wakeup = str(uuid4()), channel(schema), Wakeup()
@@ -163,7 +165,8 @@ def _start_actors(
         channel=notify_channel,
         sender=sender,
     )
-    runner = Runner(log, requirements, subscriptions, new_worker=new_worker)
+    subscriptions = Subscriptions(log, schema=schema)
+    runner = Runner(log, requirements, subscriptions, overview, new_worker=new_worker)
     calls = HandlerCalls(runner)
     redelivery = Redelivery(database, schema=schema)
     tasks = (asyncio.create_task(appender.run(), name="append"), asyncio.create_task(notifier.run(), name="notify"))
@@ -171,17 +174,18 @@ def _start_actors(
         database=database,
         log=log,
         segments=segments,
-        subscriptions=subscriptions,
+        overview=overview,
         redelivery=redelivery,
         appender=appender,
         notifier=notifier,
         tasks=frozenset(tasks),
-        check=LogCheck(database, subscriptions, requirements, segments, schema=schema),
+        check=LogCheck(database, overview, requirements, segments, schema=schema),
         runner=runner,
         calls=calls,
         changes=Changes(
             log,
             subscriptions=subscriptions,
+            alterations=Alterations(log, schema=schema),
             redelivery=redelivery,
             notifier=notifier,
             runner=runner,

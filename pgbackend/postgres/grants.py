@@ -23,7 +23,7 @@ _EVENT = ", ".join(COLUMNS)
 _TERMS = "ordering, start_at, end_position, end_at, start_bound, start_position"
 _ALTERED = f"{_TERMS}, shards, draining_until"
 _OFFSET = "position, pending, holes, epoch, owner, completed_at, until"
-_NEW_OFFSET = "subscription, shard, shards, position, pending, holes, epoch"
+_NEW_OFFSET = "subscription, shard, shards, until, position, pending, holes, epoch"
 
 _EVERYONE: _Grants = (
     ("USAGE", "SCHEMA {schema}"),

@@ -22,7 +22,7 @@ from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Reader
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
-from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.locator import Locator
 from tests.support.databases import execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
@@ -599,6 +599,6 @@ async def test_the_end_of_the_log_is_found_across_a_restart(database: str, monke
             return found.pop(0) if len(found) > 1 else found[0]
 
         monkeypatch.setattr(log, "check", check)
-        head, open_holes = await Subscriptions(log, schema="pgbackend")._latest()
+        latest = await Locator(log).locate_latest()
 
-    assert (head, open_holes) == (2, RangeSet([(2, 3)]))
+    assert (latest.position, latest.pending) == (2, RangeSet([(2, 3)]))

@@ -216,7 +216,7 @@ async def test_a_deadlock_with_a_commit_is_one_more_try(database: str, monkeypat
 
     async def sometimes_the_victim(self: Database, statement: str, *args: Any, **options: Any) -> Any:
         nonlocal victims
-        if "alter_subscription" in statement and victims:
+        if "swap_shards" in statement and victims:
             victims -= 1
             raise DatabaseError("deadlock detected", sqlstate="40P01")
         return await fetch(self, statement, *args, **options)

@@ -8,7 +8,7 @@ import pytest
 from pgbackend import Backend, ConfigError, SubscriptionMismatchError, SubscriptionNotFoundError
 from pgbackend.facts import Recorder
 from pgbackend.postgres.pool import Database
-from pgbackend.subscriptions.definitions import Subscriptions
+from pgbackend.subscriptions.locator import Locator
 from tests.support.backends import complete, produce, settled, worker_of
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
@@ -556,9 +556,9 @@ async def test_a_place_that_was_found_before_a_failover_is_not_stored_after_it(
     if verb != "subscribe":
         await backend.subscribe("s", print, start="earliest")
     connection = await asyncpg.connect(database)
-    locate, found = Subscriptions._locate, []
+    locate, found = Locator.locate, []
 
-    async def locate_then_fail_over(self: Subscriptions, place: Any) -> Any:
+    async def locate_then_fail_over(self: Locator, place: Any) -> Any:
         offset = await locate(self, place)
         found.append(offset.position)
         if len(found) == 1:
@@ -567,7 +567,7 @@ async def test_a_place_that_was_found_before_a_failover_is_not_stored_after_it(
             await connection.execute("DELETE FROM pgbackend.incarnation")
         return offset
 
-    monkeypatch.setattr(Subscriptions, "_locate", locate_then_fail_over)
+    monkeypatch.setattr(Locator, "locate", locate_then_fail_over)
     if verb == "subscribe":
         await backend.subscribe("s", print)
     elif verb == "seek":

@@ -79,17 +79,27 @@ class RedeliverySql:
 class SubscriptionsSql:
     find_subscription: str
     create_subscription: str
-    alter_subscription: str
-    note_start_bound: str
-    rest: str
-    rest_again: str
-    refuse_rest: str
-    find_owners: str
-    reshard: str
-    switch_shards: str
     delete_subscription: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsSql:
+    read_shards: str
+    find_waiting: str
+    find_events: str
+    swap_shards: str
+    set_start_bound: str
+    request_drain: str
+    renew_drain: str
+    refuse_drain: str
+    end_drain: str
+    find_owners: str
+
+
+@dataclass(frozen=True, slots=True)
+class OverviewSql:
     list_status: str
-    find_places: str
+    find_extremes: str
 
 
 @dataclass(frozen=True, slots=True)
