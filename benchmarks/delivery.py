@@ -1,7 +1,7 @@
 """How fast `pgbackend serve` delivers, as a ratio to a bare aiohttp client in the same run.
 
 Ours is the whole way: events are read from the log in an embedded PostgreSQL and go through a subscription and a
-`Delivery` to an HTTP target, while their offsets are committed. Bare does what a program without any promises would do:
+`TargetDispatcher` to an HTTP target, while their offsets are committed. Bare does what a program without promises does:
 64 tasks post the same bodies over one keep-alive session. Both run in this process on uvloop, in turn, in alternating
 order. The target is a process of its own that does as little as it can.
 
@@ -28,9 +28,11 @@ from yarl import URL
 from pgbackend.backend import Backend
 from pgbackend.codec.event import Event
 from pgbackend.model import Position
-from pgbackend.serve.app import look_for_garbage_rarely
-from pgbackend.serve.egress.delivery import Delivery, open_session
+from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.dispatcher import Endpoint, TargetDispatcher
+from pgbackend.serve.egress.replies import Replies, ReplyBudget
 from pgbackend.serve.operations.metrics import Metrics
+from pgbackend.serve.process import collect_garbage_rarely
 
 CONCURRENCY = 64
 WANTED = 0.6
@@ -98,7 +100,7 @@ async def _ours(backend: Backend, url: str, events: int, name: str) -> float:
     async def dispatch(event: Event) -> None:
         nonlocal left, began
         began = began or time.perf_counter()
-        await delivery(event)
+        await dispatcher(event)
         left -= 1
         if not left:
             done.set()
@@ -106,7 +108,10 @@ async def _ours(backend: Backend, url: str, events: int, name: str) -> float:
     async with open_session() as session:
         # As `pgbackend serve` makes it with tracing off.
         counts = Metrics().trigger(name)
-        delivery = Delivery(session, URL(url), trigger=name, reply=backend.produce_many, metrics=counts)
+        replies = Replies(
+            backend.produce_many, trigger=name, url=url, max_hops=255, budget=ReplyBudget(), metrics=counts
+        )
+        dispatcher = TargetDispatcher(session, Endpoint(trigger=name, url=URL(url)), replies, metrics=counts)
         await backend.subscribe(name, dispatch, start=Position(0), concurrency=CONCURRENCY)
         await done.wait()
         rate = events / (time.perf_counter() - began)
@@ -129,7 +134,7 @@ def _event(n: int) -> CloudEvent:
 async def _measure(events: int, rounds: int) -> bool:
     bare: list[float] = []
     ours: list[float] = []
-    look_for_garbage_rarely()  # as `pgbackend serve` does; both sides profit
+    collect_garbage_rarely()  # as `pgbackend serve` does; both sides profit
     with tempfile.TemporaryDirectory(prefix="pgbackend-bench-", ignore_cleanup_errors=True) as directory:
         async with _target() as url, Backend.embedded(directory) as backend:
             for first in range(0, events, _BATCH):

@@ -25,7 +25,7 @@ from pgbackend.cli.serve import serve
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
 from pgbackend.serve import supervisor
-from pgbackend.serve.config.models import load_file
+from pgbackend.serve.config.load import load_file
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.programs import programs

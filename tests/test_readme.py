@@ -54,7 +54,7 @@ async def test_sql_producer_is_accepted_and_delivered(backend: Backend, database
 
 
 def test_broker_configuration_is_accepted() -> None:
-    from pgbackend.serve.config.models import load
+    from pgbackend.serve.config.load import load
 
     (text,) = _blocks("yaml")
     assert list(load(text, origin="README.md").triggers) == ["billing"]

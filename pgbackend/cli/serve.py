@@ -16,7 +16,7 @@ from pgbackend.cli.options import backend_options
 from pgbackend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pgbackend.serve.app import Settings
+    from pgbackend.serve.options import Options
 
 _SECTIONS = {
     "Database": ["dsn", "listen_dsn", "schema", "startup_timeout", "data_dir"],
@@ -202,7 +202,7 @@ def serve(context: click.Context, /, *, check_config: Path | None, print_schema:
         elif check_config is not None:
             _check(context, check_config)
         else:
-            _serve(_settings(context, options), ignored=context.meta.get(_IGNORED, {}))
+            _serve(_options(context, options), ignored=context.meta.get(_IGNORED, {}))
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"`pgbackend serve` needs the package {error.name}. Run `pip install 'pgbackend[all]'`."
@@ -210,13 +210,13 @@ def serve(context: click.Context, /, *, check_config: Path | None, print_schema:
 
 
 def _print_schema() -> None:
-    from pgbackend.serve.config.models import json_schema  # noqa: PLC0415 - of the extra `serve`
+    from pgbackend.serve.config.schema import json_schema  # noqa: PLC0415 - of the extra `serve`
 
     click.echo(json.dumps(json_schema(), indent=2))
 
 
 def _check(context: click.Context, file: Path) -> None:
-    from pgbackend.serve.config.models import load_file  # noqa: PLC0415 - as above
+    from pgbackend.serve.config.load import load_file  # noqa: PLC0415 - as above
 
     try:
         triggers = load_file(file).triggers
@@ -228,26 +228,26 @@ def _check(context: click.Context, file: Path) -> None:
     click.echo(f"{file}: valid, {counted}" + (f": {', '.join(triggers)}" if triggers else ""))
 
 
-def _serve(settings: "Settings", *, ignored: Mapping[str, str]) -> None:
+def _serve(options: "Options", *, ignored: Mapping[str, str]) -> None:
     import uvloop  # noqa: PLC0415 - as above
 
     from pgbackend.serve import app, supervisor  # noqa: PLC0415 - as above
     from pgbackend.serve.operations import logs  # noqa: PLC0415 - as above
 
-    logs.configure(settings.log_format, settings.log_level)
+    logs.configure(options.log_format, options.log_level)
     for variable, value in ignored.items():
         facts.emit(
             "variable ignored", level=logging.WARNING, variable=variable, value=value,
             reason="Kubernetes set it for a Service of that name. Set enableServiceLinks: false, or give the option.",
         )  # fmt: skip
-    run = app.serve if settings.workers == 1 else supervisor.supervise
+    run = app.serve if options.workers == 1 else supervisor.supervise
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(settings, say=click.echo))
+        runner.run(run(options, say=click.echo))
 
 
-def _settings(context: click.Context, options: dict[str, Any]) -> "Settings":
-    from pgbackend.serve.app import Settings  # noqa: PLC0415 - as above
+def _options(context: click.Context, options: dict[str, Any]) -> "Options":
     from pgbackend.serve.ingest.hosts import checked_host  # noqa: PLC0415 - as above
+    from pgbackend.serve.options import Options  # noqa: PLC0415 - as above
 
     try:
         options["allowed_hosts"] = tuple(checked_host(host) for host in options.pop("allowed_host"))
@@ -259,7 +259,7 @@ def _settings(context: click.Context, options: dict[str, Any]) -> "Settings":
         raise click.UsageError("--tls-key and --tls-client-ca need --tls-cert.")
     if options["config"] is not None and options["config_inline"] is not None:
         del options[_overridden(context)]
-    return Settings(**options)
+    return Options(**options)
 
 
 def _overridden(context: click.Context) -> str:

@@ -11,7 +11,7 @@ request; if the supervisor is killed, its processes drain and end.
                   died ─▶ replaced, after a delay
 
 - Processes are spawned, not forked: a fork would inherit an event loop.
-- Settings travel through a pipe, because every user of the machine can read a command line. A second pipe reports that
+- Options travel through a pipe, because every user of the machine can read a command line. A second pipe reports that
   the process listens, or why it cannot.
 - All processes accept from one socket. With SO_REUSEPORT each would have its own queue, and connections would wait
   there for a process that is frozen or dead. The first process to wake up accepts: spreading the connections evenly
@@ -39,10 +39,11 @@ from pgbackend import facts
 from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve import app
-from pgbackend.serve.app import Orders, Settings
-from pgbackend.serve.config.reload import says_once
+from pgbackend.serve.config.load import can_be_read_once
 from pgbackend.serve.ingest.listener import Ports
 from pgbackend.serve.operations import logs, metrics, metrics_directory
+from pgbackend.serve.options import Options
+from pgbackend.serve.process import Signals, handling_signals
 
 DRAIN_TIMEOUT = 50.0
 """Seconds that a process may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries, 5 to
@@ -57,20 +58,20 @@ _MERGE_ATTEMPTS = 20
 _spawn = multiprocessing.get_context("spawn")
 
 
-async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -> None:
-    """Serve with `settings.workers` processes; return after a SIGTERM or SIGINT, once all have drained.
+async def supervise(options: Options, *, say: Callable[[str], None]) -> None:
+    """Serve with `options.workers` processes; return after a SIGTERM or SIGINT, once all have drained.
 
     SIGHUP restarts the processes one by one. Otherwise as `app.serve`. Raises PgBackendError if a process cannot start,
     before anything is announced, or if a process did not drain.
     """
-    if settings.config is not None and says_once(settings.config):
+    if options.config is not None and can_be_read_once(options.config):
         raise ConfigError(
-            f"{settings.config} can be read only once, but each broker process reads it. "
+            f"{options.config} can be read only once, but each broker process reads it. "
             "Give a regular file, or use --config-inline."
         )
-    configuration = app.configuration_of(settings)
-    ports = app.bind_ports(settings)
-    supervisor = Supervisor(settings, ports)
+    configuration = options.configuration()
+    ports = app.bind_ports(options)
+    supervisor = Supervisor(options, ports)
     with closing(ports), metrics_directory.create() as directory:
         # Before the first process starts: prometheus_client reads it when it is imported.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
@@ -79,29 +80,29 @@ async def supervise(settings: Settings, *, say: Callable[[str], None] = print) -
             supervisor.kill()
             shutil.rmtree(directory, ignore_errors=True)
 
-        with app.obeying_signals(at_once=at_once) as orders:
-            if settings.dsn is None:
-                say(app.embedded_notice(settings))
-            await supervisor.run(orders, lambda: app.announce(settings, configuration, ports, say))
+        with handling_signals(before_exit=at_once) as signals:
+            if options.dsn is None:
+                say(app.embedded_notice(options))
+            await supervisor.run(signals, lambda: app.say_serving(options, configuration, ports, say))
 
 
 class Supervisor:
-    """Keeps `settings.workers` broker processes running on `ports`."""
+    """Keeps `options.workers` broker processes running on `ports`."""
 
-    def __init__(self, settings: Settings, ports: Ports) -> None:
-        self._settings = settings
+    def __init__(self, options: Options, ports: Ports) -> None:
+        self._options = options
         self._ports = ports
         self._alive: set[BrokerProcess] = set()
         self._ended: asyncio.Queue[int] = asyncio.Queue()
         """Pids whose metrics are not merged yet."""
 
-    async def run(self, orders: Orders, on_serving: Callable[[], None]) -> None:
-        """Return once `orders` said stop and all processes have drained. `on_serving` is called once all listen.
+    async def run(self, signals: Signals, on_serving: Callable[[], None]) -> None:
+        """Return once `signals` said stop and all processes have drained. `on_serving` is called once all listen.
 
         Raises PgBackendError if one of the first processes cannot start, or if a process did not drain.
         """
         try:
-            await _until(orders.stop, self._keep(orders.reload, on_serving))
+            await _until(signals.stop, self._keep(signals.reload, on_serving))
         finally:
             # Closed first, so that new clients are refused instead of queueing for processes that will not accept.
             self._ports.close()
@@ -132,7 +133,7 @@ class Supervisor:
             async with asyncio.TaskGroup() as tasks:
                 starting = [
                     tasks.create_task(self._start(), name="start a broker process")
-                    for _ in range(self._settings.workers)
+                    for _ in range(self._options.workers)
                 ]
         except* PgBackendError as errors:
             raise errors.exceptions[0] from None
@@ -176,7 +177,7 @@ class Supervisor:
     async def _start(self) -> "BrokerProcess":
         """A new process, once it listens. Raises PgBackendError if it cannot."""
         try:
-            process = BrokerProcess(self._settings, self._ports)
+            process = BrokerProcess(self._options, self._ports)
         except OSError as error:
             # The machine is out of memory, processes or files, which may pass; the other processes go on.
             raise PgBackendError(f"Cannot start a broker process: {error.strerror}.") from error
@@ -237,11 +238,11 @@ class _Place:
 class BrokerProcess:
     """The supervisor's handle on one broker process, which runs from the handle's creation on."""
 
-    def __init__(self, settings: Settings, ports: Ports) -> None:
+    def __init__(self, options: Options, ports: Ports) -> None:
         """Raises OSError if the system cannot start a process."""
         self._started_at = time.monotonic()
         self._reports, theirs = _spawn.Pipe(duplex=False)
-        self._process = _spawn.Process(target=_main, args=(settings, ports, theirs))
+        self._process = _spawn.Process(target=_main, args=(options, ports, theirs))
         # Before the mask is set: starting the tracker would reset it.
         resource_tracker.ensure_running()
         # A process starts with SIGINT blocked: a terminal sends it to all, but only the supervisor says when to stop.
@@ -330,18 +331,18 @@ def _merge(pid: int) -> bool:
 # In the broker process
 
 
-def _main(settings: Settings, ports: Ports, reports: Connection) -> None:
+def _main(options: Options, ports: Ports, reports: Connection) -> None:
     """The whole life of a broker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    logs.configure(settings.log_format, settings.log_level)
+    logs.configure(options.log_format, options.log_level)
     report = _Report(reports)
     try:
         with (
             metrics_directory.hold(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            runner.run(_serve(settings, ports, report))
+            runner.run(_serve(options, ports, report))
     except PgBackendError as error:
         report.failed(error)
         sys.exit(1)
@@ -367,15 +368,15 @@ class _Report:
             self._connection.send(problem)
 
 
-async def _serve(settings: Settings, ports: Ports, report: _Report) -> None:
-    with _obeying_supervisor() as orders:
-        await app.run(settings, app.configuration_of(settings), ports, orders, report.listening)
+async def _serve(options: Options, ports: Ports, report: _Report) -> None:
+    with _obeying_supervisor() as signals:
+        await app.run(options, options.configuration(), ports, signals, report.listening)
 
 
 @contextmanager
-def _obeying_supervisor() -> Iterator[Orders]:
+def _obeying_supervisor() -> Iterator[Signals]:
     """SIGTERM says stop, SIGHUP says reload, and so does the supervisor's death say stop."""
-    orders = Orders()
+    signals = Signals()
     loop = asyncio.get_running_loop()
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None  # noqa: S101 - this is a broker process
@@ -383,13 +384,13 @@ def _obeying_supervisor() -> Iterator[Orders]:
     def orphaned() -> None:
         loop.remove_reader(supervisor.sentinel)
         facts.emit("supervisor died", level=logging.WARNING, pid=supervisor.pid)
-        orders.stop.set()
+        signals.stop.set()
 
-    loop.add_signal_handler(signal.SIGTERM, orders.stop.set)
-    loop.add_signal_handler(signal.SIGHUP, orders.reload.set)
+    loop.add_signal_handler(signal.SIGTERM, signals.stop.set)
+    loop.add_signal_handler(signal.SIGHUP, signals.reload.set)
     loop.add_reader(supervisor.sentinel, orphaned)
     try:
-        yield orders
+        yield signals
     finally:
         loop.remove_reader(supervisor.sentinel)
         loop.remove_signal_handler(signal.SIGHUP)

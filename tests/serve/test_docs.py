@@ -6,7 +6,7 @@ from textwrap import indent
 
 import pytest
 
-from pgbackend.serve.config.models import load
+from pgbackend.serve.config.load import load
 
 TEXT = (Path(__file__).parents[2] / "docs" / "broker.md").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgbackend.serve.config.models import load_file
+from pgbackend.serve.config.load import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

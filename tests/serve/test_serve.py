@@ -25,6 +25,7 @@ from pgbackend.cli import main
 from pgbackend.cli.serve import serve as serve_command
 from pgbackend.errors import PgBackendError
 from pgbackend.serve import app
+from pgbackend.serve.options import Options
 from pgbackend.torture.proxy import Proxy
 from tests.serve.support.process import INFORMED, config, post, refused, running
 from tests.serve.support.target import Request, Target, raw_server
@@ -504,7 +505,7 @@ class TestFailures:
 
         monkeypatch.setattr(Backend, "start", die)
         with pytest.raises(PgBackendError, match="The backend failed: RuntimeError: out of luck"):
-            await app.serve(app.Settings(dsn=database, port=0), say=lambda _: None)
+            await app.serve(Options(dsn=database, port=0), say=lambda _: None)
 
     async def test_a_backend_that_just_ends_is_a_failure_too(
         self, database: str, monkeypatch: pytest.MonkeyPatch
@@ -514,4 +515,4 @@ class TestFailures:
 
         monkeypatch.setattr(Backend, "start", end)
         with pytest.raises(PgBackendError, match="stopped without being asked"):
-            await app.serve(app.Settings(dsn=database, port=0), say=lambda _: None)
+            await app.serve(Options(dsn=database, port=0), say=lambda _: None)

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from pgbackend.codec.event import Event
 from pgbackend.facts import Recorder
-from pgbackend.serve.config.models import load
+from pgbackend.serve.config.load import load
 from tests.serve.support.broker import HEADERS, STRUCTURED, Broker, envelope, send, serving
 from tests.serve.support.process import Process, post, running
 from tests.serve.support.target import Request, Target

@@ -1,7 +1,7 @@
-"""The kinds of values in a configuration file: how each is read from its text, and what editors are told of it.
+"""The kinds of values in a configuration file: how each is read from its text, and its JSON Schema for editors.
 
-Everything comes as `document` leaves it: text, lists and mappings. A value that is not of its kind is refused in words
-that say what was expected, and that show no secret.
+The input is what `document` produces: text, lists and mappings. A refused value gets a message that says what was
+expected, and that shows no secret.
 """
 
 import json
@@ -23,22 +23,22 @@ from pgbackend.model import MAX_CONCURRENCY, MAX_SHARDS
 _MAX_POSITION = 2**63 - 1
 _MAX_RETRIES = 2**31 - 2
 _MAX_NAME = 200
-_LONGEST = 36_525 * 86_400.0  # a century, in seconds: what PostgreSQL and the event loop can surely wait
-_DURATION_CHARACTERS = 100  # finding the parts of a duration takes time by the square of its digits
-_SECRET_BYTES = 1 << 16  # more than a header may have; what is larger is another file, or one without end
+_LONGEST = 36_525 * 86_400.0  # a century, in seconds: both PostgreSQL and the event loop can wait for it
+_DURATION_CHARACTERS = 100  # the time to match a duration grows with the square of its length
+_SECRET_BYTES = 1 << 16  # more than fits into a header: a larger file is the wrong one, or endless
 _SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a text needs besides itself: where its `{file: …}` secrets are. `files` collects their paths."""
+    """The directory that `{file: …}` secrets are relative to, and the set that collects their paths."""
 
     directory: Path = Path()
     files: set[Path] = field(default_factory=set)
 
 
 def described(value: object) -> str:
-    """A value in a message that says what was found."""
+    """The value, as a message shows it after "found"."""
     match value:
         case None:
             return "nothing"
@@ -51,8 +51,8 @@ def described(value: object) -> str:
 
 
 def refuse(message: str, *, key: str | None = None) -> PydanticCustomError:
-    """What a validator raises: the message stands as it is, `key` names the entry it is about."""
-    # As a value: of a message that had braces itself, pydantic would make something else.
+    """The error that a validator raises with this message; `key` is the entry of the mapping that it is about."""
+    # The message is passed as a value, because pydantic would interpret its braces.
     return PydanticCustomError("expected", "{message}", {"message": message} | ({} if key is None else {"key": key}))
 
 
@@ -88,19 +88,19 @@ def _position(low: int) -> Callable[[object], int]:
 
     def read(value: object) -> int:
         if isinstance(value, str) and (found := _redis_id(value)):
-            # As files for TriggerMesh's Redis broker have it: milliseconds, and a number among those of their time.
+            # Files for TriggerMesh's Redis broker have such ids: milliseconds, and a serial number within them.
             moment = datetime.fromtimestamp(int(found[1]) / 1000, UTC).isoformat(timespec="milliseconds")
             moment = moment.replace("+00:00", "Z")
-            raise refuse(f"expected a position of this log, found an id of Redis: as a time it is byDate, {moment}")
+            raise refuse(f"expected a position of this log, found a Redis id: use byDate with {moment}")
         return check(value)
 
     return read
 
 
 def seconds(text: str) -> float:
-    """The seconds of an ISO 8601 duration. Raises ValueError that says what was expected.
+    """The seconds of an ISO 8601 duration. Raises ValueError with what was expected.
 
-    Years have 365.2425 days, months a twelfth of that; `,` is as good as `.` before decimals.
+    A year has 365.2425 days, and a month a twelfth of that. Decimals follow `.` or `,`.
 
     >>> seconds("PT2S"), seconds("PT0,25S"), seconds("P1DT1H"), seconds("P0")
     (2.0, 0.25, 90000.0, 0.0)
@@ -123,7 +123,7 @@ _TIME_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0}
 
 
 def _duration_parts(date: str, time: str | None) -> list[tuple[str, float]] | None:
-    """Number and seconds per unit of each part; None when they are not well-formed."""
+    """The number and the seconds per unit of each part; None when the duration is malformed."""
     parts: list[tuple[str, float]] = []
     for half, units in ((date, _DATE_UNITS), (time or "", _TIME_UNITS)):
         if half == "0" and half is date and time is None:
@@ -134,8 +134,8 @@ def _duration_parts(date: str, time: str | None) -> list[tuple[str, float]] | No
             return None
         parts += [(number, units[letter]) for number, letter in found]
     fractional = [not number.isdigit() for number, _ in parts]
-    # As the reference implementation has it: what would half a year and a half month be?
-    return None if any(one and other for one, other in pairwise(fractional)) else parts
+    # The reference implementation refuses fractions in two neighbouring units.
+    return None if any(first and second for first, second in pairwise(fractional)) else parts
 
 
 def _duration(value: object) -> float:
@@ -152,15 +152,15 @@ _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([
 
 
 def _instant(value: object, *, up: bool) -> datetime:
-    """An aware datetime. PostgreSQL keeps microseconds: what is finer is rounded so that the bound stays exclusive."""
+    """An aware datetime. PostgreSQL keeps microseconds, so `up` rounds finer times to keep the bound exclusive."""
     matched = _RFC3339.fullmatch(_text(value))
     try:
         if matched is None:
-            raise ValueError  # noqa: TRY301 - the same message as for 30 February
+            raise ValueError  # noqa: TRY301 - it gets the message of 30 February
         date, time, fraction, zone = matched.groups()
         nanoseconds = int((fraction or "").ljust(9, "0"))
         moment = datetime.fromisoformat(f"{date}T{time}{zone.upper().replace('Z', '+00:00')}")
-        # As PostgreSQL is told it: next to the first and the last year there is not every one in every zone.
+        # Convert here, as asyncpg will: near the first and the last year a time may not exist in UTC.
         return moment.astimezone(UTC) + timedelta(microseconds=-(-nanoseconds // 1000) if up else nanoseconds // 1000)
     except (ValueError, OverflowError):
         raise refuse(f"expected a time such as 2026-01-01T00:00:00Z, found {described(value)}") from None
@@ -168,26 +168,26 @@ def _instant(value: object, *, up: bool) -> datetime:
 
 def _url(value: object) -> URL:
     text = _text(value)
-    wanted = "expected an absolute http or https URL"
+    expected = "expected an absolute http or https URL"
     if re.search(r"[\s\x00-\x1f\x7f]", text):
-        raise refuse(f"{wanted} without white space")
+        raise refuse(f"{expected} without white space")
     try:
-        # A URL in ASCII is sent as it is written: some are signed.
+        # An ASCII URL is sent exactly as it is written: it may be signed.
         url = URL(text, encoded=text.isascii())
         good = url.scheme in ("http", "https") and url.host and url.port
     except ValueError:
         good = None
     if not good:
-        # It may carry a password, and an @ says that it does; nobody knows where in a URL that is none.
-        found = "one that is none" if "@" in text else described(text.split("?")[0])
-        raise refuse(f"{wanted}, found {found}")
+        # Never echo a malformed URL with an @: it may contain a password.
+        found = "a malformed one" if "@" in text else described(text.split("?")[0])
+        raise refuse(f"{expected}, found {found}")
     if ":" in (url.user or ""):
-        raise refuse("expected a user without a colon: Basic authorization ends the user there")
+        raise refuse("expected a user without a colon: HTTP Basic ends the user there")
     try:
-        # As the connection will do it. A dot at the end is a name's root.
+        # The connection encodes the host in the same way. A dot at the end is the root of a name.
         (url.raw_host or "").removesuffix(".").encode("idna")
     except UnicodeError:
-        raise refuse(f"{wanted}, whose host has labels of 1 to 63 characters") from None
+        raise refuse(f"{expected} with a host whose labels have 1 to 63 characters") from None
     return url
 
 
@@ -196,7 +196,7 @@ def _optional_url(value: object) -> URL | None:
 
 
 def _secret(value: object, info: ValidationInfo) -> str:
-    """A literal, or what `{env: NAME}` or `{file: PATH}` holds now; a file's last line break is not part of it."""
+    """A literal, or the present value of `{env: NAME}` or `{file: PATH}`, the file's last line break removed."""
     if isinstance(value, str):
         return value
     if not (isinstance(value, dict) and len(value) == 1 and (source := next(iter(value))) in ("env", "file")):
@@ -204,12 +204,20 @@ def _secret(value: object, info: ValidationInfo) -> str:
     name = value[source]
     if not isinstance(name, str) or not name:
         raise refuse("expected " + ("the name of a variable" if source == "env" else "the path of a file"), key=source)
-    if source == "env":
-        secret = os.environ.get(name, "")
-        if not secret:
-            raise refuse(f"the environment variable {name} is not set or empty", key=source)
-        return secret
-    surroundings: Surroundings = info.context or Surroundings()
+    try:
+        return _from_environment(name) if source == "env" else _from_file(name, info.context or Surroundings())
+    except ValueError as error:
+        raise refuse(str(error), key=source) from None
+
+
+def _from_environment(name: str) -> str:
+    secret = os.environ.get(name, "")
+    if not secret:
+        raise ValueError(f"the environment variable {described(name)} is unset or empty: set it")
+    return secret
+
+
+def _from_file(name: str, surroundings: Surroundings) -> str:
     path = surroundings.directory / name
     surroundings.files.add(path)
     try:
@@ -218,11 +226,11 @@ def _secret(value: object, info: ValidationInfo) -> str:
         secret = content.decode().removesuffix("\n").removesuffix("\r")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise refuse(f"the file {name} cannot be read: {reason}", key=source) from None
+        raise ValueError(f"the file {described(name)} cannot be read: {reason}") from None
     if len(content) > _SECRET_BYTES:
-        raise refuse(f"the file {name} has more than {_SECRET_BYTES} bytes: expected a secret", key=source)
+        raise ValueError(f"the file {described(name)} has more than {_SECRET_BYTES} bytes: expected a secret")
     if not secret:
-        raise refuse(f"the file {name} is empty", key=source)
+        raise ValueError(f"the file {described(name)} is empty")
     return secret
 
 
@@ -233,11 +241,11 @@ def _header_value(secret: str) -> str:
 
 
 def printable(secret: str) -> str:
-    """The secret, which can stand in a header."""
+    """The secret, if a header can carry it."""
     if re.search(r"[\x00-\x1f\x7f-\x9f]", secret):
-        raise refuse("expected a value of one line, without control characters")
+        raise refuse("expected a single line without control characters")
     if re.search(r"[\ud800-\udfff]", secret):
-        # That is how Python reads a variable that is something else.
+        # Python represents bytes that are not UTF-8 by lone surrogates.
         raise refuse("expected a value in UTF-8")
     return secret
 
@@ -246,19 +254,19 @@ def _attribute(name: str) -> str:
     if not name:
         raise refuse("expected text that is not empty")
     if not re.fullmatch(r"[a-z0-9]+", name) or name == "data":
-        raise refuse("expected the name of an attribute, in lower-case letters and digits")
+        raise refuse("expected an attribute name of lower-case letters and digits")
     return name
 
 
 def _header_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-        raise refuse(f"expected the name of an HTTP header, found {described(name)}")
+        raise refuse(f"expected an HTTP header name, found {described(name)}")
     if name.lower() in _RESERVED_HEADERS or name.lower().startswith("ce-"):
-        raise refuse(f"the header {name} belongs to the event and the connection: expected another one")
+        raise refuse(f"the broker sets the header {name} itself: remove it")
     return name
 
 
-# What frames a request or says what the event is: ours to write, not the file's.
+# These headers frame the request or describe the event.
 _RESERVED_HEADERS = frozenset(
     {
         "connection",
@@ -280,22 +288,22 @@ _RESERVED_HEADERS = frozenset(
 
 def _trigger_name(name: str) -> str:
     if not name or not name.isprintable() or len(name) > _MAX_NAME:
-        raise refuse(f"expected a printable name of 1 to {_MAX_NAME} characters for the trigger")
+        raise refuse(f"expected a printable trigger name of 1 to {_MAX_NAME} characters")
     return name
 
 
-# The same for editors: JSON Schema. What is text here is there what YAML makes of it.
+# The JSON Schema of each kind. An editor sees scalars as YAML types them: numbers, booleans or text.
 
 _SCALAR: dict[str, Any] = {"type": ["string", "number", "boolean"]}
 _SOME_SCALAR = _SCALAR | {"minLength": 1}
 _KEYS = {"type": "object", "additionalProperties": False}
 _SECRET: dict[str, Any] = {
     "anyOf": [
-        _SCALAR | {"description": "The secret itself.", "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"},
+        _SCALAR | {"description": "The secret, literally.", "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"},
         _KEYS | {"properties": {"env": {"type": "string", "minLength": 1}}, "required": ["env"]}
-        | {"description": "The environment variable that has it."},
+        | {"description": "The environment variable that holds the secret."},
         _KEYS | {"properties": {"file": {"type": "string", "minLength": 1}}, "required": ["file"]}
-        | {"description": "The file that has it, relative to this one. A change of the file is a change of this one."},
+        | {"description": "The file that holds the secret, relative to this file. A change takes effect at once."},
     ]
 }  # fmt: skip
 _DURATION = {

@@ -1,9 +1,10 @@
-"""What targets reply: which responses carry events, how they come into the log, and where chains of them end.
+"""The replies of targets: which responses carry events, how these get into the log, and where a chain of them ends.
 
-A reply is read like anything that is sent to the broker: its Content-Type alone says which mode it is in. Its hop
-counter, the extension attribute `knativebrokerttl` as Knative's brokers have it, is one less than that of the event it
-answers. The promise: of a chain of replies, however it is spread over targets, there is an end; what a target replied
-is in the log before its delivery counts; and all replies of a process together are held within one bound of bytes.
+A reply is read like anything that is sent to the broker: its Content-Type alone decides the mode. Its hop counter, the
+extension attribute `knativebrokerttl` of Knative's brokers, is one less than that of the event it answers.
+
+The promise: every chain of replies ends, over however many targets it goes; a reply is in the log before its event
+counts as delivered; and all replies of a process together stay within one bound of memory.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from pgbackend import facts
 from pgbackend.codec import wire
 from pgbackend.codec.event import Event, attributes_with
 from pgbackend.errors import EventError, PgBackendError
-from pgbackend.serve.egress import connections as egress
+from pgbackend.serve.egress import protocol
 
 if TYPE_CHECKING:
     from pgbackend.serve.operations.metrics import TriggerMetrics
@@ -27,20 +28,20 @@ if TYPE_CHECKING:
 
 HOPS = "knativebrokerttl"
 EVENT_BYTES = 1 << 20
-"""The data of a reply; the same as what is taken in over HTTP."""
+"""The data of a replied event; ingest takes as much."""
 BATCH_EVENTS = 100
-"""In one reply. Each may be replied to by a batch again."""
+"""The events of one reply. Each may cause a batch again."""
 _ENVELOPE_BYTES = 1 << 16
 _SMALL_BYTES = 1 << 16
-"""A reply within it is read at once. The connection itself holds as much."""
-_HELD_BYTES = 128 << 20
-"""All larger replies together hold at most this, from their first byte to their commit. Others wait for their turn."""
+"""A reply of this size needs no budget: its connection holds as much anyway."""
+_BUDGET_BYTES = 128 << 20
+"""The memory of all larger replies together, from their first byte to their commit."""
 _SHARE = 4
-"""One trigger's replies hold at most this part of it: a target that never ends its replies delays no other's."""
-_IN_MEMORY = 4
-"""Bytes that a byte of a body may take: as text, with one character that needs four, each takes four."""
-_BREATH = 0.02
-"""Seconds of parsing after which others have their turn."""
+"""One trigger gets this fraction of the budget, so that replies that never end delay no other trigger."""
+_MEMORY_FACTOR = 4
+"""Bytes of memory for a byte of a body: one character beyond the BMP makes Python keep four for each."""
+_PARSING_TIME = 0.02
+"""Seconds of parsing after which other tasks get a turn."""
 _BAD_REPLY, _NOT_STORED = 502, 503
 
 Mode = Literal["binary", "structured", "batch"]
@@ -48,16 +49,16 @@ Store = Callable[[Sequence[Event]], Awaitable[None]]
 
 
 class ReplyError(Exception):
-    """The target took the event, but what it replied cannot be had or stored. May succeed later."""
+    """The target took the event, but its reply cannot be read or stored. A retry may succeed."""
 
     def __init__(self, status: int, reason: str, *, code: int = _BAD_REPLY) -> None:
-        """`status` is what the target answered, `code` the status that this amounts to."""
+        """`status` is what the target answered; `code` is the status that the failure amounts to."""
         super().__init__(f"answered {status}, but its reply {reason}")
         self.code = code
 
 
 class Reply(NamedTuple):
-    """The response that carries events."""
+    """A response that carries events."""
 
     mode: Mode
     status: int
@@ -66,96 +67,102 @@ class Reply(NamedTuple):
 
 
 class ReplyBudget:
-    """Bytes that replies hold. Those for whom there is no room wait, in order."""
+    """A number of bytes that replies may hold together."""
 
-    def __init__(self, limit: int = _HELD_BYTES) -> None:
+    def __init__(self, limit: int = _BUDGET_BYTES) -> None:
         self.limit = limit
-        self._held = 0
+        self._reserved = 0
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
 
     @asynccontextmanager
-    async def taken(self, size: int) -> AsyncIterator[None]:
-        """So many bytes are the caller's while it is open. One that wants more than the limit has it alone."""
+    async def reserved(self, size: int) -> AsyncIterator[None]:
+        """Wait in line for `size` bytes, and hold them while the context is open.
+
+        A reply larger than the limit waits until it has the budget for itself.
+        """
         async with self._turn:
-            while self._held and self._held + size > self.limit:
+            while self._reserved and self._reserved + size > self.limit:
                 self._room.clear()
                 await self._room.wait()
-            self._held += size
+            self._reserved += size
         try:
             yield
         finally:
-            self._held -= size
+            self._reserved -= size
             self._room.set()
 
 
 class Replies:
-    """Takes what one target replies to `store`."""
+    """Reads the replies of one target, and stores them."""
 
     def __init__(
         self,
         store: Store,
         *,
-        hops: int,
         trigger: str,
         url: str,
-        budget: ReplyBudget | None,
-        metrics: "TriggerMetrics | None",
-        tracing: "Tracing | None",
+        max_hops: int,
+        budget: ReplyBudget,
+        metrics: "TriggerMetrics | None" = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
-        """`budget`: what all replies of the process share."""
+        """All replies of the process share `budget`. `url` is for logs."""
         self._store = store
-        self._budget = budget or ReplyBudget()
-        self._share = ReplyBudget(self._budget.limit // _SHARE)
-        self._hops = hops
         self._trigger = trigger
         self._url = url
+        self._max_hops = max_hops
+        self._budget = budget
+        self._share = ReplyBudget(budget.limit // _SHARE)
         self._metrics = metrics
         self._tracing = tracing
 
     def mode_of(self, headers: Mapping[str, str]) -> Mode | None:
-        """The mode of the events in a response with these headers; None when it has none."""
+        """The mode of the events in a response with these headers; None when it carries none."""
         try:
             mode = wire.mode_of(headers.get("Content-Type"))
         except EventError as error:
-            self._ignore(error)
+            self._report_ignored(error)
             return None
         return mode if mode != "binary" or "ce-specversion" in headers else None
 
     async def read(
-        self, response: aiohttp.ClientResponse, mode: Mode, *, held: AsyncExitStack, deadline: float
+        self, response: aiohttp.ClientResponse, mode: Mode, room: AsyncExitStack, *, deadline: float
     ) -> Reply:
-        """The whole reply, for which `held` keeps room.
+        """The whole reply, whose memory `room` keeps reserved.
 
-        Raises ReplyError for one that is compressed or too large, TimeoutError when there is no room for it by the
-        `deadline` of the loop's clock, else as `egress.read()`.
+        Raises ReplyError for a reply that is compressed or too large, TimeoutError when no memory is free before the
+        `deadline` of the loop's clock, and aiohttp's errors when the response breaks off.
         """
         if (encoding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
-            # Although none was asked for. Kept as it is, an event's data would not be what its type says.
+            # The request asked for none. Stored compressed, the data would not be what its content type says.
             raise ReplyError(response.status, f"has the Content-Encoding {encoding!r}")
         limit, body = limit_of(mode), bytearray()
         if (length := response.content_length or 0) > limit:
             raise ReplyError(response.status, f"has more than {limit} bytes")
-        await egress.read(response, _SMALL_BYTES + 1, into=body)
+        await protocol.read(response, _SMALL_BYTES + 1, into=body)
         if len(body) > _SMALL_BYTES:
-            # For all of it before more is read: replies that wait for each other in the middle would wait for ever.
-            size = (length or limit) * _IN_MEMORY
+            # Reserve for the whole reply: half-read replies that wait for each other would wait for ever.
+            size = (length or limit) * _MEMORY_FACTOR
             async with asyncio.timeout_at(deadline):
-                await held.enter_async_context(self._share.taken(size))
-                await held.enter_async_context(self._budget.taken(size))
-            await egress.read(response, limit + 1, into=body)
+                await room.enter_async_context(self._share.reserved(size))
+                await room.enter_async_context(self._budget.reserved(size))
+            await protocol.read(response, limit + 1, into=body)
         if len(body) > limit:
             raise ReplyError(response.status, f"has more than {limit} bytes")
         return Reply(mode, response.status, response.raw_headers, bytes(body))
 
-    async def take(self, reply: Reply, *, to: Event) -> None:
-        """What was replied to an event is in the log, or is not worth it. Raises ReplyError."""
+    async def store(self, reply: Reply, *, to: Event) -> None:
+        """The events of the reply to an event are in the log, except invalid ones and those without hops left.
+
+        Raises ReplyError.
+        """
         try:
             found = await _parse(reply)
         except EventError as error:
-            self._ignore(error, event_id=to.id, event_source=to.source)
+            self._report_ignored(error, event_id=to.id, event_source=to.source)
             return
-        events = list(_counted(found, to=to, most=self._hops))
+        events = list(_with_hops(found, to=to, max_hops=self._max_hops))
         if len(events) < len(found):
             facts.emit(
                 "reply dropped after too many hops", level=logging.WARNING,
@@ -173,47 +180,47 @@ class Replies:
         if self._metrics is not None:
             self._metrics.replied(len(events))
 
-    def _ignore(self, error: EventError, **about: Any) -> None:
+    def _report_ignored(self, error: EventError, **fields: Any) -> None:
         facts.emit(
-            "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._url, error=str(error), **about
+            "reply ignored", level=logging.WARNING, trigger=self._trigger, url=self._url, error=str(error), **fields
         )  # fmt: skip
 
 
 def limit_of(mode: Mode) -> int:
-    """Bytes that the body of a reply may have."""
-    # Base64, escapes and the envelope come on top of an event's data.
+    """The most bytes that the body of a reply may have."""
+    # In JSON an event has an envelope, and its data has escapes or base64.
     return EVENT_BYTES if mode == "binary" else EVENT_BYTES * 2 + _ENVELOPE_BYTES
 
 
 async def _parse(reply: Reply) -> list[Event]:
-    """Raises ReplyError for a batch of too many events, which is not read to its end."""
+    """The events of the reply. Raises EventError, and ReplyError for a batch of too many."""
     if reply.mode == "structured":
         return [wire.parse_structured(reply.body)]
     if reply.mode == "binary":
         return [wire.parse_binary(reply.headers, reply.body)]
     events: list[Event] = []
-    breathed = perf_counter()
+    turn_began = perf_counter()
     for event in wire.read_batch(reply.body):
         if len(events) == BATCH_EVENTS:
             raise ReplyError(reply.status, f"has more than {BATCH_EVENTS} events")
         events.append(event)
-        if perf_counter() - breathed > _BREATH:
+        if perf_counter() - turn_began > _PARSING_TIME:
             await asyncio.sleep(0)
-            breathed = perf_counter()
+            turn_began = perf_counter()
     return events
 
 
-def _counted(replies: list[Event], *, to: Event, most: int) -> Iterator[Event]:
-    """Those of the replies to an event that may go on, each with its hop counter."""
-    # An event that counts from higher than this broker does would go around for longer than its operator wants.
-    left = min(_hops(to, most), most) - 1
+def _with_hops(replies: list[Event], *, to: Event, max_hops: int) -> Iterator[Event]:
+    """The replies to an event that have hops left, each with its counter."""
+    # An event may come with a counter above this broker's limit: the limit wins.
+    left = min(_hops(to, max_hops), max_hops) - 1
     for reply in replies:
         if (hops := min(_hops(reply, left), left)) > 0:
             yield attributes_with(reply, {HOPS: str(hops)})
 
 
 def _hops(event: Event, default: int) -> int:
-    """Its counter; what is not a whole number is none."""
+    """The counter of the event; the default when it has none, or one that is not a whole number."""
     text = event.attribute(HOPS) or ""
     digits = text.removeprefix("-")
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 10 else default

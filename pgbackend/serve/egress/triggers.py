@@ -1,211 +1,164 @@
-"""Keeps what the backend runs equal to what the configuration says: one subscription for each trigger.
+"""Keeps the backend's subscriptions equal to the triggers of the configuration.
 
-Each trigger that differs from what is wanted has a task until it no longer does:
+A trigger that differs from the configuration has a task until it no longer differs:
 
-    not there ── alter what the log has of it, subscribe ──▶ in force ── unsubscribe ──▶ not there, its place is kept
-                                                              │    ▲
-           another order, end, start or number of shards: alter it; ─┴────┘
-                      anything: reconfigure, without a pause
+    absent ── alter its rows in the log, subscribe ──▶ in force ── unsubscribe ──▶ absent; its place is kept
+                                                        │    ▲
+       another order, end, start, shards: alter its rows ─┴────┘
+                   anything: reconfigure, without a pause
 
-The promises: a configuration comes into force, trigger by trigger, whatever fails on the way: what failed is tried
-again, always towards the newest configuration. No trigger waits for another. No event is lost or repeated: a trigger
-keeps its place in the log.
+The promises: a configuration comes into force trigger by trigger, and a failed change is tried again, always towards
+the newest configuration. No trigger waits for another. No event is lost or repeated: a trigger keeps its place in the
+log.
 """
 
 import asyncio
 import logging
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, TypedDict
-
-import aiohttp
-from yarl import URL
 
 from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.errors import DatabaseError, NotRunningError, SubscriptionBusyError, SubscriptionNotFoundError
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve.config.models import Configuration, Trigger
-from pgbackend.serve.egress.delivery import DeadLetterDelivery, Delivery, refuse_without_target
-from pgbackend.serve.egress.replies import ReplyBudget
-
-if TYPE_CHECKING:
-    from pgbackend.model import ConsumerDispatcher, EventFilter
-    from pgbackend.retry import Retry
-    from pgbackend.serve.operations.metrics import Metrics
-    from pgbackend.serve.operations.tracing import Tracing
+from pgbackend.serve.egress.subscribing import SubscriptionFactory
 
 
 class Triggers:
     """The triggers of one broker process."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        session: aiohttp.ClientSession,
-        *,
-        metrics: "Metrics | None" = None,
-        tracing: "Tracing | None" = None,
-        hops: int = 255,
-        target_connections: int = 256,
-    ) -> None:
-        """`hops`: how long a chain of replies may be. `target_connections`: requests open at a time to one target."""
+    def __init__(self, backend: Backend, factory: SubscriptionFactory) -> None:
         self.configuration = Configuration()
-        """What is wanted: the last that `apply()` was given."""
+        """The newest configuration that `apply()` was given."""
         self._backend = backend
-        self._session = session
-        self._metrics = metrics
-        self._tracing = tracing
-        self._hops = hops
-        self._replies = ReplyBudget()
-        self._target_connections = target_connections
+        self._factory = factory
         self._in_force: dict[str, Trigger] = {}
-        """What the backend runs, and as what."""
+        """The triggers that the backend runs."""
         self._changes: dict[str, _Change] = {}
+        """The triggers that are changing."""
+        self._begun: asyncio.Queue[str] = asyncio.Queue()
+        """The changes that have no task yet."""
+
+    async def run(self) -> None:
+        """Change triggers until cancelled. A change that is cancelled can begin again."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                name = await self._begun.get()
+                tasks.create_task(self._converge(name), name=f"change trigger {name}")
 
     async def apply(self, configuration: Configuration) -> None:
-        """Return once the triggers are what `configuration` says, but for those that wait for their events in flight.
+        """Return once the triggers are as in `configuration`, except those that wait for their events in flight.
 
-        These follow by themselves. Triggers that are the same stay untouched. PostgreSQL's absence is waited out. What
-        was begun goes on when this call is cancelled, until the backend is stopped.
+        These follow by themselves. Triggers that stay the same are not touched. While PostgreSQL is away, this waits.
+        The changes go on when this call is cancelled. Needs `run()`.
         """
         self.configuration = configuration
         names = {**self._in_force, **configuration.triggers}
-        for change in [self._change(name) for name in names if self._differs(name)]:
-            await change.on_its_way.wait()
+        for change in [self._begin(name) for name in names if self._differs(name)]:
+            await change.detached.wait()
 
-    async def settled(self) -> None:
-        """Return once no trigger is changing, those included that waited for their events in flight."""
+    async def drain(self) -> None:
+        """Return once no trigger is changing."""
         while self._changes:
-            await asyncio.wait({change.task for change in self._changes.values()})
-
-    # One trigger.
+            await next(iter(self._changes.values())).ended.wait()
 
     def _differs(self, name: str) -> bool:
         return self._in_force.get(name) != self.configuration.triggers.get(name)
 
-    def _change(self, name: str) -> "_Change":
+    def _begin(self, name: str) -> "_Change":
         """The change that is under way, which heeds the newest configuration, or a new one."""
         if name not in self._changes:
-            change = self._changes[name] = _Change()
-            change.task = asyncio.create_task(self._converge(name, change), name=f"change trigger {name}")
+            self._changes[name] = _Change()
+            self._begun.put_nowait(name)
         return self._changes[name]
 
-    async def _converge(self, name: str, change: "_Change") -> None:
-        """The trigger is what the newest configuration says; or the backend was stopped."""
-        backoff = GrowingDelay()
+    async def _converge(self, name: str) -> None:
+        """The trigger is as in the newest configuration, or the backend was stopped."""
+        change = self._changes[name]
+        pause = GrowingDelay()
         try:
             while self._differs(name):
                 try:
-                    await self._step(name, self._in_force.get(name), self.configuration.triggers.get(name), change)
+                    await self._step(name, change)
                     continue
                 except NotRunningError:
                     return
-                except Exception as error:  # noqa: BLE001 - whatever it is, no trigger may stay unsubscribed for it
-                    if isinstance(error, SubscriptionBusyError):
-                        # What another process has at work may take long; nobody need wait for it here.
-                        change.on_its_way.set()
-                    if isinstance(error, DatabaseError | SubscriptionBusyError):
-                        facts.emit("trigger not changed yet", level=logging.WARNING, trigger=name, error=str(error))
-                    else:
-                        facts.emit("trigger change failed", level=logging.ERROR, trigger=name, exc_info=error)
-                        change.on_its_way.set()
-                await backoff.wait()
+                except DatabaseError as error:
+                    _report_delay(name, error)
+                except SubscriptionBusyError as error:
+                    # The events in flight of another process may take long: let apply() return.
+                    change.detached.set()
+                    _report_delay(name, error)
+                except Exception as error:  # noqa: BLE001 - no error may leave a trigger without its subscription
+                    change.detached.set()
+                    facts.emit("trigger change failed", level=logging.ERROR, trigger=name, exc_info=error)
+                await pause.wait()
         finally:
-            # Together, without an await: who asks later begins a change of its own.
+            # No await in between: a later apply() begins another change.
             del self._changes[name]
-            change.on_its_way.set()
+            change.detached.set()
+            change.ended.set()
 
-    async def _step(self, name: str, old: Trigger | None, new: Trigger | None, change: "_Change") -> None:
-        """What is wanted is in force, if nothing goes wrong."""
+    async def _step(self, name: str, change: "_Change") -> None:
+        """The trigger is as the configuration was at the beginning of the call."""
+        old, new = self._in_force.get(name), self.configuration.triggers.get(name)
         if new is None:
-            # Waits for requests that are open; for a target that hangs, until the backend's `drain_timeout`. Then they
-            # are cut short, and their events, which nobody has settled, are dispatched again when somebody subscribes.
-            change.on_its_way.set()
-            with suppress(SubscriptionNotFoundError):  # this was tried before, and failed on the way
-                await self._backend.unsubscribe(name)
-            del self._in_force[name]
-            if self._metrics is not None:
-                self._metrics.forget(name)
-            facts.emit("trigger removed", trigger=name)
+            await self._remove(name, change)
             return
         if old is None or _terms(old) != _terms(new):
             if old is not None:
-                # It rests until its open requests have ended: as above.
-                change.on_its_way.set()
-            # What is new here may be in the log, from before a restart. Altered first: what it is told to do now goes
-            # for events that it gets in the new way.
-            with suppress(SubscriptionNotFoundError):
-                if new.order == "strict":
-                    # It can become so with a single shard only.
-                    await self._backend.reshard(name, new.shards)
-                await self._backend.alter_subscription(name, order=new.order, end=new.end, start=new.start)
-                await self._backend.reshard(name, new.shards)
+                # It waits for its open requests: see `_remove`.
+                change.detached.set()
+            await self._alter(name, new)
+        options = self._factory.options(name, new)
         if old is None:
             await self._backend.subscribe(
-                name, order=new.order, end=new.end, start=new.start, shards=new.shards, **self._dispatching(name, new)
+                name, order=new.order, end=new.end, start=new.start, shards=new.shards, **options
             )
         else:
-            await self._backend.reconfigure(name, **self._dispatching(name, new))
+            await self._backend.reconfigure(name, **options)
         self._in_force[name] = new
         facts.emit("trigger added" if old is None else "trigger changed", trigger=name)
 
-    def _dispatching(self, name: str, trigger: Trigger) -> "_Dispatching":
-        """How the backend is to dispatch the trigger's events."""
-        options = trigger.delivery_options
-        dispatcher: ConsumerDispatcher = refuse_without_target
-        if trigger.target.url is not None:
-            dispatcher = self._delivery(name, trigger, trigger.target.url)
-        dead_letter: ConsumerDispatcher | None = None
-        if options.dead_letter_url is not None:
-            dead_letter = DeadLetterDelivery(self._delivery(name, trigger, options.dead_letter_url, is_target=False))
-        return {
-            "dispatcher": dispatcher,
-            "dead_letter": dead_letter,
-            "filter": trigger.predicate,
-            "concurrency": trigger.concurrency,
-            "retry": options.policy(),
-        }
+    async def _remove(self, name: str, change: "_Change") -> None:
+        # Unsubscribing waits for open requests, up to the backend's `drain_timeout`. Then it cuts them off, and their
+        # unsettled events are dispatched again when the trigger comes back.
+        change.detached.set()
+        with suppress(SubscriptionNotFoundError):  # an earlier try got this far
+            await self._backend.unsubscribe(name)
+        del self._in_force[name]
+        self._factory.forget(name)
+        facts.emit("trigger removed", trigger=name)
 
-    def _delivery(self, name: str, trigger: Trigger, url: URL, *, is_target: bool = True) -> Delivery:
-        return Delivery(
-            self._session,
-            url,
-            trigger=name,
-            timeout=trigger.delivery_options.timeout,
-            mode=trigger.target.mode,
-            header_coding=trigger.target.header_coding if is_target else "percent",
-            # The target's alone: they may hold its secrets, and the other is another party. Its numbers as well.
-            headers=trigger.target.headers if is_target else None,
-            metrics=self._metrics.trigger(name) if is_target and self._metrics is not None else None,
-            reply=self._backend.produce_many,
-            hops=self._hops,
-            replies=self._replies,
-            connections=self._target_connections,
-            tracing=self._tracing,
-        )
+    async def _alter(self, name: str, new: Trigger) -> None:
+        """The rows of the trigger in the log, if there are any, have its order, end, start and shards.
+
+        They may be there for a new trigger, too, from before a restart. They are altered before it subscribes, so that
+        the new dispatcher never gets events under the old terms.
+        """
+        with suppress(SubscriptionNotFoundError):
+            if new.order == "strict":
+                # A subscription must have a single shard before its order can be strict.
+                await self._backend.reshard(name, new.shards)
+            await self._backend.alter_subscription(name, order=new.order, end=new.end, start=new.start)
+            await self._backend.reshard(name, new.shards)
 
 
 class _Change:
-    """A trigger on its way to what is wanted."""
+    """A trigger on its way to the configuration."""
 
     def __init__(self) -> None:
-        self.task: asyncio.Task[None]
-        self.on_its_way = asyncio.Event()
-        """Set once nobody need wait for it: it is done, or waits for events in flight, or for somebody to help."""
+        self.detached = asyncio.Event()
+        """Set once apply() need not wait: the change has ended, waits for events in flight, or needs outside help."""
+        self.ended = asyncio.Event()
 
 
-class _Dispatching(TypedDict):
-    """What `subscribe()` and `reconfigure()` are both told."""
-
-    dispatcher: "ConsumerDispatcher"
-    dead_letter: "ConsumerDispatcher | None"
-    filter: "EventFilter | None"
-    concurrency: int
-    retry: "Retry"
+def _report_delay(name: str, error: Exception) -> None:
+    facts.emit("trigger not changed yet", level=logging.WARNING, trigger=name, error=str(error))
 
 
 def _terms(trigger: Trigger) -> tuple[str, int, int | datetime | None, int | datetime | None]:
-    """What the log keeps of a trigger: its order, its shards, its end and the bound it began at."""
+    """What the log stores of a trigger: its order, its shards, its end and its bound at the start."""
     start = trigger.start if isinstance(trigger.start, int | datetime) else None
     return trigger.order, trigger.shards, trigger.end, start

@@ -12,7 +12,8 @@ from pgbackend.codec.event import Event
 from pgbackend.codec.wire import parse_structured
 from pgbackend.errors import ConfigError
 from pgbackend.retry import Retry
-from pgbackend.serve.config.models import Configuration, Trigger, load, load_file
+from pgbackend.serve.config.load import load, load_file
+from pgbackend.serve.config.models import Configuration, Trigger
 from pgbackend.serve.config.values import seconds
 
 EVERYTHING = """
@@ -187,7 +188,7 @@ class TestFilesOfTriggerMesh:
     def test_an_id_of_redis_is_told_as_the_time_that_it_is(self) -> None:
         said = complaint("triggers: {replay: {bounds: {byId: {start: 1686851639344-0}}}}")
         assert "triggers.replay.bounds.byId.start: expected a position of this log" in said
-        assert "byDate, 2023-06-15T17:53:59.344Z" in said
+        assert "use byDate with 2023-06-15T17:53:59.344Z" in said
 
 
 def test_anchors_aliases_and_merges_are_resolved() -> None:
@@ -396,8 +397,8 @@ MISTAKES = [
     ("triggers: {a: {filters: [{exact: {type: [x]}}]}}", "exact.type: expected text, found a list"),
     ("triggers: {a: {filters: [{exact: {}}]}}", "filters[0].exact: expected at least one attribute"),
     ("triggers: {a: {filters: [{any: []}]}}", "filters[0].any: expected at least one filter"),
-    ("triggers: {a: {filters: [{exact: {Type: x}}]}}", "filters[0].exact.Type: expected the name of an attribute"),
-    ("triggers: {a: {filters: [{prefix: {data: x}}]}}", "filters[0].prefix.data: expected the name of an attribute"),
+    ("triggers: {a: {filters: [{exact: {Type: x}}]}}", "filters[0].exact.Type: expected an attribute name"),
+    ("triggers: {a: {filters: [{prefix: {data: x}}]}}", "filters[0].prefix.data: expected an attribute name"),
     (
         "triggers: {a: {filters: [{not: {all: [{exact: {a: ''}}]}}]}}",
         "filters[0].not.all[0].exact.a: expected text that",
@@ -431,54 +432,55 @@ MISTAKES = [
     ("triggers: {a: {target: {mode: batch}}}", 'target.mode: expected binary or structured, found "batch"'),
     (
         "triggers: {a: {target: {headers: {X: {env: NOT_SET_AT_ALL}}}}}",
-        "headers.X.env: the environment variable NOT_SET",
+        'headers.X.env: the environment variable "NOT_SET',
     ),
     (
         "triggers: {a: {target: {headers: {X: {file: /not/there}}}}}",
-        "headers.X.file: the file /not/there cannot be read",
+        'headers.X.file: the file "/not/there" cannot be read',
     ),
     (
         "triggers: {a: {target: {headers: {X: {file: /dev/zero}}}}}",
-        "headers.X.file: the file /dev/zero has more than 65536 bytes: expected a secret",
+        'headers.X.file: the file "/dev/zero" has more than 65536 bytes: expected a secret',
     ),
     ("triggers: {a: {target: {headers: {X: {vault: x}}}}}", "headers.X: expected text, {env: NAME} or {file: PATH}"),
-    ('triggers: {a: {target: {headers: {X: "a\\r\\nY: b"}}}}', "headers.X: expected a value of one line"),
-    ('triggers: {a: {target: {headers: {"X: a": b}}}}', "expected the name of an HTTP header"),
+    ('triggers: {a: {target: {headers: {X: "a\\r\\nY: b"}}}}', "headers.X: expected a single line"),
+    ('triggers: {a: {target: {headers: {"X: a": b}}}}', "expected an HTTP header name"),
     (
         "triggers: {a: {target: {headers: {Content-Length: 5}}}}",
-        "headers.Content-Length: the header Content-Length belongs",
+        "headers.Content-Length: the broker sets the header Content-Length itself",
     ),
-    ("triggers: {a: {target: {headers: {ce-id: 5}}}}", "headers.ce-id: the header ce-id belongs"),
+    ("triggers: {a: {target: {headers: {ce-id: 5}}}}", "headers.ce-id: the broker sets the header ce-id itself"),
     ("triggers: {a: {target: {url: 'http://a%3Ab:c@x/'}}}", "target.url: expected a user without a colon"),
     (
         "triggers: {a: {target: {url: 'http://a..b/'}}}",
-        "target.url: expected an absolute http or https URL, whose host",
+        "target.url: expected an absolute http or https URL with a host",
     ),
     (
         f"triggers: {{a: {{deliveryOptions: {{deadLetterURL: 'http://{'x' * 64}.de/'}}}}}}",
-        "deadLetterURL: expected an absolute http or https URL, whose host",
+        "deadLetterURL: expected an absolute http or https URL with a host",
     ),
-    ("triggers: {a: {target: {headers: {PgBackend-Attempt: 5}}}}", "the header PgBackend-Attempt belongs"),
+    ("triggers: {a: {target: {headers: {PgBackend-Attempt: 5}}}}", "sets the header PgBackend-Attempt itself"),
     ("triggers: {a: {target: {headers: {x: 1, X: 2}}}}", "target.headers: "),
     ("triggers: {a: {bounds: {byId: {start: 5-0}}}}", 'byId.start: expected a whole number, found "5-0"'),
-    ("triggers: {a: {bounds: {byId: {start: 5, end: 5}}}}", "bounds.byId.end: expected an end behind the start"),
+    ("triggers: {a: {bounds: {byId: {start: 5, end: 5}}}}", "bounds.byId.end: expected an end after the start"),
     ("triggers: {a: {bounds: {byDate: {end: 2026-02-30T00:00:00Z}}}}", "byDate.end: expected a time such as"),
     ("triggers: {a: {bounds: {byDate: {end: 2026-02-03}}}}", "byDate.end: expected a time such as"),
     ("triggers: {a: {order: sorted}}", "triggers.a.order: expected none, key or strict"),
-    ("triggers: {a: {order: strict, shards: 2}}", "triggers.a.shards: strict order is that of the whole log"),
+    ("triggers: {a: {order: strict, shards: 2}}", "triggers.a.shards: expected a single shard: strict order"),
     ("triggers: {a: {bounds: {byId: {end: 0}}}}", "bounds.byId.end: expected a whole number from 1 to"),
     ("triggers: {a: {start: now}}", "triggers.a.start: expected earliest or latest"),
     ("triggers: {a: {concurrency: 0}}", "triggers.a.concurrency: expected a whole number from 1 to"),
     ("triggers: {a: {shards: 0}}", "triggers.a.shards: expected a whole number from 1 to"),
     ("triggers: [a]", "triggers: expected a mapping from names to triggers, found a list"),
-    ('triggers: {"": {}}', "expected a printable name"),
+    ('triggers: {"": {}}', "expected a printable trigger name"),
     ("triggers: {a: b}", 'triggers.a: expected a mapping, found "b"'),
-    ("triggers: {a: {}, a: {}}", "'a' stands twice in one mapping"),
-    ("triggers: {a: {order: key, Order: none}}", "triggers.a.Order: order stands twice"),
+    ("triggers: {a: {}, a: {}}", "'a' occurs twice in this mapping"),
+    ("triggers: {a: {order: key, Order: none}}", "triggers.a.Order: order occurs twice"),
     ("ingest: {password: x}", "ingest: expected user as well"),
-    ("ingest: {user: 'a:b', password: x}", "ingest.user: expected a name without a colon"),
-    ("ingest: {user: a, password: {env: NOT_SET_AT_ALL}}", "ingest.password.env: the environment variable NOT_SET"),
+    ("ingest: {user: 'a:b', password: x}", "ingest.user: expected a user without a colon"),
+    ("ingest: {user: a, password: {env: NOT_SET_AT_ALL}}", 'ingest.password.env: the environment variable "NOT_SET'),
     ("just text", 'expected a mapping, found "just text"'),
+    ('ingest: {token: {env: "a\\nb"}}', r'the environment variable "a\nb" is unset or empty: set it'),
     ("", "is empty: expected a mapping with `triggers`"),
     ("a: [", "not valid YAML"),
     ("a: b: c", "not valid YAML"),
@@ -538,8 +540,8 @@ def test_all_mistakes_are_named_in_the_order_of_the_file() -> None:
             """)
     assert [problem.removeprefix("broker.yaml:").split(": expected")[0] for problem in caught.value.problems] == [
         "2: triggers.b.target.url",
-        "2: triggers.b.shards: strict order is that of the whole log",
-        "3: 'b' stands twice in one mapping",
+        "2: triggers.b.shards",
+        "3: 'b' occurs twice in this mapping",
         "6: triggers.a.filters[0]",
         "8: triggers.a.filters[1].not.all[0].exact.Type",
         "8: triggers.a.filters[1].not.all[0].exact.id",
@@ -584,7 +586,7 @@ def test_a_key_like_no_other_suggests_nothing() -> None:
 
 
 def test_what_an_alias_repeats_is_one_mistake() -> None:
-    assert complaint("triggers: {a: &a {order: x, order: y}, b: *a}").count("stands twice") == 1
+    assert complaint("triggers: {a: &a {order: x, order: y}, b: *a}").count("occurs twice") == 1
 
 
 @pytest.mark.parametrize(("first", "others"), [("[x, x]", "[{}]"), ("{}", "{{<<: [{}]}}")], ids=["lists", "merges"])

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from time import monotonic
@@ -11,8 +11,10 @@ import aiohttp
 import pytest
 
 from pgbackend.facts import Recorder
-from pgbackend.serve.config import reload
-from pgbackend.serve.config.models import Configuration, load_file
+from pgbackend.serve.config import watch
+from pgbackend.serve.config.load import load_file
+from pgbackend.serve.config.models import Configuration
+from pgbackend.serve.config.reload import ConfigurationFile
 from tests.serve.support.broker import HEADERS
 from tests.serve.support.process import running
 from tests.serve.support.target import Target
@@ -26,14 +28,14 @@ def naming(*triggers: str, secret: str = "") -> str:
 
 
 class Follower:
-    """What `changes()` yields, as it comes."""
+    """The configurations that a file yields, as they come."""
 
-    def __init__(self, changes: AsyncGenerator[Configuration]) -> None:
-        self._changes = changes
+    def __init__(self, file: ConfigurationFile) -> None:
+        self._file = file
         self._found: asyncio.Queue[Configuration] = asyncio.Queue()
 
     async def run(self) -> None:
-        async with aclosing(self._changes) as changes:
+        async with aclosing(self._file.changes()) as changes:
             async for configuration in changes:
                 self._found.put_nowait(configuration)
 
@@ -50,8 +52,8 @@ class Follower:
 
 
 @asynccontextmanager
-async def following(path: Path, *extra: Path, current: Configuration | None = None) -> AsyncIterator[Follower]:
-    follower = Follower(reload.changes(path, current or load_file(path), extra=extra))
+async def following(path: Path, *, current: Configuration | None = None) -> AsyncIterator[Follower]:
+    follower = Follower(ConfigurationFile(path, current or load_file(path)))
     task = asyncio.create_task(follower.run())
     try:
         yield follower
@@ -69,7 +71,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def rename_over(file: Path, text: str) -> None:
-    new = file.with_name("broker.yaml.new")
+    new = file.with_name(f"{file.name}.new")
     new.write_text(text)
     new.rename(file)
 
@@ -244,13 +246,12 @@ async def test_a_file_larger_than_memory_is_reported_and_changes_nothing(file: P
             assert await follower.names() == ["second"]
 
 
-async def test_the_same_problem_is_reported_once(file: Path) -> None:
-    following = reload._Following(file, load_file(file), frozenset())
+def test_the_same_mistake_is_reported_once(file: Path) -> None:
+    in_force = ConfigurationFile(file, load_file(file))
     with Recorder() as recorder:
         for text in ("triggers: []", "triggers: []", "triggers: [] # still", "triggers: x", "triggers: []"):
-            rename_over(file, text)
-            assert not await following.look()
-            assert not await following.look()
+            file.write_text(text)
+            assert not in_force.accept(in_force.read())
     assert [str(fact["error"]).rpartition(" ")[2] for fact in recorder.all("configuration refused")] == [
         "list.",
         '"x".',
@@ -258,22 +259,19 @@ async def test_the_same_problem_is_reported_once(file: Path) -> None:
     ]
 
 
-async def test_a_file_that_is_touched_or_says_the_same_in_other_words_is_no_change(file: Path) -> None:
-    following = reload._Following(file, load_file(file), frozenset())
+def test_a_file_that_says_the_same_in_other_words_is_no_change(file: Path) -> None:
+    in_force = ConfigurationFile(file, load_file(file))
     with Recorder() as recorder:
-        assert not await following.look()
-        os.utime(file)
-        assert not await following.look()
         for text in (
             naming("first"),
             "# a comment\n" + naming("first"),
             '{"Triggers": {"first": {"target": {"url": "http://h/"}}}}',
         ):
-            rename_over(file, text)
-            assert not await following.look()
-        rename_over(file, naming("second"))
-        assert await following.look()
-        assert not await following.look()
+            file.write_text(text)
+            assert not in_force.accept(in_force.read())
+        file.write_text(naming("second"))
+        assert in_force.accept(in_force.read())
+        assert not in_force.accept(in_force.read())
     assert not recorder.facts
 
 
@@ -281,7 +279,7 @@ async def test_half_of_a_file_is_not_taken_while_the_rest_is_being_written(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A writer that stands still for longer is believed to be done.
-    monkeypatch.setattr(reload, "_MOMENT", 2.5)
+    monkeypatch.setattr(watch, "_MOMENT", 2.5)
     whole = naming(*(f"t{number}" for number in range(10)))
     async with following(file) as follower:
         with file.open("w") as writing:
@@ -293,26 +291,22 @@ async def test_half_of_a_file_is_not_taken_while_the_rest_is_being_written(
         assert follower.is_empty
 
 
-async def test_another_file_of_interest_yields_what_is_in_force_once_more(tmp_path: Path, file: Path) -> None:
-    certificate = tmp_path / "tls" / "cert.pem"
-    certificate.parent.mkdir()
-    certificate.write_text("old")
-    async with following(file, certificate) as follower:
-        rename_over(certificate, "new")
-        assert await follower.names() == ["first"]
-        file.write_text("triggers: [")
-        certificate.write_text("newer")
-        assert await follower.names() == ["first"]
-
-
-async def test_a_pipe_is_not_read_again(tmp_path: Path) -> None:
-    """As of `--config <(…)`: reading it would wait for ever."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    certificate = tmp_path / "cert.pem"
-    async with following(pipe, certificate, current=Configuration()) as follower:
-        certificate.write_text("new")
-        assert await follower.next() == Configuration()
+async def test_files_are_read_again_only_when_their_contents_change(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "tls" / "second"
+    second.parent.mkdir()
+    first.write_text("a")
+    second.write_text("b")
+    files = (first, second)
+    known = watch.digests(files)
+    async with aclosing(
+        watch.changes(lambda: [file.read_text() for file in files], lambda: files, known=known)
+    ) as reads:
+        os.utime(first)
+        rename_over(second, "c")
+        assert await anext(reads) == ["a", "c"]
+        rename_over(first, "a")
+        rename_over(second, "d")
+        assert await anext(reads) == ["a", "d"]
 
 
 async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,15 +315,15 @@ async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: 
             raise RuntimeError("inotify: no space left")
         yield
 
-    monkeypatch.setattr(reload, "awatch", awatch)
+    monkeypatch.setattr(watch, "awatch", awatch)
     with Recorder() as recorder:
         async with following(file) as follower:
-            await recorder.wait("configuration not watched")
+            await recorder.wait("files not watched")
             file.write_text(naming("second"))
             assert await follower.names() == ["second"]
             file.write_text(naming("third"))
             assert await follower.names() == ["third"]
-    assert len(recorder.all("configuration not watched")) == 1
+    assert len(recorder.all("files not watched")) == 1
 
 
 class TestOfABroker:

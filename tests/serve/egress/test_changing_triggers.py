@@ -8,9 +8,7 @@ from time import monotonic
 from aiohttp import web
 
 from pgbackend.facts import Recorder
-from pgbackend.serve.config.models import load
-from pgbackend.serve.egress.delivery import open_session
-from pgbackend.serve.egress.triggers import Triggers
+from pgbackend.serve.config.load import load
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
 from tests.serve.support.broker import Broker, send, serving
@@ -93,7 +91,7 @@ class TestAddingAndRemoving:
                 await broker.triggers.apply(load(config(third=to(other_target)), origin="test"))
                 released.set()
                 await recorder.wait("trigger removed", trigger="billing")
-            await broker.triggers.settled()
+            await broker.triggers.drain()
             [shard] = (await status_of(broker.backend, "billing")).shards
             assert (shard.position, shard.pending) == (1, 0)
         assert target.ids() == ["1"]
@@ -108,7 +106,7 @@ class TestAddingAndRemoving:
             await broker.triggers.apply(load("{}", origin="test"))
             await broker.triggers.apply(load(config(billing=to(target, "order: strict")), origin="test"))
             released.set()
-            await broker.triggers.settled()
+            await broker.triggers.drain()
             await target.wait(2)
             await settled(broker.backend)
         assert target.ids() == ["1", "2"]
@@ -236,7 +234,7 @@ class TestChanging:
             async with asyncio.TaskGroup() as group:
                 for file in files:
                     group.create_task(broker.triggers.apply(load(file, origin="test")))
-            await broker.triggers.settled()
+            await broker.triggers.drain()
             assert broker.triggers.configuration == load(files[-1], origin="test")
             await running(broker, "billing", "t8")
 
@@ -281,14 +279,10 @@ class TestChanging:
         target.answer = lambda request: web.Response(
             headers={"ce-specversion": "1.0", "ce-id": f"r{next(numbers)}", "ce-source": "/target", "ce-type": "reply"}
         )
-        async with serving(database) as broker, open_session() as session:
-            triggers = Triggers(broker.backend, session, hops=3)
-            await triggers.apply(load(config(billing=to(target)), origin="test"))
+        async with serving(database, config=config(billing=to(target)), max_hops=3) as broker:
             await send(broker, "first")
             await target.wait(3)
             await settled(broker.backend)
-            await triggers.apply(load("{}", origin="test"))
-            await triggers.settled()
         assert target.ids() == ["first", "r1", "r2"]
 
     async def test_what_a_trigger_does_is_counted_while_there_is_one(
@@ -321,8 +315,8 @@ class TestShards:
                 count += 20
                 file = config(billing=to(target, options))
                 await asyncio.gather(one.configure(file), other.configure(file))
-                await one.triggers.settled()
-                await other.triggers.settled()
+                await one.triggers.drain()
+                await other.triggers.drain()
                 [billing] = (await one.backend.status()).subscriptions
                 assert f"shards: {len([s for s in billing.shards if s.until is None])}" in f"shards: 1, {options}"
             await target.wait(count)
@@ -365,7 +359,7 @@ class TestFailing:
                 assert recorder.all("trigger added", trigger="other")
                 await broker.backend.unsubscribe("billing")
                 await recorder.wait("trigger added", trigger="billing")
-            await broker.triggers.settled()
+            await broker.triggers.drain()
             await send(broker, 1)
             await target.wait(2)
 
@@ -412,7 +406,7 @@ class TestWithoutPostgres:
                     assert not applying.done()
                     proxy.restore()
                     await applying
-                    await broker.triggers.settled()
+                    await broker.triggers.drain()
                     proxy.cut()
                     applying = asyncio.create_task(broker.triggers.apply(load(before, origin="test")))
                     # It is somewhere in the middle when the connection comes and goes.
@@ -423,7 +417,7 @@ class TestWithoutPostgres:
                         await asyncio.sleep(0.05)
                     proxy.restore()
                     await applying
-                    await broker.triggers.settled()
+                    await broker.triggers.drain()
                 await send(broker, 2)
                 await target.wait(6)
                 for name in ("old", "same", "moved"):

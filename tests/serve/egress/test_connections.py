@@ -10,9 +10,11 @@ import pytest
 from yarl import URL
 
 from pgbackend.codec import wire
-from pgbackend.serve.egress import connections as egress
-from pgbackend.serve.egress.delivery import Delivery, DeliveryError, open_session
+from pgbackend.serve.egress import addresses
+from pgbackend.serve.egress.connections import Pool, open_session
+from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import envelope
+from tests.serve.support.dispatchers import dispatcher_to
 from tests.serve.support.process import post, running
 from tests.serve.support.target import Target, raw_server, read_request
 from tests.support.polling import eventually
@@ -35,7 +37,7 @@ ORDER = wire.parse_structured(envelope("order"))
     ],
 )
 def test_public_addresses_are_public(host: str) -> None:
-    assert egress.is_public(host)
+    assert addresses.is_public(host)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_public_addresses_are_public(host: str) -> None:
     ],
 )
 def test_all_others_are_not(host: str) -> None:
-    assert not egress.is_public(host)
+    assert not addresses.is_public(host)
 
 
 @pytest.fixture
@@ -126,8 +128,8 @@ class TestDenyPrivateTargets:
         self, host: str, target: Target, session: aiohttp.ClientSession
     ) -> None:
         url = URL(target.url).with_host(host)
-        with pytest.raises(DeliveryError, match="is not a public address, and --deny-private-targets is on") as caught:
-            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
+        with pytest.raises(TargetError, match="is not a public address, and --deny-private-targets is on") as caught:
+            await dispatcher_to(session, url)(ORDER)
         assert caught.value.status is None
         assert target.requests == []
 
@@ -136,8 +138,8 @@ class TestDenyPrivateTargets:
         self, host: str, target: Target, session: aiohttp.ClientSession
     ) -> None:
         url = URL(target.url.replace("127.0.0.1", host), encoded=True)
-        with pytest.raises(DeliveryError):
-            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
+        with pytest.raises(TargetError):
+            await dispatcher_to(session, url)(ORDER)
         assert target.requests == []
 
     async def test_what_a_name_resolved_to_before_does_not_matter(
@@ -147,8 +149,8 @@ class TestDenyPrivateTargets:
         resolving(monkeypatch, "rebinding.example", ["93.184.215.14"], ["127.0.0.1"])
         await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # the check that this goes around
         url = URL(target.url).with_host("rebinding.example")
-        with pytest.raises(DeliveryError, match=r"127\.0\.0\.1 is not a public address"):
-            await Delivery(session, url, trigger="billing", timeout=30.0)(ORDER)
+        with pytest.raises(TargetError, match=r"127\.0\.0\.1 is not a public address"):
+            await dispatcher_to(session, url)(ORDER)
         assert target.requests == []
 
     async def test_of_several_addresses_the_private_ones_are_left_out(
@@ -164,16 +166,16 @@ class TestDenyPrivateTargets:
             writer.close()
             taken.set()
 
-        monkeypatch.setattr(egress, "is_public", lambda host: host == "127.0.0.2")
+        monkeypatch.setattr(addresses, "is_public", lambda host: host == "127.0.0.2")
         resolving(monkeypatch, "two.example", ["127.0.0.1", "127.0.0.2"])
         async with await asyncio.start_server(talk, "127.0.0.2", port):
-            await Delivery(session, URL(target.url).with_host("two.example"), trigger="billing", timeout=30.0)(ORDER)
+            await dispatcher_to(session, URL(target.url).with_host("two.example"))(ORDER)
         assert taken.is_set()
         assert target.requests == []
 
     async def test_without_it_private_targets_are_targets(self, target: Target) -> None:
         async with open_session() as session:
-            await Delivery(session, URL(target.url), trigger="billing")(ORDER)
+            await dispatcher_to(session, target.url)(ORDER)
         assert len(target.requests) == 1
 
 
@@ -198,9 +200,9 @@ class TestConnections:
             await reader.read()
             closed.set()
 
-        connector = egress.Connector(keepalive_timeout=0.2)
+        connector = Pool(keepalive=0.2)
         async with raw_server(talk) as url, aiohttp.ClientSession(connector=connector) as session:
-            await Delivery(session, URL(url), trigger="removed")(ORDER)
+            await dispatcher_to(session, url, trigger="removed")(ORDER)
             await asyncio.wait_for(closed.wait(), 10)
 
             async def nothing_kept() -> bool:
@@ -219,7 +221,7 @@ class TestConnections:
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine")
 
         async with raw_server(talk) as url, open_session() as session:
-            delivery = Delivery(session, URL(url), trigger="billing")
+            dispatch = dispatcher_to(session, url)
             for _ in range(5):
-                await delivery(ORDER)
+                await dispatch(ORDER)
         assert (connections, requests) == (1, 5)

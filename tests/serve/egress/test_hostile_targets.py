@@ -12,16 +12,16 @@ from typing import cast
 
 import aiohttp
 import pytest
-from yarl import URL
 
 from pgbackend.backend import Backend
 from pgbackend.codec import wire
 from pgbackend.codec.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.retry import Retry
-from pgbackend.serve.egress.connections import Connector
-from pgbackend.serve.egress.delivery import Delivery, DeliveryError, open_session
+from pgbackend.serve.egress.connections import Pool, open_session
+from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import envelope
+from tests.serve.support.dispatchers import dispatcher_to
 from tests.serve.support.hostile import behaving
 from tests.serve.support.target import Target, listening, raw_server, read_request
 from tests.support.polling import eventually
@@ -48,8 +48,8 @@ async def triggers(backend: Backend, *, bad: str, good: str, retry: Retry = RETR
     async with open_session() as session:
         # Patience with the good one: on a busy machine it must not look like a bad one.
         for name, url, timeout in (("bad", bad, TIMEOUT), ("good", good, 30.0)):
-            delivery = Delivery(session, URL(url), trigger=name, timeout=timeout, reply=backend.produce_many)
-            await backend.subscribe(name, delivery, start="earliest", retry=retry)
+            dispatch = dispatcher_to(session, url, trigger=name, timeout=timeout, store=backend.produce_many)
+            await backend.subscribe(name, dispatch, start="earliest", retry=retry)
         running = asyncio.create_task(backend.start())
         try:
             yield
@@ -159,9 +159,9 @@ async def test_what_is_odd_but_says_2xx_is_delivered_once(
                 return
 
     async with raw_server(talk) as url:
-        delivery = Delivery(session, URL(url), trigger="odd", timeout=30.0)
+        dispatch = dispatcher_to(session, url)
         for n in range(3):
-            await delivery(event(n))
+            await dispatch(event(n))
     assert requests == 3
 
 
@@ -198,17 +198,14 @@ async def test_an_answer_costs_little_however_it_is_wrapped(
             await writer.drain()
         await reader.read()
 
-    async def store(events: object) -> None:
-        raise AssertionError("nothing was replied")
-
     async with raw_server(talk) as url:
-        delivery = Delivery(session, URL(url), trigger="odd", timeout=30.0, reply=store)
+        dispatch = dispatcher_to(session, url)
         began = time.process_time()
         if said is None:
-            await delivery(event(1))
+            await dispatch(event(1))
         else:
-            with pytest.raises(DeliveryError, match=said):
-                await delivery(event(1))
+            with pytest.raises(TargetError, match=said):
+                await dispatch(event(1))
         spent = time.process_time() - began
     assert spent < 0.25
 
@@ -226,9 +223,9 @@ async def test_a_head_in_single_bytes_is_a_head(session: aiohttp.ClientSession) 
                 await asyncio.sleep(0)
 
     async with raw_server(talk) as url:
-        delivery = Delivery(session, URL(url), trigger="slow", timeout=30.0)
+        dispatch = dispatcher_to(session, url)
         for n in range(3):
-            await delivery(event(n))
+            await dispatch(event(n))
     assert requests == 3
 
 
@@ -245,14 +242,14 @@ async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one(ses
         await reader.read()
 
     async with raw_server(talk) as url:
-        delivery = Delivery(session, URL(url), trigger="idle", timeout=30.0)
-        await delivery(event(1))
+        dispatch = dispatcher_to(session, url)
+        await dispatch(event(1))
         unasked.set()
         await eventually("the connection is closed", lambda: _no_connection_left(session))
-        await delivery(event(2))
+        await dispatch(event(2))
     assert [b"0001" in requests[0], b"0002" in requests[1]] == [True, True]
 
 
 async def _no_connection_left(session: aiohttp.ClientSession) -> bool:
-    connector = cast("Connector", session.connector)
+    connector = cast("Pool", session.connector)
     return not any(protocol.is_connected() for pool in connector._conns.values() for protocol, _ in pool)

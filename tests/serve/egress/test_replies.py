@@ -4,12 +4,12 @@ import asyncio
 import gzip
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from time import monotonic
 
 import aiohttp
 import pytest
 from aiohttp import web
-from yarl import URL
 
 from pgbackend.backend import Backend
 from pgbackend.codec import wire
@@ -18,8 +18,11 @@ from pgbackend.errors import ConnectionLostError, EventError, PgBackendError, Pr
 from pgbackend.facts import Recorder
 from pgbackend.model import Failure
 from pgbackend.serve.egress import replies
-from pgbackend.serve.egress.delivery import DeadLetterDelivery, Delivery, DeliveryError, open_session
+from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.dispatcher import DeadLetterDispatcher, TargetDispatcher
+from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, envelope
+from tests.serve.support.dispatchers import dispatcher_to
 from tests.serve.support.target import Target, raw_server, read_request
 from tests.support.dispatchers import Catch
 from tests.support.polling import eventually
@@ -51,15 +54,12 @@ def log() -> Log:
     return Log()
 
 
-DeliveryMaker = Callable[..., Delivery]
+Maker = Callable[..., TargetDispatcher]
 
 
 @pytest.fixture
-def delivery(session: aiohttp.ClientSession, log: Log) -> DeliveryMaker:
-    def make(url: str, **options: object) -> Delivery:
-        return Delivery(session, URL(url), trigger="billing", **{"reply": log.produce, **options})  # type: ignore[arg-type]
-
-    return make
+def dispatcher(session: aiohttp.ClientSession, log: Log) -> Maker:
+    return partial(dispatcher_to, session, store=log.produce)
 
 
 def replying(target: Target, body: bytes, headers: dict[str, str], status: int = 200) -> None:
@@ -71,29 +71,27 @@ def counted(hops: object) -> Event:
 
 
 class TestWhatIsAReply:
-    async def test_binary_mode(self, target: Target, delivery: DeliveryMaker, log: Log) -> None:
+    async def test_binary_mode(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, b'{"n": 1.00}', HEADERS | {"content-type": "application/json", "ce-subject": "caf%C3%A9"})
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         [reply] = log.events
         assert (reply.subject, reply.data_bytes) == ("café", b'{"n": 1.00}')
         assert reply.attribute("datacontenttype") == "application/json"
 
     @pytest.mark.parametrize("status", [200, 201, 202, 299])
-    async def test_structured_mode(self, status: int, target: Target, delivery: DeliveryMaker, log: Log) -> None:
+    async def test_structured_mode(self, status: int, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, envelope("reply", data=[1]), {"Content-Type": "Application/CloudEvents+JSON"}, status)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert [reply.id for reply in log.events] == ["reply"]
 
-    async def test_a_batch(self, target: Target, delivery: DeliveryMaker, log: Log) -> None:
+    async def test_a_batch(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, b"[%b,%b]" % (envelope("1"), envelope("2")), BATCH)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert [reply.id for reply in log.events] == ["1", "2"]
 
-    async def test_the_content_type_alone_says_the_mode(
-        self, target: Target, delivery: DeliveryMaker, log: Log
-    ) -> None:
+    async def test_the_content_type_alone_says_the_mode(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, envelope("payload"), STRUCTURED | HEADERS)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert [reply.id for reply in log.events] == ["payload"]
 
     @pytest.mark.parametrize(
@@ -107,11 +105,11 @@ class TestWhatIsAReply:
         ],
     )
     async def test_a_body_that_is_no_event_is_ignored(
-        self, body: bytes, headers: dict[str, str], target: Target, delivery: DeliveryMaker, log: Log
+        self, body: bytes, headers: dict[str, str], target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, body, headers)
         with Recorder() as recorder:
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
         assert (log.events, recorder.facts) == ([], [])
 
     @pytest.mark.parametrize(
@@ -126,34 +124,26 @@ class TestWhatIsAReply:
         ],
     )
     async def test_an_attempt_at_an_event_that_is_none_is_ignored_and_said(
-        self, body: bytes, headers: dict[str, str], said: str, target: Target, delivery: DeliveryMaker, log: Log
+        self, body: bytes, headers: dict[str, str], said: str, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, body, headers)
         with Recorder() as recorder:
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
         [fact] = recorder.all("reply ignored", trigger="billing", url=target.url)
         assert said in str(fact["error"])
         assert log.events == []
 
-    async def test_what_a_failure_says_is_no_reply(self, target: Target, delivery: DeliveryMaker, log: Log) -> None:
+    async def test_what_a_failure_says_is_no_reply(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, envelope("1"), STRUCTURED, 500)
-        with pytest.raises(DeliveryError):
-            await delivery(target.url)(ORDER)
+        with pytest.raises(TargetError):
+            await dispatcher(target.url)(ORDER)
         assert log.events == []
 
-    async def test_without_a_log_to_store_it_a_reply_is_not_read(self, target: Target, delivery: DeliveryMaker) -> None:
-        replying(target, b"{", STRUCTURED)
-        with Recorder() as recorder:
-            await delivery(target.url, reply=None)(ORDER)
-        assert recorder.facts == []
-
-    async def test_a_dead_letter_target_may_reply_as_well(
-        self, target: Target, delivery: DeliveryMaker, log: Log
-    ) -> None:
+    async def test_a_dead_letter_target_may_reply_as_well(self, target: Target, dispatcher: Maker, log: Log) -> None:
         """As with TriggerMesh's brokers."""
         replying(target, envelope("reply"), STRUCTURED)
         failed = ORDER.with_delivery(failure=Failure(error="Reject: no", attempts=1, details={}))
-        await DeadLetterDelivery(delivery(target.url))(failed)
+        await DeadLetterDispatcher(dispatcher(target.url))(failed)
         assert [reply.id for reply in log.events] == ["reply"]
 
 
@@ -167,12 +157,12 @@ class TestWhenItCannotBeStored:
         ],
     )
     async def test_the_delivery_failed_and_says_why(
-        self, error: PgBackendError, code: str, target: Target, delivery: DeliveryMaker, log: Log
+        self, error: PgBackendError, code: str, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, envelope("1"), STRUCTURED)
         log.fails = error
-        with pytest.raises(DeliveryError, match=f"answered 200, but its reply was not stored: {error}") as caught:
-            await delivery(target.url)(ORDER)
+        with pytest.raises(TargetError, match=f"answered 200, but its reply was not stored: {error}") as caught:
+            await dispatcher(target.url)(ORDER)
         assert caught.value.details["knativeerrorcode"] == code
 
     @pytest.mark.parametrize(
@@ -184,41 +174,39 @@ class TestWhenItCannotBeStored:
         ],
     )
     async def test_a_reply_that_is_too_large_is_read_to_its_limit_and_fails(
-        self, headers: dict[str, str], limit: int, target: Target, delivery: DeliveryMaker
+        self, headers: dict[str, str], limit: int, target: Target, dispatcher: Maker
     ) -> None:
         replying(target, b"x" * (limit + 1), headers)
-        with pytest.raises(DeliveryError, match=f"answered 200, but its reply has more than {limit} bytes") as caught:
-            await delivery(target.url)(ORDER)
+        with pytest.raises(TargetError, match=f"answered 200, but its reply has more than {limit} bytes") as caught:
+            await dispatcher(target.url)(ORDER)
         assert caught.value.details["knativeerrorcode"] == "502"
 
     @pytest.mark.parametrize("headers", [HEADERS, STRUCTURED, BATCH], ids=["binary", "structured", "batch"])
     async def test_a_reply_that_is_compressed_fails(
-        self, headers: dict[str, str], target: Target, delivery: DeliveryMaker, log: Log
+        self, headers: dict[str, str], target: Target, dispatcher: Maker, log: Log
     ) -> None:
         """Nobody asked for that, and as it is its data would not be what its type says."""
         replying(target, gzip.compress(b"{}"), headers | {"content-encoding": "gzip"})
-        with pytest.raises(
-            DeliveryError, match="answered 200, but its reply has the Content-Encoding 'gzip'"
-        ) as caught:
-            await delivery(target.url)(ORDER)
+        with pytest.raises(TargetError, match="answered 200, but its reply has the Content-Encoding 'gzip'") as caught:
+            await dispatcher(target.url)(ORDER)
         assert caught.value.details["knativeerrorcode"] == "502"
         assert log.events == []
 
     async def test_a_compressed_body_that_is_no_event_is_ignored(
-        self, target: Target, delivery: DeliveryMaker, log: Log
+        self, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, gzip.compress(b"thanks"), {"content-encoding": "gzip"})
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert log.events == []
 
-    async def test_a_reply_at_the_limit_is_stored(self, target: Target, delivery: DeliveryMaker, log: Log) -> None:
+    async def test_a_reply_at_the_limit_is_stored(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, b"x" * replies.EVENT_BYTES, HEADERS)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert len(log.events[0].data_bytes or b"") == replies.EVENT_BYTES
 
     @pytest.mark.parametrize("ending", ["slow", "cut"])
     async def test_a_reply_that_does_not_end_in_time_or_breaks_off_fails(
-        self, ending: str, delivery: DeliveryMaker, log: Log
+        self, ending: str, dispatcher: Maker, log: Log
     ) -> None:
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_request(reader)
@@ -231,8 +219,8 @@ class TestWhenItCannotBeStored:
 
         async with raw_server(talk) as url:
             began = monotonic()
-            with pytest.raises(DeliveryError, match="answered 200, but its reply broke off: ") as caught:
-                await delivery(url, timeout=2.0 if ending == "slow" else 30.0)(ORDER)
+            with pytest.raises(TargetError, match="answered 200, but its reply broke off: ") as caught:
+                await dispatcher(url, timeout=2.0 if ending == "slow" else 30.0)(ORDER)
         assert monotonic() - began < 20
         assert caught.value.details["knativeerrorcode"] == "502"
         assert log.events == []
@@ -256,9 +244,9 @@ class Counts:
         self.told.append(("replied", events))
 
 
-async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, delivery: DeliveryMaker, log: Log) -> None:
+async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, dispatcher: Maker, log: Log) -> None:
     counts = Counts()
-    billing = delivery(target.url, metrics=counts)
+    billing = dispatcher(target.url, metrics=counts)
     for status, headers, fails in (
         (200, {}, None),
         (200, STRUCTURED, None),
@@ -272,7 +260,7 @@ async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, deli
         replying(target, envelope("1"), headers, status)
         log.fails = fails
         await asyncio.gather(billing(ORDER), return_exceptions=True)
-    await asyncio.gather(delivery("http://127.0.0.1:1/", metrics=counts)(ORDER), return_exceptions=True)
+    await asyncio.gather(dispatcher("http://127.0.0.1:1/", metrics=counts)(ORDER), return_exceptions=True)
     assert counts.told == [
         ("delivered", None),
         ("replied", 1),
@@ -283,15 +271,15 @@ async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, deli
 
 class TestMemory:
     async def test_a_reply_of_too_many_events_fails_its_event(
-        self, target: Target, delivery: DeliveryMaker, log: Log
+        self, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, b"[%b]" % b",".join([envelope()] * replies.BATCH_EVENTS), BATCH)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert len(log.events) == replies.BATCH_EVENTS
         # What stands behind those that there may be is not even read.
         replying(target, b"[%b,]" % b",".join([envelope()] * (replies.BATCH_EVENTS + 1)), BATCH)
-        with pytest.raises(DeliveryError, match="its reply has more than 100 events") as caught:
-            await delivery(target.url)(ORDER)
+        with pytest.raises(TargetError, match="its reply has more than 100 events") as caught:
+            await dispatcher(target.url)(ORDER)
         assert caught.value.details["knativeerrorcode"] == "502"
         assert len(log.events) == replies.BATCH_EVENTS
 
@@ -316,8 +304,8 @@ class TestMemory:
 
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
         async with raw_server(hold) as held:
-            bad = Delivery(session, URL(held), trigger="bad", timeout=60.0, reply=log.produce, replies=budget)
-            good = Delivery(session, URL(target.url), trigger="good", timeout=30.0, reply=log.produce, replies=budget)
+            bad = dispatcher_to(session, held, trigger="bad", timeout=60.0, store=log.produce, budget=budget)
+            good = dispatcher_to(session, target.url, trigger="good", timeout=30.0, store=log.produce, budget=budget)
             waiting = [asyncio.create_task(bad(ORDER)) for _ in range(20)]
             await eventually("all of them have begun", all_have_begun)
             await asyncio.gather(*(good(ORDER) for _ in range(20)))
@@ -346,22 +334,22 @@ class TestMemory:
 
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
         budget = replies.ReplyBudget(4 << 20)
-        deliveries = [
-            Delivery(session, URL(target.url), trigger=str(n), timeout=30.0, reply=store, replies=budget)
+        dispatchers = [
+            dispatcher_to(session, target.url, trigger=str(n), timeout=30.0, store=store, budget=budget)
             for n in range(10)
         ]
-        await asyncio.gather(*(delivery(ORDER) for delivery in deliveries for _ in range(3)))
+        await asyncio.gather(*(dispatch(ORDER) for dispatch in dispatchers for _ in range(3)))
 
     async def test_a_reply_for_which_there_is_no_room_ends_with_its_timeout(
         self, session: aiohttp.ClientSession, target: Target, log: Log
     ) -> None:
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
         budget = replies.ReplyBudget(1 << 20)
-        delivery = Delivery(session, URL(target.url), trigger="a", timeout=0.5, reply=log.produce, replies=budget)
-        async with budget.taken(1 << 20):
-            with pytest.raises(DeliveryError, match=r"broke off: no response within 0\.5 s"):
-                await delivery(ORDER)
-        await delivery(ORDER)
+        dispatch = dispatcher_to(session, target.url, trigger="a", timeout=0.5, store=log.produce, budget=budget)
+        async with budget.reserved(1 << 20):
+            with pytest.raises(TargetError, match=r"broke off: no response within 0\.5 s"):
+                await dispatch(ORDER)
+        await dispatch(ORDER)
         assert len(log.events) == 1
 
 
@@ -386,28 +374,26 @@ class TestHops:
         ],
     )
     async def test_a_reply_has_one_less_than_what_it_answers(
-        self, delivered: object, own: object, expected: int, target: Target, delivery: DeliveryMaker, log: Log
+        self, delivered: object, own: object, expected: int, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, envelope("reply", **({} if own is None else {replies.HOPS: own})), STRUCTURED)
-        await delivery(target.url)(ORDER if delivered is None else counted(delivered))
+        await dispatcher(target.url)(ORDER if delivered is None else counted(delivered))
         assert [reply.attribute(replies.HOPS) for reply in log.events] == [str(expected)]
 
     @pytest.mark.parametrize(("delivered", "own"), [(1, None), (0, None), (-5, None), (17, 0), (17, -1), (1, 100)])
     async def test_a_reply_without_hops_left_is_dropped_and_its_delivery_is_done(
-        self, delivered: int, own: int | None, target: Target, delivery: DeliveryMaker, log: Log
+        self, delivered: int, own: int | None, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, envelope("reply", **({} if own is None else {replies.HOPS: own})), STRUCTURED)
         with Recorder() as recorder:
-            await delivery(target.url)(counted(delivered))
+            await dispatcher(target.url)(counted(delivered))
         assert log.events == []
         assert recorder.all("reply dropped after too many hops", trigger="billing", event_id="order", events=1)
 
-    async def test_each_event_of_a_batch_counts_for_itself(
-        self, target: Target, delivery: DeliveryMaker, log: Log
-    ) -> None:
+    async def test_each_event_of_a_batch_counts_for_itself(self, target: Target, dispatcher: Maker, log: Log) -> None:
         events = (envelope("1", **{replies.HOPS: 0}), envelope("2", **{replies.HOPS: 5}), envelope("3"))
         replying(target, b"[%b]" % b",".join(events), BATCH)
-        await delivery(target.url, hops=10)(ORDER)
+        await dispatcher(target.url, max_hops=10)(ORDER)
         assert [(reply.id, reply.attribute(replies.HOPS)) for reply in log.events] == [("2", "5"), ("3", "9")]
 
 
@@ -417,7 +403,7 @@ async def test_a_target_that_answers_with_what_it_gets_ends_after_as_many_hops(
     """Two triggers, of which each answers what the other said: three hops, and silence."""
     target.answer = lambda request: web.Response(body=envelope(f"after {request.event().id}"), headers=STRUCTURED)
     for name in ("ping", "pong"):
-        dispatcher = Delivery(session, URL(target.url + name), trigger=name, reply=backend.produce_many, hops=3)
+        dispatcher = dispatcher_to(session, target.url + name, trigger=name, store=backend.produce_many, max_hops=3)
         await backend.subscribe(name, dispatcher, start="earliest")
     running = asyncio.create_task(backend.start())
     with Recorder() as recorder:
@@ -442,7 +428,7 @@ async def test_an_event_counts_as_settled_only_after_its_reply_is_in_the_log(
 
     await backend.subscribe(
         "billing",
-        Delivery(session, URL(target.url), trigger="billing", reply=produce),
+        dispatcher_to(session, target.url, trigger="billing", store=produce),
         filter=lambda event: event.id == "order",
         start="earliest",
     )
@@ -469,7 +455,7 @@ async def test_a_reply_that_comes_while_the_broker_stops_is_stored_and_its_event
         return web.Response(body=envelope("reply"), headers=STRUCTURED)
 
     target.answer = reply_late
-    billing = Delivery(session, URL(target.url), trigger="billing", reply=backend.produce_many)
+    billing = dispatcher_to(session, target.url, trigger="billing", store=backend.produce_many)
     await backend.subscribe("billing", billing, filter=lambda event: event.id == "order", start="earliest")
     running = asyncio.create_task(backend.start())
     await backend.produce(ORDER)
@@ -492,7 +478,7 @@ async def test_a_reply_that_is_too_large_for_the_log_fails_its_event_and_says_so
 ) -> None:
     """Within what is read of a structured reply, beyond what the log takes."""
     replying(target, envelope("large", data="x" * (replies.EVENT_BYTES + 1000)), STRUCTURED)
-    billing = Delivery(session, URL(target.url), trigger="billing", reply=backend.produce_many)
-    with pytest.raises(DeliveryError, match="max_event_bytes") as caught:
+    billing = dispatcher_to(session, target.url, trigger="billing", store=backend.produce_many)
+    with pytest.raises(TargetError, match="max_event_bytes") as caught:
         await billing(ORDER)
     assert b"max_event_bytes" in b64decode(caught.value.details["knativeerrordata"])

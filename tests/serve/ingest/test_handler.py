@@ -24,7 +24,7 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
-from pgbackend.serve.config.models import load
+from pgbackend.serve.config.load import load
 from pgbackend.serve.ingest import handler as ingest_module
 from pgbackend.serve.ingest.handler import Limits, Problem
 from pgbackend.serve.operations.metrics import Metrics

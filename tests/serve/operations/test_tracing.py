@@ -323,7 +323,7 @@ class TestSpans:
             assert (await broker.send(HEADERS)).status == 202
             [attempt, *_] = await collector.wait("process")
         assert attempt.failed
-        assert attempt.attributes["error.type"] == "DeliveryError"
+        assert attempt.attributes["error.type"] == "TargetError"
 
     async def test_an_attempt_without_an_answer_has_no_status(self, database: str, collector: Collector) -> None:
         with socket.socket() as nobody:
@@ -334,7 +334,7 @@ class TestSpans:
                 assert (await broker.send(HEADERS)).status == 202
                 [attempt, *_] = await collector.wait("process")
         assert attempt.failed
-        assert attempt.attributes["error.type"] == "DeliveryError"
+        assert attempt.attributes["error.type"] == "TargetError"
         assert "http.response.status_code" not in attempt.attributes
 
     async def test_secrets_of_a_target_are_in_no_span(
@@ -502,7 +502,7 @@ sys.meta_path.insert(0, Blocked())
 from pgbackend.codec.attributes import ATTRIBUTES_BYTES
 from pgbackend.errors import ConfigError
 from pgbackend.serve import app
-from pgbackend.serve.egress import delivery
+from pgbackend.serve.egress import dispatcher
 from pgbackend.serve.ingest import handler as ingest
 from pgbackend.serve.operations import metrics
 from pgbackend.serve.operations import logs

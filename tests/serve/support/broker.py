@@ -16,8 +16,9 @@ import pytest
 from pgbackend.backend import Backend
 from pgbackend.codec.attributes import COLUMNS
 from pgbackend.codec.event import Event
-from pgbackend.serve.config.models import load
-from pgbackend.serve.egress.delivery import open_session
+from pgbackend.serve.config.load import load
+from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.subscribing import SubscriptionFactory
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.handler import Ingest, Limits
 from pgbackend.serve.ingest.listener import Listener, bind
@@ -110,7 +111,7 @@ class Broker:
     async def configure(self, config: str) -> None:
         """From now on its triggers are these."""
         await self.triggers.apply(load(config, origin="test"))
-        await self.triggers.settled()
+        await self.triggers.drain()
 
     async def stored(self) -> list[Event]:
         """The events of the log, in its order."""
@@ -159,6 +160,7 @@ async def serving(
     limits: Limits | None = None,
     produce_timeout: float = 30.0,
     drain_timeout: float = 30.0,
+    max_hops: int = 255,
     metrics: Metrics | None = None,
     tracing: Tracing | None = None,
     tls: TLS | None = None,
@@ -170,15 +172,20 @@ async def serving(
         stack.push_async_callback(backend.stop)
         await backend.init()
         session = await stack.enter_async_context(open_session())
-        triggers = Triggers(backend, session, metrics=metrics, tracing=tracing)
-        await triggers.apply(configuration)
+        metrics = metrics or stack.enter_context(Metrics(backend))
+        factory = SubscriptionFactory(
+            session, backend.produce_many, metrics=metrics, tracing=tracing, max_hops=max_hops
+        )
+        triggers = Triggers(backend, factory)
         bound = stack.enter_context(bind("127.0.0.1", 0))
         host, port = bound.getsockname()
         ingest = Ingest(backend, auth=configuration.ingest, limits=limits, metrics=metrics, tracing=tracing)
         listener = Listener(ingest, bound, tls=tls)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(listener.run(), name="listener")
-            group.create_task(backend.start(), name="backend")
+        async with asyncio.TaskGroup() as tasks:
+            changing = tasks.create_task(triggers.run(), name="triggers")
+            await triggers.apply(configuration)
+            tasks.create_task(listener.run(), name="listener")
+            tasks.create_task(backend.start(), name="backend")
             await listener.wait_started()
             try:
                 async with aiohttp.ClientSession(auto_decompress=False) as client:
@@ -195,4 +202,5 @@ async def serving(
             finally:
                 listener.stop()
                 await backend.stop()
-                await triggers.settled()
+                await triggers.drain()
+                changing.cancel()

@@ -8,28 +8,25 @@ from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from time import monotonic
 
 import aiohttp
 import pytest
 import trustme
 from aiohttp import web
-from yarl import URL
 
 from pgbackend.backend import Backend
 from pgbackend.codec import wire
 from pgbackend.codec.event import Event, attributes_with
 from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.model import Failure
-from pgbackend.serve.config.models import load
-from pgbackend.serve.egress.delivery import (
-    DeadLetterDelivery,
-    Delivery,
-    DeliveryError,
-    open_session,
-    refuse_without_target,
-)
+from pgbackend.serve.config.load import load
+from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.dispatcher import DeadLetterDispatcher, TargetDispatcher, reject_without_target
+from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import envelope
+from tests.serve.support.dispatchers import dispatcher_to
 from tests.serve.support.target import Request, Target, raw_server, read_request
 
 ORDER = wire.parse_structured(
@@ -37,7 +34,7 @@ ORDER = wire.parse_structured(
     b'"2026-01-01T00:00:00.123456789Z","datacontenttype":"application/json","count":3,"data": {"b": 1.00, "a":[ ]} }'
 )
 
-DeliveryMaker = Callable[..., Delivery]
+Maker = Callable[..., TargetDispatcher]
 
 
 @pytest.fixture
@@ -47,11 +44,8 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-def delivery(session: aiohttp.ClientSession) -> DeliveryMaker:
-    def make(url: str, **options: object) -> Delivery:
-        return Delivery(session, URL(url, encoded=True), trigger="billing", **options)  # type: ignore[arg-type]
-
-    return make
+def dispatcher(session: aiohttp.ClientSession) -> Maker:
+    return partial(dispatcher_to, session)
 
 
 def answering(target: Target, status: int, body: bytes = b"", **headers: str) -> None:
@@ -62,9 +56,9 @@ def answering(target: Target, status: int, body: bytes = b"", **headers: str) ->
 
 class TestOnTheWire:
     async def test_binary_mode_carries_attributes_as_headers_and_the_bytes_untouched(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
-        await delivery(target.url + "orders?x=%2F1")(ORDER)
+        await dispatcher(target.url + "orders?x=%2F1")(ORDER)
 
         [request] = target.requests
         assert request.path == "/orders?x=%2F1"
@@ -77,9 +71,9 @@ class TestOnTheWire:
         assert request.event().attributes_text == ORDER.attributes_text
 
     async def test_a_target_that_cannot_decode_gets_attributes_as_they_are(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
-        send = delivery(target.url, header_coding="none")
+        send = dispatcher(target.url, header_coding="none")
         await send(ORDER)
         await send(attributes_with(ORDER, {"note": "é "}))
 
@@ -88,9 +82,9 @@ class TestOnTheWire:
         assert padded.event().attribute("note") == "é "  # no header keeps that: it came in structured mode
 
     async def test_structured_mode_is_one_json_object_with_the_data_as_its_very_text(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
-        await delivery(target.url, mode="structured")(ORDER)
+        await dispatcher(target.url, mode="structured")(ORDER)
 
         [request] = target.requests
         assert (request.header("content-type") or "").startswith("application/cloudevents+json")
@@ -98,27 +92,23 @@ class TestOnTheWire:
         assert b'"data":{"b": 1.00, "a":[ ]}' in request.body
         assert request.event().attributes_text == ORDER.attributes_text
 
-    async def test_no_data_is_no_body_and_no_invented_content_type(
-        self, target: Target, delivery: DeliveryMaker
-    ) -> None:
-        await delivery(target.url)(wire.parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t"}'))
+    async def test_no_data_is_no_body_and_no_invented_content_type(self, target: Target, dispatcher: Maker) -> None:
+        await dispatcher(target.url)(wire.parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t"}'))
 
         [request] = target.requests
         assert request.body == b""
         assert request.header("content-type") is None
         assert request.header("content-length") == "0"
 
-    async def test_data_without_a_content_type_is_sent_without_one(
-        self, target: Target, delivery: DeliveryMaker
-    ) -> None:
+    async def test_data_without_a_content_type_is_sent_without_one(self, target: Target, dispatcher: Maker) -> None:
         text = b'{"specversion":"1.0","id":"1","source":"/","type":"t","data_base64":"AP8="}'
-        await delivery(target.url)(wire.parse_structured(text))
+        await dispatcher(target.url)(wire.parse_structured(text))
 
         [request] = target.requests
         assert (request.body, request.header("content-type")) == (b"\x00\xff", None)
 
-    async def test_configured_headers_go_with_each_event(self, target: Target, delivery: DeliveryMaker) -> None:
-        await delivery(target.url, headers={"Authorization": "Bearer b", "X-Tenant": "é"})(ORDER)
+    async def test_configured_headers_go_with_each_event(self, target: Target, dispatcher: Maker) -> None:
+        await dispatcher(target.url, headers={"Authorization": "Bearer b", "X-Tenant": "é"})(ORDER)
 
         [request] = target.requests
         assert request.header("authorization") == "Bearer b"
@@ -129,100 +119,98 @@ class TestOnTheWire:
         [("ü:пароль", "ü:пароль"), ("%C3%BC:p%40ss%3A", "ü:p@ss:"), ("me", "me:"), (":token", ":token")],
     )
     async def test_credentials_in_the_url_are_basic_authorization_in_utf_8(
-        self, user: str, credentials: str, target: Target, delivery: DeliveryMaker
+        self, user: str, credentials: str, target: Target, dispatcher: Maker
     ) -> None:
         url = target.url.replace("://", f"://{user}@")
         configuration = load(f"triggers: {{a: {{target: {{url: '{url}'}}}}}}", origin="broker.yaml")
         configured = configuration.triggers["a"].target.url
         assert configured is not None
-        await delivery(str(configured))(ORDER)
+        await dispatcher(str(configured))(ORDER)
 
         [request] = target.requests
         scheme, _, value = (request.header("authorization") or "").partition(" ")
         assert (scheme, b64decode(value).decode()) == ("Basic", credentials)
 
     @pytest.mark.parametrize("mode", ["binary", "structured"])
-    async def test_a_header_says_which_attempt_it_is(self, mode: str, target: Target, delivery: DeliveryMaker) -> None:
-        billing = delivery(target.url, mode=mode)
+    async def test_a_header_says_which_attempt_it_is(self, mode: str, target: Target, dispatcher: Maker) -> None:
+        billing = dispatcher(target.url, mode=mode)
         await billing(ORDER)
         await billing(ORDER.with_delivery(attempt=3))
         assert [request.header("pgbackend-attempt") for request in target.requests] == ["1", "3"]
 
     async def test_no_proxy_of_the_environment_is_used(
-        self, target: Target, other_target: Target, delivery: DeliveryMaker, monkeypatch: pytest.MonkeyPatch
+        self, target: Target, other_target: Target, dispatcher: Maker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, other_target.url)
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert (len(target.requests), len(other_target.requests)) == (1, 0)
 
     async def test_what_binary_mode_cannot_carry_goes_in_structured_mode(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
         row = ("1.0", "1", "/", "t", None, None, "application/cloudevents+json", None, None, "{}", b"[1]", "json")
-        await delivery(target.url)(Event(row))
-        await delivery(target.url)(Event((*row[:6], None, None, None, '{"no name": "x"}', b"1", None)))
+        await dispatcher(target.url)(Event(row))
+        await dispatcher(target.url)(Event((*row[:6], None, None, None, '{"no name": "x"}', b"1", None)))
 
         assert target.requests[0].event().row == row
         assert json.loads(target.requests[1].body)["no name"] == "x"
 
-    async def test_no_attribute_breaks_out_of_its_header(self, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_no_attribute_breaks_out_of_its_header(self, target: Target, dispatcher: Maker) -> None:
         """Plain SQL can put into the log what no producer's API lets through."""
         broken = "t\r\nX-Injected: yes"
         for row in (
             ("1.0", broken, "/", "t", broken, None, None, None, broken, "{}", b"1", None),
             ("1.0", "2", "/", "t", None, broken, broken, broken, None, "{}", b"1", None),
         ):
-            await delivery(target.url)(Event(row))
+            await dispatcher(target.url)(Event(row))
 
         for request in await target.wait(2):
             assert request.header("x-injected") is None
 
-    async def test_nothing_of_a_response_is_kept_for_the_next_request(
-        self, target: Target, delivery: DeliveryMaker
-    ) -> None:
+    async def test_nothing_of_a_response_is_kept_for_the_next_request(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 204, Set_Cookie="session=1; Path=/")
-        await delivery(target.url)(ORDER)
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
         assert target.requests[1].header("cookie") is None
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_2xx_is_delivered(status: int, target: Target, delivery: DeliveryMaker) -> None:
+async def test_2xx_is_delivered(status: int, target: Target, dispatcher: Maker) -> None:
     answering(target, status, b"" if status == 204 else b"fine")
-    await delivery(target.url)(ORDER)
+    await dispatcher(target.url)(ORDER)
 
 
 @pytest.mark.parametrize("status", [404, 408, 409, 413, 425, 429, 500, 501, 502, 503, 504, 511, 599])
-async def test_what_may_pass_is_retried(status: int, target: Target, delivery: DeliveryMaker) -> None:
+async def test_what_may_pass_is_retried(status: int, target: Target, dispatcher: Maker) -> None:
     answering(target, status)
-    with pytest.raises(DeliveryError, match=f"answered {status}") as caught:
-        await delivery(target.url)(ORDER)
+    with pytest.raises(TargetError, match=f"answered {status}") as caught:
+        await dispatcher(target.url)(ORDER)
     assert caught.value.details["knativeerrorcode"] == str(status)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 405, 406, 412, 415, 422, 451])
-async def test_any_other_status_is_final_at_once(status: int, target: Target, delivery: DeliveryMaker) -> None:
+async def test_any_other_status_is_final_at_once(status: int, target: Target, dispatcher: Maker) -> None:
     answering(target, status, Location="/elsewhere")
     with pytest.raises(Reject, match=f"answered {status}"):
-        await delivery(target.url)(ORDER)
+        await dispatcher(target.url)(ORDER)
     assert len(target.requests) == 1, "a redirect was followed"
 
 
-async def test_410_pauses_the_trigger_and_names_it_and_its_target(target: Target, delivery: DeliveryMaker) -> None:
+async def test_410_pauses_the_trigger_and_names_it_and_its_target(target: Target, dispatcher: Maker) -> None:
     answering(target, 410, b"moved out")
-    billing = delivery(target.url)
+    billing = dispatcher(target.url)
     with pytest.raises(Pause, match=rf"^{target.url} answered 410 Gone; .* trigger billing") as caught:
         await billing(ORDER)
     assert caught.value.details["knativeerrorcode"] == "410"
 
 
-async def test_each_status_is_delivered_or_retried_or_final(target: Target, delivery: DeliveryMaker) -> None:
+async def test_each_status_is_delivered_or_retried_or_final(target: Target, dispatcher: Maker) -> None:
     """All that an HTTP response can have but for the informational ones, which are no answers."""
     retried = {404, 408, 409, 413, 425, 429, *range(500, 600)}
-    billing = delivery(target.url)
+    billing = dispatcher(target.url)
     for status in range(200, 1000):
         for retry_after in ({}, {"Retry-After": "7"}):
             expected: type[Exception] | None = Reject
@@ -231,7 +219,7 @@ async def test_each_status_is_delivered_or_retried_or_final(target: Target, deli
             elif status == 410:
                 expected = Pause
             elif status in retried:
-                expected = RetryAfter if retry_after else DeliveryError
+                expected = RetryAfter if retry_after else TargetError
             target.answer = lambda request: web.Response(status=status, headers=retry_after)  # noqa: B023 - used at once
             [outcome] = await asyncio.gather(billing(ORDER), return_exceptions=True)
             assert type(outcome) is (expected or type(None)), status
@@ -239,72 +227,72 @@ async def test_each_status_is_delivered_or_retried_or_final(target: Target, deli
 
 class TestRetryAfter:
     @pytest.mark.parametrize("status", [408, 429, 500, 503])
-    async def test_seconds_are_obeyed(self, status: int, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_seconds_are_obeyed(self, status: int, target: Target, dispatcher: Maker) -> None:
         answering(target, status, Retry_After=" 17 ")
         with pytest.raises(RetryAfter) as caught:
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
         assert caught.value.delay == 17
         assert caught.value.details["knativeerrorcode"] == str(status)
 
-    async def test_a_date_is_obeyed(self, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_a_date_is_obeyed(self, target: Target, dispatcher: Maker) -> None:
         later = datetime.now(UTC) + timedelta(seconds=600)
         answering(target, 503, Retry_After=format_datetime(later, usegmt=True))
         with pytest.raises(RetryAfter) as caught:
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
         assert 500 < caught.value.delay <= 600
 
-    async def test_a_date_that_has_passed_is_no_wait(self, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_a_date_that_has_passed_is_no_wait(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 503, Retry_After="Sun, 06 Nov 1994 08:49:37 GMT")
         with pytest.raises(RetryAfter) as caught:
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
         assert caught.value.delay == 0
 
     @pytest.mark.parametrize(
         "text", ["Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "Sun, 06 Nov 1994 08:49:37 -0500"]
     )
-    async def test_so_is_one_in_an_old_form(self, text: str, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_so_is_one_in_an_old_form(self, text: str, target: Target, dispatcher: Maker) -> None:
         answering(target, 429, Retry_After=text)
         with pytest.raises(RetryAfter):
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
 
     @pytest.mark.parametrize("text", ["soon", "-5", "1.5", "", "٣", "Sun, 99 Nov 1994 08:49:37 GMT"])
-    async def test_nonsense_is_ignored(self, text: str, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_nonsense_is_ignored(self, text: str, target: Target, dispatcher: Maker) -> None:
         answering(target, 503, Retry_After=text)
-        with pytest.raises(DeliveryError):
-            await delivery(target.url)(ORDER)
+        with pytest.raises(TargetError):
+            await dispatcher(target.url)(ORDER)
 
-    async def test_it_does_not_make_a_final_status_retried(self, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_it_does_not_make_a_final_status_retried(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 403, Retry_After="1")
         with pytest.raises(Reject):
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
 
 
 class TestTroubleOnTheWay:
-    async def test_a_refused_connection_is_retried(self, delivery: DeliveryMaker) -> None:
+    async def test_a_refused_connection_is_retried(self, dispatcher: Maker) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))  # and does not listen
             port = free.getsockname()[1]
-            with pytest.raises(DeliveryError, match=f"http://127.0.0.1:{port}/: .*onnect") as caught:
-                await delivery(f"http://127.0.0.1:{port}/")(ORDER)
+            with pytest.raises(TargetError, match=f"http://127.0.0.1:{port}/: .*onnect") as caught:
+                await dispatcher(f"http://127.0.0.1:{port}/")(ORDER)
         # As Knative has it where no status arrived.
         assert caught.value.details["knativeerrorcode"] == "500"
         assert b64decode(caught.value.details["knativeerrordata"]).startswith(b"dispatch error: ")
 
-    async def test_a_name_that_does_not_resolve_is_retried(self, delivery: DeliveryMaker) -> None:
-        with pytest.raises(DeliveryError):
-            await delivery("http://no-such-host.invalid/")(ORDER)
+    async def test_a_name_that_does_not_resolve_is_retried(self, dispatcher: Maker) -> None:
+        with pytest.raises(TargetError):
+            await dispatcher("http://no-such-host.invalid/")(ORDER)
 
-    async def test_a_target_that_says_nothing_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
+    async def test_a_target_that_says_nothing_is_given_up_at_the_timeout(self, dispatcher: Maker) -> None:
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read()
 
         async with raw_server(silent) as url:
             began = monotonic()
-            with pytest.raises(DeliveryError, match=r"no response within 0\.2 s"):
-                await delivery(url, timeout=0.2)(ORDER)
+            with pytest.raises(TargetError, match=r"no response within 0\.2 s"):
+                await dispatcher(url, timeout=0.2)(ORDER)
         assert 0.2 <= monotonic() - began < 20
 
-    async def test_a_target_that_trickles_a_header_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
+    async def test_a_target_that_trickles_a_header_is_given_up_at_the_timeout(self, dispatcher: Maker) -> None:
         async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_request(reader)
             writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
@@ -314,12 +302,12 @@ class TestTroubleOnTheWay:
                 await asyncio.sleep(0.02)
 
         async with raw_server(trickle) as url:
-            with pytest.raises(DeliveryError, match="no response within"):
-                await delivery(url, timeout=0.3)(ORDER)
+            with pytest.raises(TargetError, match="no response within"):
+                await dispatcher(url, timeout=0.3)(ORDER)
 
     @pytest.mark.parametrize(("status", "is_delivered"), [(b"200 OK", True), (b"503 Busy", False)])
     async def test_a_body_that_never_ends_costs_at_most_the_timeout_and_the_status_counts(
-        self, status: bytes, *, is_delivered: bool, delivery: DeliveryMaker
+        self, status: bytes, *, is_delivered: bool, dispatcher: Maker
     ) -> None:
         async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_request(reader)
@@ -332,13 +320,13 @@ class TestTroubleOnTheWay:
         async with raw_server(trickle) as url:
             began = monotonic()
             if is_delivered:
-                await delivery(url, timeout=2.0)(ORDER)
+                await dispatcher(url, timeout=2.0)(ORDER)
             else:
-                with pytest.raises(DeliveryError, match="answered 503"):
-                    await delivery(url, timeout=2.0)(ORDER)
+                with pytest.raises(TargetError, match="answered 503"):
+                    await dispatcher(url, timeout=2.0)(ORDER)
         assert monotonic() - began < 20
 
-    async def test_of_a_huge_body_a_bounded_part_is_read(self, delivery: DeliveryMaker) -> None:
+    async def test_of_a_huge_body_a_bounded_part_is_read(self, dispatcher: Maker) -> None:
         written = 0
 
         async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -351,8 +339,8 @@ class TestTroubleOnTheWay:
                 written += 65_536
 
         async with raw_server(pour) as url:
-            with pytest.raises(DeliveryError) as caught:
-                await delivery(url)(ORDER)
+            with pytest.raises(TargetError) as caught:
+                await dispatcher(url)(ORDER)
         assert written < 32 << 20
         assert b64decode(caught.value.details["knativeerrordata"]) == b"x" * 768
 
@@ -366,22 +354,20 @@ class TestTroubleOnTheWay:
             b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
         ],
     )
-    async def test_an_answer_that_is_not_http_is_retried(self, answer: bytes, delivery: DeliveryMaker) -> None:
+    async def test_an_answer_that_is_not_http_is_retried(self, answer: bytes, dispatcher: Maker) -> None:
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_request(reader)
             writer.write(answer)
             await writer.drain()
 
         async with raw_server(talk) as url:
-            with pytest.raises(DeliveryError):
-                await delivery(url, timeout=30.0)(ORDER)
+            with pytest.raises(TargetError):
+                await dispatcher(url, timeout=30.0)(ORDER)
 
-    @pytest.mark.parametrize(
-        ("status", "outcome"), [(b"413 Too Large", DeliveryError), (b"204 No Content", type(None))]
-    )
+    @pytest.mark.parametrize(("status", "outcome"), [(b"413 Too Large", TargetError), (b"204 No Content", type(None))])
     @pytest.mark.parametrize("size", [900_000, 8_000_000])
     async def test_an_answer_counts_although_the_target_never_reads_the_body(
-        self, status: bytes, outcome: type[Exception], size: int, delivery: DeliveryMaker
+        self, status: bytes, outcome: type[Exception], size: int, dispatcher: Maker
     ) -> None:
         done = asyncio.Event()
 
@@ -393,20 +379,20 @@ class TestTroubleOnTheWay:
 
         large = Event((*ORDER.row[:10], b"x" * size, None))
         async with raw_server(answer_early) as url:
-            billing = delivery(url, timeout=60.0)
+            billing = dispatcher(url, timeout=60.0)
             [said] = await asyncio.wait_for(asyncio.gather(billing(large), return_exceptions=True), 30)
             done.set()
         assert type(said) is outcome
 
-    async def test_a_tls_handshake_that_never_ends_is_given_up_at_the_timeout(self, delivery: DeliveryMaker) -> None:
+    async def test_a_tls_handshake_that_never_ends_is_given_up_at_the_timeout(self, dispatcher: Maker) -> None:
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read(-1)
 
         async with raw_server(silent) as url:
-            with pytest.raises(DeliveryError, match="no response within"):
-                await delivery(url.replace("http:", "https:"), timeout=0.3)(ORDER)
+            with pytest.raises(TargetError, match="no response within"):
+                await dispatcher(url.replace("http:", "https:"), timeout=0.3)(ORDER)
 
-    async def test_a_certificate_that_nobody_vouches_for_is_retried(self, delivery: DeliveryMaker) -> None:
+    async def test_a_certificate_that_nobody_vouches_for_is_retried(self, dispatcher: Maker) -> None:
         certificate = trustme.CA().issue_cert("127.0.0.1")
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         certificate.configure_cert(context)
@@ -416,10 +402,10 @@ class TestTroubleOnTheWay:
 
         async with await asyncio.start_server(nobody, "127.0.0.1", 0, ssl=context) as server:
             port = server.sockets[0].getsockname()[1]
-            with pytest.raises(DeliveryError, match="certificate"):
-                await delivery(f"https://127.0.0.1:{port}/", timeout=30.0)(ORDER)
+            with pytest.raises(TargetError, match="certificate"):
+                await dispatcher(f"https://127.0.0.1:{port}/", timeout=30.0)(ORDER)
 
-    async def test_an_idle_connection_that_the_target_closed_costs_no_attempt(self, delivery: DeliveryMaker) -> None:
+    async def test_an_idle_connection_that_the_target_closed_costs_no_attempt(self, dispatcher: Maker) -> None:
         """The target closes after its answer without having said so; the next request meets the closing."""
         connections = 0
 
@@ -433,12 +419,12 @@ class TestTroubleOnTheWay:
             writer.close()
 
         async with raw_server(answer_once) as url:
-            billing = delivery(url)
+            billing = dispatcher(url)
             await billing(ORDER)
             await billing(ORDER)
         assert connections == 2
 
-    async def test_nor_do_several_of_them(self, delivery: DeliveryMaker) -> None:
+    async def test_nor_do_several_of_them(self, dispatcher: Maker) -> None:
         """The target was restarted behind a balancer, and none of its connections leads anywhere any more."""
         connections = closed = 0
         meeting = asyncio.Barrier(8)
@@ -455,12 +441,12 @@ class TestTroubleOnTheWay:
             writer.transport.abort()
 
         async with raw_server(answer_together) as url:
-            billing = delivery(url)
+            billing = dispatcher(url)
             await asyncio.gather(*(billing(ORDER) for _ in range(8)))
             await billing(ORDER)
         assert (connections, closed) == (9, 1)
 
-    async def test_an_event_that_the_target_dies_of_is_not_sent_over_all_of_them(self, delivery: DeliveryMaker) -> None:
+    async def test_an_event_that_the_target_dies_of_is_not_sent_over_all_of_them(self, dispatcher: Maker) -> None:
         """Behind each is another of its processes."""
         deaths = 0
         meeting = asyncio.Barrier(8)
@@ -475,13 +461,13 @@ class TestTroubleOnTheWay:
             writer.transport.abort()
 
         async with raw_server(die_of_poison) as url:
-            billing = delivery(url)
+            billing = dispatcher(url)
             await asyncio.gather(*(billing(ORDER) for _ in range(8)))
-            with pytest.raises(DeliveryError):
+            with pytest.raises(TargetError):
                 await billing(poison)
         assert deaths == 2
 
-    async def test_a_new_connection_that_the_target_closes_is_a_failed_attempt(self, delivery: DeliveryMaker) -> None:
+    async def test_a_new_connection_that_the_target_closes_is_a_failed_attempt(self, dispatcher: Maker) -> None:
         connections = 0
 
         async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -490,16 +476,16 @@ class TestTroubleOnTheWay:
             await read_request(reader)
 
         async with raw_server(hang_up) as url:
-            with pytest.raises(DeliveryError):
-                await delivery(url)(ORDER)
+            with pytest.raises(TargetError):
+                await dispatcher(url)(ORDER)
         assert connections == 1
 
 
 class TestDeadLetters:
-    async def test_a_failure_says_where_and_what_and_how(self, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_a_failure_says_where_and_what_and_how(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 500, b"no \x00 \xff thanks")
-        with pytest.raises(DeliveryError) as caught:
-            await delivery(target.url.replace("http://", "http://me:secret@") + "orders?token=secret")(ORDER)
+        with pytest.raises(TargetError) as caught:
+            await dispatcher(target.url.replace("http://", "http://me:secret@") + "orders?token=secret")(ORDER)
         assert caught.value.details == {
             "knativeerrordest": target.url + "orders",
             "knativeerrorcode": "500",
@@ -508,20 +494,20 @@ class TestDeadLetters:
         assert "secret" not in str(caught.value)
 
     async def test_a_long_body_is_cut_where_its_base64_has_1024_characters(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
         answering(target, 400, b"x" * 100_000)
         with pytest.raises(Reject) as caught:
-            await delivery(target.url)(ORDER)
+            await dispatcher(target.url)(ORDER)
         assert len(caught.value.details["knativeerrordata"]) == 1024
 
     async def test_a_dead_letter_is_the_event_with_the_attributes_of_its_failure(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
         details = {"knativeerrordest": "http://h/", "knativeerrorcode": "500", "knativeerrordata": "eA==", "other": "x"}
-        failed = ORDER.with_delivery(failure=Failure(error="DeliveryError: no", attempts=6, details=details))
+        failed = ORDER.with_delivery(failure=Failure(error="TargetError: no", attempts=6, details=details))
 
-        await DeadLetterDelivery(delivery(target.url))(failed)
+        await DeadLetterDispatcher(dispatcher(target.url))(failed)
 
         [request] = target.requests
         assert request.body == ORDER.data_bytes
@@ -529,43 +515,41 @@ class TestDeadLetters:
         assert request.event().attributes_text == expected
 
     async def test_a_dead_letter_counts_its_own_attempts_and_goes_in_the_mode_of_its_trigger(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
         failure = Failure(error="Reject: no", attempts=6, details={"knativeerrorcode": "403"})
         failed = ORDER.with_delivery(attempt=2, failure=failure)
 
-        await DeadLetterDelivery(delivery(target.url, mode="structured"))(failed)
+        await DeadLetterDispatcher(dispatcher(target.url, mode="structured"))(failed)
 
         [request] = target.requests
         assert request.header("pgbackend-attempt") == "2"
         assert (request.header("content-type") or "").startswith("application/cloudevents+json")
         assert request.event().attributes_text == ORDER.attributes_text | {"knativeerrorcode": "403"}
 
-    async def test_a_dead_letter_target_that_is_gone_pauses_nothing(
-        self, target: Target, delivery: DeliveryMaker
-    ) -> None:
+    async def test_a_dead_letter_target_that_is_gone_pauses_nothing(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 410)
         with pytest.raises(Reject, match="answered 410") as caught:
-            await DeadLetterDelivery(delivery(target.url))(ORDER)
+            await DeadLetterDispatcher(dispatcher(target.url))(ORDER)
         assert caught.value.details["knativeerrorcode"] == "410"
 
     async def test_an_event_whose_names_no_attribute_may_have_is_no_dead_letter_to_send(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
         """From plain SQL: `dead_letters` takes it as it is."""
         event = Event((*ORDER.row[:9], '{"no name": "x"}', b"1", None))
         failure = Failure(error="Reject: no", attempts=1, details={"knativeerrorcode": "403"})
         with pytest.raises(Reject, match="no name"):
-            await DeadLetterDelivery(delivery(target.url))(event.with_delivery(failure=failure))
+            await DeadLetterDispatcher(dispatcher(target.url))(event.with_delivery(failure=failure))
 
     async def test_without_a_url_an_event_is_given_up_at_once(self) -> None:
         with pytest.raises(Reject, match="no target URL"):
-            await refuse_without_target(ORDER)
+            await reject_without_target(ORDER)
 
 
 class TestSlots:
     async def test_no_more_requests_are_open_than_connections_and_waiting_uses_up_no_timeout(
-        self, target: Target, delivery: DeliveryMaker
+        self, target: Target, dispatcher: Maker
     ) -> None:
         most = opened = 0
 
@@ -578,14 +562,12 @@ class TestSlots:
             return web.Response(status=204)
 
         target.answer = slow
-        billing = delivery(target.url, connections=2, timeout=2.5)
+        billing = dispatcher(target.url, connections=2, timeout=2.5)
         # In all it takes 3 s: more than a request may.
         await asyncio.gather(*(billing(ORDER) for _ in range(40)))
         assert most == 2
 
-    async def test_they_are_shared_by_all_shards(
-        self, backend: Backend, target: Target, delivery: DeliveryMaker
-    ) -> None:
+    async def test_they_are_shared_by_all_shards(self, backend: Backend, target: Target, dispatcher: Maker) -> None:
         most = opened = 0
 
         async def slow(request: object) -> web.Response:
@@ -597,7 +579,7 @@ class TestSlots:
             return web.Response(status=204)
 
         target.answer = slow
-        await backend.subscribe("billing", delivery(target.url, connections=3), start="earliest", shards=4)
+        await backend.subscribe("billing", dispatcher(target.url, connections=3), start="earliest", shards=4)
         await backend.produce_many([wire.parse_structured(envelope(n)) for n in range(200)])
         running = asyncio.create_task(backend.start())
         await target.wait(200)
@@ -605,7 +587,7 @@ class TestSlots:
         await running
         assert most == 3
 
-    async def test_one_trigger_never_takes_the_slots_of_another(self, target: Target, delivery: DeliveryMaker) -> None:
+    async def test_one_trigger_never_takes_the_slots_of_another(self, target: Target, dispatcher: Maker) -> None:
         hang = asyncio.Event()
 
         async def answer(request: Request) -> web.Response:
@@ -614,17 +596,15 @@ class TestSlots:
             return web.Response(status=204)
 
         target.answer = answer
-        hanging = delivery(target.url + "hang", connections=1)
+        hanging = dispatcher(target.url + "hang", connections=1)
         waiting = [asyncio.create_task(hanging(ORDER)) for _ in range(3)]
         await target.wait(1)
-        await asyncio.wait_for(delivery(target.url, connections=1)(ORDER), 20)
+        await asyncio.wait_for(dispatcher(target.url, connections=1)(ORDER), 20)
         assert [request.path for request in target.requests] == ["/hang", "/"]
         hang.set()
         await asyncio.gather(*waiting)
 
-    async def test_a_request_that_is_cancelled_gives_its_slot_back(
-        self, target: Target, delivery: DeliveryMaker
-    ) -> None:
+    async def test_a_request_that_is_cancelled_gives_its_slot_back(self, target: Target, dispatcher: Maker) -> None:
         release = asyncio.Event()
 
         async def hang(request: object) -> web.Response:
@@ -632,7 +612,7 @@ class TestSlots:
             return web.Response(status=204)
 
         target.answer = hang
-        billing = delivery(target.url, connections=1)
+        billing = dispatcher(target.url, connections=1)
         first, second = asyncio.create_task(billing(ORDER)), asyncio.create_task(billing(ORDER))
         await target.wait(1)
         for task in (second, first):

@@ -1,0 +1,75 @@
+"""Puts the configuration and the certificates in force again, when their files change or a signal asks for it."""
+
+import asyncio
+import logging
+from contextlib import aclosing
+from pathlib import Path
+
+from pgbackend import facts
+from pgbackend.errors import ConfigError
+from pgbackend.serve.config import watch
+from pgbackend.serve.config.load import can_be_read_once
+from pgbackend.serve.config.models import Configuration
+from pgbackend.serve.config.reload import ConfigurationFile
+from pgbackend.serve.egress.triggers import Triggers
+from pgbackend.serve.ingest.handler import Ingest
+from pgbackend.serve.ingest.tls import TLS
+from pgbackend.serve.options import Options
+
+
+class Reloader:
+    """Keeps triggers, ingest and TLS as their files say."""
+
+    def __init__(self, options: Options, triggers: Triggers, ingest: Ingest, tls: TLS | None) -> None:
+        self._options = options
+        self._triggers = triggers
+        self._ingest = ingest
+        self._tls = tls
+        config = options.config
+        self._file = None if config is None or can_be_read_once(config) else config
+
+    async def run(self, reload: asyncio.Event) -> None:
+        """Work until cancelled. When `reload` is set, read everything at once, whether or not it has changed."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._file is not None:
+                tasks.create_task(self._follow_configuration(self._file), name="follow the configuration")
+            if self._tls is not None:
+                tasks.create_task(self._follow_certificates(self._tls), name="follow the certificates")
+            while True:
+                await reload.wait()
+                reload.clear()
+                await self._read_again()
+
+    async def _follow_configuration(self, path: Path) -> None:
+        file = ConfigurationFile(path, self._triggers.configuration)
+        async with aclosing(file.changes()) as configurations:
+            async for configuration in configurations:
+                await self._put_in_force(configuration)
+
+    async def _follow_certificates(self, tls: TLS) -> None:
+        def files() -> tuple[Path, ...]:
+            return self._options.certificate_files
+
+        known = await asyncio.to_thread(watch.digests, files())
+        async with aclosing(watch.changes(lambda: None, files, known=known)) as changes:
+            async for _ in changes:
+                tls.reload()
+
+    async def _read_again(self) -> None:
+        if self._tls is not None:
+            self._tls.reload()
+        if self._options.config is not None and self._file is None:
+            return  # a pipe
+        try:
+            # Not in a thread: an older version must not come into force after one that the watch finds meanwhile.
+            configuration = self._options.configuration()
+        except ConfigError as error:
+            facts.emit("configuration refused", level=logging.ERROR, file=str(self._options.config), error=str(error))
+        else:
+            await self._put_in_force(configuration)
+
+    async def _put_in_force(self, configuration: Configuration) -> None:
+        await self._triggers.apply(configuration)
+        # A signal and the watch may apply two versions at once: take the newer one, which `triggers` has.
+        self._ingest.authorize_by(self._triggers.configuration.ingest)
+        facts.emit("configuration reloaded", file=str(self._options.config))
