@@ -93,7 +93,8 @@ class RunTail:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tail = Tail(self.log, Wakeup(), poll_interval=0.01, buffer_bytes=1 << 20, tasks=tasks)
+            tail = Tail(self.log, Wakeup(), poll_interval=0.01, buffer_bytes=1 << 20)
+            tasks.create_task(tail.run(), name="tail")
             cursor = tail.cursor(after=0)
             while True:
                 batch = await cursor.next(RangeSet())

@@ -37,7 +37,7 @@ def _offset(shard: Shard, mark: Mark) -> dict[str, Any]:
         "pending": mark.pending,
         "holes": mark.holes,
         "complete": mark.complete,
-        "clears_crashes": mark.calm,
+        "clears_crashes": mark.forget_crashes,
     }
 
 

@@ -1,8 +1,8 @@
 """When offsets are committed, and what the worker learns of it.
 
-Pumps note shards that have something to commit; one loop commits them all together (`offsets.Offsets`) and hands the
-result of every pass to the worker. No commit happens anywhere else, so no result is lost with a caller that is
-cancelled: `flush()` only asks the loop for a pass and waits for it.
+Shards queue themselves when they have something to commit. One loop commits them all together (`offsets.Offsets`), and
+hands the result of every pass to the worker. No commit happens anywhere else, so no result is lost with a caller that
+is cancelled: `flush()` only asks the loop for a pass and waits for it.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ class Committer:
         self._offsets = offsets
         self._interval = commit_interval
         self._apply = apply
-        self._noted: dict[Shard, None] = {}
+        self._queued: dict[Shard, None] = {}
         self._wake = asyncio.Event()
         self._flush: asyncio.Future[DatabaseError | None] | None = None
         """The outcome of the next pass, for the callers of `flush()` that wait for it."""
         self._resting: asyncio.Timeout | None = None
         self._ended = False
 
-    def note(self, shard: Shard) -> None:
+    def queue(self, shard: Shard) -> None:
         """There may be something to commit for this shard."""
-        shard.noted = True
-        self._noted[shard] = None
+        shard.is_queued = True
+        self._queued[shard] = None
         self._wake.set()
 
     async def flush(self) -> None:
-        """Return once everything noted before this call is committed.
+        """Return once everything queued before this call is committed.
 
         Raises DatabaseError when the pass could not commit all of it; the next pass tries again.
         """
@@ -79,17 +79,17 @@ class Committer:
             _answer(self._flush, DatabaseError("The worker ended before this could be committed."))
 
     async def run_once(self) -> Committed:
-        """Commit everything that is noted, and say what came of it. What was not committed is noted again."""
-        noted, self._noted = self._noted, {}
+        """Commit everything that is queued. What was not committed is queued again."""
+        shards, self._queued = self._queued, {}
         flush, self._flush = self._flush, None
         self._wake.clear()
         try:
-            committed = await self._offsets.commit(noted)
+            committed = await self._offsets.commit(shards)
         except BaseException:
             _answer(flush, DatabaseError("The worker ended before this could be committed."))
             raise
         for shard in committed.kept:
-            self.note(shard)
+            self.queue(shard)
         self._apply(committed)
         _answer(flush, committed.error)
         return committed

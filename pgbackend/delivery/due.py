@@ -1,49 +1,71 @@
-"""The failed events of a shard that are due again: what is at work of them, and when the next ones are. Pure.
+"""The account of a shard's failed events that come back: which are at work, and when the next ones are due. Pure.
 
-They come from `redeliveries` and `dead_letters`, a few at a time, and until what became of them is committed they must
-not be taken again: a row can be seen before its commit is answered.
+They come from `redeliveries` and `dead_letters`, a few at a time. An event must not be taken again until its outcome is
+committed: a query may see its old row before the commit is answered.
 """
 
 import heapq
+from dataclasses import dataclass
 from time import monotonic
 
 from pgbackend.codec.event import Event
 from pgbackend.delivery.health import TargetHealth
 from pgbackend.delivery.outcomes import Buried, Finished, LetterDelivered, LetterFailed, Scheduled
-from pgbackend.delivery.shard import DueRequest, Mark, Shard
+from pgbackend.delivery.shard import Mark, Shard
+from pgbackend.subscriptions.leases import Lease
 
 _ROOM = 200
-"""How many events that are due again a shard takes at a time for its target, and as many more for what was given up."""
+"""Events that a shard takes at a time for its target, and as many again for its dead-letter dispatcher."""
 _PROBE_ROOM = 20
 """The same for a target that is down."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueRequest:
+    """What a shard takes of its failed events that are due."""
+
+    lease: Lease
+    events: bool
+    """Whether also from `redeliveries`. In ordered modes failed events wait in the backlog."""
+    given_up: bool
+    """Whether only events for the dead-letter dispatcher."""
+    room: int
+    room_bytes: int
+    positions: list[int]
+    """At work already."""
+    letters: list[int]
+    """Dead letters at work already."""
+
+
 class Due:
-    """Keeps one shard's account of them."""
+    """Keeps one shard's account."""
+
+    __slots__ = ("_events", "_given_up", "_gone", "_letters", "_ordered", "_shard", "_times")
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._ordered = shard.lease.order != "none"
         self._events: dict[int, int] = {}
-        """Sizes by position, of what is at work from `redeliveries` or on its way there."""
+        """Sizes by position: events at work from `redeliveries`, or on their way there."""
         self._given_up: set[int] = set()
         """Those of them that are for the dead-letter dispatcher."""
         self._letters: dict[int, int] = {}
-        """Sizes by dead letter, of those that were sent again."""
+        """Sizes by id: dead letters at work."""
         self._gone: set[int] = set()
-        """Events whose rows are gone, until that is on record."""
+        """Events whose rows the log lost, until that is on record."""
         self._times: list[float] = []
+        """A heap of due times, in monotonic seconds."""
 
     def __len__(self) -> int:
         """How many are at work."""
         return len(self._events) + len(self._letters)
 
     def __contains__(self, position: int) -> bool:
-        """Whether the event is at work already."""
+        """Whether the event is at work, or known to be gone."""
         return position in self._events or position in self._gone
 
     def begin(self, event: Event, *, letter: int | None = None) -> None:
-        """It is at work as one of those that are due again, or as a dead letter."""
+        """The event is at work from `redeliveries`, or as a dead letter."""
         if letter is None:
             self._events[event.position] = event.weight
             if event.failure is not None:
@@ -52,13 +74,13 @@ class Due:
             self._letters[letter] = event.weight
 
     def skip(self, position: int) -> None:
-        """It was due, and its row is gone from the log."""
+        """The event was due, and the log lost its row."""
         self._gone.add(position)
 
-    def ask(self, health: TargetHealth, *, dead_letters: bool) -> DueRequest | None:
-        """What there is room for; None when there is none, or the target wants nothing.
+    def request(self, health: TargetHealth, *, dead_letters: bool) -> DueRequest | None:
+        """What there is room for; None without room, or while the target is paused.
 
-        `dead_letters`: whether there is a dispatcher for what was given up. A target that is down does not hold that.
+        `dead_letters`: whether there is a dead-letter dispatcher. A target that is down does not hold its events back.
         """
         if health.paused is not None:
             return None
@@ -80,7 +102,7 @@ class Due:
         )
 
     def committed(self, mark: Mark) -> None:
-        """What the mark says is durable now: what is at work no more may be found due again."""
+        """The mark is durable: its events may be found due again."""
         now = monotonic()
         for outcome in mark.outcomes.values():
             match outcome:
@@ -95,16 +117,16 @@ class Due:
                 case LetterDelivered(letter=letter) | LetterFailed(letter=letter):
                     self._letters.pop(letter, None)
 
+    def next_time(self) -> float | None:
+        """When the next event that was scheduled here is due, in monotonic seconds."""
+        return self._times[0] if self._times else None
+
+    def drop_times(self, now: float) -> None:
+        """Forget the due times up to now: somebody looks for those events."""
+        while self._times and self._times[0] <= now:
+            heapq.heappop(self._times)
+
     def _leave(self, position: int) -> None:
         self._events.pop(position, None)
         self._gone.discard(position)
         self._given_up.discard(position)
-
-    def next(self) -> float | None:
-        """When something that was scheduled here is due, in monotonic seconds."""
-        return self._times[0] if self._times else None
-
-    def passed(self, now: float) -> None:
-        """The times up to now have been seen to."""
-        while self._times and self._times[0] <= now:
-            heapq.heappop(self._times)

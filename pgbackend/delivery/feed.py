@@ -1,15 +1,15 @@
-"""The reading side of a shard: from a cursor, past start, end, number of shards and filter, into the window.
+"""The feed of a shard: reads from its cursor, and takes events into window and backlog.
 
-What the window has room for goes on to whoever dispatches it; what is not for this shard is skipped. Reading ends where
-the shard does, for now or for good.
+What is not for this shard is skipped: another shard's events, events outside start and end, and those that the filter
+refuses. The feed waits while the window is full. It ends where the shard does, for now or for good.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 
 from pgbackend.codec.event import Event
-from pgbackend.delivery.outcomes import Buried, Skipped
+from pgbackend.delivery.backlog import Backlog
+from pgbackend.delivery.outcomes import Buried, Finished, Skipped
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
 from pgbackend.log.ranges import Range
@@ -17,63 +17,48 @@ from pgbackend.log.reader import Batch, Unreadable
 from pgbackend.log.tail import Cursor
 from pgbackend.model import Failure
 
-_FINISH_POLL = 0.05
-_END_POLL = 30.0
-"""Seconds between looks at the server's clock while a subscription's end is far."""
-
 
 class Feed:
     """Fills one shard's window."""
 
     def __init__(
         self,
-        *,
         registration: Registration,
         shard: Shard,
         cursor: Cursor,
-        note: Callable[[Shard], None],
-        take: Callable[[Event], None],
-        take_run: Callable[[Sequence[Event]], None],
-        let_go: Callable[[int, int], None],
-        waiting: Collection[int],
-        passes: Callable[[Event], bool],
+        backlog: Backlog,
+        *,
+        is_wanted: Callable[[Event], bool],
+        wake: Callable[[], None],
     ) -> None:
-        """`take`, `take_run`: given what the window has taken on.
-
-        `let_go`: given the first position of what is refused or skipped, and the first behind it.
-        `waiting`: events that failed under a former owner, and have not been begun or let go since.
-        `passes`: whether the filter lets an event through.
-        """
+        """`is_wanted`: whether the filter lets an event through. `wake`: called when the backlog has something new."""
         self._registration = registration
         self._shard = shard
         self._lease = shard.lease
         self._cursor = cursor
-        self._note = note
-        self._take = take
-        self._take_run = take_run
-        self._let_go = let_go
-        self._waiting = waiting
-        self._passes = passes
+        self._backlog = backlog
+        self._is_wanted = is_wanted
+        self._wake = wake
         self._room: asyncio.Future[None] | None = None
         self.waits = False
-        """Whether it waits for room in the window."""
+        """Whether the window is full. Read after each dispatch."""
 
     @property
     def blocked(self) -> bool:
-        """Whether it can't go on because somebody's transaction is open."""
+        """Whether an open transaction holds the reader back."""
         return self._cursor.blocked
 
     def close(self) -> None:
-        """It has nothing more to read: or its stream would keep for it, up to the whole buffer, what it never takes."""
+        """Leave the stream: it would keep up to a full buffer for a cursor that reads no more."""
         self._cursor.close()
 
     def make_room(self) -> None:
-        """Something has left the window."""
+        """An event left the window."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
     async def run(self) -> None:
-        """Read until the shard ends."""
+        """Read until the shard ends, or for ever."""
         window, cursor, stop, ended = self._shard.window, self._cursor, self._lease.stop, False
         first = (self._lease.start_position or 0) + 1
         while not ended:
@@ -87,45 +72,22 @@ class Feed:
                 self._bury(bad)
             await self._admit(batch)
             for hole in batch.closed:
-                # Positions that were read once were events; the others were rolled back.
+                # Positions in a hole that were read before were events, and are gone. The others were rolled back.
                 self._skip(window.close_hole(hole))
-            if self._waiting:
-                # They were in the log when they failed, and should have come by now.
-                gone = [position for position in self._waiting if position <= upto and not window.owes(position)]
-                self._skip([(position, position + 1) for position in gone])
+            # A former owner's failed events were in the log when they failed, and should have come by now.
+            gone = [position for position in self._backlog.carried if position <= upto and not window.owes(position)]
+            self._skip([(position, position + 1) for position in gone])
             if upto > window.position or batch.closed or batch.opened or batch.removed or batch.unreadable:
                 window.advance(upto)
-                self._note(self._shard)
+                self._shard.changed()
             cursor.advance(batch.upto)
             ended = self._shard.is_over or (
                 stop is not None and batch.upto >= stop - 1 and not window.holes.below(stop - 1)
             )
         self.close()
 
-    def _skip(self, lost: Sequence[Range]) -> None:
-        """Have it recorded that these positions were still to be handled, and that their rows are gone."""
-        for lower, upper in lost:
-            self._shard.note(Skipped(lower=lower, upper=upper))
-            self._let_go(lower, upper)
-
-    def _bury(self, bad: Unreadable) -> None:
-        """Have a dead letter made of an event that nobody can be handed; its row is copied as it is."""
-        lease, position = self._lease, bad.position
-        if lease.stop is not None and position >= lease.stop:
-            return
-        is_owed = bool(self._shard.window.lose(position, position + 1))
-        if not is_owed or bad.key_hash % lease.shards != lease.shard or position <= (lease.start_position or 0):
-            return
-        failure = Failure(error=f"The event cannot be read: {bad.error}", attempts=0)
-        self._shard.note(Buried(position=position, failure=failure))
-        self._let_go(position, position + 1)
-
-    def _before_stop(self, hole: Range) -> Range:
-        stop = self._lease.stop
-        return hole if stop is None else (hole[0], min(hole[1], stop))
-
     async def _admit(self, batch: Batch) -> None:
-        """Take on each event of the batch that is for this shard, waiting for room as need be."""
+        """Take on each event of the batch that is for this shard, and wait for room as need be."""
         window, registration, lease = self._shard.window, self._registration, self._lease
         shards, shard, stop = lease.shards, lease.shard, lease.stop
         bounded = not (lease.start_position is None and lease.start_at is None and lease.end_at is None)
@@ -136,33 +98,34 @@ class Feed:
         for index in range(start, len(batch.events)):
             event, position = batch.events[index], batch.positions[index]
             if stop is not None and position >= stop:
-                # Should it be in a hole, from a time when the end was another: it stays pending.
+                # It stays pending if it is in a hole, from a time when the end was another one.
                 continue
             if position <= window.position and position not in window.holes:
                 continue
             if bounded and self._is_behind_end(event):
-                # Whichever shard it is for: what lies behind the end is one range, then.
+                # For all shards, so that everything behind the end is one range.
                 window.put_off(position)
                 continue
             refused = picky and (
                 (shards > 1 and event.key_hash % shards != shard)
                 or (bounded and self._is_before_start(event))
-                or (registration.filter is not None and not self._passes(event))
+                or (registration.filter is not None and not self._is_wanted(event))
             )
             if not refused and not window.fits(batch.sizes[index]):
-                # There may be a filter after that.
+                # The subscription may have another filter after the wait.
                 picky = True
                 refused = not await self._has_room(event, batch.sizes[index])
             if refused:
                 window.skip(position)
-                self._let_go(position, position + 1)
+                self._forget_carried(position, position + 1)
                 continue
             window.open(position, batch.sizes[index])
-            self._take(event)
-        self._note(self._shard)
+            self._backlog.add(event)
+        self._wake()
+        self._shard.changed()
 
     async def _admit_runs(self, batch: Batch) -> int:
-        """Take on as much of a batch as goes without a look at each event; how many. Wins a third of the whole way."""
+        """Take on the first events of a batch without a look at each. Returns how many. A third faster end to end."""
         window, total, registration = self._shard.window, len(batch.events), self._registration
         start = 0
         while start < total and registration.filter is None and batch.positions[start] > window.position:
@@ -174,18 +137,19 @@ class Feed:
             if window.bytes + sum(sizes) > window.max_bytes:
                 break
             window.open_run(positions, sizes)
-            self._take_run(batch.events[start:stop])
+            self._backlog.add_run(batch.events[start:stop])
             start = stop
         return start
 
     async def _has_room(self, event: Event, size: int) -> bool:
-        """Wait until the window has room for an event; whether it is still wanted by then."""
+        """Wait until the window has room for an event. Returns whether it is still wanted then."""
         health = self._registration.health
         while not self._shard.window.fits(size):
             await self._until_room()
-        return health is self._registration.health or self._passes(event)
+        return health is self._registration.health or self._is_wanted(event)
 
     async def _until_room(self) -> None:
+        self._wake()
         self._room = asyncio.get_running_loop().create_future()
         self.waits = True
         try:
@@ -193,6 +157,33 @@ class Feed:
         finally:
             self._room = None
             self.waits = False
+
+    def _skip(self, lost: Sequence[Range]) -> None:
+        """Record that the log lost these rows before the subscription handled them."""
+        for lower, upper in lost:
+            self._shard.record(Skipped(lower=lower, upper=upper))
+            self._forget_carried(lower, upper)
+
+    def _bury(self, bad: Unreadable) -> None:
+        """Make a dead letter of an event that cannot be decoded; its row is copied as it is."""
+        lease, position = self._lease, bad.position
+        if lease.stop is not None and position >= lease.stop:
+            return
+        is_owed = bool(self._shard.window.lose(position, position + 1))
+        if not is_owed or bad.key_hash % lease.shards != lease.shard or position <= (lease.start_position or 0):
+            return
+        failure = Failure(error=f"The event cannot be read: {bad.error}", attempts=0)
+        self._shard.record(Buried(position=position, failure=failure))
+        self._forget_carried(position, position + 1)
+
+    def _forget_carried(self, lower: int, upper: int) -> None:
+        """These events are not dispatched: delete the rows of those that failed under a former owner."""
+        for position in self._backlog.forget_carried(lower, upper):
+            self._shard.record(Finished(position=position))
+
+    def _before_stop(self, hole: Range) -> Range:
+        stop = self._lease.stop
+        return hole if stop is None else (hole[0], min(hole[1], stop))
 
     def _is_before_start(self, event: Event) -> bool:
         at, lease = event.recorded_at, self._lease
@@ -203,23 +194,3 @@ class Feed:
     def _is_behind_end(self, event: Event) -> bool:
         at = event.recorded_at
         return at is not None and self._lease.end_at is not None and at >= self._lease.end_at
-
-
-async def settle_all(
-    shard: Shard, *, seconds_until: Callable[[datetime], Awaitable[float]], prove_end: Callable[[], Awaitable[int]]
-) -> None:
-    """Return once a shard whose subscription ends has settled everything up to there.
-
-    `seconds_until`: how long it is to a date by the server's clock. `prove_end`: the highest position of now.
-    """
-    window, lease = shard.window, shard.lease
-    goal = (lease.end_position or 0) - 1
-    if lease.end_at is not None:
-        while (left := await seconds_until(lease.end_at)) > 0:  # noqa: ASYNC110 - the server's clock
-            # The two clocks may drift apart, and either may be set.
-            await asyncio.sleep(min(left, _END_POLL))
-        # A check that began after the end: no event from before it can appear above what it proved.
-        proven = await prove_end()
-        goal = proven if lease.end_position is None else min(goal, proven)
-    while window.position < goal or len(window) or window.holes.below(goal):  # noqa: ASYNC110 - rare, and plain
-        await asyncio.sleep(_FINISH_POLL)

@@ -67,7 +67,8 @@ class HandlerCalls:
     def _own_event(self) -> Event | None:
         """The event whose handler is calling, or a task or thread of it, while that event is at work."""
         event, worker = turns.current(), self._runner.worker
-        return event if event is not None and worker is not None and worker.is_at_work(event) else None
+        is_here = event is not None and worker is not None and worker.pumps.is_at_work(event)
+        return event if is_here else None
 
     async def _must_return_before(
         self, task: "asyncio.Task[None]", event: Event, registration: Registration | None
@@ -77,7 +78,7 @@ class HandlerCalls:
         try:
             while not task.done():
                 worker = self._runner.worker
-                waited_for = worker.stands_waiting_for(registration) if worker is not None else []
+                waited_for = worker.pumps.holding_up(registration) if worker is not None else []
                 if waited_for and all(self._calling[id(other)] for other in waited_for):
                     return True
                 await asyncio.wait({task}, timeout=_POLL)

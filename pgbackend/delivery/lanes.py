@@ -1,14 +1,17 @@
-"""Who waits behind whom in an ordered shard. Pure.
+"""Lanes: which event waits behind which in an ordered shard. Pure.
 
-A lane is what goes one after another: the events of one key (`order="key"`), or all there are (`order="strict"`). Its
-first event is the pump's: being dispatched, ready, or waiting to be tried again. The others are parked here, in the
-order in which they came. An event without a key has no lane, and waits for nobody.
+The events of one key share a lane (`order="key"`), or all events share one (`order="strict"`). The first event of a
+lane is at work, ready, or waits for its retry. The others are parked here, in log order. Under `order="key"` an event
+without a key has no lane, and waits for nothing.
 """
 
 from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
 
 from pgbackend.codec.event import Event
+
+_Item = TypeVar("_Item")
 
 
 class Lanes:
@@ -22,7 +25,7 @@ class Lanes:
         self._parked: dict[object, deque[Event]] = {}
 
     def enter(self, event: Event) -> bool:
-        """Whether the event is the first of its lane; if not, it is parked until `leave()` hands it out."""
+        """Whether the event is the first of its lane. Otherwise it is parked until `leave()` returns it."""
         lane = "" if self._single else event.key
         if lane is None:
             return True
@@ -34,7 +37,7 @@ class Lanes:
         return False
 
     def leave(self, event: Event) -> Event | None:
-        """The first of a lane is done with: the one that is the first now, if one is there."""
+        """Remove the first event of a lane. Returns the one that is first now."""
         lane = "" if self._single else event.key
         if lane is None:
             return None
@@ -44,17 +47,17 @@ class Lanes:
         del self._parked[lane]
         return None
 
-    def sift(self, wanted: Callable[[Event], bool]) -> list[Event]:
-        """Take out what is parked and not wanted any more."""
-        return [event for parked in self._parked.values() for event in sift(parked, wanted)]
+    def sift(self, is_wanted: Callable[[Event], bool]) -> list[Event]:
+        """Remove and return the parked events that are not wanted."""
+        return [event for parked in self._parked.values() for event in sift(parked, is_wanted)]
 
 
-def sift(queue: deque[Event], wanted: Callable[[Event], bool]) -> list[Event]:
-    """Take out of a queue what is not wanted any more; the rest stays in its order."""
-    kept: list[Event] = []
-    refused: list[Event] = []
-    for event in queue:
-        (kept if wanted(event) else refused).append(event)
+def sift(queue: deque[_Item], is_wanted: Callable[[_Item], bool]) -> list[_Item]:
+    """Remove and return what is not wanted; the rest keeps its order."""
+    kept: list[_Item] = []
+    refused: list[_Item] = []
+    for item in queue:
+        (kept if is_wanted(item) else refused).append(item)
     if refused:
         queue.clear()
         queue.extend(kept)

@@ -66,7 +66,7 @@ class _Pass:
 
     def lose(self, shards: Iterable[Shard]) -> None:
         for shard in shards:
-            shard.lost = True
+            shard.lose()
             self.lost.append(shard)
             del self.open[shard]
 
@@ -89,7 +89,7 @@ class Offsets:
         Raises IncarnationChanged when the server lives another life, and SchemaError. Marks that were not committed,
         whatever the reason, are back in their shards.
         """
-        marks = {shard: mark for shard in shards if not shard.lost and (mark := shard.collect()) is not None}
+        marks = {shard: mark for shard in shards if not shard.lost and (mark := shard.take_mark()) is not None}
         run, error = _Pass(marks), None
         try:
             await self._commit(run)
@@ -100,14 +100,14 @@ class Offsets:
         finally:
             # If the answer was lost, the mark may be durable: committing it again has the same effect.
             for shard, mark in run.open.items():
-                shard.give_back(mark)
+                shard.restore(mark)
         return Committed(marks=run.done, lost=run.lost, kept=list(run.open), error=error)
 
     async def _commit(self, run: _Pass) -> None:
         plain = {
             shard: mark
             for shard, mark in run.open.items()
-            if not (mark.outcomes or mark.calm) and shard.committed[0] >= 0
+            if not (mark.outcomes or mark.forget_crashes) and shard.committed[0] >= 0
         }
         if plain:
             # A row that was not where it was may have a new version: the key finds it.

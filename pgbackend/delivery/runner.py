@@ -129,7 +129,7 @@ class Runner:
         """The state of each subscription in this process, by its name."""
         if self.error is not None:
             return dict.fromkeys(self.registrations, self.describe_error())
-        return self.worker.states() if self.worker is not None else {}
+        return self.worker.pumps.states() if self.worker is not None else {}
 
     def describe_error(self) -> str:
         """That the worker died, and of what."""

@@ -1,96 +1,74 @@
-"""One shard while this worker runs it: its lease, its window, and what is to be committed for it next.
+"""A shard while this worker runs it: its lease, its window, and what to commit for it next. Pure: no I/O.
 
-The pump fills it, the committer empties it. Pure: no I/O.
+The pump settles events and records outcomes; the committer takes a `Mark` of that, and reports what became of it:
 
-An **outcome** is what became of an event that was not simply handled. It is committed in the same statement as the
-offset that it belongs to, so that a crash finds an event either in the log's path or in redelivery, never in both,
-and never in neither. Of several outcomes for one event only the last is kept.
+    settled or recorded ──▶ changed ──take_mark()──▶ under way ──confirm()──▶ committed
+                               ▲                        │
+                               └───────restore()────────┘
+    any ──lose()──▶ lost: nothing is dispatched or committed any more
 """
 
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from pgbackend.delivery.outcomes import Finished, Outcome, OutcomeKey, outcome_key
 from pgbackend.delivery.window import Window
-from pgbackend.model import Failure
 from pgbackend.subscriptions.leases import Lease
 from pgbackend.subscriptions.presence import Tenure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """What a failed event of an ordered shard has behind it: a new owner goes on from there."""
-
-    attempt: int
-    """Attempts made."""
-    due_at: float
-    """When the next one is due, in monotonic seconds."""
-    failure: Failure | None
-    """Why it was given up, if it was."""
-    begun: bool
-    """Whether the last attempt killed the process that made it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DueRequest:
-    """What a shard would take of its failed events whose time has come."""
-
-    lease: Lease
-    events: bool
-    """Whether also from `redeliveries`: in ordered modes they wait in the window, and come by the pump's own clock."""
-    given_up: bool
-    """Whether only what is for the dead-letter dispatcher."""
-    room: int
-    room_bytes: int
-    positions: list[int]
-    """At work already."""
-    letters: list[int]
-    """Dead letters at work already."""
-
-
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What is to be committed for a shard."""
+    """What to commit for a shard."""
 
     position: int
     pending: str
     holes: str
     """The part of `pending` in which nobody has seen an event."""
     complete: bool
-    calm: bool
-    """Whether what was open when the shard was claimed from a dead worker is settled."""
+    forget_crashes: bool
+    """Whether everything is settled that was open when the shard was claimed from a dead worker."""
     outcomes: Mapping[OutcomeKey, Outcome]
 
     def without(self, lost: Collection[int]) -> "Mark":
-        """The mark as it was committed when these positions were gone from the log: nothing is due or kept of them."""
+        """The mark as it was committed when these positions were gone from the log: nothing is kept of them."""
         if not lost:
             return self
         gone: dict[OutcomeKey, Outcome] = {("event", position): Finished(position=position) for position in lost}
         return replace(self, outcomes={**self.outcomes, **gone})
 
 
-@dataclass(slots=True, eq=False)
 class Shard:
-    """A lease being used."""
+    """A lease in use. It changes only through the methods here and those of its window."""
 
-    lease: Lease
-    window: Window
-    tenure: Tenure
-    place: tuple[int, int]
-    """The offset row's ctid as the last commit returned it."""
-    lost: bool = False
-    """Whether another worker has it, or may have: nothing is dispatched or committed any more."""
-    complete: bool = False
-    crashes: int = 0
-    """As its row has it."""
-    calm: bool = False
-    """Whether its row may forget them."""
-    noted: bool = False
-    """Whether the committer knows that there may be something to commit."""
-    outcomes: dict[OutcomeKey, Outcome] = field(default_factory=dict)
-    committed: tuple[int, str, str] = (0, "{}", "{}")
-    """Position, pending and holes, as its row has them."""
+    __slots__ = (
+        "_changed", "committed", "complete", "crashes", "forgets_crashes", "is_queued", "lease", "lost", "outcomes",
+        "place", "tenure", "window",
+    )  # fmt: skip
+
+    def __init__(self, *, lease: Lease, window: Window, tenure: Tenure, on_change: Callable[["Shard"], None]) -> None:
+        """`on_change`: queues the shard for the committer."""
+        self.lease = lease
+        self.window = window
+        self.tenure = tenure
+        self.place = lease.place
+        """The offset row's ctid, as the last commit returned it."""
+        self.committed = (int(lease.position), str(lease.pending), str(lease.holes))
+        """Position, pending and holes, as the row has them."""
+        self.crashes = lease.crashes
+        """As the row has them."""
+        self.forgets_crashes = False
+        """Whether the next commit sets them to 0."""
+        self.complete = lease.complete
+        """Whether the subscription's end is reached."""
+        self.lost = False
+        """Whether another worker owns it, or may: nothing is dispatched or committed any more."""
+        self.outcomes: dict[OutcomeKey, Outcome] = {}
+        """What to commit beside the offset; of several outcomes of an event the last one."""
+        self.is_queued = False
+        """Whether the committer knows that there may be something to commit. Read after each dispatch."""
+        self._changed = on_change
 
     @property
     def name(self) -> str:
@@ -98,29 +76,60 @@ class Shard:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has read up to where it ends for good. What is at work, or pending, is not in the way."""
+        """Whether it has read up to where it ends for good. Events at work or pending do not matter."""
         stop = self.lease.stop
         return self.lease.until is not None and stop is not None and self.window.position >= stop - 1
 
     def may_dispatch(self) -> bool:
         return not self.lost and time.monotonic() < self.tenure.valid_until
 
-    def note(self, outcome: Outcome) -> None:
-        self.outcomes[outcome_key(outcome)] = outcome
+    # What the pump does.
 
-    def collect(self) -> Mark | None:
+    def changed(self) -> None:
+        """There may be something to commit."""
+        if not self.lost:
+            self._changed(self)
+
+    def record(self, outcome: Outcome) -> None:
+        """Commit the outcome with the next offset."""
+        if not self.lost:
+            self.outcomes[outcome_key(outcome)] = outcome
+            self._changed(self)
+
+    def finish(self) -> None:
+        """The subscription's end is reached."""
+        self.complete = True
+        self.changed()
+
+    def seal(self) -> None:
+        """Nobody reads for this shard again: the offset names everything that is open."""
+        self.window.seal()
+        self.changed()
+
+    def forget_crashes(self) -> None:
+        """Its former owners' crashes do not count any more."""
+        self.forgets_crashes = True
+        self.changed()
+
+    def lose(self) -> None:
+        """The lease is gone."""
+        self.lost = True
+
+    # What the committer does.
+
+    def take_mark(self) -> Mark | None:
         """Take what there is to commit; None when the row says it already."""
-        self.noted = False
+        self.is_queued = False
         position, pending = self.window.mark()
         text, holes = str(pending), str(self.window.unseen(position))
         outcomes, self.outcomes = self.outcomes, {}
-        calm = self.calm and self.crashes > 0
-        if not (outcomes or self.complete or calm) and (position, text, holes) == self.committed:
+        forget = self.forgets_crashes and self.crashes > 0
+        if not (outcomes or self.complete or forget) and (position, text, holes) == self.committed:
             return None
-        return Mark(position, text, holes, self.complete, calm, outcomes)
+        return Mark(position, text, holes, self.complete, forget, outcomes)
 
-    def give_back(self, mark: Mark) -> None:
-        """The commit did not happen, or nobody knows: commit it again with the next."""
+    def restore(self, mark: Mark) -> None:
+        """The commit did not happen, or nobody knows: the next one repeats it."""
         self.outcomes = {**mark.outcomes, **self.outcomes}
         self.committed = (-1, "", "")
 
@@ -128,5 +137,5 @@ class Shard:
         """The row says it now."""
         self.place = place
         self.committed = (mark.position, mark.pending, mark.holes)
-        if mark.calm:
+        if mark.forget_crashes:
             self.crashes = 0

@@ -31,17 +31,21 @@ _PASSING = 1.0
 class Tail:
     """All streams of a process."""
 
-    def __init__(
-        self, log: Log, wakeup: Wakeup, *, poll_interval: float, buffer_bytes: int, tasks: asyncio.TaskGroup
-    ) -> None:
-        """`tasks`: where streams run. An error that ends a stream ends the group."""
+    def __init__(self, log: Log, wakeup: Wakeup, *, poll_interval: float, buffer_bytes: int) -> None:
         self.log = log
         self.wakeup = wakeup
         self.poll_interval = poll_interval
         self.buffer_bytes = buffer_bytes
-        self._tasks = tasks
+        self._tasks: asyncio.TaskGroup | None = None
         self._streams: list[Stream] = []
         """Oldest first."""
+
+    async def run(self) -> None:
+        """Run the streams until cancelled. Raises what ends one of them: IncarnationChanged or SchemaError."""
+        async with asyncio.TaskGroup() as self._tasks:
+            for stream in self._streams:
+                self._start(stream, self._tasks)
+            await asyncio.get_running_loop().create_future()
 
     def cursor(self, *, after: int, strict: bool = False) -> "Cursor":
         """A place in the log that reads on behind `after`. Close it when it is not needed any more."""
@@ -54,11 +58,15 @@ class Tail:
             reader = Reader(self.log, after=cursor.position, holes=holes, strict=cursor.strict)
             stream = Stream(self, reader, strict=cursor.strict)
             self._streams.append(stream)
-            stream.task = self._tasks.create_task(stream.run(), name=f"stream from {cursor.position}")
+            if self._tasks is not None:
+                self._start(stream, self._tasks)
         else:
             stream.reader.adopt(holes)
         stream.cursors.add(cursor)
         return stream
+
+    def _start(self, stream: "Stream", tasks: asyncio.TaskGroup) -> None:
+        stream.task = tasks.create_task(stream.run(), name=f"stream from {stream.reader.position}")
 
     def _find_stream(self, cursor: "Cursor", holes: RangeSet) -> "Stream | None":
         if cursor.strict and holes:

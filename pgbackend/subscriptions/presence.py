@@ -36,12 +36,15 @@ _ECHO_TIMEOUT = 5.0
 
 
 class Tenure:
-    """Until when this worker may start dispatches, in monotonic seconds. Set by the thread."""
+    """Until when this worker may start dispatches, in monotonic seconds."""
 
-    __slots__ = ("valid_until",)
+    __slots__ = ("lapses", "valid_until")
 
     def __init__(self) -> None:
         self.valid_until = 0.0
+        """Set by the thread."""
+        self.lapses = 0
+        """How often it ran out and came back. Each time, others may have claimed shards of this worker."""
 
 
 class Presence:

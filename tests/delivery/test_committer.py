@@ -14,7 +14,7 @@ from pgbackend.errors import DatabaseError
 
 
 class _Shard:
-    noted = False
+    is_queued = False
 
 
 def make_shard() -> Shard:
@@ -64,7 +64,7 @@ async def test_the_first_commit_after_a_quiet_time_goes_at_once_and_others_wait_
     async with committing(server, interval=0.2) as (committer, _):
         async with asyncio.timeout(5):
             while len(server.times) < 3:
-                committer.note(make_shard())
+                committer.queue(make_shard())
                 await asyncio.sleep(0.005)
     first, second, third = server.times
 
@@ -75,7 +75,7 @@ async def test_a_flush_does_not_wait_for_the_interval() -> None:
     server, shard = Server(), make_shard()
     async with committing(server, interval=600.0) as (committer, done):
         await committer.flush()
-        committer.note(shard)
+        committer.queue(shard)
         async with asyncio.timeout(5):
             await committer.flush()
         assert done == [shard]
@@ -85,10 +85,10 @@ async def test_a_flush_waits_for_what_was_noted_while_a_pass_was_under_way() -> 
     server, first, second = Server(), make_shard(), make_shard()
     server.open.clear()
     async with committing(server) as (committer, done):
-        committer.note(first)
+        committer.queue(first)
         while not server.passes:
             await asyncio.sleep(0)
-        committer.note(second)
+        committer.queue(second)
         flushes = [asyncio.create_task(committer.flush()) for _ in range(3)]
         await asyncio.sleep(0)
         assert done == []
@@ -102,7 +102,7 @@ async def test_the_result_of_a_flush_whose_caller_is_cancelled_is_applied() -> N
     server, shard = Server(), make_shard()
     server.open.clear()
     async with committing(server) as (committer, done):
-        committer.note(shard)
+        committer.queue(shard)
         caller, other = (asyncio.create_task(committer.flush()) for _ in range(2))
         while not server.passes:
             await asyncio.sleep(0)
@@ -117,7 +117,7 @@ async def test_what_was_refused_is_committed_again_and_the_flush_says_why_it_was
     server, shard = Server(), make_shard()
     server.errors = [DatabaseError("no")]
     async with committing(server) as (committer, done):
-        committer.note(shard)
+        committer.queue(shard)
         with pytest.raises(DatabaseError, match="no"):
             await committer.flush()
         assert done == []
@@ -130,7 +130,7 @@ async def test_a_flush_that_meets_the_end_of_the_worker_is_refused() -> None:
     server = Server()
     server.open.clear()
     async with committing(server) as (committer, _):
-        committer.note(make_shard())
+        committer.queue(make_shard())
         waiting = [asyncio.create_task(committer.flush())]
         while not server.passes:
             await asyncio.sleep(0)

@@ -28,7 +28,7 @@ def asked(account: Due, *, down: bool, dead_letters: bool = True) -> tuple[int, 
     """The room that it has, and whether that is only for what was given up."""
     health = TargetHealth(Retry())
     health.down = down
-    request = account.ask(health, dead_letters=dead_letters)
+    request = account.request(health, dead_letters=dead_letters)
     return None if request is None else (request.room, request.given_up)
 
 

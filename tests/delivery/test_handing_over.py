@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, SubscriptionBusyError
-from pgbackend.delivery.worker import Worker as RunningWorker
+from pgbackend.delivery.claims import Claims
 from pgbackend.facts import Recorder
 from tests.support.backends import worker_of
 from tests.support.events import make_event
@@ -73,21 +73,21 @@ async def stored(database: str) -> list[Any]:
 
 
 @pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> Counter[RunningWorker]:
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Counter[Claims]:
     """How many rounds of sharing out each worker has made."""
-    counts, run_round = Counter[RunningWorker](), RunningWorker.run_round
+    counts, run_round = Counter[Claims](), Claims.run_once
 
-    async def counted(self: RunningWorker) -> None:
+    async def counted(self: Claims) -> None:
         await run_round(self)
         counts[self] += 1
 
-    monkeypatch.setattr(RunningWorker, "run_round", counted)
+    monkeypatch.setattr(Claims, "run_once", counted)
     return counts
 
 
 @pytest.mark.parametrize("plain", [False, True])
 async def test_a_worker_that_joins_waits_for_slow_dispatchers_and_the_shard_goes_on_meanwhile(
-    database: str, rounds: Counter[RunningWorker], plain: bool
+    database: str, rounds: Counter[Claims], plain: bool
 ) -> None:
     slow, other = Slow(plain=plain), Slow(plain=plain)
     other.open()
@@ -96,7 +96,7 @@ async def test_a_worker_that_joins_waits_for_slow_dispatchers_and_the_shard_goes
         await one.produce_many([make_event(f"slow {key}", key=str(key)) for key in range(8)])
         await slow.has_begun(*(f"slow {key}" for key in range(8)))
         await two.subscribe("s", other.handle, shards=2)
-        joined, seen = worker_of(two), rounds.copy()
+        joined, seen = worker_of(two)._claims, rounds.copy()
         # Longer than any drain_timeout: a round lasts 0.1 s.
         await holds("it has asked for long", lambda: rounds[joined] >= seen[joined] + 15)
         await one.produce_many([make_event(f"quick {key}", key=str(key)) for key in range(20)])

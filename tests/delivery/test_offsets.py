@@ -33,7 +33,7 @@ class Owner:
         self.id: UUID = uuid4()
         self.leases = Leases(log, schema="pgbackend", worker=self.id)
         self.offsets = Offsets(log, schema="pgbackend", worker=self.id)
-        self.noted: dict[Shard, None] = {}
+        self.queued: dict[Shard, None] = {}
 
     async def claim(self, *names: str) -> list[Shard]:
         connection = await asyncpg.connect(self.dsn)
@@ -48,8 +48,7 @@ class Owner:
                 lease=lease,
                 window=Window(position=lease.position, pending=lease.pending, max_events=100, max_bytes=10**6),
                 tenure=Tenure(),
-                place=lease.place,
-                committed=(lease.position, str(lease.pending), str(lease.holes)),
+                on_change=lambda shard: self.queued.__setitem__(shard, None),
             )
             for lease in await claim_free(self.leases, *(names or ("s",)))
         ]
@@ -59,13 +58,13 @@ class Owner:
             if position > shard.window.position:
                 shard.window.open(position, 1)
             shard.window.settle(position)
-        self.noted[shard] = None
+        self.queued[shard] = None
 
     async def commit(self) -> Committed:
         """Commit what was settled; what is not committed is tried again by the next call."""
-        noted, self.noted = self.noted, {}
-        committed = await self.offsets.commit(noted)
-        self.noted.update(dict.fromkeys(committed.kept))
+        shards, self.queued = self.queued, {}
+        committed = await self.offsets.commit(shards)
+        self.queued.update(dict.fromkeys(committed.kept))
         return committed
 
 
@@ -136,8 +135,8 @@ async def test_a_former_owner_cannot_commit(ask: Ask, database: str, with_outcom
         await owner.commit()
         former.settle(stale, 1, 2, 3)
         if with_outcome:
-            stale.note(Buried(position=1, failure=Failure(error="x", attempts=1)))
-            stale.note(Scheduled(position=2, attempt=1, delay=0.0, error="x", failure=None))
+            stale.record(Buried(position=1, failure=Failure(error="x", attempts=1)))
+            stale.record(Scheduled(position=2, attempt=1, delay=0.0, error="x", failure=None))
         committed = await former.commit()
 
         assert stale.lost
@@ -194,9 +193,9 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
     async with owning(database) as owner:
         (shard,) = await owner.claim()
         owner.settle(shard, 1, 2, 3)
-        shard.note(Scheduled(position=1, attempt=2, delay=60.0, error="busy", failure=None))
-        shard.note(Buried(position=2, failure=failure))
-        shard.note(Finished(position=3))
+        shard.record(Scheduled(position=1, attempt=2, delay=60.0, error="busy", failure=None))
+        shard.record(Buried(position=2, failure=failure))
+        shard.record(Finished(position=3))
         await owner.commit()
 
         assert await ask(OFFSET) == [(3, "{}")]
@@ -207,8 +206,8 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
             "SELECT position, id, error, attempts, details->>'customer', details->>'note' FROM pgbackend.dead_letters"
         ) == [(2, "1", "no such customer", 5, "17", 'quote " and \\ 🦆')]
 
-        shard.note(Finished(position=1))
-        owner.noted[shard] = None
+        shard.record(Finished(position=1))
+        owner.queued[shard] = None
         await owner.commit()
         assert await ask("SELECT count(*) FROM pgbackend.redeliveries") == [(0,)]
 
@@ -220,7 +219,7 @@ async def test_a_commit_that_failed_is_made_up_for_with_all_its_outcomes(
     async with Proxy(database) as proxy, owning(proxy.dsn) as owner:
         (shard,) = await owner.claim()
         owner.settle(shard, 1, 2)
-        shard.note(Scheduled(position=1, attempt=1, delay=0.0, error="unique-marker", failure=None))
+        shard.record(Scheduled(position=1, attempt=1, delay=0.0, error="unique-marker", failure=None))
         if reached:
             proxy.lose_reply_to(b"unique-marker")
         else:
@@ -265,8 +264,8 @@ async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
     async with owning(database) as owner:
         shards = {shard.lease.subscription: shard for shard in await owner.claim("s", "other")}
         beyond_int4 = 1 << 40
-        shards["s"].note(Scheduled(position=3, attempt=beyond_int4, delay=1.0, error="failed", failure=None))
-        shards["other"].note(Finished(position=3))
+        shards["s"].record(Scheduled(position=3, attempt=beyond_int4, delay=1.0, error="failed", failure=None))
+        shards["other"].record(Finished(position=3))
         for shard in shards.values():
             shard.window.open_run([11, 12], [1] * 2)
             owner.settle(shard, 11, 12)
@@ -303,7 +302,7 @@ async def test_a_range_set_of_a_thousand_holes_is_committed(ask: Ask, database: 
         for number in range(1, 1000):
             shard.window.add_hole((2 * number + 1, 2 * number + 2))
         shard.window.advance(2000)
-        owner.noted[shard] = None
+        owner.queued[shard] = None
         await owner.commit()
         await ask("UPDATE pgbackend.offsets SET owner = NULL")
         (again,) = await owner.claim()

@@ -7,7 +7,7 @@ import pytest
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend, ConfigError, Event, Reject, Retry, SubscriptionNotFoundError
-from pgbackend.delivery import worker
+from pgbackend.delivery import redeliverer
 from pgbackend.postgres.pool import Database
 from tests.support.backends import dead_letters, settled, waiting
 from tests.support.dispatchers import Catch
@@ -121,7 +121,7 @@ async def test_an_event_is_tried_again_at_its_time_and_not_before(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The time of a due event is known where it was scheduled: no waiting for the next look.
-    monkeypatch.setattr(worker, "_ROUND", 600.0)
+    monkeypatch.setattr(redeliverer, "_LONGEST_WAIT", 600.0)
     at: list[float] = []
     loop = asyncio.get_running_loop()
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pgbackend import Backend, ConfigError, Event, Pause, Reject, Retry, SubscriptionNotFoundError, filters
+from pgbackend.delivery.deliverers import Deliverers
 from pgbackend.delivery.health import FAILURES_IN_A_ROW
-from pgbackend.delivery.pump import Pump
 from pgbackend.facts import Recorder
 from tests.support.backends import failed, produce, running, settled, worker_of
 from tests.support.dispatchers import Catch, Gate
@@ -238,14 +238,14 @@ async def test_a_probe_that_finds_the_target_gone_pauses_and_nothing_is_probed_a
 
 @pytest.mark.parametrize("order", ORDERS)
 async def test_a_paused_pump_sleeps(database: str, order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait, waits = Pump._wait, 0
+    idle, waits = Deliverers.idle, 0
 
-    async def counted(self: Pump) -> None:
+    async def counted(self: Deliverers) -> None:
         nonlocal waits
         waits += 1
-        await wait(self)
+        await idle(self)
 
-    monkeypatch.setattr(Pump, "_wait", counted)
+    monkeypatch.setattr(Deliverers, "idle", counted)
     with Recorder() as recorder:
         async with running(database) as backend:
             await backend.subscribe("s", Gone(), order=order, concurrency=8)
@@ -391,7 +391,7 @@ async def test_down_to_one_and_up_again_leaves_as_many_workers_as_are_wanted(dat
 
 
 @pytest.mark.parametrize("order", ORDERS)
-async def test_what_waits_here_and_the_new_filter_refuses_is_let_go(database: str, order: Any) -> None:
+async def test_what_waits_here_and_the_new_filter_refuses_is_filtered(database: str, order: Any) -> None:
     gate, catch = Gate(), Catch()
     with Recorder() as recorder:
         async with running(database) as backend:
@@ -400,14 +400,14 @@ async def test_what_waits_here_and_the_new_filter_refuses_is_let_go(database: st
             await gate.holds(1)
 
             async def are_here() -> bool:
-                ((pump, _),) = worker_of(backend)._pumps.values()
+                (pump,) = worker_of(backend).pumps
                 return len(pump.shard.window) == 12
 
             await eventually("all were read", are_here)
             await backend.reconfigure("s", catch, filter=lambda event: event.id.startswith("1"), concurrency=1)
             gate.open()
             await settled(backend)
-        assert [fields["let_go"] for fields in recorder.all("subscription reconfigured")] == [5]
+        assert [fields["filtered"] for fields in recorder.all("subscription reconfigured")] == [5]
 
     assert gate.handled == ["0-0"]
     assert sorted(catch.ids) == sorted(f"1-{n}" for n in range(1, 12, 2))

@@ -20,8 +20,7 @@ def make_shard(*, position: int = 0, pending: str = "{}") -> Shard:
         lease=lease,
         window=Window(position=position, pending=ranges, max_events=10, max_bytes=1000),
         tenure=Tenure(),
-        place=(0, 1),
-        committed=(position, pending, pending),
+        on_change=lambda _: None,
     )
 
 
@@ -36,7 +35,7 @@ def handle(shard: Shard, *positions: int) -> None:
 
 
 def collected(shard: Shard) -> Mark:
-    mark = shard.collect()
+    mark = shard.take_mark()
     assert mark is not None
     return mark
 
@@ -44,7 +43,7 @@ def collected(shard: Shard) -> Mark:
 def test_nothing_is_committed_that_the_row_says_already() -> None:
     shard = make_shard(position=5, pending="{[3,4)}")
 
-    assert shard.collect() is None
+    assert shard.take_mark() is None
 
 
 def test_what_was_settled_is_collected_once_it_is_confirmed_no_more() -> None:
@@ -54,26 +53,26 @@ def test_what_was_settled_is_collected_once_it_is_confirmed_no_more() -> None:
     assert (mark.position, mark.pending, mark.complete) == (2, "{}", False)
     shard.confirm(mark, (0, 2))
 
-    assert shard.collect() is None
+    assert shard.take_mark() is None
     assert shard.place == (0, 2)
 
 
 def test_a_commit_that_failed_is_collected_again_with_its_outcomes() -> None:
     shard = make_shard()
     handle(shard, 1)
-    shard.note(scheduled(1))
-    shard.give_back(collected(shard))
+    shard.record(scheduled(1))
+    shard.restore(collected(shard))
 
     assert collected(shard).outcomes == {("event", 1): scheduled(1)}
 
 
 def test_what_happened_after_a_failed_commit_counts_more_than_what_it_said() -> None:
     shard = make_shard()
-    shard.note(scheduled(1))
-    shard.note(scheduled(2))
+    shard.record(scheduled(1))
+    shard.record(scheduled(2))
     mark = collected(shard)
-    shard.note(Finished(position=1))
-    shard.give_back(mark)
+    shard.record(Finished(position=1))
+    shard.restore(mark)
 
     assert collected(shard).outcomes == {("event", 1): Finished(position=1), ("event", 2): scheduled(2)}
 
@@ -81,7 +80,7 @@ def test_what_happened_after_a_failed_commit_counts_more_than_what_it_said() -> 
 def test_of_several_outcomes_of_an_event_the_last_one_counts() -> None:
     shard = make_shard()
     for outcome in (scheduled(1), scheduled(1, attempt=2), Buried(position=1, failure=Failure(error="x", attempts=2))):
-        shard.note(outcome)
+        shard.record(outcome)
 
     assert [type(outcome) for outcome in collected(shard).outcomes.values()] == [Buried]
 
@@ -95,7 +94,7 @@ def test_an_event_and_a_letter_of_the_same_number_are_two_things() -> None:
 
 def test_completion_is_committed_though_the_position_is_the_same() -> None:
     shard = make_shard(position=5)
-    shard.complete = True
+    shard.finish()
 
     assert collected(shard).complete
 
@@ -105,5 +104,5 @@ def test_it_dispatches_only_within_its_tenure() -> None:
     assert not shard.may_dispatch()
     shard.tenure.valid_until = time.monotonic() + 60
     assert shard.may_dispatch()
-    shard.lost = True
+    shard.lose()
     assert not shard.may_dispatch()

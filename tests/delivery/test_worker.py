@@ -36,9 +36,9 @@ async def test_unsubscribing_a_subscription_whose_lease_has_just_been_given_up_h
             await backend.subscribe("s", Catch())
             await recorder.wait("lease claimed")
             worker = worker_of(backend)
-            ((pump, _),) = worker._pumps.values()
+            (pump,) = worker.pumps
             lost = True
-            worker._on_lost(pump.shard)
+            worker._handover.lose(pump.shard)
             await recorder.wait("lease released")
             await unsubscribing[0]
             catch = Catch()
@@ -57,11 +57,11 @@ async def test_what_waited_to_be_tried_again_in_a_former_life_of_the_server_is_n
             await backend.subscribe("s", catch, order="key", retry=Retry(delay=0.4))
             await backend.produce(make_event("a", key="k"))
             await recorder.wait("retry scheduled")
-            ((pump, _),) = worker_of(backend)._pumps.values()
+            (pump,) = worker_of(backend).pumps
             # As a crash leaves it.
             await observer.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
             await recorder.wait("incarnation changed")
-            assert not pump._timers
+            assert pump._backlog.next_due() is None
             await catch.has("a")
     await observer.close()
 

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, Retry
-from pgbackend.delivery.worker import Worker as RunningWorker
+from pgbackend.delivery.claims import Claims
 from pgbackend.facts import Recorder
 from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
@@ -99,14 +99,14 @@ async def test_each_gets_what_it_can_run(database: str) -> None:
 
 
 async def test_once_shards_are_shared_nothing_moves(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds: Counter[RunningWorker] = Counter()
-    run_round = RunningWorker.run_round
+    rounds: Counter[Claims] = Counter()
+    run_round = Claims.run_once
 
-    async def counted(self: RunningWorker) -> None:
+    async def counted(self: Claims) -> None:
         await run_round(self)
         rounds[self] += 1
 
-    monkeypatch.setattr(RunningWorker, "run_round", counted)
+    monkeypatch.setattr(Claims, "run_once", counted)
     observer = await asyncpg.connect(database)
     async with AsyncExitStack() as stack:
         for _ in range(3):
@@ -168,13 +168,13 @@ async def test_who_lost_a_shard_neither_takes_it_anew_nor_asks_for_it_while_some
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = await asyncpg.connect(database)
-    gate, rounds, run_round = Gate(), Counter[RunningWorker](), RunningWorker.run_round
+    gate, rounds, run_round = Gate(), Counter[Claims](), Claims.run_once
 
-    async def counted(self: RunningWorker) -> None:
+    async def counted(self: Claims) -> None:
         await run_round(self)
         rounds[self] += 1
 
-    monkeypatch.setattr(RunningWorker, "run_round", counted)
+    monkeypatch.setattr(Claims, "run_once", counted)
     async with Backend(database, **SETTINGS) as one, Backend(database) as operator:
         await one.subscribe("s", gate, start="earliest", order="key")
         await operator.produce_many([make_event(str(number), key="k") for number in range(3)])
@@ -185,7 +185,7 @@ async def test_who_lost_a_shard_neither_takes_it_anew_nor_asks_for_it_while_some
             lost_at = rounds.copy()
 
             async def looked_often() -> bool:
-                return rounds[worker_of(one)] >= lost_at[worker_of(one)] + 4
+                return rounds[worker_of(one)._claims] >= lost_at[worker_of(one)._claims] + 4
 
             await eventually("it has looked several times", looked_often)
             assert gate.waiting == ["0"], "two of a key are at work at once"

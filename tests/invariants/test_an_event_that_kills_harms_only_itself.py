@@ -11,7 +11,6 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, Pause, Retry
-from pgbackend.delivery.care import Care
 from pgbackend.facts import Recorder
 from tests.support.backends import worker_of
 from tests.support.dispatchers import Catch, Gate
@@ -161,17 +160,8 @@ async def test_a_shard_whose_owners_died_of_something_else_is_only_slower(databa
     assert most > 1, "it was run with care for longer than a window"
 
 
-def test_care_is_taken_from_the_second_crash_on_for_a_window_of_events() -> None:
-    assert not Care(crashes=1, most=3).taken
-    care = Care(crashes=2, most=3)
-    for _ in range(3):
-        assert care.taken
-        care.handled(concurrency=64)
-    assert not care.taken
-
-
 async def test_crashes_are_forgotten_once_all_is_settled(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgbackend.delivery.care._CALM_AFTER", 0.0)
+    monkeypatch.setattr("pgbackend.delivery.care._SETTLED_AFTER", 0.0)
     observer = await asyncpg.connect(database)
     async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
         await backend.produce(make_event("a"))
@@ -304,7 +294,7 @@ async def test_what_is_refused_of_another_subscription_does_not_keep_it_from_bei
 async def test_crashes_are_forgotten_where_a_subscription_ends_before_the_log(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgbackend.delivery.care._CALM_AFTER", 0.0)
+    monkeypatch.setattr("pgbackend.delivery.care._SETTLED_AFTER", 0.0)
     observer = await asyncpg.connect(database)
     async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
         await backend.produce_many([make_event(str(number)) for number in range(3)])
@@ -335,7 +325,7 @@ async def test_what_waits_to_be_alone_goes_the_new_way_or_none(database: str) ->
 
         async def another_waits() -> bool:
             await backend.produce(make_event("c"))
-            return bool(worker_of(backend)._alone._waiters)
+            return bool(worker_of(backend).pumps._alone._waiters)
 
         await eventually("another one waits for its end", another_waits)
         await backend.reconfigure("s", catch, filter=lambda event: event.id == "new")

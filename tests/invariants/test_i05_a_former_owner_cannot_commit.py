@@ -188,7 +188,7 @@ async def test_a_worker_that_loses_its_connection_begins_nothing_until_it_has_re
             # Far sooner than the next renewal, which is in 20 s.
             await backend.produce(make_event("after"))
             await catch.has("after")
-            assert worker._tenure.valid_until > 0
+            assert worker.pumps.tenure.valid_until > 0
     await observer.close()
 
 

@@ -1,5 +1,7 @@
 import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import cast
 from unittest.mock import patch
 
@@ -16,8 +18,16 @@ PAGE = 3
 EVENT_BYTES = 700
 
 
-def make_tail(log: SimulatedLog, tasks: asyncio.TaskGroup, *, buffer_events: int = 10) -> Tail:
-    return Tail(cast("Log", log), Wakeup(), poll_interval=0.001, buffer_bytes=buffer_events * EVENT_BYTES, tasks=tasks)
+@asynccontextmanager
+async def tail_of(log: SimulatedLog, *, buffer_events: int = 10) -> AsyncIterator[Tail]:
+    """A tail that runs."""
+    tail = Tail(cast("Log", log), Wakeup(), poll_interval=0.001, buffer_bytes=buffer_events * EVENT_BYTES)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(tail.run())
+        try:
+            yield tail
+        finally:
+            running.cancel()
 
 
 class Taker:
@@ -61,8 +71,7 @@ async def test_cursors_that_move_between_streams_lose_double_and_misorder_nothin
 
     takers: list[Taker] = []
     with patch.object(reader_module, "_OPEN_HOLE_POLL", 0.001):
-        async with asyncio.TaskGroup() as tasks:
-            tail = make_tail(log, tasks)
+        async with tail_of(log) as tail, asyncio.TaskGroup() as tasks:
             following = []
             for number in range(6):
                 taker = Taker(tail, log, after=0, holes=RangeSet(), strict=number % 3 == 2)
@@ -83,8 +92,7 @@ async def test_cursors_that_move_between_streams_lose_double_and_misorder_nothin
 
 async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
     log = SimulatedLog(step=lambda: asyncio.sleep(0))
-    async with asyncio.TaskGroup() as tasks:
-        tail = make_tail(log, tasks)
+    async with tail_of(log) as tail:
         takers = [Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(5)]
         appender = log.begin()
         appender.locked = True
@@ -107,8 +115,7 @@ async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-    async with asyncio.TaskGroup() as tasks:
-        tail = make_tail(log, tasks, buffer_events=6)
+    async with tail_of(log, buffer_events=6) as tail, asyncio.TaskGroup() as tasks:
         quick, slow = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
         async with asyncio.timeout(30):
             await asyncio.gather(slow.take(), quick.take())
@@ -137,8 +144,7 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
         log.draw(appender)
     log.commit(brief)
     log.unlock(brief)
-    async with asyncio.TaskGroup() as tasks, asyncio.timeout(30):
-        tail = make_tail(log, tasks)
+    async with tail_of(log) as tail, asyncio.TaskGroup() as tasks, asyncio.timeout(30):
         first = Taker(tail, log, after=0, holes=RangeSet(), strict=False)
 
         async def read_to(position: int) -> None:
@@ -179,8 +185,7 @@ async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-    async with asyncio.TaskGroup() as tasks:
-        tail = make_tail(log, tasks, buffer_events=6)
+    async with tail_of(log, buffer_events=6) as tail:
         quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
         async with asyncio.timeout(30):
             await asyncio.gather(idle.take(), quick.take())
@@ -201,8 +206,7 @@ async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
         log.draw(appender)
         log.commit(appender)
         log.unlock(appender)
-    async with asyncio.TaskGroup() as tasks:
-        tail = make_tail(log, tasks, buffer_events=6)
+    async with tail_of(log, buffer_events=6) as tail:
         quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
         async with asyncio.timeout(30):
             await asyncio.gather(idle.take(), quick.take())

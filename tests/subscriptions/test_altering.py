@@ -366,8 +366,7 @@ async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -
 
         async def reads_no_more() -> bool:
             worker = worker_of(backend)
-            assert worker._tail
-            return bool(worker._pumps) and not worker._tail._streams
+            return bool(worker.pumps) and not worker.tail._streams
 
         await eventually("nothing is read for it", reads_no_more)
         (status,) = (await backend.status()).subscriptions
@@ -389,7 +388,7 @@ async def test_an_earlier_end_completes_it_and_what_it_owes_behind_that_comes_wh
         altering = asyncio.create_task(alter(backend, order=order, end=3))
 
         async def nothing_more_begins() -> bool:
-            return all(pump.halted for pump, _ in worker_of(backend)._pumps.values())
+            return all(pump.gate.halted for pump in worker_of(backend).pumps)
 
         await eventually("nothing more begins", nothing_more_begins)
         gate.open()

@@ -196,7 +196,7 @@ async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_
     await complete(log)
 
     async def reads_no_more() -> bool:
-        tail = worker_of(log)._tail
+        tail = worker_of(log).tail
         return tail is not None and not tail._streams
 
     await eventually("nothing is read for it", reads_no_more)
@@ -211,7 +211,7 @@ async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database
         await backend.produce_many([make_event("a", key=key), make_event("behind")])
 
         async def one_is_complete() -> bool:
-            return any(pump.shard.complete for pump, _ in worker_of(backend)._pumps.values())
+            return any(pump.shard.complete for pump in worker_of(backend).pumps)
 
         await eventually("one of them is complete", one_is_complete)
         (status,) = (await backend.status()).subscriptions

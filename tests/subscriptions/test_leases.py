@@ -312,7 +312,7 @@ async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_regis
         async with Backend(database, **SETTINGS) as backend:
             await backend.subscribe("s", catch)
             await recorder.wait("lease claimed")
-            tenure = worker_of(backend)._tenure
+            tenure = worker_of(backend).pumps.tenure
             assert await terminate(database, PRESENCE)
             # At once, not when the next heartbeat fails in thirty seconds: others may take over from now on.
             await recorder.wait("presence lost", timeout=20)
@@ -331,12 +331,13 @@ async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(d
 
     def hear(name: str, _: object) -> None:
         if name == "presence lost":
-            tenures.append(worker_of(backend)._tenure.valid_until)
+            tenures.append(tenure.valid_until)
 
     with Recorder() as recorder, observe(hear):
         async with Backend(database, **SETTINGS) as backend:
             await backend.subscribe("s", Catch())
             await recorder.wait("lease claimed")
+            tenure = worker_of(backend).pumps.tenure
             assert await terminate(database, PRESENCE)
             await recorder.wait("presence lost")
     assert tenures[0] == 0.0
@@ -352,7 +353,7 @@ async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_
 
         # Not a fact: on a busy machine it may have lost it before, for a moment.
         async def is_over() -> bool:
-            return worker_of(backend)._tenure.valid_until < time.monotonic()
+            return worker_of(backend).pumps.tenure.valid_until < time.monotonic()
 
         await eventually("its tenure is over", is_over)
         proxy.cut()

@@ -1,0 +1,110 @@
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pgbackend import Event, Retry
+from pgbackend.delivery.care import Care
+from pgbackend.delivery.delivery import Delivery
+from pgbackend.delivery.gate import Gate
+from pgbackend.delivery.outcomes import Scheduled
+from pgbackend.delivery.registration import Registration
+from pgbackend.delivery.shard import Shard
+from pgbackend.delivery.window import Window
+from pgbackend.errors import DatabaseError
+from pgbackend.log.ranges import RangeSet
+from pgbackend.subscriptions.presence import Tenure
+from tests.delivery.test_shard import make_shard
+from tests.support.events import log_row
+
+
+async def committed() -> None: ...
+
+
+def make_care(
+    *, crashes: int, window_events: int = 3, alone: asyncio.Lock | None = None, commit: Any = committed
+) -> Care:
+    lease = replace(make_shard().lease, crashes=crashes)
+    tenure = Tenure()
+    tenure.valid_until = float("inf")
+    window = Window(position=0, pending=RangeSet(), max_events=window_events, max_bytes=1000)
+    shard = Shard(lease=lease, window=window, tenure=tenure, on_change=lambda _: None)
+    registration = Registration(
+        "s", dispatcher=print, dead_letter=None, filter=None, concurrency=64, retry=Retry(delay=2.0)
+    )
+    return Care(shard, registration, Gate(), alone=alone or asyncio.Lock(), commit=commit)
+
+
+def delivery(attempt: int = 1, *, suspect: bool = False) -> Delivery:
+    return Delivery(Event(log_row(7), 7, None, attempt), suspect=suspect)
+
+
+def test_care_starts_with_the_second_crash_and_ends_after_a_window_of_events() -> None:
+    assert not make_care(crashes=1).active
+    care = make_care(crashes=2)
+    for _ in range(3):
+        assert care.active
+        care.survived()
+    assert not care.active
+
+
+def test_a_suspect_needs_care_wherever_it_turns_up() -> None:
+    care = make_care(crashes=0)
+
+    assert not care.covers(delivery())
+    assert care.covers(delivery(suspect=True))
+
+
+async def test_events_wait_to_be_alone_no_longer_than_there_is_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgbackend.delivery.care._LONGEST", 0.0)
+    alone = asyncio.Lock()
+    care = make_care(crashes=2, alone=alone)
+    await alone.acquire()
+
+    async with care.alone(delivery()) as is_alone:
+        assert not is_alone
+    assert not care.active
+
+
+async def test_a_suspect_waits_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgbackend.delivery.care._LONGEST", 0.0)
+    alone = asyncio.Lock()
+    care = make_care(crashes=2, alone=alone)
+    await alone.acquire()
+
+    async def wait() -> bool:
+        async with care.alone(delivery(suspect=True)) as is_alone:
+            return is_alone
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    alone.release()
+    assert await waiting
+
+
+async def test_the_start_of_an_attempt_is_committed_before_the_dispatch() -> None:
+    commits: list[list[Any]] = []
+
+    async def commit() -> None:
+        commits.append(list(care._shard.outcomes.values()))
+
+    care = make_care(crashes=2, commit=commit)
+    assert await care.record_start(delivery(attempt=3))
+
+    ((outcome,),) = commits
+    assert isinstance(outcome, Scheduled)
+    assert (outcome.position, outcome.attempt, outcome.started) == (7, 3, True)
+
+
+async def test_a_start_is_taken_back_when_the_shard_stops_before_it_is_committed() -> None:
+    async def commit() -> None:
+        care._gate.stop()
+        raise DatabaseError("no answer")
+
+    care = make_care(crashes=2, commit=commit)
+    assert not await care.record_start(delivery(attempt=3, suspect=True))
+
+    (outcome,) = care._shard.outcomes.values()
+    assert isinstance(outcome, Scheduled)
+    assert (outcome.attempt, outcome.started) == (2, True), "as it was: a suspect with two attempts"
