@@ -1,7 +1,7 @@
 """Named SQL statements: the `.sql` files beside this module, with the log's schema filled in.
 
 A file begins with comments, followed by statements. Each statement begins with `-- name: commit_offsets` and comment
-lines that say what it guarantees, and ends where the next one begins. Five placeholders are replaced in it:
+lines that say what it guarantees, and ends where the next one begins. Six placeholders are replaced in it:
 
     {schema}            the schema as a quoted identifier, "pgbackend": FROM {schema}.events
     {schema_literal}    its name as a text literal, 'pgbackend': to_regclass(quote_ident({schema_literal}) || '.events')
