@@ -33,7 +33,7 @@ def row(id_: str, *, time: str | None = None, data: bytes | None = None) -> Row:
 
 
 BAD = "not a time"
-"""What the log's CHECK refuses: a value that no producer of ours lets through."""
+"""A value that the log's CHECK refuses. `produce()` would refuse it first."""
 
 
 async def nothing_to_extend() -> None:
@@ -66,8 +66,8 @@ async def append(appender: Appender, rows: Sequence[Row]) -> None:
 
 
 async def is_sent(appender: Appender) -> None:
-    """Return once the calls that were made have been sent."""
-    await asyncio.sleep(0)  # they are tasks that have not begun
+    """Return once every call has been sent."""
+    await asyncio.sleep(0)  # the tasks that make the calls have not begun
     assert appender._unsent
 
     async def none_wait() -> bool:
@@ -76,8 +76,8 @@ async def is_sent(appender: Appender) -> None:
     await eventually("all calls are sent", none_wait)
 
 
-def time_is_up(appender: Appender) -> None:
-    """For every call that waits. One that is really short may be up before a call is sent or a connection there."""
+def pass_deadlines(appender: Appender) -> None:
+    """The deadline of every call has passed. A short `produce_timeout` might pass before a call is sent."""
     for call in appender._unanswered:
         call.deadline = 0.0
     appender._expire_calls()
@@ -102,7 +102,7 @@ async def terminate_appender(dsn: str) -> None:
 
 @asynccontextmanager
 async def log_locked(dsn: str) -> AsyncIterator[None]:
-    """Inserts wait while it is open."""
+    """INSERTs wait while it is open."""
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute("BEGIN; LOCK TABLE pgbackend.events IN SHARE MODE")
@@ -271,7 +271,7 @@ async def test_a_caller_that_is_cancelled_later_only_stops_waiting(database: str
     assert await stored(database) == ["first", "second"]
 
 
-async def test_when_all_who_waited_for_a_connection_gave_up_nothing_is_sent(database: str) -> None:
+async def test_nothing_is_sent_when_all_callers_gave_up_before_there_was_a_connection(database: str) -> None:
     async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
         with Recorder() as recorder:
             proxy.stall()
@@ -296,7 +296,7 @@ async def test_a_call_that_was_not_sent_in_time_is_not_stored_and_says_so(databa
         proxy.restore()
 
         async def is_taken() -> bool:
-            # The next try to connect may be further away than a call's patience, and a busy machine's commit slower.
+            # The next try to connect may come after the call's deadline, and so may a commit on a busy machine.
             with suppress(ProduceTimeoutError, ProduceUncertainError):
                 await append(appender, [row("after")])
                 return True
@@ -313,7 +313,7 @@ async def test_a_call_that_was_sent_and_not_confirmed_in_time_is_uncertain(datab
         async with log_locked(database):
             call = asyncio.create_task(append(appender, [row("slow")]))
             await is_sent(appender)
-            time_is_up(appender)
+            pass_deadlines(appender)
             with pytest.raises(ProduceUncertainError):
                 await call
 
@@ -335,7 +335,7 @@ async def test_calls_wait_for_a_server_that_is_away_and_are_stored_once_it_is_ba
     assert await stored(database) == ["0", "1", "2"]
 
 
-async def test_a_call_that_was_not_sent_in_time_says_what_kept_it(database: str) -> None:
+async def test_a_call_that_was_not_sent_in_time_names_the_reason(database: str) -> None:
     async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
         proxy.cut()
         with Recorder() as recorder:
@@ -350,7 +350,7 @@ async def test_a_call_that_was_not_sent_in_time_says_what_kept_it(database: str)
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_a_connection_that_dies_before_the_answer_leaves_each_call_of_the_batch_in_doubt(
+async def test_a_connection_lost_before_the_answer_makes_each_call_of_the_batch_uncertain(
     database: str, count: int
 ) -> None:
     async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
@@ -391,7 +391,7 @@ async def test_a_backend_that_is_terminated_costs_at_most_the_batch_it_had(datab
                     await call
         else:
             await terminate_appender(database)
-            # The connection may be found dead before or while something is sent on it; twice it is not.
+            # The appender may find out before it sends or while it does. Afterwards it has a new connection.
             with suppress(ProduceUncertainError):
                 await append(appender, [row("lost")])
         await append(appender, [row("after")])
@@ -399,7 +399,7 @@ async def test_a_backend_that_is_terminated_costs_at_most_the_batch_it_had(datab
     assert [id_ for id_ in await stored(database) if id_ != "lost"] == ["before", "after"]
 
 
-async def test_what_the_server_refuses_for_another_reason_is_told_to_all_and_nothing_is_stored(database: str) -> None:
+async def test_a_refusal_that_is_no_events_fault_fails_every_call_and_stores_nothing(database: str) -> None:
     connection = await asyncpg.connect(database)
     await connection.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
@@ -416,7 +416,7 @@ async def test_what_the_server_refuses_for_another_reason_is_told_to_all_and_not
     assert await stored(database) == ["after"]
 
 
-async def test_close_answers_every_call_that_was_made_and_takes_no_more(database: str) -> None:
+async def test_drain_answers_every_call_that_was_made_and_takes_no_more(database: str) -> None:
     async with appending(database) as appender:
         calls = [asyncio.create_task(append(appender, [row(str(call))])) for call in range(50)]
         await asyncio.sleep(0)
@@ -429,7 +429,7 @@ async def test_close_answers_every_call_that_was_made_and_takes_no_more(database
     assert len(await stored(database)) == 50
 
 
-async def test_close_gives_up_on_a_server_that_is_away(database: str) -> None:
+async def test_drain_gives_up_on_a_server_that_is_away(database: str) -> None:
     async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
         proxy.cut()
         call = asyncio.create_task(append(appender, [row("a")]))
@@ -439,7 +439,7 @@ async def test_close_gives_up_on_a_server_that_is_away(database: str) -> None:
             await call
 
 
-async def test_close_does_not_wait_longer_than_callers_do(database: str) -> None:
+async def test_drain_does_not_wait_longer_than_callers_do(database: str) -> None:
     async with appending(database, timeout=0.3) as appender, log_locked(database):
         call = asyncio.create_task(append(appender, [row("a")]))
         await asyncio.sleep(0)
@@ -472,7 +472,7 @@ async def test_a_log_without_a_segment_for_the_next_position_gets_one_and_no_cal
     assert await stored(database) == ["a"]
 
 
-async def test_who_has_no_task_is_told_of_the_commit_and_of_each_refusal(database: str) -> None:
+async def test_a_callback_gets_the_commit_and_each_refusal(database: str) -> None:
     told: dict[str, Exception | None] = {}
     async with appending(database) as appender:
         for id_, time in (("good", None), ("bad", BAD), ("fine", None)):
@@ -485,17 +485,17 @@ async def test_who_has_no_task_is_told_of_the_commit_and_of_each_refusal(databas
     assert await stored(database) == ["good", "fine", "last"]
 
 
-async def test_who_has_no_task_is_told_when_time_is_up(database: str) -> None:
+async def test_a_callback_gets_the_timeout(database: str) -> None:
     async with appending(database) as appender, log_locked(database):
         told: list[Exception | None] = []
         appender.append_soon(row("sent"), 1, told.append)
         await is_sent(appender)
         appender.append_soon(row("waiting"), 1, told.append)
-        time_is_up(appender)
+        pass_deadlines(appender)
         assert [type(error) for error in told] == [ProduceUncertainError, ProduceTimeoutError]
 
 
-async def test_a_bug_in_who_is_told_harms_nobody_else(database: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_callback_that_raises_harms_no_other_call(database: str, caplog: pytest.LogCaptureFixture) -> None:
     def buggy(_: Exception | None) -> None:
         raise RuntimeError("a bug")
 
@@ -507,8 +507,8 @@ async def test_a_bug_in_who_is_told_harms_nobody_else(database: str, caplog: pyt
     assert [record.exc_info is not None for record in caplog.records] == [True, True]
 
 
-async def test_a_call_that_is_cancelled_as_its_commit_comes_back_is_only_cancelled(database: str) -> None:
-    """The future is cancelled at once, the coroutine learns of it a turn later: the appender may answer in between."""
+async def test_a_call_cancelled_while_its_commit_comes_back_is_only_cancelled(database: str) -> None:
+    """A cancelled future is cancelled at once, its coroutine a turn later. The appender may answer in between."""
     async with appending(database) as appender:
         calls = [asyncio.create_task(append(appender, [row(str(number))])) for number in range(200)]
 
@@ -523,7 +523,7 @@ async def test_a_call_that_is_cancelled_as_its_commit_comes_back_is_only_cancell
         assert calls[-1].exception() is None
 
 
-async def test_a_call_whose_time_is_up_when_its_batch_is_refused_is_not_sent_again(
+async def test_a_call_that_timed_out_is_not_sent_again_when_its_batch_is_refused(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: dict[str, Exception | None] = {}
@@ -550,7 +550,7 @@ async def test_a_call_whose_time_is_up_when_its_batch_is_refused_is_not_sent_aga
     assert await stored(database) == ["good", "last"]
 
 
-async def test_when_the_appender_dies_of_a_bug_every_call_is_told_and_so_is_who_comes_later(
+async def test_after_a_bug_in_the_appender_every_call_fails_and_so_do_later_ones(
     database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     going_on = asyncio.Event()

@@ -38,14 +38,14 @@ class Follower:
 
     def _take(self, batch: Batch) -> None:
         self.account.take(batch.positions, batch.opened, batch.closed, batch.upto)
-        # Whoever is held back is so by an appender that may still be waited for, or by a lack of evidence.
+        # A reader is held back only by an appender that is not overdue, or because evidence is missing.
         if not self.account.strict and batch.pause != 0.0 and self.reader.position < self._was_visible:
-            blockers = [gap.blockers or frozenset() for gap in self.reader._fence._holes if not gap.passed]
+            blockers = [hole.blockers or frozenset() for hole in self.reader._fence._holes if not hole.passed]
             waited_for = {name for names in blockers for name in names}
-            assert any(not self.log.clock.is_overdue(name, now=0) for name in waited_for), "it waits for nobody"
+            assert any(not self.log.clock.is_overdue(name, now=0) for name in waited_for), "it waits for no appender"
 
     def start_over(self) -> None:
-        """As after a crash, or when a cursor begins a stream of its own: from what the subscription knows."""
+        """Start from what the subscription knows, as after a crash or when a cursor begins a stream of its own."""
         if self._round is not None:
             self._round.close()
             self._round = None
@@ -58,14 +58,14 @@ class Follower:
         raise AssertionError(f"held back at {self.account.position} of {self.log.head}: {self.account.holes}")
 
 
-# (who, what): appenders act most of the time; readers step, time passes, readers begin anew.
+# (who, what): appenders act most of the time; otherwise readers step, time passes, or readers start again.
 steps = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 9)), max_size=150)
 
 
 @settings(max_examples=400)
 @given(steps)
 @example([(9, 0), (9, 1), (9, 1), (9, 0), (8, 1), (8, 1), (8, 9), (0, 0), (0, 0), (0, 0), (0, 0), (9, 6), (9, 9)])
-def test_no_interleaving_of_appenders_and_readers_loses_doubles_or_misorders_an_event(
+def test_no_interleaving_of_appenders_and_readers_loses_repeats_or_misorders_an_event(
     script: list[tuple[int, int]],
 ) -> None:
     log = SimulatedLog(page=PAGE)
@@ -97,29 +97,25 @@ def test_once_every_open_appender_is_overdue_nothing_visible_is_held_back(
         log.act(who, what)
     while not follower.step(prove=True):
         pass
-    # Each appender has been seen open by now; it is waited for once, not once for each of its holes.
+    # Each appender has been seen open by now: readers wait once for it, not once for each of its holes.
     log.now += HOLE_WAIT
     for _ in range(waits):
         for appender in log.transactions:
             if appender.locked and not appender.over and not appender.name.startswith("-1/"):
                 log.draw(appender)
-        brief = log.begin()
-        brief.locked = True
-        log.draw(brief)
-        log.commit(brief)
-        log.unlock(brief)
+        log.append()
         for _ in range(100):
             if follower.step(prove=False) and follower.reader.position >= max(log.visible):
                 break
         assert set(follower.account.seen) == set(log.visible)
-    # And what they leave behind is still read when it appears.
+    # What they commit at last is still read.
     log.settle_down()
     follower.finish()
     follower.account.verify()
 
 
 def finished(reader: Reader, *, prove: bool = False) -> Batch:
-    """A round in which nobody else acts."""
+    """A round in which nothing else happens."""
     steps = reader.read(prove=prove).__await__()
     while True:
         try:
@@ -131,47 +127,36 @@ def finished(reader: Reader, *, prove: bool = False) -> Batch:
 
 def test_an_appender_that_becomes_a_prepared_transaction_still_fills_its_hole() -> None:
     log = SimulatedLog()
-    first, second = log.begin(), log.begin()
-    first.locked = second.locked = True
-    log.draw(first)
-    log.draw(second)
-    log.commit(second)
-    log.unlock(second)
+    first = log.open_appender()
+    log.append()
     reader = log.reader()
     finished(reader)
     assert finished(reader).positions == []
 
     first.name = "-1/77"
     assert finished(reader).positions == []
-    log.commit(first)
-    log.unlock(first)
+    log.commit_and_unlock(first)
 
     assert finished(reader).positions == [1, 2]
 
 
-def test_a_hole_that_fills_with_more_than_a_page_is_not_given_up_after_the_first() -> None:
+def test_a_hole_that_fills_with_more_than_a_page_is_read_to_its_end() -> None:
     log = SimulatedLog(page=PAGE)
-    bulk, brief = log.begin(), log.begin()
-    bulk.locked = brief.locked = True
-    for _ in range(4 * PAGE):
-        log.draw(bulk)
-    log.draw(brief)
-    log.commit(brief)
-    log.unlock(brief)
+    bulk = log.open_appender(4 * PAGE)
+    log.append()
     account = Account(log)
     reader = log.reader()
     finished(reader)
     log.now += HOLE_WAIT
     for committed in (False, False, True, True, True, True, True, True):
         if committed and not bulk.over:
-            log.commit(bulk)
-            log.unlock(bulk)
+            log.commit_and_unlock(bulk)
         batch = finished(reader)
         account.take(batch.positions, batch.opened, batch.closed, batch.upto)
     account.verify()
 
 
-def test_a_prepared_transaction_has_been_waited_for_under_its_old_name() -> None:
+def test_waiting_for_a_prepared_transaction_counts_from_its_old_name() -> None:
     clock = AppenderClock(hole_wait=1.0)
     clock.observe(["3/1", "4/1"], now=0.0)
     clock.observe(["4/1", "-1/9"], now=0.9)
@@ -179,56 +164,55 @@ def test_a_prepared_transaction_has_been_waited_for_under_its_old_name() -> None
     assert clock.is_overdue("-1/9", now=1.0)
 
 
-def test_an_appender_is_waited_for_from_when_it_was_first_seen() -> None:
+def test_waiting_for_an_appender_counts_from_when_it_was_first_seen() -> None:
     clock = AppenderClock(hole_wait=1.0)
     clock.observe(["3/1"], now=5.0)
     clock.observe(["3/1"], now=5.9)
 
     assert not clock.is_overdue("3/1", now=5.95)
     assert clock.is_overdue("3/1", now=6.0)
-    assert not clock.is_overdue("3/2", now=99.0), "never seen: the next round says whether it is there"
+    assert not clock.is_overdue("3/2", now=99.0), "never seen: the next evidence says whether it is open"
 
 
-def test_evidence_from_before_a_position_was_drawn_says_nothing_about_it() -> None:
-    gaps = Fence()
-    gaps.apply_evidence(Evidence(4, frozenset(), None))
-    gaps.add_missing(3, 7)
+def test_evidence_proves_nothing_about_positions_drawn_after_it() -> None:
+    fence = Fence()
+    fence.apply_evidence(Evidence(4, frozenset(), None))
+    fence.add_missing(3, 7)
 
-    assert gaps.remove_dead() == []
-    assert gaps.needs_evidence
-    gaps.apply_evidence(Evidence(6, frozenset(), None))
-    assert gaps.remove_dead() == [(3, 7)]
-
-
-def test_evidence_that_covers_a_later_page_still_holds() -> None:
-    gaps = Fence()
-    gaps.apply_evidence(Evidence(9, frozenset({"3/1"}), None))
-    gaps.add_missing(3, 7)
-    gaps.apply_evidence(Evidence(12, frozenset({"3/2"}), None))
-
-    assert gaps.remove_dead() == [(3, 7)], "3/2 came after position 6 was drawn"
+    assert fence.remove_dead() == []
+    assert fence.needs_evidence
+    fence.apply_evidence(Evidence(6, frozenset(), None))
+    assert fence.remove_dead() == [(3, 7)]
 
 
-def test_what_appears_in_the_middle_of_a_hole_leaves_both_ends_open() -> None:
-    gaps = Fence([(3, 8)])
+def test_evidence_covers_pages_that_are_read_after_it() -> None:
+    fence = Fence()
+    fence.apply_evidence(Evidence(9, frozenset({"3/1"}), None))
+    fence.add_missing(3, 7)
+    fence.apply_evidence(Evidence(12, frozenset({"3/2"}), None))
 
-    assert gaps.fill([5]) == [5]
-    assert gaps.ranges() == RangeSet([(3, 5), (6, 8)])
-
-
-def test_holes_that_are_known_are_not_adopted_twice() -> None:
-    gaps = Fence([(3, 6)])
-    gaps.adopt([(1, 4), (5, 9)])
-
-    assert [(gap.lower, gap.upper) for gap in gaps._holes] == [(1, 3), (3, 6), (6, 9)]
+    assert fence.remove_dead() == [(3, 7)], "3/2 came after position 6 was drawn"
 
 
-def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_each_with_each(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_event_in_the_middle_of_a_hole_leaves_both_ends_open() -> None:
+    fence = Fence([(3, 8)])
+
+    assert fence.fill([5]) == [5]
+    assert fence.ranges() == RangeSet([(3, 5), (6, 8)])
+
+
+def test_known_holes_are_not_adopted_twice() -> None:
+    fence = Fence([(3, 6)])
+    fence.adopt([(1, 4), (5, 9)])
+
+    assert len(fence) == 3
+    assert fence.ranges() == RangeSet([(1, 9)])
+
+
+def test_adopting_many_holes_takes_one_step_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """4,000 took ten seconds, in which the whole process stood still."""
     holes = [(2 * number, 2 * number + 1) for number in range(500)]
-    gaps = Fence(holes)
+    fence = Fence(holes)
     removed = 0
     remove = RangeSet.remove
 
@@ -238,35 +222,30 @@ def test_as_many_holes_as_several_shards_leave_are_adopted_without_comparing_eac
         remove(ranges, lower, upper)
 
     monkeypatch.setattr(RangeSet, "remove", counted)
-    gaps.adopt(holes)
+    fence.adopt(holes)
 
-    assert len(gaps) == 500
+    assert len(fence) == 500
     assert removed <= 500
 
 
-def test_no_more_holes_are_passed_than_an_offset_can_carry() -> None:
+def test_a_reader_passes_no_more_holes_than_an_offset_can_carry() -> None:
     clock = AppenderClock(hole_wait=0.0)
     clock.observe(["3/1"], now=0.0)
-    gaps = Fence()
-    gaps.apply_evidence(Evidence(10**6, frozenset({"3/1"}), None))
+    fence = Fence()
+    fence.apply_evidence(Evidence(10**6, frozenset({"3/1"}), None))
     for number in range(MAX_PENDING_RANGES + 10):
-        gaps.add_missing(2 * number + 1, 2 * number + 2)
+        fence.add_missing(2 * number + 1, 2 * number + 2)
 
-    assert len(gaps.pass_overdue(clock, now=1.0)) == MAX_PENDING_RANGES
-    assert gaps.barrier == 2 * MAX_PENDING_RANGES + 1
-    assert gaps.fill([1]) == [1]
-    assert len(gaps.pass_overdue(clock, now=1.0)) == 1, "reading goes on as holes are resolved"
+    assert len(fence.pass_overdue(clock, now=1.0)) == MAX_PENDING_RANGES
+    assert fence.barrier == 2 * MAX_PENDING_RANGES + 1
+    assert fence.fill([1]) == [1]
+    assert len(fence.pass_overdue(clock, now=1.0)) == 1, "reading goes on as holes are resolved"
 
 
-def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
+def test_a_reader_that_waits_for_minutes_keeps_reading() -> None:
     log = SimulatedLog()
-    for ends in (False, True):
-        appender = log.begin()
-        appender.locked = True
-        log.draw(appender)
-        if ends:
-            log.commit(appender)
-            log.unlock(appender)
+    log.open_appender()
+    log.append()
     reader = log.reader(strict=True)
     waits = [finished(reader).pause or 0.0 for _ in range(5000)]
 
@@ -274,32 +253,26 @@ def test_a_reader_that_waits_for_minutes_goes_on_looking() -> None:
     assert waits[1:] == sorted(waits[1:])
 
 
-def test_a_patient_reader_passes_nothing() -> None:
+def test_a_strict_reader_passes_no_hole() -> None:
     clock = AppenderClock(hole_wait=0.0)
     clock.observe(["3/1"], now=0.0)
-    gaps = Fence([(1, 2)], strict=True)
-    gaps.apply_evidence(Evidence(9, frozenset({"3/1"}), None))
-    gaps.add_missing(5, 6)
+    fence = Fence([(1, 2)], strict=True)
+    fence.apply_evidence(Evidence(9, frozenset({"3/1"}), None))
+    fence.add_missing(5, 6)
 
-    assert gaps.pass_overdue(clock, now=99.0) == []
-    assert gaps.barrier == 1
+    assert fence.pass_overdue(clock, now=99.0) == []
+    assert fence.barrier == 1
 
 
-def test_a_long_transaction_that_has_ended_is_read_to_its_end_before_what_comes_behind_it() -> None:
-    """It fills more than a page: after the first, nobody holds the rest open, but it is all to be read."""
+def test_a_transaction_that_fills_several_pages_is_read_to_its_end_before_later_events() -> None:
+    """After its first page no appender holds its hole open any more, and it is still to be read to its end."""
     log = SimulatedLog(page=PAGE)
-    bulk, brief = log.begin(), log.begin()
-    bulk.locked = brief.locked = True
-    for _ in range(3 * PAGE):
-        log.draw(bulk)
-    log.draw(brief)
-    log.commit(brief)
-    log.unlock(brief)
+    bulk = log.open_appender(3 * PAGE)
+    log.append()
     reader = log.reader()
     seen: list[int] = []
     assert finished(reader).positions == []
-    log.commit(bulk)
-    log.unlock(bulk)
+    log.commit_and_unlock(bulk)
     for _ in range(4):
         seen += finished(reader).positions
 

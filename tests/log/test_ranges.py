@@ -21,7 +21,7 @@ def is_tidy(ranges: RangeSet) -> bool:
 
 
 @given(st.lists(st.tuples(st.booleans(), pairs), max_size=20))
-def test_adding_and_removing_is_what_a_set_of_positions_does(steps: list[tuple[bool, tuple[int, int]]]) -> None:
+def test_adding_and_removing_agree_with_a_set(steps: list[tuple[bool, tuple[int, int]]]) -> None:
     ranges, model = RangeSet(), set[int]()
     for adds, (lower, upper) in steps:
         if adds:
@@ -48,7 +48,7 @@ def test_membership_discard_and_below_agree_with_a_set(given_ranges: list[tuple[
 
 
 @given(sets, sets)
-def test_union_has_what_either_has(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+def test_union_agrees_with_a_set(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
     union = RangeSet(one).union(RangeSet(other))
 
     assert plain(union) == plain(one) | plain(other)
@@ -56,7 +56,7 @@ def test_union_has_what_either_has(one: list[tuple[int, int]], other: list[tuple
 
 
 @given(sets)
-def test_text_comes_back_as_it_went(given_ranges: list[tuple[int, int]]) -> None:
+def test_ranges_survive_a_round_trip_through_text(given_ranges: list[tuple[int, int]]) -> None:
     ranges = RangeSet(given_ranges)
 
     assert RangeSet.parse(str(ranges)) == ranges
@@ -64,7 +64,7 @@ def test_text_comes_back_as_it_went(given_ranges: list[tuple[int, int]]) -> None
 
 
 @given(sets, pairs)
-def test_a_copy_goes_its_own_way(given_ranges: list[tuple[int, int]], more: tuple[int, int]) -> None:
+def test_changing_a_copy_leaves_the_original(given_ranges: list[tuple[int, int]], more: tuple[int, int]) -> None:
     ranges = RangeSet(given_ranges)
     before, part = list(ranges), ranges.below(20)
     ranges.copy().add(*more)

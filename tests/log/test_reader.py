@@ -35,7 +35,7 @@ async def log(database: str) -> AsyncIterator[Log]:
 
 @asynccontextmanager
 async def appender(dsn: str, *ids: str) -> AsyncIterator[Any]:
-    """A transaction that has appended these, and is open."""
+    """An open transaction that has appended these events."""
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute("BEGIN")
@@ -91,7 +91,7 @@ async def test_the_log_is_read_in_pages_and_each_event_once(log: Log, sql: Any) 
         assert list(batch.positions) == [event.position for event in batch.events]
 
 
-async def test_positions_that_were_rolled_back_are_passed_without_a_trace(log: Log, sql: Any) -> None:
+async def test_positions_that_were_rolled_back_leave_no_hole(log: Log, sql: Any) -> None:
     await sql.execute(INSERT, "a")
     await sql.execute("BEGIN")
     await sql.execute(BULK, 100_000)
@@ -105,7 +105,7 @@ async def test_positions_that_were_rolled_back_are_passed_without_a_trace(log: L
     assert not reader.holes
 
 
-async def test_a_rolled_back_end_of_the_log_is_passed_when_it_is_proven(log: Log, sql: Any) -> None:
+async def test_a_proof_passes_a_rolled_back_end_of_the_log(log: Log, sql: Any) -> None:
     await sql.execute(INSERT, "a")
     await sql.execute("BEGIN")
     await sql.execute(BULK, 50)
@@ -160,7 +160,7 @@ async def test_a_strict_reader_waits_for_each_hole_and_keeps_log_order(log: Log,
     assert await reader.until("all three", lambda seen: len(seen) == 3) == ["1", "2", "3"]
 
 
-async def test_what_is_held_behind_a_hole_is_bounded(log: Log, database: str, sql: Any) -> None:
+async def test_a_reader_holds_a_bounded_number_of_events_behind_a_hole(log: Log, database: str, sql: Any) -> None:
     reader = Follower(log, strict=True)
     async with appender(database, "slow") as slow:
         await sql.execute(BULK, 12 * PAGE_EVENTS)
@@ -224,7 +224,7 @@ async def test_a_successor_goes_on_from_a_place_and_its_open_holes(log: Log, dat
 
 
 @pytest.mark.parametrize("size", [16_384, 16_385, 1_000_000])
-async def test_data_of_any_size_comes_whole(log: Log, sql: Any, size: int) -> None:
+async def test_data_of_any_size_is_read_whole(log: Log, sql: Any, size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     await sql.execute(LARGE, ["a", "b"], data)
     await sql.execute(INSERT, "none")
@@ -254,7 +254,7 @@ async def test_a_page_of_large_data_is_bounded_and_nothing_is_left_out(log: Log,
 async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
     log: Log, sql: Any, column: str, count: int, size: int, more: str
 ) -> None:
-    """Also of those that an older log took in, and where one character makes Python keep four bytes for each."""
+    """Larger ones than the log accepts today, and text of which Python keeps four bytes for each character."""
     await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_attributes_size")
     value = f'{{"a": "{"x" * size}{more}"}}' if column == "extensions" else "x" * size + more
     columns = {"id": "a", "source": "/s", "type": "t", "datacontenttype": "text/plain", column: value}
@@ -276,7 +276,20 @@ async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
     assert positions == list(range(1, count + 1))
 
 
-async def test_an_event_that_is_deleted_while_its_page_is_read_is_not_handed_out(
+async def test_a_page_is_the_same_with_and_without_a_look_into_holes(log: Log, sql: Any) -> None:
+    """Each has a statement of its own."""
+    await sql.execute(BULK, 20)
+    await sql.execute(LARGE, ["a", "b"], b"x" * 20_000)
+    await sql.execute(LARGE, ["c"], b"small")
+    alone = await log.pages.read(after=2, holes=RangeSet())
+    with_holes = await log.pages.read(after=2, holes=RangeSet([(500, 501)]))
+
+    assert alone == with_holes
+    assert [event.recorded_at for event in alone.events] == [event.recorded_at for event in with_holes.events]
+    assert len(alone.events) == 21
+
+
+async def test_an_event_that_is_deleted_while_its_page_is_read_is_not_delivered(
     log: Log, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = Database.fetch
@@ -293,9 +306,7 @@ async def test_an_event_that_is_deleted_while_its_page_is_read_is_not_handed_out
     assert await reader.until("the other one", bool) == ["b"]
 
 
-async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_behind_them(
-    log: Log, database: str, sql: Any
-) -> None:
+async def test_late_events_with_large_data_are_read_whole_and_in_order(log: Log, database: str, sql: Any) -> None:
     data = b"x" * 1_000_000
     async with appender(database) as late:
         await late.execute(LARGE, [str(n) for n in range(30)], data)
@@ -309,10 +320,10 @@ async def test_late_events_with_large_data_come_whole_and_in_order_with_what_is_
     assert seen == [str(n) for n in range(31)]
 
 
-async def test_an_event_never_gets_its_large_data_from_another_life_of_the_server(
+async def test_an_event_never_gets_its_large_data_from_another_incarnation(
     log: Log, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large data is read in a second step. After a crash between the two, the position may be another event's."""
+    """Large data is read in a second step. After a crash in between, another event may have the position."""
     fetch = Database.fetch
 
     async def crash_between(self: Database, statement: str, *args: Any, **options: Any) -> Any:
@@ -327,7 +338,7 @@ async def test_an_event_never_gets_its_large_data_from_another_life_of_the_serve
         await Follower(log).read()
 
 
-async def test_in_another_life_of_the_server_a_reader_stops(log: Log, sql: Any) -> None:
+async def test_a_reader_stops_in_another_incarnation(log: Log, sql: Any) -> None:
     await sql.execute(INSERT, "a")
     reader = Follower(log)
     await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
@@ -353,8 +364,8 @@ async def test_unrelated_transactions_are_no_appenders(log: Log, sql: Any, datab
     assert evidence.appenders == frozenset()
 
 
-async def test_in_another_life_of_the_server_nobody_has_been_waited_for(log: Log, sql: Any) -> None:
-    """Transactions are named anew then: one that has just begun may have the name of one that was overdue."""
+async def test_in_another_incarnation_no_appender_is_overdue(log: Log, sql: Any) -> None:
+    """Names begin anew there: an appender that has just begun may have the name of one that was overdue."""
     await log.check()
     log.clock.observe(["3/17"], now=0.0)
     assert log.clock.is_overdue("3/17", now=1.0)
@@ -382,7 +393,7 @@ async def test_rows_that_cannot_be_decoded_are_found_among_the_others() -> None:
     assert len(reads) < 40
 
 
-async def test_a_connection_lost_while_segments_are_looked_up_loses_nothing_of_what_was_read(
+async def test_a_connection_lost_while_segments_are_looked_up_loses_no_event(
     log: Log, database: str, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_segments, failures = Log.find_segments, 0

@@ -1,21 +1,19 @@
-"""What the fence takes for granted: a log that is set back, an altered sequence, another engine are never silent."""
+"""What the fence takes for granted: an altered log or another engine is refused by name."""
 
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
 from pgbackend import Backend, DatabaseError, ProbeError, SchemaError
 from pgbackend.embedded.server import EmbeddedServer
-from pgbackend.facts import Recorder
 from pgbackend.log.fence import Evidence
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
@@ -23,244 +21,18 @@ from pgbackend.log.reader import Reader
 from pgbackend.postgres import schema
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.locator import Locator
+from tests.support.backends import started
 from tests.support.databases import execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
-from tests.support.programs import programs
 
-# They alter the log as its owner.
-pytestmark = [pytest.mark.owner]
+pytestmark = [pytest.mark.owner]  # they alter the log as its owner
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1, "drain_timeout": 1.0}
 
 
-@asynccontextmanager
-async def running(dsn: str, name: str, catch: Catch, **settings: Any) -> AsyncIterator[tuple[Backend, Any]]:
-    """A backend that runs one subscription, and the task of its `start()`."""
-    backend = Backend(dsn, **SETTINGS | settings)
-    await backend.init()
-    with Recorder() as recorder:
-        task = asyncio.create_task(backend.start())
-        try:
-            await backend.subscribe(name, catch, start="earliest")
-            await recorder.wait("lease claimed", subscription=name)
-            yield backend, task
-        finally:
-            await backend.stop()
-            with suppress(SchemaError):
-                await task
-
-
-async def committed(dsn: str, position: int) -> None:
-    """Return once the offsets of all subscriptions are there."""
-
-    async def reached() -> bool:
-        return bool(await query_value(dsn, "SELECT min(position) FROM pgbackend.offsets") == position)
-
-    await eventually(f"offsets stand at {position}", reached)
-
-
-# Set back under a running worker.
-
-SET_BACK = {
-    "truncated": "TRUNCATE pgbackend.events RESTART IDENTITY",
-    "setval": "DELETE FROM pgbackend.events; SELECT setval('pgbackend.events_position_seq', 1, false)",
-    "restarted": "DELETE FROM pgbackend.events; ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 1",
-}
-
-
-async def set_back(dsn: str, statements: str) -> None:
-    """Again when it meets the maintainer, which locks the sequence before a segment; TRUNCATE does it after."""
-    while True:
-        with suppress(asyncpg.DeadlockDetectedError):
-            await execute(dsn, statements)
-            return
-
-
-@pytest.mark.parametrize("how", SET_BACK)
-@pytest.mark.parametrize("produced", [3, 40], ids=["and stays behind", "and catches up"])
-async def test_a_log_that_is_set_back_under_workers_ends_them_all_until_somebody_says_how_to_go_on(
-    database: str, how: str, produced: int
-) -> None:
-    first, second = Catch(), Catch()
-    async with running(database, "a", first) as (backend, one), running(database, "b", second) as (_, other):
-        await backend.produce_many([make_event(f"old {number}") for number in range(20)])
-        await committed(database, 20)
-        with Recorder() as recorder:
-            # In one go, so that no worker looks in between.
-            await set_back(
-                database,
-                SET_BACK[how] + ";"
-                "INSERT INTO pgbackend.events (id, source, type) "
-                f"SELECT 'new ' || n, '/s', 't' FROM generate_series(1, {produced}) AS n",
-            )
-            for task in (one, other):
-                with pytest.raises(SchemaError, match=r"set back|behind its events"):
-                    await asyncio.wait_for(task, 30)
-            assert "set back" in str(recorder.all("incarnation changed")) or how != "setval"
-        for refused in (Backend(database), Backend(database, schema="pgbackend", pool_size=1)):
-            with pytest.raises(SchemaError, match=r"UPDATE .*offsets are right: DELETE FROM"):
-                await refused.init()
-        with pytest.raises(ProbeError, match="UPDATE"):
-            await backend.probe()
-
-    await execute(
-        database, "UPDATE pgbackend.offsets SET position = 0, pending = '{}'; DELETE FROM pgbackend.incarnation"
-    )
-    async with running(database, "a", first), running(database, "b", second):
-        await first.has(*[f"new {number}" for number in range(1, produced + 1)])
-        await second.has(*[f"new {number}" for number in range(1, produced + 1)])
-
-
-@pytest.mark.parametrize("how", SET_BACK)
-async def test_a_log_that_is_begun_anew_with_its_offsets_goes_on_by_itself(database: str, how: str) -> None:
-    catch = Catch()
-    async with running(database, "s", catch) as (backend, task):
-        await backend.produce_many([make_event(f"old {number}") for number in range(20)])
-        await committed(database, 20)
-        await set_back(database, SET_BACK[how] + "; UPDATE pgbackend.offsets SET position = 0, pending = '{}'")
-        await backend.produce_many([make_event(f"new {number}") for number in range(10)])
-        await catch.has(*[f"new {number}" for number in range(10)])
-        assert not task.done()
-
-
-async def test_an_idle_worker_notices_that_the_log_was_set_back(database: str) -> None:
-    """It runs no subscription: nobody reads, nobody commits."""
-    backend = Backend(database, **SETTINGS)
-    await backend.init()
-    await backend.produce_many([make_event(str(number)) for number in range(5)])
-    with Recorder() as recorder:
-        task = asyncio.create_task(backend.start())
-        await recorder.wait("worker started")
-
-        async def has_looked() -> bool:
-            return backend._lifecycle.opened().log.incarnation.highest_seen == 5
-
-        await eventually("it has looked", has_looked)
-        await set_back(database, SET_BACK["setval"])
-        await recorder.wait("incarnation changed")
-        await recorder.wait("worker started", count=2)
-    await backend.stop()
-    await task
-
-
-async def test_offsets_that_somebody_puts_above_the_log_end_the_worker(database: str) -> None:
-    """As from a dump of the table alone."""
-    catch = Catch()
-    async with running(database, "s", catch) as (backend, task):
-        await backend.produce(make_event("old"))
-        await committed(database, 1)
-        await execute(database, "UPDATE pgbackend.offsets SET position = 100")
-        await backend.produce(make_event("new"))
-        with pytest.raises(SchemaError, match="offsets \\(100\\)"):
-            await asyncio.wait_for(task, 30)
-
-
-async def test_events_that_are_deleted_by_hand_set_nothing_back(database: str) -> None:
-    catch = Catch()
-    async with running(database, "s", catch) as (backend, task):
-        with Recorder() as recorder:
-            await backend.produce_many([make_event(str(number)) for number in range(5)])
-            await committed(database, 5)
-            await execute(database, "DELETE FROM pgbackend.events")
-            await backend.produce(make_event("new"))
-            await catch.has("new")
-            await execute(database, "TRUNCATE pgbackend.events")
-            await backend.produce(make_event("newer"))
-            await catch.has("newer")
-        assert not recorder.all("incarnation changed")
-        assert not task.done()
-
-
-@pytest.mark.direct
-async def test_a_copy_that_takes_the_databases_place_is_another_life(server: str, database: str) -> None:
-    """CREATE DATABASE … TEMPLATE copies all, the unlogged row and the numbers of tables and files included."""
-    name = urlsplit(database).path[1:]
-    catch = Catch()
-    async with running(database, "s", catch) as (backend, task):
-        await backend.produce_many([make_event(f"old {number}") for number in range(10)])
-        await committed(database, 10)
-        life = await query_value(database, "SELECT id FROM pgbackend.life")
-        await backend.stop()
-        await task
-    await execute(server, f'CREATE DATABASE "{name}_copy" TEMPLATE "{name}"')
-    async with running(database, "s", catch) as (backend, task):
-        await backend.produce_many([make_event(f"lost {number}") for number in range(30)])
-        await committed(database, 40)
-        await execute(server, f'DROP DATABASE "{name}" WITH (FORCE)')
-        await execute(server, f'ALTER DATABASE "{name}_copy" RENAME TO "{name}"')
-        assert await query_value(database, "SELECT id FROM pgbackend.life") != life
-        new = [make_event(f"new {number}") for number in range(50)]
-        await eventually("it is back", lambda: produced(backend, new))
-        await catch.has(*[f"new {number}" for number in range(50)])
-        assert not task.done()
-
-
-async def produced(backend: Backend, events: list[Any]) -> bool:
-    try:
-        await backend.produce_many(events)
-    except DatabaseError:
-        return False
-    return True
-
-
-RESTORES = {
-    "into another database that takes its name": (),
-    "in place of the schema": ("--section=pre-data", "--section=data", "--section=post-data"),
-    "of the rows alone": ("--data-only", "--disable-triggers"),
-}
-
-
-@pytest.mark.direct
-@pytest.mark.slow
-@pytest.mark.parametrize("how", RESTORES)
-async def test_a_dump_that_is_restored_under_a_running_worker_is_read_on_from(
-    server: str, database: str, how: str, tmp_path: Path
-) -> None:
-    """The dump carries the unlogged row, too."""
-    name, dump, script = urlsplit(database).path[1:], str(tmp_path / "dump"), tmp_path / "sql"
-    bin_directory = programs(int((await query_value(server, "SHOW server_version")).partition(".")[0]))
-
-    async def call(program: str, *arguments: str) -> None:
-        running = await asyncio.create_subprocess_exec(bin_directory / program, *arguments)
-        assert await running.wait() == 0
-
-    catch = Catch()
-    async with running(database, "s", catch) as (backend, task):
-        await backend.produce_many([make_event(f"old {number}") for number in range(10)])
-        await committed(database, 10)
-        await call("pg_dump", "-Fc", "-f", dump, database)
-        await backend.produce_many([make_event(f"lost {number}") for number in range(30)])
-        await committed(database, 40)
-        with Recorder() as recorder:
-            if not RESTORES[how]:
-                await execute(server, f'CREATE DATABASE "{name}_new"')
-                await call("pg_restore", "-d", f"{database.replace(name, name + '_new')}", dump)
-                await execute(server, f'DROP DATABASE "{name}" WITH (FORCE)')
-                await execute(server, f'ALTER DATABASE "{name}_new" RENAME TO "{name}"')
-            else:
-                tables = (
-                    "SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relkind IN ('r', 'p') "
-                    "AND relnamespace = 'pgbackend'::regnamespace AND NOT relispartition"
-                )
-                first = (
-                    f"TRUNCATE {await query_value(database, tables)};"
-                    if "--data-only" in RESTORES[how]
-                    else "DROP SCHEMA pgbackend CASCADE;"
-                )
-                await call("pg_restore", *RESTORES[how], "-f", str(script), dump)
-                script.write_text(first + script.read_text())
-                arguments = ("-X", "-q", "-1", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", str(script), database)
-                await call("psql", *arguments)
-            await recorder.wait("worker started")
-        new = [make_event(f"new {number}") for number in range(60)]
-        await eventually("it is back", lambda: produced(backend, new))
-        await catch.has(*[f"new {number}" for number in range(60)])
-        assert not task.done()
-
-
-# Altered.
+# An altered log.
 
 ALTERED = {
     "cache": "ALTER SEQUENCE pgbackend.events_position_seq CACHE 50",
@@ -280,7 +52,7 @@ ALTERED = {
 @pytest.mark.parametrize("how", ALTERED)
 async def test_an_altered_log_is_refused_and_ends_a_running_worker(database: str, how: str) -> None:
     catch = Catch()
-    async with running(database, "s", catch) as (backend, task):
+    async with started(database, "s", catch) as (backend, task):
         await backend.produce(make_event("before"))
         await catch.has("before")
         await execute(database, ALTERED[how])
@@ -293,7 +65,7 @@ async def test_an_altered_log_is_refused_and_ends_a_running_worker(database: str
         await Backend(database).init()
 
 
-async def test_what_the_refusal_says_mends_an_altered_sequence(database: str) -> None:
+async def test_the_statement_in_the_refusal_repairs_an_altered_sequence(database: str) -> None:
     await execute(database, ALTERED["cache"])
     with pytest.raises(SchemaError) as caught:
         await Backend(database).init()
@@ -314,12 +86,12 @@ async def test_an_identity_with_another_sequence_is_refused(database: str) -> No
         await Backend(database).init()
 
 
-# Other engines, by what they show.
+# Other engines.
 
 
 @asynccontextmanager
 async def catalog_owner(dsn: str) -> AsyncIterator[Any]:
-    """A superuser who may change catalogs; of the test's own database only."""
+    """A superuser that may change the catalogs of the test's own database."""
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute("SET allow_system_table_mods = on")
@@ -385,7 +157,7 @@ async def test_another_engine_is_refused_by_its_name(empty_database: str, versio
 @pytest.mark.parametrize(
     ("table", "name"), [("sys.iam_pg_role_mappings", "DSQL"), ("rds_aurora.limitless_subclusters", "Limitless")]
 )
-async def test_a_service_is_known_by_its_catalog(empty_database: str, table: str, name: str) -> None:
+async def test_a_managed_service_is_refused_by_its_catalog(empty_database: str, table: str, name: str) -> None:
     await execute(empty_database, f"CREATE SCHEMA {table.partition('.')[0]}; CREATE TABLE {table} ()")
     with pytest.raises(DatabaseError, match=name):
         await Backend(empty_database).init()
@@ -442,7 +214,7 @@ async def log_of(dsn: str, hole_wait: float = 0.0) -> AsyncIterator[Log]:
 
 
 async def test_evidence_reads_the_sequence_before_the_locks(database: str) -> None:
-    """Whatever draws a position while locks are listed is not covered by them."""
+    """The evidence does not cover positions that are drawn while locks are listed."""
     async with catalog_owner(database) as catalog:
         await catalog.execute(
             "CREATE FUNCTION public.drawn() RETURNS boolean LANGUAGE sql AS "
@@ -492,15 +264,15 @@ INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/s', 't')
 
 @pytest.mark.slow
 @pytest.mark.direct
-async def test_a_prepared_append_is_not_buried_when_a_restart_gives_its_name_to_another(tmp_path: Path) -> None:
-    """A restart names transactions anew, from the beginning: a prepared one has another name from then on."""
+async def test_a_prepared_append_is_not_declared_dead_when_a_restart_gives_its_name_to_another(tmp_path: Path) -> None:
+    """A restart numbers transactions from the beginning, and gives a prepared one another name."""
     with tempfile.TemporaryDirectory(prefix="pgbackend-test-", ignore_cleanup_errors=True) as directory:
         async with own_server(directory) as dsn:
             await schema.migrate(Database(dsn).connect, "pgbackend")
-        # Started a moment ago: small numbers, which come again soon.
+        # A server that has just started names transactions with small numbers, which come again soon.
         async with own_server(directory) as dsn:
             connections = [await asyncpg.connect(dsn) for _ in range(10)]
-            # Not one of the first slots, which the server's own sessions may have next time.
+            # Not one of the first slots: the server's own sessions may have them next time.
             *others, connection = connections
             for other in others:
                 await other.close()
@@ -528,12 +300,12 @@ async def test_a_prepared_append_is_not_buried_when_a_restart_gives_its_name_to_
             await eventually("what is behind the hole is read", lambda: has_read("next"))
             await database.close()
         async with own_server(directory) as dsn:
-            # Its socket may be elsewhere.
-            log.database = Database(dsn)
-            await log.database.open()
+            # The same pool, whose server may have another socket now.
+            Database.__init__(database, dsn)
+            await database.open()
             clash = await meet(dsn, name)
             await clash.execute(INSERT, "clash")
-            await eventually("evidence has the other one", lambda: evidence_has(log, name))
+            await eventually("evidence names the other one", lambda: evidence_has(log, name))
             await has_read("")
             await clash.execute("ROLLBACK")
             await clash.execute(INSERT, "last")
@@ -541,7 +313,7 @@ async def test_a_prepared_append_is_not_buried_when_a_restart_gives_its_name_to_
             await clash.execute("COMMIT PREPARED 'p'")
             await eventually("the prepared one is read", lambda: has_read("prepared"))
             await clash.close()
-            await log.database.close()
+            await database.close()
 
 
 async def evidence_has(log: Log, name: str) -> bool:
@@ -573,7 +345,7 @@ async def meet(dsn: str, name: str) -> "asyncpg.Connection[asyncpg.Record]":
     return connection
 
 
-def test_after_a_restart_everybody_may_be_who_was_waited_for() -> None:
+def test_after_a_restart_every_appender_may_be_the_one_that_was_waited_for() -> None:
     before, after = (datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2))
     old = Evidence(9, frozenset({"3/7", "4/1"}), "life", before)
     new = Evidence(9, frozenset({"-1/70", "3/7"}), "life", after)
@@ -584,7 +356,7 @@ def test_after_a_restart_everybody_may_be_who_was_waited_for() -> None:
 
 
 async def test_the_end_of_the_log_is_found_across_a_restart(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `subscribe()` begins: what a prepared append holds open is still to come."""
+    """`subscribe()` begins there: the event of a prepared append is still to come."""
     start = datetime(2026, 1, 1, tzinfo=UTC)
     found = [
         Evidence(2, frozenset({"3/7"}), "life", start),

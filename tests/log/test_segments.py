@@ -74,7 +74,7 @@ async def test_the_function_makes_as_much_as_is_enough_and_no_more(log: str, wid
         assert reach.is_enough
         assert await connection.fetchval(MAKE) is None
 
-        # One position further on: the last that is enough, and the first that is not.
+        # The last position at which the segments are enough, and the first at which they are not.
         head = (reach.upper or 0) - min(AHEAD_POSITIONS, AHEAD_SEGMENTS * width)
         await connection.execute(f"ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH {head}")
         assert (await segments.find_reach()).is_enough
@@ -104,7 +104,7 @@ async def test_positions_used_up_by_failed_appends_get_no_segments(log: str, hea
     assert rows[1][1] == f"FOR VALUES FROM ('{first}') TO ('{first + 500}')"
 
 
-async def test_what_a_session_sets_does_not_change_what_is_made(log: str) -> None:
+async def test_settings_of_the_session_do_not_change_the_segment(log: str) -> None:
     """The function runs with the owner's rights in the caller's session."""
     settings = {
         "search_path": "elsewhere", "standard_conforming_strings": "off", "quote_all_identifiers": "on",
@@ -126,7 +126,7 @@ async def test_a_log_whose_schema_was_renamed_gets_its_segments(log: str) -> Non
             assert await segments.extend() > 500 * AHEAD_SEGMENTS
 
 
-async def test_default_privileges_let_nobody_write_into_a_segment(log: str) -> None:
+async def test_default_privileges_allow_no_writes_into_a_segment(log: str) -> None:
     role = "reporter_" + urlsplit(log).path[-12:]
     writing = "SELECT has_table_privilege($1, 'pgbackend.events_500', 'INSERT, UPDATE, DELETE, TRUNCATE')"
     async with segments_of(log) as segments, connected(log) as connection:
@@ -173,7 +173,7 @@ async def test_many_workers_extend_at_once_and_each_segment_is_made_once(log: st
         with Recorder() as recorder:
             extending = [tasks.create_task(segments.extend()) for segments in (one, other) for _ in range(4)]
             reached = [await task for task in extending]
-        # Those who found another at work have returned early: enough of them are ahead all the same.
+        # Some calls found another one at work and returned early. Enough segments are ahead all the same.
         until = await one.extend()
 
     made = [int(str(fact["lower"])) for fact in recorder.all("segment made")]
@@ -181,7 +181,7 @@ async def test_many_workers_extend_at_once_and_each_segment_is_made_once(log: st
     assert max(reached) == until
 
 
-async def test_new_segments_hold_what_the_log_demands(log: str) -> None:
+async def test_new_segments_have_the_constraints_of_the_log(log: str) -> None:
     async with segments_of(log) as segments, connected(log) as connection:
         await segments.extend()
         await connection.execute("ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 600")
@@ -217,11 +217,11 @@ async def test_an_open_appender_and_a_new_segment_make_no_producer_wait(log: str
 
 
 async def test_producers_in_plain_sql_never_see_the_end_of_the_segments(log: str) -> None:
-    """4 producers cross a new segment every few milliseconds, while another one's transaction stays open."""
+    """4 producers cross a new segment every few milliseconds, while an appender stays open."""
     deadline = time.monotonic() + 60
 
     async def produce(name: str) -> None:
-        # Behind the open one they would wait for ever.
+        # A producer that waited behind the open appender would wait for ever.
         async with connected(log, lock_timeout="10s") as connection:
             for number in range(100):
                 await connection.executemany(INSERT, [(f"{name}-{number}-{n}",) for n in range(20)])
@@ -244,7 +244,7 @@ async def test_producers_in_plain_sql_never_see_the_end_of_the_segments(log: str
     assert crossed >= 16
 
 
-async def test_extending_gives_way_to_whoever_holds_the_table_and_goes_on_later(log: str) -> None:
+async def test_extending_gives_way_to_a_lock_on_the_table_and_goes_on_later(log: str) -> None:
     async with segments_of(log) as segments, connected(log) as operator:
         with Recorder() as recorder:
             async with operator.transaction():
@@ -255,7 +255,7 @@ async def test_extending_gives_way_to_whoever_holds_the_table_and_goes_on_later(
         assert await segments.extend() > 500
 
 
-async def test_who_is_out_of_segments_waits_for_the_one_who_makes_them(log: str) -> None:
+async def test_an_append_without_a_segment_waits_for_the_one_that_is_being_made(log: str) -> None:
     lock = "LOCK TABLE ONLY pgbackend.events IN SHARE UPDATE EXCLUSIVE MODE"
     async with segments_of(log) as segments, connected(log) as other, connected(log) as producer:
         await producer.execute("ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 500")

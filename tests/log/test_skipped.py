@@ -1,4 +1,4 @@
-"""Events removed before a subscription handled them are on record, hold up nothing, and are never half delivered."""
+"""Events that were removed before a subscription handled them: recorded as skipped, and never half delivered."""
 
 import asyncio
 from typing import Any
@@ -8,8 +8,8 @@ import pytest
 
 from pgbackend import Backend, Event, Reject, Retry
 from pgbackend.facts import Recorder
-from pgbackend.log.pages import Page, Pages
 from pgbackend.model import Order
+from pgbackend.postgres.pool import Database
 from tests.support.backends import settled, status_of, waiting
 from tests.support.dispatchers import Catch, Gate
 from tests.support.events import make_event
@@ -44,7 +44,7 @@ async def remove_first_segment(sql: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["DELETE FROM", "TRUNCATE"])
-async def test_failures_whose_events_are_gone_do_not_hold_up_other_retries(database: str, sql: Any, how: str) -> None:
+async def test_failed_events_that_were_deleted_do_not_hold_up_other_retries(database: str, sql: Any, how: str) -> None:
     retries: list[str] = []
 
     async def flaky(event: Event) -> None:
@@ -120,7 +120,7 @@ async def test_a_removed_segment_counts_once_for_all_shards_from_where_each_stoo
 
 
 @pytest.mark.usefixtures("narrow")
-async def test_what_was_removed_before_a_subscription_came_or_was_moved_is_not_skipped(database: str, sql: Any) -> None:
+async def test_events_removed_before_a_subscription_began_or_moved_are_not_skipped(database: str, sql: Any) -> None:
     catch = Catch()
     async with Backend(database, **SETTINGS) as backend:
         await backend.produce(make_event("before"))
@@ -141,7 +141,7 @@ async def test_what_was_removed_before_a_subscription_came_or_was_moved_is_not_s
     assert (first.skipped, moved.skipped) == (0, 0)
 
 
-async def test_what_was_in_flight_and_is_gone_when_the_next_owner_comes_counts_as_skipped(
+async def test_an_event_in_flight_that_is_deleted_before_the_next_owner_comes_counts_as_skipped(
     database: str, sql: Any
 ) -> None:
     gate = Gate()
@@ -193,9 +193,7 @@ async def test_a_position_that_was_rolled_back_does_not_count_as_skipped(databas
 
 
 @pytest.mark.parametrize("order", ["key", "strict"])
-async def test_an_event_that_waited_in_order_and_is_gone_lets_those_behind_it_go(
-    database: str, sql: Any, order: Order
-) -> None:
+async def test_a_deleted_event_no_longer_holds_up_the_events_behind_it(database: str, sql: Any, order: Order) -> None:
     failing = Catch(fails=lambda event: event.id == "first")
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", failing, order=order, retry=Retry(attempts=9, delay=60.0))
@@ -221,9 +219,7 @@ async def test_an_event_that_waited_in_order_and_is_gone_lets_those_behind_it_go
     assert found.skipped == 1
 
 
-async def test_an_event_whose_row_went_while_it_was_handled_is_skipped_and_not_said_to_be_buried(
-    database: str, sql: Any
-) -> None:
+async def test_an_event_deleted_while_it_was_handled_is_skipped_and_not_buried(database: str, sql: Any) -> None:
     async def lose(event: Event) -> None:
         await sql.execute("DELETE FROM pgbackend.events WHERE position = $1", event.position)
         raise Reject("no")
@@ -239,7 +235,7 @@ async def test_an_event_whose_row_went_while_it_was_handled_is_skipped_and_not_s
     assert not recorder.all("event buried")
 
 
-async def test_an_event_whose_row_goes_before_its_retry_is_noted_is_skipped(database: str, sql: Any) -> None:
+async def test_an_event_deleted_before_its_retry_is_stored_is_skipped(database: str, sql: Any) -> None:
     async def lose(event: Event) -> None:
         await sql.execute("DELETE FROM pgbackend.events WHERE position = $1", event.position)
         raise RuntimeError("once")
@@ -260,13 +256,14 @@ async def test_an_event_whose_row_goes_before_its_retry_is_noted_is_skipped(data
 async def test_a_large_event_that_is_deleted_while_it_is_read_is_not_delivered_without_its_data(
     database: str, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_large = Pages._with_large
+    fetch = Database.fetch
 
-    async def delete_first(self: Pages, *args: Any, **options: Any) -> Page:
-        await sql.execute("DELETE FROM pgbackend.events WHERE id = 'gone'")
-        return await read_large(self, *args, **options)
+    async def delete_before(self: Database, statement: str, *args: Any, **options: Any) -> Any:
+        if "read_large" in statement:
+            await sql.execute("DELETE FROM pgbackend.events WHERE id = 'gone'")
+        return await fetch(self, statement, *args, **options)
 
-    monkeypatch.setattr(Pages, "_with_large", delete_first)
+    monkeypatch.setattr(Database, "fetch", delete_before)
     got: dict[str, bytes | None] = {}
 
     async def keep(event: Event) -> None:
@@ -290,7 +287,7 @@ async def _has(got: dict[str, Any], *ids: str) -> None:
     await eventually("they came", has)
 
 
-async def test_a_dead_letter_is_delivered_again_from_its_copy_when_its_row_is_gone(database: str, sql: Any) -> None:
+async def test_a_dead_letter_is_redelivered_from_its_copy_when_the_event_was_deleted(database: str, sql: Any) -> None:
     catch = Catch(fails=lambda _: True)
     async with Backend(database, **SETTINGS) as backend:
         await backend.subscribe("s", catch, retry=Retry(attempts=1))
@@ -310,7 +307,7 @@ async def test_a_dead_letter_is_delivered_again_from_its_copy_when_its_row_is_go
 
 
 @pytest.mark.parametrize("bounds", ["DEFAULT", "FOR VALUES FROM (MINVALUE) TO (0)"])
-async def test_a_partition_that_is_no_segment_stops_nobody(database: str, sql: Any, bounds: str) -> None:
+async def test_a_partition_that_is_no_segment_is_ignored(database: str, sql: Any, bounds: str) -> None:
     await sql.execute(f"CREATE TABLE pgbackend.events_other PARTITION OF pgbackend.events {bounds}")
     catch = Catch()
     async with Backend(database, **SETTINGS) as backend:

@@ -31,7 +31,7 @@ async def tail_of(log: SimulatedLog, *, buffer_events: int = 10) -> AsyncIterato
 
 
 class Taker:
-    """A subscription behind a cursor, as a pump uses it."""
+    """A subscription behind a cursor."""
 
     def __init__(self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, strict: bool) -> None:
         self.account = Account(log, position=after, strict=strict)
@@ -49,8 +49,8 @@ class Taker:
 
 
 @pytest.mark.parametrize("seed", range(60))
-async def test_cursors_that_move_between_streams_lose_double_and_misorder_nothing(seed: int) -> None:
-    """Appenders, readers and cursors of every pace take turns at random; cursors fall behind, and join others again."""
+async def test_cursors_that_move_between_streams_lose_repeat_and_misorder_nothing(seed: int) -> None:
+    """Appenders, readers and cursors of every pace take turns at random. Cursors fall behind, and join others again."""
     chance = random.Random(seed)
     log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
 
@@ -94,11 +94,7 @@ async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
     log = SimulatedLog(step=lambda: asyncio.sleep(0))
     async with tail_of(log) as tail:
         takers = [Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(5)]
-        appender = log.begin()
-        appender.locked = True
-        log.draw(appender)
-        log.commit(appender)
-        log.unlock(appender)
+        log.append()
         async with asyncio.timeout(30):
             await asyncio.gather(*(taker.take() for taker in takers))
         assert len(tail._streams) == 1
@@ -110,11 +106,7 @@ async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
 async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None:
     log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
     for _ in range(40):
-        appender = log.begin()
-        appender.locked = True
-        log.draw(appender)
-        log.commit(appender)
-        log.unlock(appender)
+        log.append()
     async with tail_of(log, buffer_events=6) as tail, asyncio.TaskGroup() as tasks:
         quick, slow = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
         async with asyncio.timeout(30):
@@ -138,12 +130,8 @@ async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None
 async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction_would_come_first() -> None:
     """A transaction has 1 and 4. Its hole was passed, so 1 came late; 4 comes once the hole 3 is passed as well."""
     log = SimulatedLog(step=lambda: asyncio.sleep(0))
-    late, brief, slow = (log.begin() for _ in range(3))
-    for appender in (late, brief):
-        appender.locked = True
-        log.draw(appender)
-    log.commit(brief)
-    log.unlock(brief)
+    late = log.open_appender()
+    log.append()
     async with tail_of(log) as tail, asyncio.TaskGroup() as tasks, asyncio.timeout(30):
         first = Taker(tail, log, after=0, holes=RangeSet(), strict=False)
 
@@ -152,17 +140,15 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
             while tail._streams[0].reader.position < position:
                 await asyncio.sleep(0.001)
 
-        taking = tasks.create_task(first.take())
+        taking = tasks.create_task(first.take(), name="take")
         while late.name not in log.clock._first_seen:
             await asyncio.sleep(0)
         log.now += HOLE_WAIT
         await taking
         assert (first.account.seen, first.account.position, str(first.account.holes)) == ([2], 2, "{[1,2)}")
-        slow.locked = True
-        log.draw(slow)
+        log.open_appender()
         log.draw(late)
-        log.commit(late)
-        log.unlock(late)
+        log.commit_and_unlock(late)
         await first.take()
         assert first.account.seen == [2, 1]
         tail._streams[0].take(first.cursor.number)  # wants the next one
@@ -177,14 +163,10 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
         second.cursor.close()
 
 
-async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_come() -> None:
+async def test_a_stream_keeps_no_more_than_its_bytes_for_an_idle_cursor() -> None:
     log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
     for _ in range(60):
-        appender = log.begin()
-        appender.locked = True
-        log.draw(appender)
-        log.commit(appender)
-        log.unlock(appender)
+        log.append()
     async with tail_of(log, buffer_events=6) as tail:
         quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
         async with asyncio.timeout(30):
@@ -198,14 +180,10 @@ async def test_a_buffer_keeps_no_more_than_its_bytes_for_a_cursor_that_does_not_
 
 
 async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
-    """What it would need next is forgotten; the rest is of no use to it any more."""
+    """The batch that it needs next is forgotten, so it has no use for the others."""
     log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
     for _ in range(60):
-        appender = log.begin()
-        appender.locked = True
-        log.draw(appender)
-        log.commit(appender)
-        log.unlock(appender)
+        log.append()
     async with tail_of(log, buffer_events=6) as tail:
         quick, idle = (Taker(tail, log, after=0, holes=RangeSet(), strict=False) for _ in range(2))
         async with asyncio.timeout(30):
@@ -213,6 +191,6 @@ async def test_nothing_is_kept_for_a_cursor_that_has_fallen_behind() -> None:
             while not await quick.has_all():
                 await quick.take()
         (stream,) = tail._streams
-        assert stream._memory.end - stream._memory.first <= 1, "but for one that may just have been read"
+        assert stream._memory.end - stream._memory.first <= 1, "only one that was just read may be left"
         quick.cursor.close()
         idle.cursor.close()

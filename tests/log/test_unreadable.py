@@ -1,4 +1,4 @@
-"""Dates that Python does not have, and rows that the driver cannot decode: each harms only itself."""
+"""Dates that Python cannot hold, and rows that the driver cannot decode: each harms only itself."""
 
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from typing import Any
@@ -23,13 +23,13 @@ UNREADABLE = ["infinity", "-infinity", "20000-01-01 00:00:00+00", "0044-03-15 00
 
 @pytest.fixture
 async def unchecked(sql: Any) -> None:
-    """A log that is older than the check of its dates."""
+    """A log from before dates were checked."""
     await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_recorded_at_readable")
 
 
 @pytest.mark.owner
 @pytest.mark.parametrize("date", UNREADABLE)
-async def test_the_log_takes_no_date_that_python_does_not_have(sql: Any, date: str) -> None:
+async def test_the_log_refuses_dates_that_python_cannot_hold(sql: Any, date: str) -> None:
     with pytest.raises(asyncpg.CheckViolationError, match="events_recorded_at_readable"):
         await sql.execute(DATED, "a", date, None)
 
@@ -127,7 +127,7 @@ async def test_a_late_event_that_cannot_be_read_is_found_in_its_hole(database: s
 
 @pytest.mark.owner
 @pytest.mark.usefixtures("unchecked")
-async def test_places_are_found_by_date_also_among_events_without_a_readable_one(database: str, sql: Any) -> None:
+async def test_places_are_found_by_date_among_unreadable_dates(database: str, sql: Any) -> None:
     for number, date in enumerate([*UNREADABLE, "2026-01-01 00:00:00+00"]):
         await sql.execute(DATED, str(number), date, None)
     catch = Catch()
@@ -159,7 +159,7 @@ NO_DATES = [
 
 
 @pytest.mark.parametrize("date", NO_DATES, ids=["naive", "max", "min", "behind max", "before min", "broken zone"])
-async def test_a_date_that_cannot_be_stored_is_refused_where_it_is_given(backend: Backend, date: datetime) -> None:
+async def test_a_date_that_cannot_be_stored_is_refused_at_once(backend: Backend, date: datetime) -> None:
     await backend.subscribe("there", Catch())
     with pytest.raises(ConfigError, match=r"start of 's' is datetime"):
         await backend.subscribe("s", Catch(), start=date)
@@ -176,7 +176,7 @@ async def test_a_date_that_cannot_be_stored_is_refused_where_it_is_given(backend
 @pytest.mark.parametrize(
     "place", [-1, 1 << 63, True, 1.5, "first", b"latest", None, (1,), pytest.param(10**5000, id="huge")]
 )
-async def test_a_place_that_is_none_is_refused_where_it_is_given(backend: Backend, place: Any) -> None:
+async def test_an_invalid_place_is_refused_at_once(backend: Backend, place: Any) -> None:
     await backend.subscribe("there", Catch())
     with pytest.raises(ConfigError, match="expected"):
         await backend.subscribe("s", Catch(), start=place)
@@ -188,12 +188,12 @@ async def test_a_place_that_is_none_is_refused_where_it_is_given(backend: Backen
 
 
 @pytest.mark.parametrize("letter", [0, -1, 1 << 63, True, "1"])
-async def test_an_id_that_no_dead_letter_can_have_is_refused(backend: Backend, letter: Any) -> None:
+async def test_an_invalid_dead_letter_id_is_refused(backend: Backend, letter: Any) -> None:
     with pytest.raises(ConfigError, match="dead letter"):
         await backend.redeliver(letter)
 
 
-async def test_the_first_and_the_last_date_there_are_stand_for_always_and_never(database: str) -> None:
+async def test_the_first_and_last_dates_mean_always_and_never(database: str) -> None:
     first, last = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
     catch = Catch()
     async with Backend(database, **SETTINGS) as backend:

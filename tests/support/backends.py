@@ -3,12 +3,14 @@
 `name` is the subscription's; without one it is the only subscription of the log.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from pgbackend import Backend, DeadLetter
+from pgbackend import Backend, ConsumerDispatcher, DeadLetter, SchemaError
 from pgbackend.delivery.worker import Worker
+from pgbackend.facts import Recorder
 from pgbackend.model import SubscriptionStatus
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -91,3 +93,25 @@ def worker_of(backend: Backend) -> Worker:
     worker = backend._lifecycle.opened().runner.worker
     assert worker is not None, "no worker runs"
     return worker
+
+
+@asynccontextmanager
+async def started(
+    dsn: str, name: str, dispatcher: ConsumerDispatcher, **settings: Any
+) -> AsyncIterator[tuple[Backend, "asyncio.Task[None]"]]:
+    """A backend that runs one subscription, read from the earliest event, and the task of its `start()`.
+
+    At the end a task that has raised SchemaError has done so as the test expected.
+    """
+    backend = Backend(dsn, **{**SOON, "drain_timeout": 1.0, **settings})
+    await backend.init()
+    with Recorder() as recorder:
+        task = asyncio.create_task(backend.start(), name="start")
+        try:
+            await backend.subscribe(name, dispatcher, start="earliest")
+            await recorder.wait("lease claimed", subscription=name)
+            yield backend, task
+        finally:
+            await backend.stop()
+            with suppress(SchemaError):
+                await task

@@ -1,8 +1,8 @@
-"""PostgreSQL as the fence sees it, without PostgreSQL: a sequence, locks, visibility, one small step at a time.
+"""PostgreSQL as the fence sees it, without PostgreSQL: a sequence, locks and visibility, one small step at a time.
 
-What the server does in one go from the outside is taken apart here: an appender locks, then draws; its commit is
-visible first, and its lock is gone later; a check reads the sequence first and the locks later. Between any two steps
-anybody else may act, so that a test can go through interleavings that a real server shows once in a million.
+The server's operations are taken apart. An appender locks, then draws; its commit becomes visible first, and its lock
+goes later; a check reads the sequence first and the locks later. Between any two steps anything else may happen, so
+that a test goes through interleavings that a real server shows once in a million.
 """
 
 from collections.abc import Callable, Generator, Iterable
@@ -34,7 +34,7 @@ class Appender:
 
 
 class Step:
-    """Awaited where something else may happen: one turn of whoever drives the coroutine."""
+    """Awaited where something else may happen: the test that drives the coroutine decides what."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield
@@ -44,7 +44,7 @@ class SimulatedLog:
     """The server, and `Log` as readers know it."""
 
     def __init__(self, *, page: int = 3, step: Callable[[], Any] = Step) -> None:
-        self.database = None  # nobody has to look for it
+        self.database = None  # nothing waits for it to come back
         self.pages = self
         self.now = 0.0
         self.head = 0
@@ -55,7 +55,23 @@ class SimulatedLog:
         self._page = page
         self._step = step
 
-    # Appenders.
+    # What appenders do.
+
+    def open_appender(self, positions: int = 1) -> Appender:
+        """An appender that has the lock and has drawn so many positions."""
+        appender = self.begin()
+        appender.locked = True
+        for _ in range(positions):
+            self.draw(appender)
+        return appender
+
+    def append(self) -> None:
+        """One event, committed by an appender that is gone."""
+        self.commit_and_unlock(self.open_appender())
+
+    def commit_and_unlock(self, appender: Appender) -> None:
+        self.commit(appender)
+        self.unlock(appender)
 
     def begin(self) -> Appender:
         appender = Appender(self._name("3/"))
@@ -67,7 +83,7 @@ class SimulatedLog:
         return f"{prefix}{self._names}"
 
     def act(self, number: int, action: int) -> None:
-        """Some appender takes the step that it can take next."""
+        """Let one of the appenders take the step that it can take next."""
         if not self.transactions or action == 0:
             self.begin()
             return
@@ -113,13 +129,13 @@ class SimulatedLog:
         self.transactions.remove(appender)
 
     def settle_down(self) -> None:
-        """Every appender comes to its end: every other one commits."""
+        """End every appender. Every other one commits."""
         for number, appender in enumerate(list(self.transactions)):
             if not appender.over:
                 (self.commit if number % 2 else self.roll_back)(appender)
             self.unlock(appender)
 
-    # What readers ask.
+    # What readers call.
 
     def open_now(self) -> frozenset[str]:
         return frozenset(appender.name for appender in self.transactions if appender.locked)
@@ -158,7 +174,7 @@ class _SimulatedClock(AppenderClock):
         super().__init__(hole_wait=HOLE_WAIT)
         self._log = log
 
-    def is_overdue(self, appender: str, *, now: float) -> bool:  # noqa: ARG002 - the machine's time is none of its business
+    def is_overdue(self, appender: str, *, now: float) -> bool:  # noqa: ARG002 - the machine's time does not count here
         return super().is_overdue(appender, now=self._log.now)
 
 
@@ -167,7 +183,7 @@ def _events(positions: Iterable[int]) -> list[Event]:
 
 
 class Account:
-    """What a subscription makes of a reader's batches, and what it may therefore rely on."""
+    """A subscription's view of a reader's batches, and checks of what it may rely on."""
 
     def __init__(self, log: SimulatedLog, *, position: int = 0, strict: bool = False) -> None:
         self.log = log
@@ -180,7 +196,7 @@ class Account:
     def take(
         self, positions: Iterable[int], opened: Iterable[tuple[int, int]], closed: Iterable[tuple[int, int]], upto: int
     ) -> None:
-        """Apply a batch as a pump does."""
+        """Apply a batch as a shard does."""
         for lower, upper in opened:
             self.holes.add(max(lower, self.position + 1), upper)
         for position in positions:
@@ -188,9 +204,11 @@ class Account:
                 continue
             assert position not in self.seen, f"{position} came twice"
             if self.strict and self.seen:
-                assert position > self.seen[-1], f"{position} came behind {self.seen[-1]}"
+                assert position > self.seen[-1], f"{position} came after {self.seen[-1]}"
             own = self.log.visible[position].positions
-            assert all(later not in self.seen for later in own if later > position), f"{position} came behind its own"
+            assert all(later not in self.seen for later in own if later > position), (
+                f"{position} came after later ones of its own"
+            )
             self.seen.append(position)
             if not self.holes.discard(position):
                 self.position = position
@@ -199,7 +217,7 @@ class Account:
         self.position = max(self.position, upto)
 
     def verify(self) -> None:
-        """Everything that is committed has come; everything else is known to be dead."""
+        """Every committed event has come, and every other position is known to be dead."""
         assert sorted(self.seen) == sorted(self.log.visible), "lost, or never committed"
         assert not self.holes
         assert self.position >= max(self.log.visible, default=0)
