@@ -1,10 +1,13 @@
 """The verbs of `Backend` as its users see them. The modules behind the verbs have tests of their own."""
 
+import ast
 import asyncio
 import copy
 import logging
 import pickle
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -18,6 +21,7 @@ from pgbackend import (
     SubscriptionExistsError,
     SubscriptionNotFoundError,
 )
+from pgbackend import backend as face
 from pgbackend.codec.attributes import ATTRIBUTES_BYTES, COLUMNS, attributes_size
 from pgbackend.codec.wire import parse_structured
 from tests.support.codec import structured
@@ -25,6 +29,26 @@ from tests.support.databases import connected, execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
+
+
+def test_the_table_of_steps_names_functions_and_statements_that_exist() -> None:
+    root = Path(face.__file__).parent
+    table = [line for line in (face.__doc__ or "").splitlines() if line.startswith("|")]
+    methods = {
+        f"{kind.name}.{function.name}"
+        for file in root.rglob("*.py")
+        for kind in ast.walk(ast.parse(file.read_text()))
+        if isinstance(kind, ast.ClassDef)
+        for function in kind.body
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    statements = {
+        name for file in root.rglob("*.sql") for name in re.findall(r"^-- name: (\w+)", file.read_text(), re.MULTILINE)
+    }
+
+    assert len(table) == 11
+    assert set(re.findall(r"`(\w+\.\w+)`", "".join(table))) <= methods
+    assert {name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[3])} <= statements
 
 
 async def test_info_is_known_before_init_and_shows_no_password() -> None:
