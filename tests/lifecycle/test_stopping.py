@@ -13,7 +13,6 @@ import pytest
 
 from pgbackend import Backend, Event, NotRunningError, PgBackendError, ProduceUncertainError
 from pgbackend.delivery.runner import Runner
-from pgbackend.delivery.worker import Worker
 from pgbackend.facts import Recorder
 from pgbackend.lifecycle.lifecycle import Lifecycle
 from pgbackend.torture.proxy import Proxy
@@ -293,7 +292,6 @@ class Cut:
     [
         pytest.param(Lifecycle, "_init", id="init"),
         pytest.param(Runner, "run", id="start"),
-        pytest.param(Worker, "run", id="worker"),
         pytest.param(Lifecycle, "_end", id="stop"),
     ],
 )
