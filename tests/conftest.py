@@ -27,7 +27,10 @@ from tests.support.databases import connected
 from tests.support.pooler import PGBOUNCER, Pooler
 from tests.support.programs import VERSIONS, programs
 
-# How long an example takes, or making one up, is a matter of the machine: by default 200 ms are a failure.
+QUICK = 5.0
+"""Seconds that a test without the marker `slow` may take."""
+
+# Hypothesis fails examples that take 200 ms, which depends on the machine.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
@@ -49,6 +52,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "where it is in the tests' own process, or with polling only",
     )  # fmt: skip
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers of `-n auto`: two more than processors, because tests also wait."""
+    return (os.cpu_count() or 1) + 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long: give --long"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests that are neither quick nor marked `slow`."""
+    if terminalreporter.config.getoption("--long"):
+        return
+    seconds: dict[str, float] = {}
+    for report in [report for reports in terminalreporter.stats.values() for report in reports]:
+        # A session's fixtures are made in the setup of its first test.
+        if isinstance(report, pytest.TestReport) and report.when == "call" and "slow" not in report.keywords:
+            seconds[report.nodeid] = report.duration
+    if late := [(name, took) for name, took in seconds.items() if took > QUICK]:
+        terminalreporter.section(f"took more than {QUICK:g} s: make them quicker, or mark them slow")
+        for name, took in sorted(late, key=lambda one: -one[1]):
+            terminalreporter.line(f"{took:.1f} s {name}")
 
 
 @pytest.fixture

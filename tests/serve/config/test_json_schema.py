@@ -107,12 +107,11 @@ def _readable(text: str) -> bool:
     return True
 
 
-WRONG = [text for text, _ in MISTAKES if not BEYOND.search(text) and _readable(text)]
-
-
-@pytest.mark.parametrize("text", WRONG, ids=[text[:60] for text in WRONG])
-def test_what_the_broker_refuses_is_wrong_for_an_editor(text: str) -> None:
-    assert not VALIDATOR.is_valid(seen(text))
+def test_what_the_broker_refuses_is_wrong_for_an_editor() -> None:
+    # In the test, not among its parameters: reading the largest of them takes a second, for every worker of xdist.
+    texts = [text for text, _ in MISTAKES if not BEYOND.search(text) and _readable(text)]
+    assert len(texts) > 30
+    assert [text for text in texts if VALIDATOR.is_valid(seen(text))] == []
 
 
 TEXTS = """
