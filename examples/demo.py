@@ -1,4 +1,4 @@
-"""Events go through a broker on a PostgreSQL of its own: sent in every content mode, delivered by two triggers."""
+"""Sends events in every mode through a broker with an embedded PostgreSQL, and prints what two triggers deliver."""
 
 import json
 import queue
@@ -16,7 +16,7 @@ JSON = "application/cloudevents+json"
 
 
 def main() -> int:
-    """0 when every event has arrived where it should."""
+    """Return 0 when every event has arrived at its targets."""
     arrivals: queue.Queue[Arrival] = queue.Queue()
     receiver = Receiver(0, arrivals.put)
     configuration = {
@@ -27,15 +27,15 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory(prefix="pgbackend-demo-", ignore_cleanup_errors=True) as directory:
         command = [sys.executable, "-m", "pgbackend", "serve", "--port", "0", "--data-dir", directory]
-        command += ["--log-level", "warning"]  # as it says, what is printed here is enough
+        command += ["--log-level", "warning"]  # this demo prints enough itself
         command += ["--config-inline", json.dumps(configuration)]
-        broker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - as written above
+        broker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the command above
         try:
             url = announced_url(broker)
             if url is None:
                 return broker.wait() or 1
             send_in_every_mode(url)
-            for number in range(7):  # audit gets all four, billing the three of its type
+            for number in range(7):  # audit gets all four events, billing the three of its type
                 try:
                     print(arrivals.get(timeout=30), flush=True)
                 except queue.Empty:
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def announced_url(broker: "subprocess.Popen[str]") -> str | None:
-    """What the broker says while it starts, printed; where it listens, or None when it ended instead."""
+    """Print what the broker says while it starts. Return its URL, or None if it ended."""
     url = None
     for line in broker.stdout or ():
         if line.startswith("Try: "):
@@ -61,7 +61,7 @@ def announced_url(broker: "subprocess.Popen[str]") -> str | None:
 
 
 def send_in_every_mode(url: str) -> None:
-    """The broker has committed four events: one binary, one structured, two in a batch."""
+    """Send four events: one in binary mode, one in structured mode, two in a batch."""
     headers = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": TYPE}
     post(url, "binary mode", headers | {"content-type": "application/json"}, b'{"order": 17}')
     post(url, "structured mode", {"content-type": JSON}, json.dumps(event("2", {"order": 18})).encode())
@@ -70,7 +70,7 @@ def send_in_every_mode(url: str) -> None:
 
 
 def event(id_: str, data: object) -> dict[str, object]:
-    """An event in the JSON format."""
+    """Return an event in the JSON format."""
     return {"specversion": "1.0", "id": id_, "source": "/shop", "type": TYPE, "data": data}
 
 

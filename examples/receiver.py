@@ -1,4 +1,4 @@
-"""A target for the broker that prints what arrives; `-- COMMAND` runs beside it, and it ends with that.
+"""A target for the broker that prints the events that arrive. With `-- COMMAND` it runs a command, and ends with it.
 
 python examples/receiver.py
 python examples/receiver.py --port 8888 -- pgbackend serve --config examples/broker.yaml
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Arrival(NamedTuple):
-    """One event, in whichever mode it came."""
+    """One event that has arrived."""
 
     path: str
     mode: str
@@ -30,7 +30,7 @@ class Arrival(NamedTuple):
 
 
 class Receiver(ThreadingHTTPServer):
-    """Answers every POST with 204, after `on_arrival` has returned."""
+    """Answers each POST with 204 once `on_arrival` has returned."""
 
     daemon_threads = True
 
@@ -41,7 +41,7 @@ class Receiver(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL of the receiver."""
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
 
@@ -63,14 +63,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """An access log is not what anybody came for."""
+        """Print no access log."""
 
 
 def main() -> int:
-    """Receive until interrupted, or as long as the command runs. The command's exit code, or 0."""
+    """Receive until interrupted, or until the command ends. Return the command's exit code, or 0."""
     parser = argparse.ArgumentParser(description="Print the events that a broker delivers.")
     parser.add_argument("--port", type=int, default=8888)
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="after --: run it beside, and end with it")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="after --: a command to run; end when it ends")
     given = parser.parse_args()
     try:
         receiver = Receiver(given.port, lambda arrival: print(arrival, flush=True))
@@ -85,8 +85,8 @@ def main() -> int:
 
 
 def run_beside(command: list[str]) -> int:
-    """Run the command to its end, handing signals on to it; its exit code."""
-    # In a session of its own: Ctrl-C would reach it twice otherwise, and twice means "at once" to the broker.
+    """Run the command to its end, and pass signals on to it. Return its exit code."""
+    # The new session keeps Ctrl-C from reaching the command twice: the broker would then exit without draining.
     child = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - the user's own command
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: child.send_signal(number))
