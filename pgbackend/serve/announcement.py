@@ -9,7 +9,7 @@ from contextlib import suppress
 from pgbackend.model import Info
 from pgbackend.serve.config.models import Configuration
 from pgbackend.serve.egress.outcomes import shown
-from pgbackend.serve.ingest.listener import Ports
+from pgbackend.serve.ingest.ports import Ports
 from pgbackend.serve.options import Options
 
 

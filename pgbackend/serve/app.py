@@ -5,6 +5,7 @@ as each process of `supervisor` runs it. The order in which the parts start and 
 """
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -20,8 +21,9 @@ from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.admin import Admin
 from pgbackend.serve.ingest.handler import Ingest
 from pgbackend.serve.ingest.hosts import Hosts
-from pgbackend.serve.ingest.listener import Listener, Ports, bind
-from pgbackend.serve.ingest.protocol import allow_many_connections
+from pgbackend.serve.ingest.limits import ADMIN_CONNECTIONS, allow_many_connections
+from pgbackend.serve.ingest.listener import Listener
+from pgbackend.serve.ingest.ports import Ports, bind
 from pgbackend.serve.ingest.tls import TLS
 from pgbackend.serve.operations import tracing
 from pgbackend.serve.operations.metrics import Metrics
@@ -89,7 +91,7 @@ async def run(
                     backend,
                     triggers,
                     Listener(ingest, ports.events, hosts=hosts, tls=tls),
-                    None if ports.admin is None else Listener(Admin(ingest), ports.admin, hosts=hosts),
+                    None if ports.admin is None else _admin_listener(ingest, ports.admin, hosts),
                     Reloader(options, triggers, ingest, tls),
                     startup_timeout=options.startup_timeout,
                 )
@@ -98,6 +100,11 @@ async def run(
         await backend.stop()
         if traces is not None:
             await asyncio.to_thread(traces.shutdown)
+
+
+def _admin_listener(ingest: Ingest, bound: socket.socket, hosts: Hosts) -> Listener:
+    admin = Admin(ingest.probes)
+    return Listener(admin, bound, hosts=hosts, connections=ADMIN_CONNECTIONS, option="--admin-port")
 
 
 def make_backend(options: Options) -> Backend:

@@ -99,12 +99,12 @@ class Broker:
             on_serving()
             await self._stopping.wait()
         await _cancel(reloader)
-        self._listener.stop()
+        await self._listener.drain()
         await asyncio.wait({listener})
         await self._backend.stop()
         await asyncio.wait({backend})
         if self._admin is not None and admin is not None:
-            self._admin.stop()
+            await self._admin.drain()
             await asyncio.wait({admin})
 
     async def _all_listening(self) -> None:

@@ -40,7 +40,7 @@ from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve import app
 from pgbackend.serve.config.load import can_be_read_once
-from pgbackend.serve.ingest.listener import Ports
+from pgbackend.serve.ingest.ports import Ports
 from pgbackend.serve.operations import logs, metrics, metrics_directory
 from pgbackend.serve.options import Options
 from pgbackend.serve.process import Signals, handling_signals

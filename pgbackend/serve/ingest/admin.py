@@ -1,33 +1,47 @@
-"""The admin port: probes and metrics, for those who watch the broker.
+"""The admin port: probes and metrics, for operators and their tools.
 
-`app` runs a `Listener` with it beside the one for events. Its connections are its own, so clients that use up all of
-the other port's do not make the broker look dead.
+`app` runs a second `Listener` with it. That listener has its own connections, so clients that use up those of the port
+for events do not make the broker look dead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from pgbackend.serve.ingest.handler import Header, Ingest, Message, Problem, Receive, Send
+from pgbackend.serve.ingest.probes import Probes
+from pgbackend.serve.ingest.responses import Headers, Message, Problem, Receive, Send, respond, unexpected
+
+_ALLOW = (b"allow", b"GET, HEAD")
 
 
 class Admin:
-    """The ASGI application: what `ingest` tells to GET and HEAD, and nothing else."""
+    """The ASGI application of the admin port: GET and HEAD as `Probes` answers them, and nothing else."""
 
-    def __init__(self, ingest: Ingest) -> None:
-        self._ingest = ingest
+    def __init__(self, probes: Probes) -> None:
+        self._probes = probes
 
-    async def __call__(self, scope: Message, _receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, _receive: Receive, send: Send, /) -> None:
         """The request is answered."""
-        await self._ingest.tell(scope, send)
+        try:
+            await self._answer(scope, send)
+        except Problem as problem:
+            await respond(send, problem.status, problem.body(), *problem.headers)
+        except Exception as error:  # noqa: BLE001 - a bug must be answered, too, and leave its trace
+            bug = unexpected(error)
+            await respond(send, bug.status, bug.body(), *bug.headers)
 
-    def take_whole(self, _headers: Sequence[Header], _body: bytes, _answer: Callable[[Problem | None], None]) -> bool:
-        """No: events go to the other port."""
+    async def _answer(self, scope: Message, send: Send) -> None:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise Problem(405, "This port takes no events. Send them to the broker's other port.", _ALLOW)
+        await self._probes.answer(scope, send, has_metrics=True)
+
+    def take_whole(self, _headers: Headers, _body: bytes, _answer: Callable[[Problem | None], None], /) -> bool:
+        """False: this port takes no events."""
         return False
 
     def count_refused(self, status: int) -> None:
-        """Nothing: the metric is about requests that bring events."""
+        """Do nothing: the metric counts requests that bring events."""
 
     def retire(self) -> None:
-        """Nothing: how things are is told until the end."""
+        """Do nothing: this port answers until the broker has drained."""
 
     def stop_taking(self) -> None:
-        """Nothing, as above."""
+        """Do nothing, as above."""

@@ -1,7 +1,7 @@
-"""Budgets of memory and connections for all clients, shared by their addresses.
+"""Budgets that all clients share, and the address by which a client counts.
 
-`listener` counts connections in a `Budget`, `connection` the bytes of heads, `ingest` those of bodies. The promise: one
-address, or a few, cannot use up a budget, so that there is always something left for the others.
+`listener` counts connections in a `Budget`, `protocol` the memory of heads, `handler` that of bodies. The promise: one
+address, or a few, cannot use up a budget, so something is always left for the others.
 """
 
 from functools import lru_cache
@@ -9,20 +9,20 @@ from ipaddress import IPv6Address, ip_address
 
 
 class Budget:
-    """So much of something for all clients together. No address may hold more than what is left for the others.
+    """An amount that all clients share. No address may hold more than it leaves for the others.
 
-    So the first that takes all it can gets a half, the next a quarter. A reverse proxy, all of whose clients have one
-    address, has room in that; a fixed share would be too small for it, or too large for ten attackers.
+    So the first greedy address gets a half, the next a quarter. All clients of a reverse proxy have its address: a
+    fixed share would be too small for them, or too large for ten attackers.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.held = 0
-        """By all of them. The ingest adds what it holds for so short a time that no address matters."""
+        """By all addresses. `Ingest.take_whole` adds to it what is held too briefly to count for an address."""
         self._by_address: dict[str, int] = {}
 
     def take(self, address: str, amount: int, *, share: int = 1) -> bool:
-        """Whether `address` may hold so much more; then it does. `share`: how many times what is left."""
+        """Whether `address` may hold `amount` more, at most `share` times what is left; if so, it does."""
         own = self._by_address.get(address, 0) + amount
         if own > share * (self.total - self.held - amount):
             return False
@@ -31,7 +31,7 @@ class Budget:
         return True
 
     def give_back(self, address: str, amount: int) -> None:
-        """`address` holds so much less."""
+        """`address` holds `amount` less."""
         self.held -= amount
         own = self._by_address.get(address, 0) - amount
         if own:
@@ -40,9 +40,39 @@ class Budget:
             self._by_address.pop(address, None)
 
 
+class Holding:
+    """What one connection, or one request, of `address` holds of a budget."""
+
+    __slots__ = ("_address", "_budget", "amount")
+
+    def __init__(self, budget: Budget, address: str) -> None:
+        self._budget = budget
+        self._address = address
+        self.amount = 0
+
+    def grow(self, amount: int, *, share: int = 1) -> bool:
+        """Whether the budget allows `amount` more, as in `Budget.take`; if so, it is held."""
+        if not self._budget.take(self._address, amount, share=share):
+            return False
+        self.amount += amount
+        return True
+
+    def resize(self, amount: int) -> bool:
+        """Whether the budget allows `amount` in all; if so, that much is held."""
+        if amount > self.amount:
+            return self.grow(amount - self.amount)
+        self._budget.give_back(self._address, self.amount - amount)
+        self.amount = amount
+        return True
+
+    def release(self) -> None:
+        """Nothing is held any more."""
+        self.resize(0)
+
+
 @lru_cache(maxsize=4096)
 def address_of(host: str) -> str:
-    """The IPv4 address, or the /64 of an IPv6 one: providers give a customer a whole /64, so it counts as one client.
+    """The IPv4 address, or the /64 of an IPv6 address: providers give each customer a whole /64.
 
     >>> address_of("192.0.2.1"), address_of("::ffff:192.0.2.1"), address_of("2001:db8::7:1"), address_of("fe80::1%eth0")
     ('192.0.2.1', '192.0.2.1', '2001:db8::/64', 'fe80::/64')

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from pgbackend.backend import Backend
-from pgbackend.serve.ingest import protocol as connection_module
+from pgbackend.serve.ingest import limits
 from pgbackend.serve.ingest.clients import Budget, address_of
-from pgbackend.serve.ingest.handler import Limits
+from pgbackend.serve.ingest.limits import Limits
 from tests.serve.support.broker import HEAD, Broker, Commits, serving
 from tests.support.polling import eventually
 
@@ -108,7 +109,7 @@ def test_the_addresses_that_one_customer_has_count_as_one() -> None:
 
 
 async def test_silent_connections_of_one_address_leave_places_to_others(broker: Broker) -> None:
-    places = broker.listener._server.server_state.places
+    places = broker.listener.state.places
     places.total = 24
     async with clients_of(broker) as clients:
         silent = [await clients.connect(GREEDY) for _ in range(12)]
@@ -151,7 +152,7 @@ async def test_small_bodies_that_stay_incomplete_leave_room_for_others(database:
     "half", [HEAD + b"X: " + b"x" * 60_000, HEAD + b"a:\r\n" * 400], ids=["large headers", "many headers"]
 )
 async def test_heads_that_stay_incomplete_leave_room_for_others(half: bytes, broker: Broker) -> None:
-    heads = broker.listener._server.server_state.heads
+    heads = broker.listener.state.heads
     heads.total = 1_000_000
     async with clients_of(broker) as clients:
         await clients.hold(half, 40)
@@ -178,12 +179,13 @@ async def test_a_body_that_is_not_read_is_not_kept(broker: Broker, monkeypatch: 
         writer.write(head + b"x" * 100_000)
         await asked.wait()
         writer.write(b"x" * 100_000)
-        (connection,) = broker.listener._server._connections()
+        (connection,) = broker.connections()
 
         async def all_there() -> bool:
-            return connection._body_bytes == 200_000
+            return connection.arrival.body_bytes == 200_000
 
         await eventually("the body is there", all_there)
+        assert isinstance(connection.cycle, RequestResponseCycle)
         assert connection.cycle.body == b""
         answered.set()
         assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
@@ -192,12 +194,12 @@ async def test_a_body_that_is_not_read_is_not_kept(broker: Broker, monkeypatch: 
 async def test_no_more_is_read_while_requests_wait_for_their_turn(
     broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = broker.listener._server.server_state.heads
+    heads = broker.listener.state.heads
     held = []
     take = heads.take
 
-    def taken(address: str, amount: int) -> bool:
-        answer = take(address, amount)
+    def taken(address: str, amount: int, *, share: int) -> bool:
+        answer = take(address, amount, share=share)
         held.append(heads.held)
         return answer
 
@@ -223,19 +225,19 @@ async def test_no_more_is_read_while_requests_wait_for_their_turn(
 
 @pytest.mark.parametrize("half", [SMALL[:-1], HEAD, b"", SMALL + HEAD], ids=["body", "head", "nothing", "second head"])
 async def test_a_client_that_goes_away_gives_everything_back(half: bytes, broker: Broker) -> None:
-    state = broker.listener._server.server_state
+    state = broker.listener.state
     async with clients_of(broker) as clients:
         _, writer = await clients.connect(GREEDY)
         writer.write(half)
 
         async def there() -> bool:
-            return state.places.held == 1 and (not half or bool(state.heads.held or broker.ingest._held.held))
+            return state.places.held == 1 and (not half or bool(state.heads.held or broker.ingest.held.held))
 
         if half != SMALL[:-1]:
             await eventually("it is counted", there)
 
     async def gone() -> bool:
-        return state.places.held == state.heads.held == broker.ingest._held.held == 0
+        return state.places.held == state.heads.held == broker.ingest.held.held == 0
 
     await eventually("nothing is counted", gone)
 
@@ -243,7 +245,7 @@ async def test_a_client_that_goes_away_gives_everything_back(half: bytes, broker
 async def test_a_request_that_brings_much_and_then_nothing_is_cut_off_in_time(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(limits, "PATIENCE", 1.0)
     answer = await broker.talk(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 999_999)
     assert answer.startswith(b"HTTP/1.1 408 ")
 
@@ -251,7 +253,7 @@ async def test_a_request_that_brings_much_and_then_nothing_is_cut_off_in_time(
 async def test_a_request_may_take_long_while_it_brings_enough_and_no_longer_than_the_longest(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(limits, "PATIENCE", 1.0)
 
     async def trickle() -> bytes:
         parts = [b"x" * 10_000] * 10
@@ -269,7 +271,7 @@ async def test_a_request_may_take_long_while_it_brings_enough_and_no_longer_than
             writer.close()
 
     assert (await trickle()).startswith(b"HTTP/1.1 202 ")
-    monkeypatch.setattr(connection_module, "_LONGEST_ARRIVAL", 1.5)
+    monkeypatch.setattr(limits, "LONGEST_ARRIVAL", 1.5)
     answer = await trickle()
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
     assert len(await broker.stored()) == 1

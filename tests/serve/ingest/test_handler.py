@@ -8,6 +8,7 @@ import timeit
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from time import monotonic
 from typing import ClassVar
 
 import asyncpg
@@ -25,8 +26,10 @@ from pgbackend.errors import (
     ProduceUncertainError,
 )
 from pgbackend.serve.config.load import load
-from pgbackend.serve.ingest import handler as ingest_module
-from pgbackend.serve.ingest.handler import Limits, Problem
+from pgbackend.serve.ingest import handler, probes
+from pgbackend.serve.ingest.authorization import authorizer
+from pgbackend.serve.ingest.limits import Limits
+from pgbackend.serve.ingest.responses import Problem
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
 from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
@@ -271,7 +274,7 @@ class TestLimits:
                 yield event
 
         monkeypatch.setattr(wire, "read_batch", reading)
-        monkeypatch.setattr(ingest_module, "_BREATH", 0.0)
+        monkeypatch.setattr(handler, "BREATH", 0.0)
         assert (await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 3))).status == 202
         assert seen == [0, 1, 2]
 
@@ -346,25 +349,21 @@ class TestOtherRequests:
             answer = await broker.request("HEAD", path)
             assert (answer.status, answer.body) == (200, b"")
 
-    async def test_metrics_are_there_when_something_is_measured(self, database: str) -> None:
-        async with serving(database) as broker:
-            assert (await broker.request("GET", "/metrics")).status == 404
-        with Metrics() as metrics:
-            async with serving(database, metrics=metrics) as broker:
-                assert (await broker.send(HEADERS, b"x")).status == 202
-                assert (await broker.send(BATCH, b"[%b,%b]" % (envelope(1), envelope(2)))).status == 202
-                assert (await broker.send(HEADERS, b"x" * 990_000)).status == 202
-                assert (await broker.send(HEADERS | {"ce-id": ""})).status == 400
-                assert (await broker.talk(b"GARBAGE\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
-                assert (await broker.request("PUT", "/")).status == 405  # nobody's event was refused
-                answer = await broker.request("GET", "/metrics", headers={"accept": "text/plain"})
-                assert answer.status == 200
-                assert answer.headers["content-type"].startswith("text/plain")
-                text = answer.body.decode()
-                assert re.search(r"^messaging_client_sent_messages_total\{.*\} 4.0$", text, re.MULTILINE)
-                assert re.search(r"^pgbackend_ingest_refused_requests_total\{.*400.*\} 2.0$", text, re.MULTILINE)
-                assert '"405"' not in text
-                assert (await broker.request("HEAD", "/metrics")).body == b""
+    async def test_metrics_count_events_and_refused_requests(self, broker: Broker) -> None:
+        assert (await broker.send(HEADERS, b"x")).status == 202
+        assert (await broker.send(BATCH, b"[%b,%b]" % (envelope(1), envelope(2)))).status == 202
+        assert (await broker.send(HEADERS, b"x" * 990_000)).status == 202
+        assert (await broker.send(HEADERS | {"ce-id": ""})).status == 400
+        assert (await broker.talk(b"GARBAGE\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+        assert (await broker.request("PUT", "/")).status == 405  # it brought no event
+        answer = await broker.request("GET", "/metrics", headers={"accept": "text/plain"})
+        assert answer.status == 200
+        assert answer.headers["content-type"].startswith("text/plain")
+        text = answer.body.decode()
+        assert re.search(r"^messaging_client_sent_messages_total\{.*\} 4.0$", text, re.MULTILINE)
+        assert re.search(r"^pgbackend_ingest_refused_requests_total\{.*400.*\} 2.0$", text, re.MULTILINE)
+        assert '"405"' not in text
+        assert (await broker.request("HEAD", "/metrics")).body == b""
 
     async def test_there_is_nothing_else_to_read(self, broker: Broker) -> None:
         for path in ("/", "/healthz/x", "/metrics/"):
@@ -421,7 +420,7 @@ class TestAuthorization:
             assert await broker.stored() == []
 
     def test_a_query_of_many_names_costs_little_before_it_is_refused(self) -> None:
-        authorize = ingest_module._authorizer(load("ingest: {token: t}", origin="test").ingest)
+        authorize = authorizer(load("ingest: {token: t}", origin="test").ingest)
         assert authorize is not None
 
         def ask(query: bytes) -> None:
@@ -531,7 +530,7 @@ class TestWhenPostgresqlIsInTheWay:
             assert asyncio.get_running_loop().time() - began < 15
             for answer in answers:
                 assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-                assert "Nothing was stored" in answer.detail or "may or may not be stored" in answer.detail
+                assert "Nothing was stored" in answer.detail or "outcome is unknown" in answer.detail
             proxy.restore()
             await eventually("PostgreSQL answers again", accepted)
 
@@ -542,7 +541,7 @@ class TestWhenPostgresqlIsInTheWay:
             await proxy.struck()
             assert answer.status == 503
             assert answer.headers["retry-after"] == "1"
-            assert "may or may not be stored" in answer.detail
+            assert "outcome is unknown" in answer.detail
 
     @pytest.mark.parametrize(
         ("error", "status", "said"),
@@ -550,7 +549,7 @@ class TestWhenPostgresqlIsInTheWay:
             (ConnectionLostError("no route"), 503, "Nothing was stored"),
             (ProduceTimeoutError("30 s"), 503, "Nothing was stored"),
             (NotRunningError("stopped"), 503, "stopping"),
-            (ProduceUncertainError("broken"), 503, "may or may not be stored"),
+            (ProduceUncertainError("broken"), 503, "outcome is unknown"),
             (DatabaseError("disk full", sqlstate="53100"), 503, "disk full"),
             (DatabaseError("bad text", sqlstate="22021"), 400, "bad text"),
             (RuntimeError("a bug"), 500, "The broker failed"),
@@ -589,10 +588,10 @@ class TestReadiness:
     async def test_however_many_ask_postgresql_is_asked_once_a_second(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        probe, probes = Backend.probe, []
+        probe, asked_at = Backend.probe, []
 
         async def counted(self: Backend) -> None:
-            probes.append(broker.ingest._readiness._asked_at)
+            asked_at.append(monotonic())
             await probe(self)
 
         monkeypatch.setattr(Backend, "probe", counted)
@@ -601,15 +600,15 @@ class TestReadiness:
 
         async def asked_again() -> bool:
             await broker.request("GET", "/readyz")
-            return len(probes) > 1
+            return len(asked_at) > 1
 
         await eventually("PostgreSQL is asked again", asked_again)
-        assert all(later - earlier >= 1 for earlier, later in pairwise(probes))
+        assert all(later - earlier >= 1 for earlier, later in pairwise(asked_at))
 
     async def test_a_silent_postgresql_is_not_waited_for_and_the_broker_is_still_alive(
         self, database: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ingest_module, "_PROBE_TIMEOUT", 0.3)
+        monkeypatch.setattr(probes, "TIMEOUT", 0.3)
         async with Proxy(database) as proxy, serving(proxy.dsn) as broker:
             proxy.stall()
             answer = await broker.request("GET", "/readyz")
@@ -719,16 +718,17 @@ class TestWholeRequests:
             (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
         ]
         close = b"GET /never HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        total = 0
         for request, status in requests:
-            rows = []
-            for cut in range(0, len(request), 7):
-                before = len(await broker.stored())
-                answer = await talk_in_two(broker, request[:cut], request[cut:] + close)
+            cuts = range(0, len(request), 7)
+            answers = await asyncio.gather(*(talk_in_two(broker, request[:cut], request[cut:] + close) for cut in cuts))
+            for cut, answer in zip(cuts, answers, strict=True):
                 assert answer.startswith(b"HTTP/1.1 %d " % status), (request, cut, answer)
                 assert status < 400 or b"application/problem+json" in answer
-                rows.append([event.row for event in (await broker.stored())[before:]])
+            rows = [event.row for event in (await broker.stored())[total:]]
+            assert len(rows) == (len(cuts) if status == 202 else 0)
             assert all(row == rows[0] for row in rows)
-            assert len(rows[0]) == (status == 202)
+            total += len(rows)
 
     async def test_a_bug_is_told_as_one(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

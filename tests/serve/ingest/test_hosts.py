@@ -142,7 +142,7 @@ async def test_an_offer_to_upgrade_hides_no_host(broker: Broker) -> None:
 def test_hosts_are_compared_without_case_dots_and_ports(
     bound: str, allowed: Sequence[str], host: bytes, local: str, is_right: bool
 ) -> None:
-    assert (Hosts(bound, allowed).problem(host, local) is None) is is_right
+    assert (Hosts(bound, allowed).problem(host, b"/", local=local) is None) is is_right
 
 
 @pytest.mark.parametrize("text", ["", "http://x", "x:80", "a b", "[::1]:80", "x/", "me@x", "[x", "x" * 300])
@@ -162,4 +162,4 @@ async def test_allowed_hosts_are_options_and_their_mistakes_wrong_usage(database
                     assert answer.status == expected
     async with running(*arguments, "--allowed-host", "http://broker.example") as serve:
         assert await serve.ended() == 2
-        assert "Allowed host 'http://broker.example' is no host" in await serve.complaint()
+        assert "Allowed host 'http://broker.example' is not a host" in await serve.complaint()

@@ -10,8 +10,8 @@ import pytest
 from pgbackend.backend import Backend
 from pgbackend.codec.event import Event
 from pgbackend.errors import ConfigError
-from pgbackend.serve.ingest import listener as listener_module
-from pgbackend.serve.ingest.listener import bind
+from pgbackend.serve.ingest import limits
+from pgbackend.serve.ingest.ports import bind
 from tests.serve.support.broker import HEAD, STRUCTURED, Broker, Commits, envelope
 from tests.support.polling import eventually
 
@@ -27,13 +27,13 @@ def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def test_a_stopping_broker_does_not_say_of_a_request_that_is_being_committed_that_nothing_was_stored(
     broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_GRACE", 0.2)
+    monkeypatch.setattr(limits, "GRACE", 0.2)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
     await commits.reached.wait()
     writer.write(HEAD + b"Content-Length: 10\r\n\r\n12345")
-    (connection,) = broker.listener._server._connections()
-    broker.listener.stop()
+    (connection,) = broker.connections()
+    broker.begin_to_drain()
 
     async def given_up() -> bool:
         return connection.parser is None
@@ -48,7 +48,7 @@ async def test_a_stopping_broker_does_not_say_of_a_request_that_is_being_committ
 async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_those_that_never_arrive(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_GRACE", 0.5)
+    monkeypatch.setattr(limits, "GRACE", 0.5)
     reached, release = asyncio.Event(), []
 
     def held(self: Backend, event: Event, done: Callable[[Exception | None], None]) -> None:
@@ -61,10 +61,10 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
     talking = asyncio.create_task(broker.talk(HEAD + b"Content-Length: 10\r\n\r\n12345"))
 
     async def has_begun() -> bool:
-        return any(connection._body_bytes == 5 for connection in broker.listener._server._connections())
+        return any(connection.arrival.body_bytes == 5 for connection in broker.connections())
 
     await eventually("half a request is there", has_begun)
-    broker.listener.stop()
+    broker.begin_to_drain()
     assert (await talking).startswith(b"HTTP/1.1 503 ")
     release[0]()
     assert (await sending).status == 202
@@ -74,15 +74,15 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
 async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_closes_their_connections(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_LINGER", 4.0)
-    monkeypatch.setattr(listener_module, "_GRACE", 12.0)
+    monkeypatch.setattr(limits, "LINGER", 4.0)
+    monkeypatch.setattr(limits, "GRACE", 12.0)
     request = HEAD + b"Content-Length: 0\r\n\r\n"
     connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(4)]
     for reader, writer in connections[:3]:
         writer.write(request)
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
 
-    broker.listener.stop()
+    broker.begin_to_drain()
     connections[0][1].write(request)
     answer = await connections[0][0].read()
     assert answer.startswith(b"HTTP/1.1 202 ")
@@ -100,11 +100,11 @@ async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_cl
 async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_LINGER", 0.1)
+    monkeypatch.setattr(limits, "LINGER", 0.1)
     idle, late = [await asyncio.open_connection(broker.host, broker.port) for _ in range(2)]
     late[1].write(HEAD)
     await broker.request("GET", "/healthz")
-    broker.listener.stop()
+    broker.begin_to_drain()
     assert await idle[0].read() == b""
     late[1].write(b"Content-Length: 0\r\n\r\n")
     answer = await late[0].read()
@@ -117,11 +117,11 @@ async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
 
 
 async def test_a_stopped_broker_is_alive_until_it_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "_LINGER", 10.0)
+    monkeypatch.setattr(limits, "LINGER", 2.0)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await reader.readuntil(b"}")
-    broker.listener.stop()
+    broker.begin_to_drain()
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     writer.close()
@@ -138,10 +138,10 @@ def test_a_port_in_use_is_one_clear_line() -> None:
 
 def test_a_host_that_is_not_here_is_one_clear_line() -> None:
     with pytest.raises(
-        ConfigError, match=r"^Host '192\.0\.2\.1' is no address of this machine\. Choose another with --host\.$"
+        ConfigError, match=r"^Host '192\.0\.2\.1' is not an address of this machine\. Choose another with --host\.$"
     ):
         bind("192.0.2.1", 0)
     with pytest.raises(
-        ConfigError, match=r"^Host 'no-such-host\.invalid' is no address: .*\. Choose another with --host\.$"
+        ConfigError, match=r"^Host 'no-such-host\.invalid' has no address: .*\. Choose another with --host\.$"
     ):
         bind("no-such-host.invalid", 0)

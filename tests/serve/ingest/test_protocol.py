@@ -10,8 +10,8 @@ import pytest
 
 from pgbackend.backend import Backend
 from pgbackend.facts import Recorder
-from pgbackend.serve.ingest import protocol as connection_module
-from pgbackend.serve.ingest.handler import Problem
+from pgbackend.serve.ingest import limits
+from pgbackend.serve.ingest.responses import Problem
 from tests.serve.support.broker import HEAD, HEADERS, Broker, Commits, envelope
 from tests.support.polling import eventually
 
@@ -117,7 +117,7 @@ async def test_a_large_body_does_not_count_as_headers(broker: Broker) -> None:
 async def test_who_sends_too_slowly_is_told_and_cut_off(
     sent: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
+    monkeypatch.setattr(limits, "PATIENCE", 0.5)
     answer = await broker.talk(sent)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert await broker.stored() == []
@@ -130,7 +130,7 @@ async def test_a_connection_between_requests_is_not_cut_off_for_slowness(
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(request)
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
-    monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
+    monkeypatch.setattr(limits, "PATIENCE", 0.5)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(2):
             await reader.read(1)
@@ -161,7 +161,7 @@ async def test_who_sends_no_more_after_a_request_gets_its_answer_as_the_last(
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(sent)
     await commits.reached.wait()
-    (connection,) = broker.listener._server._connections()
+    (connection,) = broker.connections()
     writer.write_eof()
 
     async def noticed() -> bool:
@@ -225,7 +225,7 @@ async def test_who_sends_no_more_in_the_middle_of_a_request_gets_the_answers_to_
     assert answer.count(b"HTTP/1.1 202 ") == answer.count(b"HTTP/1.1 ") == whole
     assert [event.data_bytes for event in await broker.stored()] == [b"x"] * whole
     await _is_forgotten(broker)
-    assert broker.listener._server.server_state.heads.held == 0
+    assert broker.listener.state.heads.held == 0
 
 
 async def test_who_goes_away_while_its_event_is_stored_is_forgotten_after_that(
@@ -242,13 +242,13 @@ async def test_who_goes_away_while_its_event_is_stored_is_forgotten_after_that(
 
 async def _is_forgotten(broker: Broker) -> None:
     async def gone() -> bool:
-        return not broker.listener._server.server_state.connections
+        return not broker.listener.state.connections
 
     await eventually("no connection is left", gone)
 
 
 async def test_more_connections_than_there_may_be_are_told_to_come_back(broker: Broker) -> None:
-    broker.listener._server.server_state.places.total = 4
+    broker.listener.state.places.total = 4
     idle = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
     answer = await broker.talk()
     assert answer.startswith(b"HTTP/1.1 503 ")
@@ -292,9 +292,9 @@ async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
     await commits.reached.wait()
-    monkeypatch.setattr(connection_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(limits, "PATIENCE", 0.1)
     writer.write(sent)
-    (connection,) = broker.listener._server._connections()
+    (connection,) = broker.connections()
 
     async def given_up() -> bool:
         return connection.parser is None
@@ -324,7 +324,7 @@ async def test_a_request_that_was_answered_before_its_end_is_not_answered_again(
     writer.write(sent)
     answer = await reader.readuntil(b"}")
     assert answer.startswith(b"HTTP/1.1 " + answered)
-    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(limits, "PATIENCE", 1.0)
     writer.write(later)
     assert await reader.read() == b""
     writer.close()
@@ -338,7 +338,7 @@ async def test_the_rest_of_a_request_that_was_not_taken_does_not_become_part_of_
     writer.write(request)
     await commits.reached.wait()
     writer.write(request * 100 + HEAD + b"Content-Length: 4\r\n\r\n")
-    (connection,) = broker.listener._server._connections()
+    (connection,) = broker.connections()
 
     async def one_too_many() -> bool:
         return len(connection.pipeline) == 100
@@ -391,7 +391,7 @@ async def test_a_length_may_have_any_number_of_zeros_before_it(broker: Broker) -
     empty = HEAD + b"Connection: close\r\nce-subject: %20\r\nContent-Length: " + b"0" * 5_000 + b"\r\n\r\n"
     assert (await broker.talk(empty)).startswith(b"HTTP/1.1 202 ")
     for digits, status in ((b"9" * 5_000, 400), (b"18446744073709551615", 413), (b"0" * 5_000 + b"99999999", 413)):
-        answer = await broker.talk(HEAD + b"Content-Length: " + digits + b"\r\n\r\nx")
+        answer = await broker.talk(HEAD + b"Connection: close\r\nContent-Length: " + digits + b"\r\n\r\nx")
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer
 
 
@@ -431,7 +431,7 @@ async def test_it_is_no_proxy(broker: Broker) -> None:
 
 
 async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(limits, "PATIENCE", 1.0)
     monkeypatch.setattr(Problem, "body", lambda _: b"x" * 1_000_000)
 
     def flood() -> None:
@@ -448,11 +448,11 @@ async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypa
 async def test_who_does_not_read_its_last_answer_is_cut_off(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connection_module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(limits, "PATIENCE", 1.0)
     monkeypatch.setattr(Problem, "body", lambda _: b"x" * 10_000_000)
     connection = socket.create_connection((broker.host, broker.port))
     connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    state = broker.listener._server.server_state
+    state = broker.listener.state
 
     async def gone() -> bool:
         return len(state.connections) == 0
@@ -466,7 +466,7 @@ async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypat
     for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         writer.write(request)
         await reader.readuntil(b"\r\n\r\n")
-    monkeypatch.setattr(connection_module, "_KEEP_ALIVE", 0.5)
+    monkeypatch.setattr(limits, "KEEP_ALIVE", 0.5)
     async with asyncio.timeout(10):
         await reader.read()
     writer.close()
@@ -481,7 +481,7 @@ async def test_too_many_requests_ahead_of_their_answers_are_not_taken_and_the_re
 async def test_all_connections_together_hold_a_bounded_number_of_requests_that_were_sent_ahead(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker.listener._server.server_state.heads.total = 1_000_000
+    broker.listener.state.heads.total = 1_000_000
     held: list[Callable[[], None]] = []
     monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: held.append(partial(produce_soon, *arguments)))
     request = HEAD + b"Content-Length: 10000\r\n\r\n" + b"x" * 10_000
@@ -490,7 +490,7 @@ async def test_all_connections_together_hold_a_bounded_number_of_requests_that_w
         for _, writer in connections:
             writer.write(request * 20)
         await recorder.wait("connections refused")
-    state = broker.listener._server.server_state
+    state = broker.listener.state
     assert 0 < len(state.connections) < 10
     assert 0 < state.heads.held <= 1_000_000
     monkeypatch.setattr(Backend, "produce_soon", produce_soon)
@@ -521,7 +521,7 @@ async def test_requests_ahead_of_their_answers_are_counted_whatever_comes_behind
     writer.write(request)
     await commits.reached.wait()
     writer.write(request * 20 + b"GARBAGE\r\n\r\n")
-    state = broker.listener._server.server_state
+    state = broker.listener.state
 
     async def counted() -> bool:
         return state.heads.held > 20_000
@@ -541,7 +541,7 @@ async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing
         await writer.drain()
         writer.transport.abort()
     assert (await broker.send(HEADERS)).status == 202
-    state = broker.listener._server.server_state
+    state = broker.listener.state
 
     async def forgotten() -> bool:
         return state.heads.held == 0 and len(state.connections) == 1

@@ -13,8 +13,7 @@ import trustme
 
 from pgbackend.errors import ConfigError
 from pgbackend.facts import Recorder
-from pgbackend.serve.ingest import listener as listener_module
-from pgbackend.serve.ingest import protocol as connection_module
+from pgbackend.serve.ingest import limits
 from pgbackend.serve.ingest.tls import TLS
 from tests.serve.support.broker import HEADERS, Broker, Commits, serving
 from tests.support.polling import eventually
@@ -166,7 +165,7 @@ class TestProtocol:
         ending = asyncio.create_task(asyncio.to_thread(connection.unwrap))
 
         async def cut_off() -> bool:
-            return not broker.listener._server.server_state.connections
+            return not broker.listener.state.connections
 
         await eventually("it is cut off", cut_off)
         commits.go_on()
@@ -186,17 +185,17 @@ class TestSlowClients:
     async def test_a_handshake_that_does_not_end_is_ended_and_holds_up_nobody(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(listener_module, "_HANDSHAKE", 2.0)
+        monkeypatch.setattr(limits, "HANDSHAKE", 2.0)
         hello = first_hello()
         silent = [await asyncio.open_connection(broker.host, broker.port) for _ in range(20)]
         for number, (_, writer) in enumerate(silent):
             writer.write(hello[: number * 3])
 
         async def all_have_begun() -> bool:
-            return len(broker.listener._server._handshakes) == 20
+            return broker.listener.state.places.held == 20
 
         await eventually("20 handshakes have begun", all_have_begun, interval=0.001)
-        monkeypatch.setattr(listener_module, "_HANDSHAKE", 30.0)
+        monkeypatch.setattr(limits, "HANDSHAKE", 30.0)
         assert (await ask(broker, files.client(known_by=files.clients))).startswith(b"HTTP/1.1 202 ")
         async with asyncio.timeout(10):
             for reader, writer in silent:
@@ -204,7 +203,7 @@ class TestSlowClients:
                 writer.close()
 
     async def test_handshakes_count_among_the_connections(self, broker: Broker, files: Files) -> None:
-        broker.listener._server.server_state.places.total = 6
+        broker.listener.state.places.total = 6
         with Recorder() as recorder:
             silent = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
             assert await is_refused(broker, files.client(known_by=files.clients))
@@ -216,7 +215,7 @@ class TestSlowClients:
     async def test_a_request_has_to_arrive_in_time_over_tls_too(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(connection_module, "_PATIENCE", 0.5)
+        monkeypatch.setattr(limits, "PATIENCE", 0.5)
         answer = await ask(broker, files.client(known_by=files.clients), REQUEST[:-1])
         assert answer.startswith(b"HTTP/1.1 408 ")
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import aiohttp
 import asyncpg
@@ -20,8 +20,11 @@ from pgbackend.serve.config.load import load
 from pgbackend.serve.egress.connections import open_session
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
 from pgbackend.serve.egress.triggers import Triggers
-from pgbackend.serve.ingest.handler import Ingest, Limits
-from pgbackend.serve.ingest.listener import Listener, bind
+from pgbackend.serve.ingest.handler import Ingest
+from pgbackend.serve.ingest.limits import CONNECTIONS, Limits
+from pgbackend.serve.ingest.listener import Listener
+from pgbackend.serve.ingest.ports import bind
+from pgbackend.serve.ingest.protocol import Connection
 from pgbackend.serve.ingest.tls import TLS
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.serve.operations.tracing import Tracing
@@ -71,6 +74,7 @@ class Broker:
     listener: Listener
     client: aiohttp.ClientSession
     triggers: Triggers
+    tasks: asyncio.TaskGroup
 
     @property
     def url(self) -> str:
@@ -107,6 +111,14 @@ class Broker:
                     return b""
         finally:
             writer.close()
+
+    def begin_to_drain(self) -> None:
+        """The listener drains, and the broker stays until the body of `serving` ends."""
+        self.tasks.create_task(self.listener.drain(), name="drain the listener")
+
+    def connections(self) -> list[Connection]:
+        """Those of all clients."""
+        return cast("list[Connection]", list(self.listener.state.connections))
 
     async def configure(self, config: str) -> None:
         """From now on its triggers are these."""
@@ -164,6 +176,7 @@ async def serving(
     metrics: Metrics | None = None,
     tracing: Tracing | None = None,
     tls: TLS | None = None,
+    connections: int = CONNECTIONS,
 ) -> AsyncIterator[Broker]:
     """A broker with this configuration, until the body ends."""
     configuration = load(config, origin="test")
@@ -180,7 +193,7 @@ async def serving(
         bound = stack.enter_context(bind("127.0.0.1", 0))
         host, port = bound.getsockname()
         ingest = Ingest(backend, auth=configuration.ingest, limits=limits, metrics=metrics, tracing=tracing)
-        listener = Listener(ingest, bound, tls=tls)
+        listener = Listener(ingest, bound, tls=tls, connections=connections)
         async with asyncio.TaskGroup() as tasks:
             changing = tasks.create_task(triggers.run(), name="triggers")
             await triggers.apply(configuration)
@@ -198,9 +211,10 @@ async def serving(
                         listener=listener,
                         client=client,
                         triggers=triggers,
+                        tasks=tasks,
                     )
             finally:
-                listener.stop()
+                await listener.drain()
                 await backend.stop()
                 await triggers.drain()
                 changing.cancel()
