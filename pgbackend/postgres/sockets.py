@@ -88,11 +88,24 @@ class Loop:
         return wire
 
     async def _wrap(self, protocol: _Protocol, wire: socket.socket, options: dict[str, Any]) -> _Connected:
+        def make() -> asyncio.BaseProtocol:
+            made = protocol()
+            # asyncpg's future for the answer to its request for TLS. It fails, and nobody retrieves the error, when the
+            # caller is cancelled while this connects.
+            if isinstance(answer := getattr(made, "on_data", None), asyncio.Future):
+                answer.add_done_callback(_retrieve)
+            return made
+
         try:
-            return await self.running.create_connection(protocol, sock=wire, **options)
+            return await self.running.create_connection(make, sock=wire, **options)
         except BaseException:
             wire.close()
             raise
+
+
+def _retrieve(future: "asyncio.Future[Any]") -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 async def _find_addresses(host: str, port: int) -> list[Any]:

@@ -238,21 +238,20 @@ async def test_default_privileges_let_no_role_write_segments_or_dead_letters(emp
     assert not may["dead_letters", "INSERT"]
 
 
-@pytest.mark.parametrize("number", range(1, 11))
-async def test_a_log_of_a_version_before_the_first_release_is_refused(empty_database: str, number: int) -> None:
+async def test_a_log_of_a_version_before_the_first_release_is_refused(empty_database: str) -> None:
     await migrate(empty_database)
+    before = await catalog(empty_database, "pgbackend")
     async with connected(empty_database) as connection:
-        await connection.execute("UPDATE pgbackend.pgbackend_revision SET version_num = $1", f"{number:04}")
-        before = await catalog(empty_database, "pgbackend")
-        for to in ("head", "base"):
-            with pytest.raises(SchemaError, match=r"before the first release.*Make a new log in another schema"):
-                await migrate(empty_database, to=to)
-        assert await catalog(empty_database, "pgbackend") == before
-        found = await schema.find_revision(connection.fetch, "pgbackend")
-
-    with pytest.raises(SchemaError, match=rf"revision {number:04}\)") as caught:
-        schema.check(found, "pgbackend")
-    assert (caught.value.found, caught.value.expected) == (f"{number:04}", schema.head())
+        for revision in (f"{number:04}" for number in range(1, 11)):
+            await connection.execute("UPDATE pgbackend.pgbackend_revision SET version_num = $1", revision)
+            for to in ("head", "base"):
+                with pytest.raises(SchemaError, match=r"before the first release.*Make a new log in another schema"):
+                    await migrate(empty_database, to=to)
+            found = await schema.find_revision(connection.fetch, "pgbackend")
+            with pytest.raises(SchemaError, match=rf"revision {revision}\)") as caught:
+                schema.check(found, "pgbackend")
+            assert (caught.value.found, caught.value.expected) == (revision, schema.head())
+    assert await catalog(empty_database, "pgbackend") == before
 
 
 async def test_a_log_without_a_version_table_is_refused_as_well(empty_database: str) -> None:
@@ -360,20 +359,18 @@ async def test_the_hosts_alembic_works_in_a_thread_while_a_migration_runs(empty_
         assert await schema.find_revision(gate.fetch, "pgbackend") == schema.head()
 
 
-@pytest.mark.parametrize("content", [[], ["r0001"], ["9999"], ["0001", "0002"]])
-async def test_the_hosts_alembic_version_in_the_same_schema_is_ignored(empty_database: str, content: list[str]) -> None:
+async def test_the_hosts_alembic_version_in_the_same_schema_is_ignored(empty_database: str) -> None:
     async with connected(empty_database) as connection:
         await connection.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
-        await connection.executemany("INSERT INTO alembic_version VALUES ($1)", [(number,) for number in content])
+        await connection.execute("INSERT INTO alembic_version VALUES ('r0001'), ('0002')")
 
         await migrate(empty_database, "public")
         assert await schema.find_revision(connection.fetch, "public") == schema.head()
         await migrate(empty_database, "public", to="base")
         await migrate(empty_database, "public")
-        await migrate(empty_database, "public")
 
-        kept = await connection.fetch("SELECT version_num FROM alembic_version ORDER BY 1")
-        assert [row["version_num"] for row in kept] == content
+        kept = await connection.fetch("SELECT version_num FROM alembic_version ORDER BY version_num")
+        assert [row["version_num"] for row in kept] == ["0002", "r0001"]
         assert await schema.find_revision(connection.fetch, "public") == schema.head()
 
 
@@ -389,17 +386,14 @@ def alembic(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
-async def test_the_alembic_command_migrates_in_a_checkout(empty_database: str, scheme: str) -> None:
-    dsn = scheme + "://" + empty_database.partition("://")[2]
+async def test_the_alembic_command_migrates_in_a_checkout(empty_database: str) -> None:
+    dsn = "postgresql+asyncpg://" + empty_database.partition("://")[2]
 
     up = await asyncio.to_thread(alembic, "upgrade", "head", PGBACKEND_DSN=dsn, PGBACKEND_SCHEMA="by Hand")
-    current = await asyncio.to_thread(alembic, "current", PGBACKEND_DSN=dsn, PGBACKEND_SCHEMA="by Hand")
 
     assert up.returncode == 0, up.stderr
-    assert f"{schema.head()} (head)" in current.stdout, current.stderr
     async with connected(empty_database) as connection:
-        assert await connection.fetchval('SELECT count(*) FROM "by Hand".events') == 0
+        assert await schema.find_revision(connection.fetch, "by Hand") == schema.head()
 
 
 async def test_the_alembic_command_prints_sql_and_goes_back_in_a_checkout(empty_database: str) -> None:

@@ -1,6 +1,7 @@
 """A forked child does not share connections, and host names are resolved without the default executor."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import pytest
 
 from pgbackend import Backend
 from pgbackend.postgres import sockets as own_sockets
+from pgbackend.postgres.pool import Database
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 
@@ -55,7 +57,7 @@ async def test_a_handlers_child_does_not_keep_the_shards_of_its_dead_parent(data
         await running
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        await process.communicate()
 
 
 async def test_host_names_are_resolved_although_handlers_fill_the_default_executor(
@@ -85,3 +87,22 @@ async def test_host_names_are_resolved_although_handlers_fill_the_default_execut
         release.set()
         await asyncio.gather(*full)
     assert "pgbackend find localhost" in looked_up
+
+
+async def test_a_cancelled_connect_leaves_no_error_behind() -> None:
+    """At every await: asyncpg's protocol fails a future of its own when its transport is closed."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        target = Database(f"postgresql://me:pw@127.0.0.1:{listener.getsockname()[1]}/db")
+        for steps in range(12):
+            connecting = asyncio.create_task(target.connect())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+    await asyncio.sleep(0)
+    gc.collect()
+    asyncio.get_running_loop().set_exception_handler(None)
+    assert complaints == []
