@@ -23,7 +23,7 @@ from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.postgres import connections, schema
 from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
-from tests.support.databases import connected
+from tests.support.databases import Sql, connected
 from tests.support.pooler import PGBOUNCER, Pooler
 from tests.support.programs import VERSIONS, programs
 
@@ -216,7 +216,7 @@ async def empty_database(server: str, way: Callable[[str], str]) -> AsyncIterato
 
 
 @pytest.fixture
-async def sql(database: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def sql(database: str) -> AsyncIterator[Sql]:
     """A connection to `database`, as the owner of the log and past the engine."""
     async with connected(database) as connection:
         yield connection

@@ -1,17 +1,17 @@
-"""I1. Whatever is killed, every acknowledged event is handled; I6: only what was not settled is handled twice."""
+"""I1. Every acknowledged event is handled, whatever is killed. I6: only unsettled events are handled twice."""
 
 import asyncio
 import time
 from contextlib import suppress
 from dataclasses import replace
 
-import asyncpg
 import pytest
 
 from pgbackend import Backend, PgBackendError, ProduceTimeoutError, ProduceUncertainError
 from pgbackend.torture.plan import Plan, Step
 from pgbackend.torture.proxy import Proxy
 from pgbackend.torture.run import run
+from tests.support.databases import Sql
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.figures import report
@@ -22,8 +22,8 @@ PRODUCE_TIMEOUT = 1.0
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-async def test_kill_9_of_workers_and_of_the_whole_server_loses_nothing(long: bool) -> None:
-    """Of them alone: `pgbackend torture` has its own test, where everything else befalls everybody as well."""
+async def test_killing_workers_and_the_server_loses_nothing(long: bool) -> None:
+    """Kills only. tests/cli/test_torture.py has the run in which everything else goes wrong as well."""
     kills = 30 if long else 3
     plan = Plan.make(1, 3.0 * kills + 3.0, server=True)
     steps = (
@@ -38,9 +38,7 @@ async def test_kill_9_of_workers_and_of_the_whole_server_loses_nothing(long: boo
 
 
 @pytest.mark.slow
-async def test_a_network_that_is_cut_stalled_and_restored_under_load_loses_nothing_and_hangs_nothing(
-    database: str,
-) -> None:
+async def test_a_failing_network_under_load_loses_no_event_and_hangs_no_caller(database: str, sql: Sql) -> None:
     stored, unknown, refused = [], [], []
     plain, keyed, strict = Catch(), Catch(), Catch()
     enough = asyncio.Event()
@@ -94,35 +92,33 @@ async def test_a_network_that_is_cut_stalled_and_restored_under_load_loses_nothi
                 proxy.restore()
             await some_progress()
             proxy.stall()
-            # Beyond `produce_timeout` and the lease.
+            # Longer than `produce_timeout` and the lease.
             given_up = len(unknown) + len(refused)
             await for_seconds(3.5)
 
             async def are_answered() -> bool:
                 return len(unknown) + len(refused) >= given_up + 4
 
-            await eventually("every caller is told that its time is up", are_answered)
+            await eventually("every caller gets its timeout", are_answered)
             proxy.restore()
             await some_progress()
             enough.set()
             await asyncio.gather(*producers)
             for catch in (plain, keyed, strict):
                 await catch.has(*stored, timeout=30)
-    observer = await asyncpg.connect(database)
-    in_log = [row["id"] for row in await observer.fetch("SELECT id FROM pgbackend.events ORDER BY position")]
-    await observer.close()
+    in_log = [row["id"] for row in await sql.fetch("SELECT id FROM pgbackend.events ORDER BY position")]
 
     report(f"network: {len(stored)} events acknowledged, {len(unknown)} uncertain, {len(refused)} refused")
     assert len(in_log) == len(set(in_log)), "an event was stored twice"
     assert set(stored) <= set(in_log)
     assert not set(refused) & set(in_log), "an event is stored though an error said that it is not"
-    # Connections break, no process does: what was settled and not yet committed is committed later.
+    # Only connections break, so events that were settled and not committed are committed later, not handled again.
     for catch in (plain, keyed, strict):
         assert set(catch.ids) <= set(in_log)
     assert list(dict.fromkeys(strict.ids)) == [id_ for id_ in in_log if id_ in set(strict.ids)]
 
 
-async def test_produce_says_that_it_does_not_know_when_the_answer_to_its_commit_is_lost(database: str) -> None:
+async def test_produce_raises_uncertain_when_the_answer_to_its_commit_is_lost(database: str) -> None:
     catch = Catch()
     async with Proxy(database) as proxy, Backend(proxy.dsn) as backend:
         await backend.subscribe("billing", catch)
@@ -136,10 +132,10 @@ async def test_produce_says_that_it_does_not_know_when_the_answer_to_its_commit_
     assert catch.ids == ["a certain event", "another"]
 
 
-async def test_produce_fails_within_its_timeout_and_says_that_nothing_is_stored(database: str) -> None:
+async def test_produce_without_a_server_fails_in_time_and_stores_nothing(database: str, sql: Sql) -> None:
     async def stored(id_: str) -> None:
         async def is_stored() -> bool:
-            # A busy machine may need longer, and the next try to connect may be further away.
+            # A busy machine may need more than one timeout.
             with suppress(ProduceTimeoutError, ProduceUncertainError):
                 await backend.produce(make_event(id_))
                 return True
@@ -161,9 +157,7 @@ async def test_produce_fails_within_its_timeout_and_says_that_nothing_is_stored(
         proxy.restore()
         await stored("after")
         await backend.stop()
-    observer = await asyncpg.connect(database)
-    ids = {row["id"] for row in await observer.fetch("SELECT id FROM pgbackend.events")}
-    await observer.close()
+    ids = {row["id"] for row in await sql.fetch("SELECT id FROM pgbackend.events")}
 
     assert took < 20
     assert ids - {"first"} == {"before", "after"}
@@ -172,8 +166,8 @@ async def test_produce_fails_within_its_timeout_and_says_that_nothing_is_stored(
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_connections_that_die_without_a_word_are_given_up(database: str) -> None:
-    """As when a firewall forgets them: nothing comes back, not even an error. Bounded by the statement timeout."""
+async def test_connections_that_die_silently_are_replaced(database: str) -> None:
+    """As when a firewall drops them: not even an error comes back. The statement timeout bounds the wait."""
     catch = Catch()
     async with Proxy(database) as proxy, Backend(proxy.dsn, produce_timeout=3.0, lease_timeout=3.0) as backend:
         await backend.subscribe("billing", catch)
@@ -197,18 +191,15 @@ async def test_connections_that_die_without_a_word_are_given_up(database: str) -
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["producing only", "running"])
-async def test_subscribing_and_seeking_work_after_the_server_has_begun_another_life(
-    database: str, running: bool
-) -> None:
+async def test_subscribe_and_seek_work_in_a_new_incarnation(database: str, sql: Sql, running: bool) -> None:
     catch = Catch()
-    observer = await asyncpg.connect(database)
     backend = Backend(database)
     await backend.init()
     task = asyncio.create_task(backend.start()) if running else None
-    # What a crash does to an unlogged table.
-    await observer.execute("DELETE FROM pgbackend.incarnation")
+    # A crash empties an unlogged table.
+    await sql.execute("DELETE FROM pgbackend.incarnation")
     await backend.subscribe("billing", catch)
-    await observer.execute("DELETE FROM pgbackend.incarnation")
+    await sql.execute("DELETE FROM pgbackend.incarnation")
     await backend.seek("billing", "latest")
     await backend.produce(make_event("after"))
     if task is None:
@@ -216,4 +207,3 @@ async def test_subscribing_and_seeking_work_after_the_server_has_begun_another_l
     await catch.has("after")
     await backend.stop()
     await task
-    await observer.close()

@@ -1,4 +1,4 @@
-"""I2. Positions are given out before commit; `position > offset` alone loses events."""
+"""I2. No event is skipped by commit order: positions are assigned before commit, and commits come in any order."""
 
 import asyncio
 import statistics
@@ -13,7 +13,7 @@ from tests.support.polling import eventually
 from tests.support.producers import INSERT, Crowd
 
 
-async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_open_transaction(
+async def test_24_producers_with_rollbacks_lose_and_repeat_nothing_beside_an_open_transaction(
     database: str, long: bool
 ) -> None:
     crowd = Crowd(database, producers=24, transactions=1000 if long else 40, pause=0.05)
@@ -21,7 +21,7 @@ async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_ope
     await unrelated.execute("CREATE TABLE unrelated (n int)")
     held = unrelated.transaction(isolation="repeatable_read")
     await held.start()
-    # An xid and a snapshot: what holds back every fence that looks at transactions and not at locks.
+    # It has an xid and a snapshot, which would hold back a fence that looks at transactions instead of locks.
     await unrelated.execute("INSERT INTO unrelated VALUES (1)")
     plain, keyed, strict = Catch(), Catch(), Catch()
     async with Backend(database, hole_wait=60.0) as backend:
@@ -36,7 +36,7 @@ async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_ope
 
     for catch in (plain, keyed, strict):
         assert Counter(catch.ids) == Counter(crowd.committed.keys()), (
-            "something was lost, doubled, or was never committed"
+            "an event was lost, handled twice, or never committed"
         )
     assert strict.positions == sorted(strict.positions)
     delays = sorted(plain.at[id_] - done for id_, done in crowd.committed.items())
@@ -45,11 +45,11 @@ async def test_nothing_is_lost_or_doubled_with_24_producers_rollbacks_and_an_ope
         f"{len(crowd.committed)} events, {crowd.rolled_back} rolled back; delivery after commit: "
         f"median {median * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms, max {delays[-1] * 1000:.1f} ms"
     )
-    # Far below hole_wait: nobody waited for the unrelated transaction. The promise is 0.1 s, on a quiet machine.
+    # Far below hole_wait, so nothing waited for the unrelated transaction. The promise is 0.1 s on a quiet machine.
     assert median < 5
 
 
-async def test_events_committed_against_the_order_of_their_positions_all_arrive(database: str) -> None:
+async def test_events_that_commit_against_the_order_of_their_positions_are_delivered(database: str) -> None:
     connections = [await asyncpg.connect(database) for _ in range(4)]
     transactions = [connection.transaction() for connection in connections]
     for number, (connection, transaction) in enumerate(zip(connections, transactions, strict=True)):
@@ -94,7 +94,7 @@ async def test_an_event_whose_appender_was_open_during_subscribe_latest_is_deliv
     assert sorted(catch.ids) == ["after", "open"]
 
 
-async def test_what_was_pending_is_delivered_by_the_next_owner(database: str) -> None:
+async def test_the_next_owner_delivers_pending_events(database: str) -> None:
     producer = await asyncpg.connect(database)
     transaction = producer.transaction()
     await transaction.start()
@@ -119,7 +119,7 @@ async def test_what_was_pending_is_delivered_by_the_next_owner(database: str) ->
     assert (first.ids, second.ids) == (["after"], ["open"])
 
 
-async def test_a_rolled_back_bulk_load_is_one_hole_and_soon_forgotten(database: str) -> None:
+async def test_a_rolled_back_bulk_load_is_one_range_of_pending_until_it_is_dropped(database: str) -> None:
     producer = await asyncpg.connect(database)
     transaction = producer.transaction()
     await transaction.start()
@@ -141,20 +141,20 @@ async def test_a_rolled_back_bulk_load_is_one_hole_and_soon_forgotten(database: 
         async def is_pending() -> bool:
             return await offset() == (50001, "{[1,50001)}")
 
-        async def is_forgotten() -> bool:
+        async def is_dropped() -> bool:
             return await offset() == (50001, "{}")
 
         await eventually("the hole is pending", is_pending)
         await transaction.rollback()
-        await eventually("the hole is forgotten", is_forgotten)
+        await eventually("the hole is no longer pending", is_dropped)
     await producer.close()
     await other.close()
 
     assert catch.ids == ["after"]
 
 
-async def test_subscribers_that_move_between_readers_lose_nothing(database: str) -> None:
-    """Slow ones fall out of the shared buffer and read for themselves, quick ones share; holes go with them."""
+async def test_subscriptions_that_move_between_readers_lose_nothing(database: str) -> None:
+    """Slow ones leave the shared buffer for readers of their own, quick ones share, and each keeps its holes."""
     crowd = Crowd(database, producers=8, transactions=60, pause=0.05)
     catches = [Catch() for _ in range(4)]
 

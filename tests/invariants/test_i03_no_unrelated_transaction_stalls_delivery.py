@@ -1,4 +1,4 @@
-"""I3. An appender that stays open delays others by at most `hole_wait`, once; its event comes when it appears."""
+"""I3. An open appender delays others by at most `hole_wait`, once. Its own event is delivered when it appears."""
 
 import asyncio
 import time
@@ -53,7 +53,7 @@ class Load:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prepared", [False, True], ids=["open", "prepared"])
-async def test_an_appender_that_stays_open_delays_others_once_and_its_event_comes_when_it_commits(
+async def test_an_open_appender_delays_others_once_and_its_event_is_delivered_after_its_commit(
     database: str, long: bool, prepared: bool
 ) -> None:
     seconds = 60.0 if long else 2.5
@@ -71,7 +71,7 @@ async def test_an_appender_that_stays_open_delays_others_once_and_its_event_come
             await producer.execute("COMMIT PREPARED 'late'" if prepared else "COMMIT")
             committed = time.monotonic()
             await catch.has("late")
-        # The last one may be stored although nobody was told.
+        # The last event of the load may be stored without an answer.
         await catch.has(*load.done)
     await producer.close()
 
@@ -83,13 +83,12 @@ async def test_an_appender_that_stays_open_delays_others_once_and_its_event_come
         f"median {delays[len(delays) // 2] * 1000:.1f} ms, {waited} took over 100 ms, the longest "
         f"{delays[-1] * 1000:.0f} ms; its own event came {late * 1000:.0f} ms after its commit"
     )
-    # Once for the appender, not once for each hole beside it, nor until it commits: some at first, however busy the
-    # machine is, and though it stand still now and then.
+    # `hole_wait` counts once for the appender, not for each hole. A quarter leaves room for a busy machine.
     assert sum(delay >= HOLE_WAIT for delay in delays) < len(delays) / 4
     assert len(catch.ids) == len(set(catch.ids))
 
 
-async def test_a_strict_subscription_waits_for_the_appender_and_says_for_whom(database: str) -> None:
+async def test_a_strict_subscription_waits_for_the_appender_and_names_it(database: str) -> None:
     plain, strict = Catch(), Catch()
     producer = await asyncpg.connect(database, server_settings={"application_name": "nightly import"})
     await producer.execute("BEGIN")
@@ -126,8 +125,8 @@ async def test_status_names_a_prepared_transaction_that_the_log_waits_for(databa
     assert [(appender.pid, appender.gid) for appender in appenders] == [(None, "forgotten by its owner")]
 
 
-async def test_a_lock_on_the_table_that_never_inserts_delays_others_once_only(database: str) -> None:
-    """Such as a client's session that updated nothing in an open transaction, or a trigger's DELETE without a match."""
+async def test_a_transaction_that_locks_the_log_and_never_inserts_delays_others_once(database: str) -> None:
+    """An UPDATE or DELETE without a match takes such a lock."""
     idler = await asyncpg.connect(database)
     await idler.execute("BEGIN")
     await idler.execute("LOCK TABLE pgbackend.events IN ROW EXCLUSIVE MODE")
@@ -136,7 +135,7 @@ async def test_a_lock_on_the_table_that_never_inserts_delays_others_once_only(da
     async with Backend(database, hole_wait=1.0) as backend:
         await backend.subscribe("plain", catch, start="earliest")
         for number in range(100):
-            # Each leaves a hole behind that only the idler might still fill.
+            # Each leaves a hole that the idle transaction might still fill.
             await producer.execute("BEGIN")
             await producer.execute(INSERT, f"rolled back {number}")
             await producer.execute("ROLLBACK")
@@ -148,10 +147,10 @@ async def test_a_lock_on_the_table_that_never_inserts_delays_others_once_only(da
     await idler.close()
     await producer.close()
 
-    assert took < 100 * 1.0 / 2, "the wait was paid for each hole"
+    assert took < 100 * 1.0 / 2, "each hole cost the wait"
 
 
-async def test_an_idle_transaction_elsewhere_delays_nobody(database: str) -> None:
+async def test_a_transaction_that_does_not_lock_the_log_delays_nothing(database: str) -> None:
     other = await asyncpg.connect(database)
     await other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     await other.execute("SELECT count(*) FROM pgbackend.events")
@@ -174,10 +173,8 @@ async def test_an_idle_transaction_elsewhere_delays_nobody(database: str) -> Non
 
 
 @pytest.mark.parametrize("order", ["none", pytest.param("key", marks=pytest.mark.long), "strict"])
-async def test_more_holes_than_an_offset_may_list_hold_the_reader_back_and_lose_nothing(
-    database: str, order: Order
-) -> None:
-    """An appender whose positions lie between those of 1,500 others: ranges in `pending` are capped at 1,000."""
+async def test_a_reader_waits_when_pending_is_full_and_loses_nothing(database: str, order: Order) -> None:
+    """`pending` holds 1,000 ranges at most, and one open appender has 1,500 positions between those of others."""
     catch = Catch()
     slow, quick = await asyncpg.connect(database), await asyncpg.connect(database)
     await slow.execute("BEGIN")
@@ -196,7 +193,7 @@ async def test_more_holes_than_an_offset_may_list_hold_the_reader_back_and_lose_
             return await ranges() >= 999
 
         if order != "strict":
-            await eventually("as many holes are pending as may be", is_full)
+            await eventually("`pending` is full", is_full)
         assert await ranges() <= 1000
         handled = len(catch.ids)
         await slow.execute("COMMIT")
@@ -224,10 +221,8 @@ BEGIN
 END $$"""
 
 
-async def test_an_appender_that_may_own_too_many_holes_is_named_once_and_everything_goes_on_when_it_ends(
-    database: str,
-) -> None:
-    """An open DELETE, for example, while others roll back: each of their holes might be its own."""
+async def test_an_appender_that_may_own_too_many_holes_is_reported_once_until_it_ends(database: str) -> None:
+    """For example an open DELETE while others roll back: each of their holes might belong to it."""
     catch = Catch()
     idler = await asyncpg.connect(database, server_settings={"application_name": "nightly cleaning"})
     early, quick = await asyncpg.connect(database), await asyncpg.connect(database)
@@ -243,7 +238,7 @@ async def test_an_appender_that_may_own_too_many_holes_is_named_once_and_everyth
             told = await recorder.wait("reading waits for an open transaction")
             status = await backend.status()
             assert len(catch.ids) == 1000
-            # One hole less: it reads on up to the next.
+            # One hole less, so it reads up to the next one.
             await early.execute("COMMIT")
             await catch.has("early", "quick 1000")
 
@@ -263,7 +258,7 @@ async def test_an_appender_that_may_own_too_many_holes_is_named_once_and_everyth
     assert len(recorder.all("reading waits for an open transaction")) == 1
 
 
-async def test_when_one_of_two_appenders_commits_its_room_is_the_others(database: str) -> None:
+async def test_the_room_in_pending_of_an_appender_that_commits_goes_to_another(database: str) -> None:
     catch = Catch()
     first, second, quick = [await asyncpg.connect(database) for _ in range(3)]
     for number in range(1200):
@@ -288,11 +283,11 @@ async def test_when_one_of_two_appenders_commits_its_room_is_the_others(database
     assert len(recorder.all("reading waits for an open transaction")) == 1
 
 
-async def test_many_short_appenders_are_not_taken_for_one_that_stays_open(database: str) -> None:
-    """There is always somebody whom the reader waits for, but nobody for long: no reason for a warning."""
+async def test_many_short_appenders_are_not_reported_as_one_that_stays_open(database: str) -> None:
+    """The reader always waits for some appender, but never long for one: no reason for a warning."""
     crowd, catch = Crowd(database, producers=12, transactions=300, pause=0.03), Catch()
     with facts.Recorder() as recorder:
-        # Longer than a machine stands still, and shorter than the crowd is at work.
+        # Longer than a busy machine pauses, shorter than the crowd works.
         async with Backend(database, hole_wait=1.5) as backend:
             await backend.subscribe("billing", catch)
             await crowd.run()

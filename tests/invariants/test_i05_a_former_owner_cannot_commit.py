@@ -1,15 +1,15 @@
-"""I5. A shard has one owner. Who lost it may finish what it had begun, begins nothing more, and changes no row."""
+"""I5. A shard has one owner. A former owner may finish what it had begun, begins nothing more, and changes no row."""
 
 import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 
 from pgbackend import Backend, facts
 from tests.support.backends import worker_of
+from tests.support.databases import Sql
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.ledger import Ledger
@@ -24,12 +24,11 @@ ROW = "SELECT owner, epoch, position, pending::text FROM pgbackend.offsets"
     "order", ["none", *(pytest.param(order, marks=pytest.mark.long) for order in ("key", "strict"))]
 )
 async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterwards(
-    database: str, tmp_path: Path, order: str
+    database: str, sql: Sql, tmp_path: Path, order: str
 ) -> None:
     ledger = Ledger(tmp_path / "ledger")
     options: dict[str, Any] = {"order": order, "concurrency": 4}
     settings: dict[str, object] = {"lease_timeout": 1.0}
-    observer = await asyncpg.connect(database)
     producer = Backend(database)
     await producer.init()
     ids = [str(number) for number in range(200)]
@@ -45,24 +44,24 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
         await handled_by(former.pid, 20)
         former.freeze()
         at_freeze = len(ledger.handled())
-        former_owner = await observer.fetchval("SELECT owner FROM pgbackend.offsets")
-        # Patient: a machine that stands still for a second must not give the shard back.
+        former_owner = await sql.fetchval("SELECT owner FROM pgbackend.offsets")
+        # A long lease: a busy machine must not give the shard back.
         async with Worker(database, ledger, delay=0.0, **options) as other:
 
             async def is_settled() -> bool:
-                row = await observer.fetchrow(ROW)
+                row = await sql.fetchrow(ROW)
                 return bool(row and row["position"] >= len(ids) and row["pending"] == "{}")
 
             await eventually("the other worker has settled everything", is_settled, 60)
-            before = await observer.fetchrow(ROW)
+            before = await sql.fetchrow(ROW)
             assert before and before["owner"] != former_owner
-            thawed_at = await observer.fetchval("SELECT clock_timestamp()")
+            thawed_at = await sql.fetchval("SELECT clock_timestamp()")
             former.thaw()
 
             async def has_renewed() -> bool:
-                # Not the first renewal, which lets it go on, but one that comes a third of a lease later.
+                # Not the first renewal, which lets it go on, but the next one, a third of a lease later.
                 return bool(
-                    await observer.fetchval(
+                    await sql.fetchval(
                         "SELECT heartbeat_at > $2::timestamptz + interval '0.5 s' FROM pgbackend.workers WHERE id = $1",
                         former_owner,
                         thawed_at,
@@ -70,19 +69,18 @@ async def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_afterward
                 )
 
             await eventually("the former owner is back", has_renewed, 60)
-            # It drains, commits what it may, and gives up what it has.
+            # It drains, commits what it may, and releases its leases.
             await former.stop()
-            after = await observer.fetchrow(ROW)
+            after = await sql.fetchrow(ROW)
             by_former = sum(handling.worker == former.pid for handling in ledger.handled()[at_freeze:])
             await producer.produce(make_event("more"))
             await eventually("the other worker goes on", lambda: _has(ledger, "more"))
             assert other.process.returncode is None
     await producer.stop()
-    await observer.close()
     ledger.produced += [*ids, "more"]
 
     assert after == before
-    assert by_former <= (1 if order == "strict" else 4), "it began something after it had lost its lease"
+    assert by_former <= (1 if order == "strict" else 4), "it began an event after it had lost its lease"
     assert ledger.lost() == []
 
 
@@ -90,9 +88,8 @@ async def _has(ledger: Ledger, id_: str) -> bool:
     return any(handling.id == id_ for handling in ledger.handled())
 
 
-async def test_a_commit_under_an_old_epoch_changes_nothing_and_ends_the_pump(database: str) -> None:
-    """A seek elsewhere gives the shard a new epoch while this worker runs it."""
-    observer = await asyncpg.connect(database)
+async def test_a_commit_with_an_old_epoch_changes_nothing(database: str, sql: Sql) -> None:
+    """Another backend seeks, which gives the shard a new epoch while this worker runs it."""
     catch = Catch()
     gate = asyncio.Event()
 
@@ -107,29 +104,27 @@ async def test_a_commit_under_an_old_epoch_changes_nothing_and_ends_the_pump(dat
             await backend.subscribe("billing", wait, concurrency=1)
             await backend.produce_many([make_event(str(number)) for number in range(3)])
             await recorder.wait("lease claimed")
-            before = await observer.fetchrow(ROW)
+            before = await sql.fetchrow(ROW)
             await elsewhere.seek("billing", 2)
-            moved = await observer.fetchrow(ROW)
+            moved = await sql.fetchrow(ROW)
             gate.set()
             await catch.has("2")
 
             async def is_settled() -> bool:
-                return bool(await observer.fetchval("SELECT position = 3 FROM pgbackend.offsets"))
+                return bool(await sql.fetchval("SELECT position = 3 FROM pgbackend.offsets"))
 
-            await eventually("the new place is settled", is_settled)
-            last = await observer.fetchrow(ROW)
+            await eventually("everything from the new place on is settled", is_settled)
+            last = await sql.fetchrow(ROW)
     await elsewhere.stop()
-    await observer.close()
 
     assert before and moved and last and moved["position"] == 2
-    # It may have been claimed anew before it was looked at.
+    # It may have been claimed again before this test read the row.
     assert before["epoch"] < moved["epoch"] <= last["epoch"]
     assert [fields["position"] for fields in recorder.all("lease claimed")][-1] == 2
 
 
-async def test_two_workers_share_the_shards_and_each_shard_has_one_owner(database: str) -> None:
+async def test_two_workers_share_the_shards_and_each_shard_has_one_owner(database: str, sql: Sql) -> None:
     catches = [Catch(), Catch()]
-    observer = await asyncpg.connect(database)
     async with Backend(database) as one, Backend(database) as two:
         for backend, catch in zip((one, two), catches, strict=True):
             await backend.subscribe("billing", catch, shards=4, start="earliest")
@@ -140,18 +135,16 @@ async def test_two_workers_share_the_shards_and_each_shard_has_one_owner(databas
             return len(catches[0].ids) + len(catches[1].ids) >= len(ids)
 
         await eventually("all events are handled", all_handled)
-        owners = await observer.fetchval("SELECT count(*) FROM pgbackend.offsets WHERE owner IS NULL")
-    await observer.close()
+        owners = await sql.fetchval("SELECT count(*) FROM pgbackend.offsets WHERE owner IS NULL")
 
     assert sorted(catches[0].ids + catches[1].ids) == sorted(ids)
     assert owners == 0
 
 
 @pytest.mark.direct
-async def test_a_worker_that_ran_nothing_during_a_crash_takes_over_afterwards(database: str, tmp_path: Path) -> None:
-    """The server's life has another name then, and nobody runs anything here that would notice."""
+async def test_an_idle_worker_notices_a_new_incarnation_and_takes_over(database: str, sql: Sql, tmp_path: Path) -> None:
+    """It commits and reads nothing that would tell it of the server's crash."""
     ledger = Ledger(tmp_path / "ledger")
-    observer = await asyncpg.connect(database)
     with facts.Recorder() as recorder:
         settings: dict[str, object] = {"lease_timeout": 90.0}
         async with (
@@ -160,64 +153,63 @@ async def test_a_worker_that_ran_nothing_during_a_crash_takes_over_afterwards(da
         ):
 
             async def is_owned() -> bool:
-                return bool(await observer.fetchval("SELECT count(owner) FROM pgbackend.offsets"))
+                return bool(await sql.fetchval("SELECT count(owner) FROM pgbackend.offsets"))
 
             await eventually("the first worker has the shard", is_owned)
             catch = Catch()
             await standby.subscribe("billing", catch)
-            # What a crash does to an unlogged table, without taking the other tests' server along.
-            await observer.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+            # Before that it would enter the new incarnation as its first.
+            await recorder.wait("worker started")
+            # A crash empties this unlogged table; a real one would end the server of the other tests.
+            await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
             await recorder.wait("incarnation changed")
             owner.kill()
             await standby.produce(make_event("after"))
             await catch.has("after")
-    await observer.close()
 
 
 @pytest.mark.direct
-async def test_a_worker_that_loses_its_connection_begins_nothing_until_it_has_renewed(database: str) -> None:
-    observer = await asyncpg.connect(database)
+async def test_a_worker_that_loses_its_connection_renews_at_once_and_goes_on(database: str, sql: Sql) -> None:
     catch = Catch()
     with facts.Recorder() as recorder:
         async with Backend(database, lease_timeout=60.0) as backend:
             await backend.subscribe("billing", catch)
             await recorder.wait("lease claimed")
             worker = worker_of(backend)
-            await observer.execute("SELECT pg_terminate_backend(backend_pid) FROM pgbackend.workers")
+            await sql.execute("SELECT pg_terminate_backend(backend_pid) FROM pgbackend.workers")
             await recorder.wait("presence lost")
-            # Far sooner than the next renewal, which is in 20 s.
+            # The next renewal would be in 20 s.
             await backend.produce(make_event("after"))
             await catch.has("after")
             assert worker.pumps.tenure.valid_until > 0
-    await observer.close()
 
 
 @pytest.mark.slow
-async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(database: str, tmp_path: Path) -> None:
+async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(
+    database: str, sql: Sql, tmp_path: Path
+) -> None:
     ledger = Ledger(tmp_path / "ledger")
-    observer = await asyncpg.connect(database)
 
     async def block(_: object) -> None:
-        # Past the lease; nothing else runs in this process meanwhile.
+        # Longer than the lease. Nothing else runs in this loop meanwhile.
         time.sleep(4.0)  # noqa: ASYNC251 - what a user may do
 
     async with Backend(database, lease_timeout=3.0) as backend:
         await backend.subscribe("billing", block, concurrency=1)
 
         async def is_claimed() -> bool:
-            return bool(await observer.fetchval("SELECT owner IS NOT NULL FROM pgbackend.offsets"))
+            return bool(await sql.fetchval("SELECT owner IS NOT NULL FROM pgbackend.offsets"))
 
         await eventually("the shard is claimed", is_claimed)
-        before = await observer.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
+        before = await sql.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
         async with Worker(database, ledger, subscription="billing"):
             await backend.produce(make_event("slow"))
 
             async def is_settled() -> bool:
-                return bool(await observer.fetchval("SELECT position = 1 AND isempty(pending) FROM pgbackend.offsets"))
+                return bool(await sql.fetchval("SELECT position = 1 AND isempty(pending) FROM pgbackend.offsets"))
 
             await eventually("the event is settled", is_settled)
-            after = await observer.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
-    await observer.close()
+            after = await sql.fetchrow("SELECT owner, epoch FROM pgbackend.offsets")
 
     assert after == before
     assert ledger.handled() == []

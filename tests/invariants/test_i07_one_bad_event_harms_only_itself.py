@@ -3,11 +3,11 @@
 import asyncio
 import time
 
-import asyncpg
 import pytest
 
 from pgbackend import Backend, Event, Reject, Retry, facts
 from pgbackend.model import Order
+from tests.support.databases import Sql
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.figures import report
@@ -18,16 +18,15 @@ from tests.support.polling import eventually
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("order", ["none", pytest.param("key", marks=pytest.mark.long)])
 async def test_an_hours_outage_of_a_target_buries_nothing_and_harms_no_other(
-    database: str, long: bool, order: Order
+    database: str, sql: Sql, long: bool, order: Order
 ) -> None:
-    """Time is compressed: the waits of `Retry()`, 1 s to 600 s, and the hour, all by the same factor."""
+    """The hour and the delays of `Retry()`, 1 s to 600 s, are shortened by the same factor."""
     factor = 60 if long else 720
     hour = 3600 / factor
     retry = Retry(delay=1 / factor, max_delay=600 / factor)
     outage = True
     dead, alive = Catch(fails=lambda _: outage), Catch()
     ids: list[str] = []
-    observer = await asyncpg.connect(database)
     async with Backend(database) as backend:
         await backend.subscribe("dead", dead, retry=retry, order=order)
         await backend.subscribe("alive", alive, retry=retry, order=order)
@@ -39,7 +38,7 @@ async def test_an_hours_outage_of_a_target_buries_nothing_and_harms_no_other(
                 ids += events
                 await asyncio.sleep(hour / 100)
             attempts = len(dead.attempts)
-            buried = await observer.fetchval("SELECT count(*) FROM pgbackend.dead_letters")
+            buried = await sql.fetchval("SELECT count(*) FROM pgbackend.dead_letters")
             outage = False
             restored = time.monotonic()
             await alive.has(*ids)
@@ -47,10 +46,9 @@ async def test_an_hours_outage_of_a_target_buries_nothing_and_harms_no_other(
         took = time.monotonic() - restored
 
         async def is_settled() -> bool:
-            return not await observer.fetchval("SELECT count(*) FROM pgbackend.redeliveries")
+            return not await sql.fetchval("SELECT count(*) FROM pgbackend.redeliveries")
 
-        await eventually("nothing is left to be tried again", is_settled)
-    await observer.close()
+        await eventually("no redelivery is left", is_settled)
 
     report(
         f"order {order}, {len(ids)} events in an hour's outage compressed by {factor}: {attempts} attempts, {buried} "
@@ -58,7 +56,7 @@ async def test_an_hours_outage_of_a_target_buries_nothing_and_harms_no_other(
     )
     assert buried == 0
     assert not recorder.all("event buried")
-    # The first ones at once, up to the concurrency; then single probes.
+    # The first events at once, up to the concurrency, then single probes.
     assert attempts < 64 * 2 + 100
     assert sorted(dead.ids) == sorted(ids)
 
@@ -127,14 +125,12 @@ async def test_a_rejected_event_is_buried_at_once_and_can_be_sent_again(database
         async def none_left() -> bool:
             return not await letters()
 
-        await eventually("the letter is gone", none_left)
+        await eventually("the dead letter is gone", none_left)
 
 
 @pytest.mark.parametrize("order", ["none", "key"])
-async def test_failed_events_are_in_the_log_or_in_redelivery_across_a_change_of_owner(
-    database: str, order: Order
-) -> None:
-    """What failed is tried again by the next owner, from the attempt it had reached."""
+async def test_the_next_owner_retries_failed_events(database: str, sql: Sql, order: Order) -> None:
+    """It goes on counting attempts where the former owner stopped."""
     first = Catch(fails=lambda _: True)
     ids = [str(number) for number in range(5)]
     retry = Retry(attempts=3, delay=60.0, backoff="constant")
@@ -153,9 +149,7 @@ async def test_failed_events_are_in_the_log_or_in_redelivery_across_a_change_of_
             return len(first.attempts) >= len(ids)
 
         await eventually("each has failed once", all_failed)
-    observer = await asyncpg.connect(database)
-    await observer.execute("UPDATE pgbackend.redeliveries SET due_at = now()")
-    await observer.close()
+    await sql.execute("UPDATE pgbackend.redeliveries SET due_at = now()")
     async with Backend(database) as backend:
         await backend.subscribe("billing", second, order=order, retry=retry)
         await catch.has(*ids)
@@ -165,9 +159,7 @@ async def test_failed_events_are_in_the_log_or_in_redelivery_across_a_change_of_
 
 
 @pytest.mark.parametrize("order", ["none", "key"])
-async def test_a_dead_target_does_not_hold_back_what_goes_to_the_dead_letter_dispatcher(
-    database: str, order: Order
-) -> None:
+async def test_a_dead_target_does_not_hold_back_the_dead_letter_dispatcher(database: str, order: Order) -> None:
     dead, letters = Catch(fails=lambda _: True), Catch()
     ids = [str(number) for number in range(12)]
     async with Backend(database) as backend:
@@ -175,7 +167,7 @@ async def test_a_dead_target_does_not_hold_back_what_goes_to_the_dead_letter_dis
             "billing", dead, order=order, concurrency=2, retry=Retry(attempts=1, delay=60.0), dead_letter=letters
         )
         await backend.produce_many([make_event(id_, key=id_) for id_ in [*ids, "behind", "them"]])
-        # It is down from the tenth on: nothing is dispatched to it for a minute.
+        # Ten failures in a row make the target down: nothing is dispatched to it for a minute.
         await letters.has(*ids[:10])
         state = {found.name: found.state for found in (await backend.status()).subscriptions}
 
@@ -183,7 +175,7 @@ async def test_a_dead_target_does_not_hold_back_what_goes_to_the_dead_letter_dis
     assert "them" not in dead.attempts
 
 
-async def test_a_window_full_behind_a_failing_key_says_so_and_goes_on_when_the_event_is_handled(database: str) -> None:
+async def test_a_window_that_is_full_behind_a_failing_key_is_reported_and_goes_on(database: str) -> None:
     failing = True
     catch = Catch(fails=lambda event: failing and event.id == "hot 0")
     retry = Retry(attempts=1000, delay=0.1, backoff="constant")
@@ -192,11 +184,11 @@ async def test_a_window_full_behind_a_failing_key_says_so_and_goes_on_when_the_e
         await backend.produce_many([make_event(f"hot {number}", key="hot") for number in range(10)])
         await backend.produce(make_event("other", key="other"))
 
-        async def says_so() -> bool:
+        async def is_reported() -> bool:
             (found,) = (await backend.status()).subscriptions
             return found.state == "waiting for failed events: the window is full behind them"
 
-        await eventually("its state says why it waits", says_so)
+        await eventually("its state tells why it waits", is_reported)
         assert catch.ids == []
         failing = False
         await catch.has("other", *(f"hot {number}" for number in range(10)))

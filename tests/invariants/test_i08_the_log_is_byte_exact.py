@@ -1,4 +1,4 @@
-"""I8. Bytes and attribute texts come out as they went in, through wire formats and database, over any mix of modes."""
+"""I8. Data bytes and attribute texts come out as they went in, through the database and any mix of content modes."""
 
 import json
 
@@ -65,7 +65,7 @@ def by_position(got: list[Event], events: list[Event], event: Event) -> Event:
 
 
 @pytest.mark.parametrize("mode", ["structured", "batch"])
-async def test_json_data_keeps_its_very_text(database: str, mode: str) -> None:
+async def test_json_data_keeps_its_text(database: str, mode: str) -> None:
     envelope = json.dumps(ATTRIBUTES, ensure_ascii=False)[:-1]
     bodies = [f'{envelope}, "datacontenttype": "application/json", "data": {data}}}' for data in JSON_DATA]
     if mode == "batch":
@@ -86,7 +86,7 @@ async def test_json_data_keeps_its_very_text(database: str, mode: str) -> None:
         assert back.data_bytes == event.data_bytes
 
 
-async def test_octets_keep_each_byte_in_every_mode(database: str) -> None:
+async def test_binary_data_keeps_its_bytes_in_every_mode(database: str) -> None:
     events = []
     for kind in ("application/octet-stream", "text/plain; charset=latin-1", "application/json", "image/png"):
         for octets in OCTETS:
@@ -106,7 +106,7 @@ async def test_octets_keep_each_byte_in_every_mode(database: str) -> None:
         assert back.attributes_text == event.attributes_text
 
 
-async def test_null_data_and_absent_data_stay_apart(database: str) -> None:
+async def test_null_data_and_absent_data_stay_distinct(database: str) -> None:
     envelope = '{"specversion": "1.0", "id": "1", "source": "s", "type": "t"'
     events = [
         parse_structured(f"{envelope}}}".encode()),
@@ -146,7 +146,7 @@ async def test_times_keep_their_text(database: str, time: str) -> None:
     assert got.attributes_text["time"] == time
 
 
-async def test_extensions_keep_their_kinds(database: str) -> None:
+async def test_extensions_keep_their_types(database: str) -> None:
     body = (
         '{"specversion": "1.0", "id": "1", "source": "s", "type": "t",'
         ' "text": "7", "number": 7, "least": -2147483648, "yes": true, "no": false}'
@@ -157,7 +157,7 @@ async def test_extensions_keep_their_kinds(database: str) -> None:
     assert got.attributes_text.items() >= {"text": "7", "number": "7", "yes": "true", "no": "false"}.items()
 
 
-async def test_what_plain_sql_appends_arrives_as_it_stands(database: str) -> None:
+async def test_an_event_from_plain_sql_keeps_its_bytes(database: str) -> None:
     got: list[Event] = []
     connection = await asyncpg.connect(database)
     async with Backend(database) as backend:
@@ -180,7 +180,7 @@ async def test_what_plain_sql_appends_arrives_as_it_stands(database: str) -> Non
 
 
 def _percent(value: str) -> bytes:
-    """As HTTP headers carry it: everything but printable ASCII, the quote and the percent sign is encoded."""
+    """As an HTTP header: everything but printable ASCII is percent-encoded, as are the quote and the percent sign."""
     return "".join(
         char if "!" <= char <= "~" and char not in '%"' else "".join(f"%{byte:02X}" for byte in char.encode())
         for char in value

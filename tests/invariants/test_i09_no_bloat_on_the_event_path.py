@@ -1,4 +1,4 @@
-"""I9. No update, no delete on `events`; on `offsets` work per batch, and it stays cheap under a held snapshot."""
+"""I9. `events` gets no update and no delete. Work on `offsets` is per batch, and stays cheap under a held snapshot."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.support.polling import eventually
 
 
 async def statistics(database: str) -> dict[str, Any]:
-    """Counters of the log's tables, those of all segments together. Sessions report when they end."""
+    """Counters of the log's tables, all segments added up. Sessions report theirs when they end."""
     connection = await asyncpg.connect(database)
     rows = await connection.fetch("""
         SELECT CASE WHEN relname LIKE 'events%' THEN 'events' ELSE relname END AS relname,
@@ -55,7 +55,7 @@ async def test_events_are_only_inserted_and_offsets_only_updated_in_place(databa
     found = await statistics(database)
     events, offsets = found["events"], found["offsets"]
     assert (events["inserted"], events["updated"], events["deleted"]) == (count + 2, 0, 0)
-    # A change of owner or of the rows that stand beside may move one to another page now and then.
+    # Now and then a change of owner moves a row to another page.
     assert offsets["hot"] >= 0.9 * offsets["updated"]
     assert offsets["updated"] < 4 * count / 20, "offsets are written per event, not per batch"
 
@@ -65,11 +65,11 @@ async def _reaches(catch: Catch, count: int) -> bool:
 
 
 @pytest.mark.slow
-async def test_offsets_are_committed_by_ctid_past_thousands_of_versions_that_a_snapshot_holds(database: str) -> None:
-    """By key, an update walks over every old version that the snapshot keeps; by the last one's ctid over none."""
+async def test_an_offset_commit_does_not_scan_the_old_versions_that_a_snapshot_holds(database: str) -> None:
+    """By key, an update visits every old version that the snapshot keeps. By the last version's ctid it visits none."""
     holder, observer = await asyncpg.connect(database), await asyncpg.connect(database)
     catch = Catch()
-    # Its row is made here; what others do to it later belongs to the measurement.
+    # This makes the offset's row, so that its insert is not part of the measurement.
     async with Backend(database) as backend:
         await backend.subscribe("billing", catch, start="earliest")
     await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -97,5 +97,5 @@ async def test_offsets_are_committed_by_ctid_past_thousands_of_versions_that_a_s
         f"offsets of {size} blocks under a held snapshot: {scans} scans for starting, stopping and {commits} commits"
     )
     assert commits > 30
-    # Claiming, looking after the leases once a second, releasing: those go over the whole table, but no commit does.
+    # Claims, releases and the rounds once a second scan the whole table. No commit does.
     assert scans < max(20, commits / 2)

@@ -7,6 +7,7 @@ import pytest
 
 from pgbackend import Backend, facts
 from pgbackend.torture.proxy import Proxy
+from tests.support.databases import Sql
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -15,7 +16,7 @@ from tests.support.producers import INSERT
 
 @pytest.mark.direct
 @pytest.mark.slow
-async def test_everything_works_by_polling_when_every_notify_is_lost_and_the_listener_says_so(database: str) -> None:
+async def test_polling_delivers_when_every_notify_is_lost_and_the_listener_reports_it(database: str) -> None:
     catch, delays = Catch(), []
     producer = Backend(database)
     await producer.init()
@@ -29,7 +30,7 @@ async def test_everything_works_by_polling_when_every_notify_is_lost_and_the_lis
                     await catch.has(str(number))
                     delays.append(catch.at[str(number)] - produced)
                 await recorder.wait("listener is deaf", timeout=20)
-                # It listens anew, in vain; what was claimed stays claimed, and is delivered.
+                # It listens again, in vain. Leases stay, and events are delivered.
                 await producer.produce(make_event("after"))
                 await catch.has("after")
     await producer.stop()
@@ -39,7 +40,7 @@ async def test_everything_works_by_polling_when_every_notify_is_lost_and_the_lis
 
 
 @pytest.mark.direct
-async def test_a_hint_comes_far_sooner_than_the_next_poll(database: str) -> None:
+async def test_a_notify_comes_long_before_the_next_poll(database: str) -> None:
     catch = Catch()
     producer = Backend(database)
     await producer.init()
@@ -51,7 +52,7 @@ async def test_a_hint_comes_far_sooner_than_the_next_poll(database: str) -> None
     await producer.stop()
 
 
-async def test_plain_sql_that_never_notifies_is_found_by_polling(database: str) -> None:
+async def test_polling_finds_events_from_plain_sql(database: str) -> None:
     catch = Catch()
     connection = await asyncpg.connect(database)
     async with Backend(database, poll_interval=0.2) as backend:
@@ -62,20 +63,18 @@ async def test_plain_sql_that_never_notifies_is_found_by_polling(database: str) 
     await connection.close()
 
 
-async def test_shards_that_come_free_without_a_word_are_found(database: str) -> None:
-    """The owner's backend is gone, and nobody could tell anybody."""
+async def test_polling_finds_shards_that_become_free(database: str, sql: Sql) -> None:
+    """As when the owner's backend dies, without a NOTIFY."""
     first, second = Catch(), Catch()
-    observer = await asyncpg.connect(database)
     async with Backend(database, poll_interval=0.2) as waiting, Backend(database) as owner:
         await owner.subscribe("billing", first)
         await owner.produce(make_event("1"))
         await first.has("1")
         await waiting.subscribe("billing", second)
-        await observer.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
+        await sql.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
         await waiting.produce_many([make_event(str(number)) for number in range(2, 20)])
 
         async def all_handled() -> bool:
             return len({*first.ids, *second.ids}) == 19
 
-        await eventually("whoever has the shard handles all", all_handled)
-    await observer.close()
+        await eventually("the shard's owner handles all events", all_handled)

@@ -1,4 +1,4 @@
-"""What waits, waits in the database: a slow or blocked target costs a process its windows, and no more."""
+"""Events wait in the database: a slow or blocked target costs a process its windows of memory, and no more."""
 
 from pathlib import Path
 
@@ -21,24 +21,24 @@ def peak(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("the kernel does not say")
+    raise AssertionError("/proc shows no VmHWM")
 
 
 def forget_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
-async def is_taken_in(connection: "asyncpg.Connection[asyncpg.Record]", pid: int) -> None:
-    """Return once the process has what it takes of the log, and its memory does not move any more."""
+async def has_read_all_it_takes(connection: "asyncpg.Connection[asyncpg.Record]", pid: int) -> None:
+    """Return once the process has filled its windows, and its memory does not change any more."""
     seen: list[int] = []
 
-    async def rests() -> bool:
+    async def is_stable() -> bool:
         seen.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
         return len(seen) > 40 and len(set(seen[-40:])) == 1 and await connection.fetchval(
             "SELECT bool_and(owner IS NOT NULL) FROM pgbackend.offsets"
         )  # fmt: skip
 
-    await eventually("its memory rests", rests, 60, interval=0.05)
+    await eventually("its memory does not change", is_stable, 60, interval=0.05)
 
 
 @pytest.mark.slow
@@ -51,13 +51,13 @@ async def test_memory_stays_flat_while_100_000_events_wait_behind_a_blocked_disp
     connection = await asyncpg.connect(database)
     await connection.execute(FILL, "first ", 3000, 500)
     async with Worker(database, Ledger(tmp_path / "ledger"), delay=3600.0, order=order) as worker:
-        await is_taken_in(connection, worker.pid)
+        await has_read_all_it_takes(connection, worker.pid)
         before = peak(worker.pid)
         forget_peak(worker.pid)
         for part in range(10):
             await connection.execute(FILL, f"part {part} ", 10_000, 500)
             await connection.execute("SELECT pg_notify('pgbackend:pgbackend', 'test')")
-        await is_taken_in(connection, worker.pid)
+        await has_read_all_it_takes(connection, worker.pid)
         after = peak(worker.pid)
     await connection.close()
 
@@ -73,7 +73,7 @@ async def test_events_of_1_mib_stay_within_the_byte_windows(database: str, tmp_p
     connection = await asyncpg.connect(database)
     ledger = Ledger(tmp_path / "ledger")
     async with Worker(database, ledger, delay=delay) as worker:
-        await is_taken_in(connection, worker.pid)
+        await has_read_all_it_takes(connection, worker.pid)
         before = peak(worker.pid)
         await connection.execute(FILL, "large ", 200, MIB - 500)
         if delay < 60:
@@ -82,7 +82,7 @@ async def test_events_of_1_mib_stay_within_the_byte_windows(database: str, tmp_p
                 return len(ledger.handled()) == 200
 
             await eventually("all are handled", all_handled, 60)
-        await is_taken_in(connection, worker.pid)
+        await has_read_all_it_takes(connection, worker.pid)
         after = peak(worker.pid)
     await connection.close()
 
@@ -104,7 +104,7 @@ async def test_large_events_that_fail_stay_within_the_byte_windows_when_they_are
         " VALUES ('test', 0, 1, 200, nextval('pgbackend.epochs'))"
     )
     async with Worker(database, Ledger(tmp_path / "ledger"), delay=0.01) as worker:
-        await is_taken_in(connection, worker.pid)
+        await has_read_all_it_takes(connection, worker.pid)
         before = peak(worker.pid)
         await connection.execute(
             "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)"

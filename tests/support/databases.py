@@ -2,13 +2,16 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 
+Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+"""A connection past the engine."""
+
 
 @asynccontextmanager
-async def connected(dsn: str, **settings: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def connected(dsn: str, **settings: str) -> AsyncIterator[Sql]:
     """A connection, closed at the end; `settings` are the server's, for this session."""
     connection = await asyncpg.connect(dsn, server_settings=settings)
     try:

@@ -1,6 +1,7 @@
-"""I7, where a handler or filter ends the process: by `sys.exit()` it ends with that code and says why.
+"""I7, where a handler or filter ends the process.
 
-After some restarts the event is a dead letter, and everything else is handled.
+`sys.exit()` ends it with that code and a reason. After some restarts the event is a dead letter, and all others are
+handled.
 """
 
 import asyncio
@@ -59,7 +60,7 @@ asyncio.run(main(*sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("where", ["dispatcher", "subtask", "thread", "filter", "filter kills"])
-async def test_the_process_ends_with_its_code_and_the_event_is_given_up_in_the_end(database: str, where: str) -> None:
+async def test_the_process_ends_with_its_code_and_the_event_becomes_a_dead_letter(database: str, where: str) -> None:
     producer = Backend(database)
     await producer.init()
     await producer.produce_many([make_event(id_) for id_ in ("a", "bad", "b")])
@@ -78,6 +79,6 @@ async def test_the_process_ends_with_its_code_and_the_event_is_given_up_in_the_e
 
     assert codes[0] == 3
     assert set(codes) == {3, 0}
-    # A subtask ends it before its dispatcher has ended, and what is killed says nothing.
+    # A subtask ends the process before its dispatcher has ended, and `os._exit()` says nothing.
     assert b"process ends" in said or where in ("subtask", "filter kills")
     assert [letter.event.id for letter in letters] == ["bad"]

@@ -1,8 +1,8 @@
-"""What a subscription is run with and what is stored of it change all the time, under load, in two processes at once:
-nothing is lost, nothing handled twice, and while an order is promised it is kept.
+"""A subscription changes all the time under load, in two workers at once: its dispatcher, options, order and shards.
 
-The two backends stand for processes with one configuration file: each reconfigures what it runs and asks for the same
-alteration. Dispatchers fail, block threads, and say that their target is gone.
+Nothing is lost, nothing is handled twice, and each order is kept while it is promised. The two backends stand for
+processes with one configuration file: each reconfigures what it runs and asks for the same alteration. Dispatchers
+fail, block threads, and report that their target is gone.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Diary:
         self.notes.append(Note(mark, event.position, event.id, event.key, self.promised))
 
     def check(self, log: list[tuple[int, str]]) -> None:
-        """Hold it against the log's positions and ids, but for the chaff that filters refuse."""
+        """Compare it with the log's positions and ids, except for the chaff that filters refuse."""
         at_work: set[str] = set()
         handled: set[str] = set()
         of_key: dict[object, list[int]] = defaultdict(list)
@@ -203,7 +203,7 @@ def _not_chaff(event: Event) -> bool:
         (3, (1, 2, 3, 4, 8), ("none", "key")),
     ],
 )
-async def test_what_changes_every_50_ms_loses_nothing_repeats_nothing_and_keeps_its_order(
+async def test_a_subscription_that_changes_every_50_ms_loses_and_repeats_nothing_and_keeps_its_order(
     database: str, seed: int, counts: tuple[int, ...], orders: tuple[str, ...], long: bool
 ) -> None:
     seconds = 60.0 if long else 4.0

@@ -1,4 +1,4 @@
-"""I10. PostgreSQL refuses NOTIFY, for reasons that have nothing to do with the log: only wake-ups are lost."""
+"""I10. When PostgreSQL refuses NOTIFY, for reasons outside the log, only wake-ups are lost."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from tests.support.polling import eventually
 
 pytestmark = [pytest.mark.direct, pytest.mark.slow]
 
-# A third of it is the time between two looks whether the listener hears; it is called deaf 5 s after that.
+# The listener tests itself every third of this, and is reported deaf 5 s after a test that failed.
 LEASE_TIMEOUT = 6.0
 LOST = ("presence lost", "lease lost", "listener is deaf", "claim failed")
 
@@ -51,7 +51,7 @@ async def test_a_full_notify_queue_costs_neither_leases_nor_events(caplog: pytes
                 for backend in (one, other):
                     await backend.subscribe("s", catch, shards=4)
                 await recorder.wait("lease claimed", count=4)
-                # The queue is the cluster's, and one listener that never ends its transaction fills it.
+                # All databases share the queue. One listener that never ends its transaction fills it.
                 await idle.execute("LISTEN something")
                 await idle.execute("BEGIN")
                 await idle.execute("SELECT 1")
@@ -64,7 +64,7 @@ async def test_a_full_notify_queue_costs_neither_leases_nor_events(caplog: pytes
                     await (one, other)[number % 2].produce_many([make_event(f"{number}-{i}") for i in range(50)])
                 await catch.has(*(f"{number}-{i}" for number in range(20) for i in range(50)))
                 await recorder.wait("notify failed")
-                # Long enough to be called deaf, if an echo were expected.
+                # Long enough to be reported deaf, if an echo were expected.
                 await recorder.wait("echo refused", timeout=60, count=10)
                 await one.produce(make_event("late"))
                 await catch.has("late")
@@ -88,7 +88,7 @@ async def test_a_full_notify_queue_costs_neither_leases_nor_events(caplog: pytes
             await connection.close()
 
 
-async def test_a_commit_that_keeps_the_lock_of_all_notifies_costs_no_lease() -> None:
+async def test_a_commit_that_holds_the_lock_of_all_notifies_costs_no_lease() -> None:
     """Its transaction has sent a NOTIFY and waits for a standby that is gone."""
     catch = Catch()
     async with server(synchronous_standby_names="nobody", synchronous_commit="local") as dsn:
