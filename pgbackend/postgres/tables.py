@@ -34,6 +34,27 @@ from sqlalchemy.dialects.postgresql import (
 )
 from sqlalchemy.sql import quoted_name
 
+WRITERS = {
+    # requirements: an INSERT of no rows, which opens an appender.
+    "events": ("log.appender", "log.requirements"),
+    "incarnation": ("log.incarnation",),
+    "subscriptions": (
+        "subscriptions.alterations",
+        "subscriptions.definitions",
+        "subscriptions.draining",
+        "subscriptions.shards",
+    ),
+    "offsets": ("delivery.offsets", "subscriptions.definitions", "subscriptions.leases", "subscriptions.shards"),
+    "workers": ("subscriptions.leases", "subscriptions.presence"),
+    "redeliveries": ("delivery.offsets", "subscriptions.shards"),
+    "dead_letters": ("delivery.offsets", "delivery.redelivery"),
+    "skipped": ("delivery.offsets",),
+}
+"""The modules that insert, update or delete rows of each table; a test compares it with their statements.
+
+Functions of the log count for the modules that call them. Deleting a subscription deletes its rows in all tables.
+"""
+
 _TIMESTAMPTZ = TIMESTAMP(timezone=True)
 
 # For tables with few rows that are updated many times a second.
