@@ -240,7 +240,9 @@ LIVING_WORKERS = """
             )
         )"""
 
-# begun: the last attempt is only known to have begun. When another process reads this, the attempt killed its worker.
+# attempt: attempts made, without the one that started_by may still be making.
+# started_by: the worker that started an attempt with care and has not reported its end.
+# lives: how many lives of the server in a row ended while the event was at work.
 REDELIVERIES = """
     CREATE TABLE {schema}.redeliveries (
         subscription text NOT NULL,
@@ -250,7 +252,8 @@ REDELIVERIES = """
         due_at timestamptz NOT NULL,
         last_error text NOT NULL,
         failure json,
-        begun boolean NOT NULL DEFAULT false,
+        started_by uuid,
+        lives integer NOT NULL DEFAULT 0,
         CONSTRAINT redeliveries_pkey PRIMARY KEY (subscription, position),
         CONSTRAINT redeliveries_subscription_fkey FOREIGN KEY (subscription)
             REFERENCES {schema}.subscriptions (name) ON DELETE CASCADE,
@@ -260,7 +263,7 @@ REDELIVERIES = """
 REDELIVERIES_DUE = "CREATE INDEX redeliveries_due ON {schema}.redeliveries (subscription, due_at)"
 
 # The event's columns keep their names, its id included, so the letter's own number is letter_id.
-# begun: as in redeliveries.
+# attempt, started_by, lives: as in redeliveries.
 DEAD_LETTERS = """
     CREATE TABLE {schema}.dead_letters (
         letter_id bigint GENERATED ALWAYS AS IDENTITY,
@@ -286,7 +289,8 @@ DEAD_LETTERS = """
         buried_at timestamptz NOT NULL DEFAULT now(),
         attempt integer NOT NULL DEFAULT 0,
         due_at timestamptz,
-        begun boolean NOT NULL DEFAULT false,
+        started_by uuid,
+        lives integer NOT NULL DEFAULT 0,
         CONSTRAINT dead_letters_pkey PRIMARY KEY (letter_id),
         CONSTRAINT dead_letters_subscription_fkey FOREIGN KEY (subscription)
             REFERENCES {schema}.subscriptions (name) ON DELETE CASCADE,
@@ -458,7 +462,8 @@ BURY = """
                 buried_at = now(),
                 attempt = 0,
                 due_at = NULL,
-                begun = false
+                started_by = NULL,
+                lives = 0
             RETURNING 1
         )
         SELECT count(*) FROM buried;

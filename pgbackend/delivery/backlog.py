@@ -15,9 +15,10 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
 from pgbackend.codec.event import Event
-from pgbackend.delivery.delivery import Delivery
+from pgbackend.delivery.delivery import Delivery, next_attempt
 from pgbackend.delivery.lanes import Lanes, sift
 from pgbackend.model import Failure, Order
 
@@ -32,8 +33,8 @@ class Carried:
     """When the next one is due, in monotonic seconds."""
     failure: Failure | None
     """Why it was given up, if it was."""
-    suspect: bool
-    """Whether nobody reported how the last attempt ended."""
+    started_by: UUID | None
+    """The worker that started another attempt and never reported its end."""
 
 
 class Backlog:
@@ -164,8 +165,9 @@ class Backlog:
     def _queue(self, event: Event) -> None:
         before = self._carried.pop(event.position, None) if self._carried else None
         if before is not None:
-            event = event.with_delivery(attempt=before.attempt + 1, failure=before.failure)
-            self.put_later(Delivery(event, suspect=before.suspect), before.due_at)
+            attempt = next_attempt(before.attempt, before.started_by)
+            event = event.with_delivery(attempt=attempt, failure=before.failure)
+            self.put_later(Delivery(event, started_by=before.started_by), before.due_at)
         elif event.position in self.undecided:
             self.put(Delivery(event))
         else:

@@ -6,6 +6,12 @@ events are dispatched one at a time, alone among everything that this process ru
 attempt is committed before the dispatch. If nobody reports the end, the next owner finds a suspect. A suspect is always
 dispatched alone, and is given up when its attempts are used up, like any other event.
 
+A process may also live and lose its lease or its server during an attempt. It then reports that it lives, and the
+attempt does not count. So a suspect waits first: for `lease_timeout`, in which a worker can find its way back, and as
+long as the server still has the worker's connection, for a minute at most: then the process is frozen. An attempt
+that ended with the server counts if the same event was at work when three lives of the server in a row ended: an event
+may kill PostgreSQL.
+
 Care ends after as many events as the former owner may have had open, or after a minute; twice as long with each further
 crash. Slow events must not be dispatched one by one for hours, nor wait for another subscription's dispatcher that
 hangs. The count of crashes ends when everything is settled that was open when the shard was claimed. A shard whose
@@ -13,15 +19,19 @@ owners died of something else is slower for a moment, no more.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from time import monotonic
+from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.delivery.decide import LONGEST_WAIT
-from pgbackend.delivery.delivery import Delivery
+from pgbackend.delivery.delivery import Delivery, next_attempt
 from pgbackend.delivery.gate import Gate
 from pgbackend.delivery.outcomes import LetterFailed, Outcome, Scheduled, outcome_key
+from pgbackend.delivery.redelivery import Redelivery
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
 from pgbackend.errors import DatabaseError
@@ -40,6 +50,12 @@ _SETTLED_AFTER = 30.0
 """Seconds after the claim in which every retry that was due by then has come: they come within a second or two."""
 
 
+_FROZEN = 60.0
+"""Seconds for which a suspect waits for a process whose connection is open and which reports nothing."""
+EXAMINE_AGAIN = 1.0
+"""Seconds until a suspect is looked at again."""
+
+
 class ProcessDied(Exception):  # noqa: N818 - recorded for an event, never raised
     """The error of an attempt that started and whose end nobody reported."""
 
@@ -47,26 +63,30 @@ class ProcessDied(Exception):  # noqa: N818 - recorded for an event, never raise
         super().__init__("the process that was handling it ended without a word")
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerCare:
+    """What the shards of a worker share for dispatches with care."""
+
+    worker: UUID
+    redelivery: Redelivery
+    commit: Callable[[], Awaitable[object]]
+    """Commits at once."""
+    grace: float
+    """Seconds that a worker without a connection has to report before its attempt counts."""
+    alone: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one dispatch with care of this process."""
+
+
 class Care:
     """Whether a shard is run with care, for how long, and how a dispatch with care starts."""
 
-    def __init__(
-        self,
-        shard: Shard,
-        registration: Registration,
-        gate: Gate,
-        *,
-        alone: asyncio.Lock,
-        commit: Callable[[], Awaitable[object]],
-    ) -> None:
-        """`alone`: held by the one dispatch with care of this process. `commit`: commits at once."""
+    def __init__(self, shard: Shard, registration: Registration, gate: Gate, common: WorkerCare) -> None:
         self.active = shard.lease.crashes >= _SUSPICIOUS
         """Whether all events of the shard are dispatched with care."""
         self._shard = shard
         self._registration = registration
         self._gate = gate
-        self._alone = alone
-        self._commit = commit
+        self._common = common
         self._longest = _LONGEST * 2.0 ** min(max(shard.lease.crashes - _SUSPICIOUS, 0), 10)
         self._dispatched = 0
         self._since = monotonic()
@@ -83,7 +103,7 @@ class Care:
         """
         try:
             async with asyncio.timeout(None if delivery.suspect else self._left()):
-                await self._alone.acquire()
+                await self._common.alone.acquire()
         except TimeoutError:
             self.active = False
             yield False
@@ -91,15 +111,47 @@ class Care:
         try:
             yield True
         finally:
-            self._alone.release()
+            self._common.alone.release()
+
+    async def examine(self, delivery: Delivery) -> Delivery | None:
+        """A suspect as its worker's report leaves it; None while that worker may still report.
+
+        Without a report it stays a suspect, and its last attempt counts.
+        """
+        try:
+            start = await self._common.redelivery.find_start(self._shard.lease.subscription, delivery)
+        except DatabaseError as error:
+            facts.emit("suspect not examined", level=logging.DEBUG, shard=self._shard.name, error=str(error))
+            return None
+        if start is None:
+            return delivery
+        started_by = None if start.started_by == self._common.worker else start.started_by
+        if started_by is not None and start.connected and start.overdue < _FROZEN:
+            return None
+        attempt = next_attempt(start.attempt, started_by)
+        return replace(delivery, event=delivery.event.with_delivery(attempt=attempt), started_by=started_by)
+
+    async def report_survival(self, delivery: Delivery) -> None:
+        """The lease was lost during the attempt, which did not kill this process. Returns once that is known."""
+        delay = GrowingDelay(cap=1.0)
+        while True:
+            try:
+                await self._common.redelivery.report_survival(
+                    self._common.worker, self._shard.lease.subscription, delivery
+                )
+            except DatabaseError as error:
+                facts.emit("survival not reported", level=delay.failed(), shard=self._shard.name, error=str(error))
+            else:
+                return
+            await delay.wait()
 
     async def record_start(self, delivery: Delivery) -> bool:
         """Make durable that the attempt starts. False if the shard was given up meanwhile."""
-        recorded = self._record(delivery, attempt=delivery.event.attempt, started=True)
+        recorded = self._record(delivery, attempt=delivery.event.attempt - 1, started_by=self._common.worker)
         delay = GrowingDelay(cap=1.0)
         while not self._gate.stopped:
             try:
-                await self._commit()
+                await self._common.commit()
                 break
             except DatabaseError as error:
                 if self._shard.outcomes.get(outcome_key(recorded)) is not recorded:
@@ -116,7 +168,8 @@ class Care:
 
     def take_back(self, delivery: Delivery) -> None:
         """Have it committed that the recorded attempt did not take place."""
-        self._record(delivery, attempt=delivery.event.attempt - 1, started=delivery.suspect)
+        made = delivery.event.attempt - 1
+        self._record(delivery, attempt=made - 1 if delivery.suspect else made, started_by=delivery.started_by)
 
     def survived(self) -> None:
         """The process lives after one more dispatch with care."""
@@ -144,14 +197,17 @@ class Care:
         """For how many seconds the shard may still be run with care."""
         return self._longest - (monotonic() - self._since)
 
-    def _record(self, delivery: Delivery, *, attempt: int, started: bool) -> Outcome:
-        """Have the number of attempts committed, and whether the last one has only started."""
+    def _record(self, delivery: Delivery, *, attempt: int, started_by: UUID | None) -> Outcome:
+        """Have the attempts made committed, and which worker starts another one."""
         event, error = delivery.event, describe(ProcessDied())
-        delay = min(self._registration.retry.wait_before(max(attempt, 1)), LONGEST_WAIT) if started else 0.0
+        delay = 0.0
+        if started_by is not None:
+            wait = self._registration.retry.wait_before(delivery.event.attempt)
+            delay = min(max(wait, self._common.grace), LONGEST_WAIT)
         outcome: Outcome
         if delivery.letter is not None:
             outcome = LetterFailed(
-                letter=delivery.letter, attempt=attempt, delay=delay, error=error, details={}, started=started
+                letter=delivery.letter, attempt=attempt, delay=delay, error=error, details={}, started_by=started_by
             )
         else:
             outcome = Scheduled(
@@ -160,7 +216,7 @@ class Care:
                 delay=delay,
                 error=error,
                 failure=event.failure,
-                started=started,
+                started_by=started_by,
             )
         self._shard.record(outcome)
         return outcome

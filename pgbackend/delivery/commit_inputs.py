@@ -21,7 +21,7 @@ def commit_inputs(marks: Mapping[Shard, Mark]) -> tuple[str, str, str, str, str,
         for outcome in mark.outcomes.values():
             kinds[type(outcome)].append({"epoch": shard.lease.epoch, **_columns(outcome)})
     rows = [[_offset(shard, mark) for shard, mark in marks.items()], *kinds.values()]
-    offsets, scheduled, finished, buried, delivered, failed, skipped = map(json.dumps, rows)
+    offsets, scheduled, finished, buried, delivered, failed, skipped = (json.dumps(kind, default=str) for kind in rows)
     return offsets, scheduled, finished, buried, delivered, failed, skipped
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from uuid import UUID
 
 from pgbackend.codec.event import Event
 
@@ -25,8 +26,8 @@ class Delivery:
     origin: Origin = Origin.LOG
     letter: int | None = None
     """The dead letter's id, if it is one."""
-    suspect: bool = False
-    """Whether nobody reported how the last attempt ended: it may have killed its process."""
+    started_by: UUID | None = None
+    """The worker that started the last attempt and never reported its end: it may have killed its process."""
     recorded: bool = False
     """Whether the row says that this attempt has started. See care.py."""
 
@@ -36,6 +37,16 @@ class Delivery:
         return self.event.position if self.letter is None else -self.letter
 
     @property
+    def suspect(self) -> bool:
+        """Whether the last attempt may have killed its process. It counts as an attempt."""
+        return self.started_by is not None
+
+    @property
     def given_up(self) -> bool:
         """Whether it is for the dead-letter dispatcher."""
         return self.event.failure is not None
+
+
+def next_attempt(made: int, started_by: UUID | None) -> int:
+    """The number of the next attempt. One that started, and whose end was never reported, counts."""
+    return made + 1 if started_by is None else made + 2

@@ -7,6 +7,7 @@ committed: a query may see its old row before the commit is answered.
 import heapq
 from dataclasses import dataclass
 from time import monotonic
+from uuid import UUID
 
 from pgbackend.codec.event import Event
 from pgbackend.delivery.health import TargetHealth
@@ -106,7 +107,7 @@ class Due:
         now = monotonic()
         for outcome in mark.outcomes.values():
             match outcome:
-                case Scheduled(started=True) | LetterFailed(started=True):
+                case Scheduled(started_by=UUID()) | LetterFailed(started_by=UUID()):
                     pass  # at work
                 case Scheduled(position=position, delay=delay):
                     self._leave(position)

@@ -6,6 +6,7 @@ on the log's path or in redelivery, never in both and never in neither.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from uuid import UUID
 
 from pgbackend.model import Failure
 
@@ -16,14 +17,14 @@ class Scheduled:
 
     position: int
     attempt: int
-    """Attempts made."""
+    """Attempts made, without one that starts now."""
     delay: float
     """Seconds until it is due."""
     error: str
     failure: Failure | None
     """Set once the main dispatcher gave the event up and the dead-letter dispatcher has its turn."""
-    started: bool = False
-    """Whether the last attempt is only about to start. If nobody reports its end, it killed its process."""
+    started_by: UUID | None = None
+    """The worker that starts an attempt now. If it never reports the end, the attempt killed its process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class LetterFailed:
     delay: float | None
     error: str
     details: Mapping[str, str]
-    started: bool = False
+    started_by: UUID | None = None
     """As in `Scheduled`."""
 
 

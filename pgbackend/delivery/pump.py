@@ -19,13 +19,13 @@ transaction is open while a dispatcher runs (I4).
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from pgbackend import facts
 from pgbackend.delivery.alarm import Alarm
 from pgbackend.delivery.backlog import Backlog, Carried
-from pgbackend.delivery.care import LEASE_POLL, Care
+from pgbackend.delivery.care import EXAMINE_AGAIN, LEASE_POLL, Care, WorkerCare
 from pgbackend.delivery.deliverers import Deliverer, Deliverers
 from pgbackend.delivery.delivery import Delivery, Origin
 from pgbackend.delivery.due import Due, DueRequest
@@ -55,16 +55,15 @@ class Pump:
         cursor: Cursor,
         log: Log,
         carried: Mapping[int, Carried],
-        alone: asyncio.Lock,
-        commit: Callable[[], Awaitable[object]],
+        care: WorkerCare,
     ) -> None:
-        """`carried`: what a former owner of an ordered shard left behind. `alone`, `commit`: see `Care`."""
+        """`carried`: what a former owner of an ordered shard left behind."""
         order = shard.lease.order
         self.registration = registration
         self.shard = shard
         self.gate = Gate()
         self.due = Due(shard)
-        self.care = Care(shard, registration, self.gate, alone=alone, commit=commit)
+        self.care = Care(shard, registration, self.gate, care)
         self._backlog = Backlog(order=order, carried=carried)
         self._settlement = Settlement(shard, registration, self._backlog, self.due, self.care)
         self._feed = Feed(
@@ -347,6 +346,12 @@ class Pump:
         """Dispatch a delivery alone, once it is durable that the attempt starts."""
         settlement, health = self._settlement, self.registration.health
         try:
+            if delivery.suspect:
+                examined = await self.care.examine(delivery)
+                if examined is None:
+                    self._backlog.put_later(delivery, monotonic() + EXAMINE_AGAIN)
+                    return
+                delivery = examined
             async with self.care.alone(delivery) as is_alone:
                 if self.gate.stopped or settlement.drop_if_unwanted(delivery, health):
                     return
@@ -365,6 +370,8 @@ class Pump:
                         if not settlement.drop_if_unwanted(delivery, health):
                             await self._dispatch(deliverer, delivery, probe=probe)
                         self.care.survived()
+                        if self.shard.lost:
+                            await self.care.report_survival(delivery)
                 finally:
                     self.gate.end(delivery.slot)
         except asyncio.CancelledError:

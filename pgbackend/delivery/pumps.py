@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
+from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.codec.event import Event
 from pgbackend.delivery.backlog import Carried
+from pgbackend.delivery.care import WorkerCare
 from pgbackend.delivery.committer import Committer
 from pgbackend.delivery.pump import Pump
 from pgbackend.delivery.redelivery import Redelivery
@@ -23,7 +25,14 @@ class Pumps:
     """The running pumps."""
 
     def __init__(
-        self, log: Log, tail: Tail, committer: Committer, redelivery: Redelivery, tenure: Tenure, settings: Settings
+        self,
+        worker: UUID,
+        log: Log,
+        tail: Tail,
+        committer: Committer,
+        redelivery: Redelivery,
+        tenure: Tenure,
+        settings: Settings,
     ) -> None:
         self.tenure = tenure
         self._log = log
@@ -31,8 +40,7 @@ class Pumps:
         self._committer = committer
         self._redelivery = redelivery
         self._settings = settings
-        self._alone = asyncio.Lock()
-        """Held by the one pump that dispatches with care."""
+        self._care = WorkerCare(worker, redelivery, committer.flush, settings.lease_timeout)
         self._running: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
         self._broken = asyncio.Event()
         self._cause: BaseException | None = None
@@ -84,8 +92,7 @@ class Pumps:
             cursor=self._tail.cursor(after=lease.position, strict=lease.order == "strict"),
             log=self._log,
             carried=carried,
-            alone=self._alone,
-            commit=self._committer.flush,
+            care=self._care,
         )
         # Not in a task group: that would wait for ever for a dispatcher which swallows its cancellation.
         task = asyncio.create_task(pump.run(), name=f"pump {shard.name}")

@@ -1,13 +1,17 @@
-"""Reads failed events that are due again, and dead letters. The committer writes them, with the offsets."""
+"""Reads failed events that are due again, and dead letters. The committer writes them, with the offsets.
+
+One thing is written here, because the worker that writes it has no lease any more: that an attempt did not kill it.
+"""
 
 import json
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
 from pgbackend.codec.event import Event
 from pgbackend.delivery.backlog import Carried
-from pgbackend.delivery.delivery import Delivery, Origin
+from pgbackend.delivery.delivery import Delivery, Origin, next_attempt
 from pgbackend.delivery.due import DueRequest
 from pgbackend.model import DeadLetter, Failure
 from pgbackend.postgres.connections import Record
@@ -16,6 +20,8 @@ from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import RedeliverySql
 from pgbackend.subscriptions.leases import Lease
 
+_LIVES = 3
+"""Lives of the server that end in a row while the same event is at work. From then on each counts as an attempt."""
 _LETTERS_BYTES = 16 << 20
 """Bytes of dead letters in one page. The last one may be beyond."""
 
@@ -27,6 +33,20 @@ class Found:
     deliveries: Sequence[tuple[int, Delivery]]
     gone: Mapping[int, Sequence[int]]
     """Positions of all failed events whose rows the log lost, for shards that came across one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """An attempt that started."""
+
+    attempt: int
+    """Attempts made before."""
+    started_by: UUID | None
+    """The worker that has not reported its end; None when it has."""
+    overdue: float
+    """Seconds since the event was due again."""
+    connected: bool
+    """Whether the server still has the worker's connection."""
 
 
 class Redelivery:
@@ -58,10 +78,29 @@ class Redelivery:
                 attempt=row["attempt"],
                 due_at=now + row["delay"],
                 failure=_failure(row["failure"]),
-                suspect=row["begun"],
+                started_by=row["started_by"],
             )
             for row in rows
         }
+
+    async def find_start(self, subscription: str, delivery: Delivery) -> Start | None:
+        """The attempt whose end nobody reported; None when somebody did, or the event is settled."""
+        rows = await self._database.fetch(self._sql.find_start, subscription, delivery.event.position, delivery.letter)
+        return Start(**rows[0]) if rows else None
+
+    async def report_survival(self, worker: UUID, subscription: str, delivery: Delivery) -> None:
+        """The attempt that this worker started, and whose lease it lost, did not kill it: it does not count."""
+        if delivery.letter is None:
+            await self._database.execute(self._sql.report_survival, worker, subscription, delivery.event.position)
+        else:
+            await self._database.execute(self._sql.report_survival_of_letter, worker, delivery.letter)
+
+    async def report_end_of_life(self, workers: Sequence[UUID], *, server_died: bool) -> None:
+        """The process of these workers outlived them: the attempts that they had started do not count.
+
+        Unless it was the server's life that ended, and each of the last three ended while that event was at work.
+        """
+        await self._database.execute(self._sql.report_end_of_life, workers, server_died, _LIVES)
 
     async def letters(self, subscription: str | None) -> AsyncIterator[DeadLetter]:
         """All dead letters, or one subscription's, in the order of their ids."""
@@ -97,8 +136,8 @@ class Redelivery:
         found = []
         for row in rows:
             if row["position"] is not None:
-                event = _event(row, attempt=row["attempt"] + 1, failure=_failure(row["failure"]))
-                found.append((row["epoch"], Delivery(event, Origin.REDELIVERY, suspect=row["begun"])))
+                event = _event(row, failure=_failure(row["failure"]))
+                found.append((row["epoch"], Delivery(event, Origin.REDELIVERY, started_by=row["started_by"])))
         return found, {row["epoch"] for row in rows if row["position"] is None}
 
     async def _find_letters(self, requests: Sequence[DueRequest]) -> list[tuple[int, Delivery]]:
@@ -109,15 +148,7 @@ class Redelivery:
             *_at_work((request.lease.epoch, request.letters) for request in requests),
         )
         return [
-            (
-                row["epoch"],
-                Delivery(
-                    _event(row, attempt=row["attempt"] + 1),
-                    Origin.LETTER,
-                    letter=row["letter_id"],
-                    suspect=row["begun"],
-                ),
-            )
+            (row["epoch"], Delivery(_event(row), Origin.LETTER, letter=row["letter_id"], started_by=row["started_by"]))
             for row in rows
         ]
 
@@ -149,7 +180,9 @@ def _at_work(numbers: Iterable[tuple[int, Sequence[int]]]) -> tuple[list[int], l
     return [epoch for epoch, _ in pairs], [number for _, number in pairs]
 
 
-def _event(row: Record, *, attempt: int, failure: Failure | None = None) -> Event:
+def _event(row: Record, *, attempt: int | None = None, failure: Failure | None = None) -> Event:
+    if attempt is None:
+        attempt = next_attempt(row["attempt"], row["started_by"])
     return Event(row, row["position"], row["recorded_at"], attempt, failure)
 
 

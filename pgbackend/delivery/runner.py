@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pgbackend import facts
 from pgbackend.delivery.registration import Registration
-from pgbackend.delivery.worker import Worker
+from pgbackend.delivery.worker import Outlived, Worker
 from pgbackend.errors import ConnectionLostError, PgBackendError, SchemaError
 from pgbackend.failures import describe
 from pgbackend.log.incarnation import IncarnationChanged
@@ -29,7 +29,7 @@ _CANCEL_TIMEOUT = 0.5
 class NewWorker(Protocol):
     """Makes a worker, whose other dependencies are given already."""
 
-    def __call__(self, *, registrations: dict[str, Registration]) -> Worker: ...
+    def __call__(self, *, registrations: dict[str, Registration], outlived: list[Outlived]) -> Worker: ...
 
 
 class Runner:
@@ -52,6 +52,7 @@ class Runner:
         self._stop = asyncio.Event()
         self._is_closed = False
         self._running: asyncio.Task[None] | None = None
+        self._outlived: list[Outlived] = []
         self.registrations: dict[str, Registration] = {}
         """The subscriptions that this process runs, by their names."""
         self.worker: Worker | None = None
@@ -84,7 +85,7 @@ class Runner:
         delay = GrowingDelay(self._log.database)
         is_new_incarnation = False
         while not self._stop.is_set():
-            self.worker = self._new_worker(registrations=self.registrations)
+            self.worker = self._new_worker(registrations=self.registrations, outlived=self._outlived)
             try:
                 # Before each worker: the stored rows may be older than what this process has seen.
                 await verify_log(self._requirements, self._overview)
@@ -93,9 +94,11 @@ class Runner:
                     is_new_incarnation = False
                 await self.worker.run(self._stop)
             except ConnectionLostError as error:
+                self._outlived.append(Outlived(self.worker.id, server_died=False))
                 facts.emit("worker cannot start", level=delay.failed(), failures=delay.failures, error=str(error))
                 await delay.wait()
             except IncarnationChanged as error:
+                self._outlived.append(Outlived(self.worker.id, server_died=True))
                 facts.emit("incarnation changed", level=logging.WARNING, error=str(error))
                 is_new_incarnation = True
             finally:

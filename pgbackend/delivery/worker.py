@@ -15,8 +15,9 @@ import socket
 import time
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from pgbackend import facts
 from pgbackend.delivery.claims import Claims
@@ -50,6 +51,15 @@ def process_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
+@dataclass(frozen=True, slots=True)
+class Outlived:
+    """A worker that ended, though its process did not."""
+
+    worker: UUID
+    server_died: bool
+    """Whether the server's life ended, and not only the connection."""
+
+
 class Worker:
     """Runs its share of the shards of its registrations."""
 
@@ -64,8 +74,12 @@ class Worker:
         notifier: Notifier,
         channel: str,
         sender: str,
+        outlived: "list[Outlived]",
     ) -> None:
-        """`wakeup`: wakes the readers. `channel`, `sender`: of the NOTIFYs of this log, and of this process."""
+        """`outlived`: earlier workers of this process.
+
+        `wakeup`: wakes the readers. `channel`, `sender`: of the NOTIFYs of this log, and of this process.
+        """
         self.id = uuid4()
         tenure, schema = Tenure(), settings.schema
         self._log = log
@@ -88,13 +102,17 @@ class Worker:
             on_hint=self._on_hint,
             on_held=self._on_held,
         )
-        alterations, redelivery = Alterations(log, schema=schema), Redelivery(log.database, schema=schema)
+        alterations = Alterations(log, schema=schema)
+        self._outlived = outlived
+        self._redelivery = Redelivery(log.database, schema=schema)
         self._committer = Committer(
             Offsets(log, schema=schema, worker=self.id), commit_interval=settings.commit_interval, apply=self._apply
         )
         self.tail = Tail(log, wakeup, poll_interval=settings.poll_interval, buffer_bytes=settings.buffer_bytes)
-        self.pumps = Pumps(log, self.tail, self._committer, redelivery, tenure, settings)
-        self._redeliverer = Redeliverer(redelivery, self.pumps, log.database, poll_interval=settings.poll_interval)
+        self.pumps = Pumps(self.id, log, self.tail, self._committer, self._redelivery, tenure, settings)
+        self._redeliverer = Redeliverer(
+            self._redelivery, self.pumps, log.database, poll_interval=settings.poll_interval
+        )
         self._handover = Handover(
             self.pumps, self._committer, self._leases, alterations, notifier,
             rounds=self._rounds, drain_timeout=settings.drain_timeout,
@@ -119,6 +137,7 @@ class Worker:
         await self._presence.start()
         try:
             await self._leases.verify_presence()
+            await self._report_outlived()
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 first = [
@@ -156,6 +175,13 @@ class Worker:
             finally:
                 await self._presence.stop()
                 facts.emit("worker stopped", worker=str(self.id))
+
+    async def _report_outlived(self) -> None:
+        """What the earlier workers of this process had started with care did not kill it."""
+        for server_died in (True, False):
+            if workers := [one.worker for one in self._outlived if one.server_died is server_died]:
+                await self._redelivery.report_end_of_life(workers, server_died=server_died)
+        self._outlived.clear()
 
     def _deadline(self) -> float:
         """When a stop that begins now has ended, in monotonic seconds."""

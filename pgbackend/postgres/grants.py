@@ -55,11 +55,11 @@ _CONSUMER: _Grants = (
     ("SELECT, DELETE, INSERT (id, name, backend_pid, backend_start, lease_timeout)", "TABLE {schema}.workers"),
     ("UPDATE (backend_pid, backend_start, heartbeat_at, subscriptions, asked_at)", "TABLE {schema}.workers"),
     ("SELECT, DELETE, INSERT (subscription, position, key_hash)", "TABLE {schema}.redeliveries"),
-    ("INSERT (attempt, due_at, last_error, failure, begun)", "TABLE {schema}.redeliveries"),
-    ("UPDATE (attempt, due_at, last_error, failure, begun)", "TABLE {schema}.redeliveries"),
+    ("INSERT (attempt, due_at, last_error, failure, started_by, lives)", "TABLE {schema}.redeliveries"),
+    ("UPDATE (attempt, due_at, last_error, failure, started_by, lives)", "TABLE {schema}.redeliveries"),
     ("SELECT, INSERT (subscription, positions)", "TABLE {schema}.skipped"),
     ("SELECT, DELETE", "TABLE {schema}.dead_letters"),
-    ("UPDATE (attempts, error, details, attempt, due_at, begun)", "TABLE {schema}.dead_letters"),
+    ("UPDATE (attempts, error, details, attempt, due_at, started_by, lives)", "TABLE {schema}.dead_letters"),
     # No INSERT on dead_letters: letters are copied from the log, so that no role can make them up.
     ("EXECUTE", "FUNCTION {schema}.bury(jsonb)"),
 )
@@ -76,7 +76,7 @@ _OPERATOR: _Grants = (
     ("SELECT", "TABLE {schema}.workers"),
     ("SELECT, DELETE", "TABLE {schema}.redeliveries"),
     ("SELECT", "TABLE {schema}.skipped"),
-    ("SELECT, UPDATE (attempt, due_at, begun)", "TABLE {schema}.dead_letters"),
+    ("SELECT, UPDATE (attempt, due_at, started_by, lives)", "TABLE {schema}.dead_letters"),
 )
 
 _HEADING = """\

@@ -1,5 +1,6 @@
 from collections import defaultdict
 from dataclasses import replace
+from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import given, settings
@@ -21,8 +22,10 @@ def event(position: int, key: str | None = None) -> Event:
     return Event(tuple(row), position)
 
 
-def carried(attempt: int = 1, *, due_at: float = 0.0, failure: Failure | None = None, suspect: bool = False) -> Carried:
-    return Carried(attempt=attempt, due_at=due_at, failure=failure, suspect=suspect)
+def carried(
+    attempt: int = 1, *, due_at: float = 0.0, failure: Failure | None = None, started_by: UUID | None = None
+) -> Carried:
+    return Carried(attempt=attempt, due_at=due_at, failure=failure, started_by=started_by)
 
 
 def take(backlog: Backlog) -> Delivery | None:
@@ -126,7 +129,7 @@ TestBacklog.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def test_an_event_that_failed_under_a_former_owner_comes_when_it_is_due_with_its_attempts() -> None:
-    backlog = Backlog(order="key", carried={1: carried(2, due_at=10.0, suspect=True)})
+    backlog = Backlog(order="key", carried={1: carried(2, due_at=10.0, started_by=uuid4())})
     backlog.add(event(1, "k"))
     backlog.add(event(2, "k"))
 
@@ -137,7 +140,7 @@ def test_an_event_that_failed_under_a_former_owner_comes_when_it_is_due_with_its
     backlog.promote(10.0)
     delivery = take(backlog)
     assert delivery is not None
-    assert (delivery.event.position, delivery.event.attempt, delivery.suspect) == (1, 3, True)
+    assert (delivery.event.position, delivery.event.attempt, delivery.suspect) == (1, 4, True)
     backlog.leave(delivery.event)
     assert [one.position for one in backlog.ready] == [2]
 

@@ -1,14 +1,16 @@
 import asyncio
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import pytest
 
 from pgbackend import Event, Retry
-from pgbackend.delivery.care import Care
+from pgbackend.delivery.care import Care, WorkerCare
 from pgbackend.delivery.delivery import Delivery
 from pgbackend.delivery.gate import Gate
 from pgbackend.delivery.outcomes import Scheduled
+from pgbackend.delivery.redelivery import Redelivery, Start
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
 from pgbackend.delivery.window import Window
@@ -18,12 +20,19 @@ from pgbackend.subscriptions.presence import Tenure
 from tests.delivery.test_shard import make_shard
 from tests.support.events import log_row
 
+ME, OTHER = uuid4(), uuid4()
+
 
 async def committed() -> None: ...
 
 
 def make_care(
-    *, crashes: int, window_events: int = 3, alone: asyncio.Lock | None = None, commit: Any = committed
+    *,
+    crashes: int,
+    window_events: int = 3,
+    alone: asyncio.Lock | None = None,
+    commit: Any = committed,
+    rows: Any = None,
 ) -> Care:
     lease = replace(make_shard().lease, crashes=crashes)
     tenure = Tenure()
@@ -33,11 +42,12 @@ def make_care(
     registration = Registration(
         "s", dispatcher=print, dead_letter=None, filter=None, concurrency=64, retry=Retry(delay=2.0)
     )
-    return Care(shard, registration, Gate(), alone=alone or asyncio.Lock(), commit=commit)
+    common = WorkerCare(ME, cast("Redelivery", rows), commit, 5.0, alone or asyncio.Lock())
+    return Care(shard, registration, Gate(), common)
 
 
-def delivery(attempt: int = 1, *, suspect: bool = False) -> Delivery:
-    return Delivery(Event(log_row(7), 7, None, attempt), suspect=suspect)
+def delivery(attempt: int = 1, *, started_by: UUID | None = None) -> Delivery:
+    return Delivery(Event(log_row(7), 7, None, attempt), started_by=started_by)
 
 
 def test_care_starts_with_the_second_crash_and_ends_after_a_window_of_events() -> None:
@@ -53,7 +63,7 @@ def test_a_suspect_needs_care_wherever_it_turns_up() -> None:
     care = make_care(crashes=0)
 
     assert not care.covers(delivery())
-    assert care.covers(delivery(suspect=True))
+    assert care.covers(delivery(started_by=OTHER))
 
 
 async def test_events_wait_to_be_alone_no_longer_than_there_is_care(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +84,7 @@ async def test_a_suspect_waits_as_long_as_it_takes(monkeypatch: pytest.MonkeyPat
     await alone.acquire()
 
     async def wait() -> bool:
-        async with care.alone(delivery(suspect=True)) as is_alone:
+        async with care.alone(delivery(started_by=OTHER)) as is_alone:
             return is_alone
 
     waiting = asyncio.create_task(wait())
@@ -94,7 +104,7 @@ async def test_the_start_of_an_attempt_is_committed_before_the_dispatch() -> Non
 
     ((outcome,),) = commits
     assert isinstance(outcome, Scheduled)
-    assert (outcome.position, outcome.attempt, outcome.started) == (7, 3, True)
+    assert (outcome.position, outcome.attempt, outcome.started_by) == (7, 2, ME)
 
 
 async def test_a_start_is_taken_back_when_the_shard_stops_before_it_is_committed() -> None:
@@ -103,8 +113,54 @@ async def test_a_start_is_taken_back_when_the_shard_stops_before_it_is_committed
         raise DatabaseError("no answer")
 
     care = make_care(crashes=2, commit=commit)
-    assert not await care.record_start(delivery(attempt=3, suspect=True))
+    assert not await care.record_start(delivery(attempt=3, started_by=OTHER))
 
     (outcome,) = care._shard.outcomes.values()
     assert isinstance(outcome, Scheduled)
-    assert (outcome.attempt, outcome.started) == (2, True), "as it was: a suspect with two attempts"
+    assert (outcome.attempt, outcome.started_by) == (1, OTHER), "as it was: one attempt, and one that nobody reported"
+
+
+class Rows:
+    """What `find_start` finds."""
+
+    def __init__(self, start: Start | None) -> None:
+        self.start = start
+
+    async def find_start(self, *_: object) -> Start | None:
+        return self.start
+
+
+def start(*, started_by: UUID | None, attempt: int = 2, overdue: float = 0.0, connected: bool = False) -> Start:
+    return Start(attempt=attempt, started_by=started_by, overdue=overdue, connected=connected)
+
+
+async def examined(found: Start | None) -> Delivery | None:
+    return await make_care(crashes=2, rows=Rows(found)).examine(delivery(attempt=4, started_by=OTHER))
+
+
+async def test_the_attempt_of_a_process_that_died_counts() -> None:
+    one = await examined(start(started_by=OTHER))
+
+    assert one is not None
+    assert (one.event.attempt, one.suspect) == (4, True)
+
+
+async def test_an_attempt_that_a_living_process_lost_does_not_count() -> None:
+    one = await examined(start(started_by=None))
+
+    assert one is not None
+    assert (one.event.attempt, one.suspect) == (3, False)
+
+
+async def test_this_process_is_no_suspect_of_its_own() -> None:
+    one = await examined(start(started_by=ME))
+
+    assert one is not None
+    assert (one.event.attempt, one.suspect) == (3, False)
+
+
+@pytest.mark.parametrize(("overdue", "waits"), [(1.0, True), (61.0, False)])
+async def test_a_suspect_waits_a_minute_for_a_process_that_is_frozen(*, overdue: float, waits: bool) -> None:
+    one = await examined(start(started_by=OTHER, connected=True, overdue=overdue))
+
+    assert (one is None) is waits

@@ -27,7 +27,7 @@ def deliveries(draw: st.DrawFn) -> Delivery:
     given_up = origin is not Origin.LETTER and draw(st.booleans())
     failure = Failure(error="first", attempts=3, details={"a": "1"}) if given_up else None
     one = Event(log_row(7), 7, None, draw(st.integers(1, 12)), failure)
-    return Delivery(one, origin, letter=5 if origin is Origin.LETTER else None, suspect=draw(st.booleans()))
+    return Delivery(one, origin, letter=5 if origin is Origin.LETTER else None, started_by=draw(st.none() | st.uuids()))
 
 
 @st.composite
@@ -87,7 +87,7 @@ def test_the_outcome_belongs_to_the_event_or_the_letter(
     match decision:
         case TryAgain(delay=delay):
             assert isinstance(outcome, Scheduled | LetterFailed)
-            assert (outcome.attempt, outcome.delay, outcome.started) == (delivery.event.attempt, delay, False)
+            assert (outcome.attempt, outcome.delay, outcome.started_by) == (delivery.event.attempt, delay, None)
         case ToDeadLetter(failure=failure):
             assert isinstance(outcome, Scheduled)
             assert (outcome.attempt, outcome.failure) == (0, failure)

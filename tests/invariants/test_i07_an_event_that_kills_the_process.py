@@ -21,7 +21,7 @@ from tests.support.polling import eventually
 from tests.support.worker import Worker
 
 # Through a pooler only the lease shows that a worker died.
-SETTINGS: dict[str, object] = {"commit_interval": 0.02, "poll_interval": 0.1, "lease_timeout": 5.0}
+SETTINGS: dict[str, object] = {"commit_interval": 0.02, "poll_interval": 0.1, "lease_timeout": 2.0}
 ATTEMPTS = 3
 
 
@@ -217,6 +217,54 @@ async def test_a_careful_dispatch_that_is_cut_short_by_a_stop_is_no_attempt(data
     await handled_by_the_next_owner(database)
 
 
+async def test_an_attempt_that_a_living_process_loses_with_its_lease_does_not_count(database: str, sql: Sql) -> None:
+    gate = Gate()
+    attempts: list[tuple[str, int]] = []
+
+    async def handle(event: Event) -> None:
+        attempts.append((event.id, event.attempt))
+        await gate(event)
+
+    async with careful(database, lease_timeout=1.0) as backend:
+        with Recorder() as recorder:
+            await backend.subscribe("s", handle, retry=Retry(attempts=1, delay=0.1))
+            await gate.holds(1)
+            await sql.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
+            await recorder.wait("lease lost")
+            gate.open()
+            await settled(sql, 2)
+        assert [letter.event.id async for letter in backend.dead_letters()] == []
+
+    assert Counter(attempts) == {("a", 1): 2, ("b", 1): 1}
+
+
+async def test_an_event_at_work_in_three_lives_of_the_server_in_a_row_may_have_ended_them(database: str, sql: Sql) -> None:
+    gate = Gate()
+    attempts: list[int] = []
+
+    async def handle(event: Event) -> None:
+        if event.id == "a":
+            attempts.append(event.attempt)
+            await gate(event)
+
+    async with careful(database, lease_timeout=0.5) as backend:
+        await backend.subscribe("s", handle, retry=Retry(attempts=1, delay=0.1))
+        for life in range(1, 4):
+
+            async def is_dispatched(life: int = life) -> bool:
+                return len(attempts) == life
+
+            await eventually("it is dispatched", is_dispatched)
+            assert [letter.event.id async for letter in backend.dead_letters()] == []
+            # As a crash leaves it.
+            await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+        await settled(sql, 2)
+        letters = [(letter.event.id, letter.failure.attempts) async for letter in backend.dead_letters()]
+
+    assert attempts == [1, 1, 1]
+    assert letters == [("a", 1)]
+
+
 async def test_a_careful_dispatch_that_raises_pause_is_no_attempt(database: str, sql: Sql) -> None:
 
     async def gone(_: Event) -> None:
@@ -226,8 +274,8 @@ async def test_a_careful_dispatch_that_raises_pause_is_no_attempt(database: str,
         await backend.subscribe("s", gone, retry=Retry(attempts=1))
 
         async def is_not_counted() -> bool:
-            rows = await sql.fetch("SELECT attempt, begun FROM pgbackend.redeliveries")
-            return [tuple(row) for row in rows] == [(0, False)]
+            rows = await sql.fetch("SELECT attempt, started_by FROM pgbackend.redeliveries")
+            return [tuple(row) for row in rows] == [(0, None)]
 
         await eventually("the attempt does not count", is_not_counted)
     await handled_by_the_next_owner(database)

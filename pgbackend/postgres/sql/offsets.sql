@@ -61,7 +61,7 @@ to_schedule AS (
     SELECT fenced.subscription, fenced.ordered, due.*
     FROM given
     CROSS JOIN LATERAL jsonb_to_recordset(given.scheduled) AS due (
-        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started boolean
+        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid
     )
     JOIN fenced USING (epoch)
 ),
@@ -75,9 +75,9 @@ to_bury AS (
 ),
 scheduled AS (
     INSERT INTO {schema}.redeliveries AS kept
-        (subscription, position, key_hash, attempt, due_at, last_error, failure, begun)
+        (subscription, position, key_hash, attempt, due_at, last_error, failure, started_by)
     SELECT due.subscription, due.position, event.key_hash, due.attempt,
-        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.started
+        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.started_by
     FROM to_schedule AS due
     JOIN {schema}.events AS event ON event.position = due.position
     ON CONFLICT (subscription, position) DO UPDATE
@@ -85,7 +85,8 @@ scheduled AS (
         due_at = excluded.due_at,
         last_error = excluded.last_error,
         failure = excluded.failure,
-        begun = excluded.begun
+        started_by = excluded.started_by,
+        lives = CASE WHEN excluded.started_by IS NULL THEN 0 ELSE kept.lives END
 ),
 unscheduled AS (
     DELETE FROM {schema}.redeliveries AS kept
@@ -131,15 +132,16 @@ delivered_letters AS (
 failed_letters AS (
     UPDATE {schema}.dead_letters AS letter
     SET attempt = failed.attempt,
-        -- Count each attempt once: it may have been counted when it began.
+        -- Count each attempt once: it may have been counted before.
         attempts = letter.attempts + failed.attempt - letter.attempt,
         error = failed.error,
         details = failed.details::json,
         due_at = clock_timestamp() + make_interval(secs => failed.delay),
-        begun = failed.started
+        started_by = failed.started_by,
+        lives = CASE WHEN failed.started_by IS NULL THEN 0 ELSE letter.lives END
     FROM given
     CROSS JOIN LATERAL jsonb_to_recordset(given.letters_failed) AS failed (
-        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started boolean
+        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid
     )
     JOIN fenced USING (epoch)
     WHERE letter.letter_id = failed.letter

@@ -6,10 +6,10 @@
 -- from the log has no position here.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, failure, begun
+    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, failure, started_by
 FROM (
     SELECT
-        event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.begun,
+        event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.started_by,
         sum(event.weight) OVER (
             PARTITION BY asked.epoch ORDER BY due.due_at, event.position
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
@@ -61,7 +61,7 @@ LIMIT 10000;
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, letter_id, begun
+    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, letter_id, started_by
 FROM (
     SELECT
         due.*, asked.epoch, asked.room_bytes,
@@ -94,7 +94,7 @@ ORDER BY due_at;
 
 -- name: find_attempts
 -- Of a shard in an ordered mode: what its waiting positions have behind them. A new owner goes on from there.
-SELECT position, attempt, failure, begun, greatest(extract(epoch FROM due_at - clock_timestamp()), 0)::float8 AS delay
+SELECT position, attempt, failure, started_by, greatest(extract(epoch FROM due_at - clock_timestamp()), 0)::float8 AS delay
 FROM {schema}.redeliveries
 WHERE subscription = $1
     AND key_hash % $3::int = $2::int;
@@ -126,8 +126,78 @@ ORDER BY letter_id;
 UPDATE {schema}.dead_letters
 SET due_at = clock_timestamp(),
     attempt = 0,
-    begun = false
+    started_by = NULL,
+    lives = 0
 WHERE ($1::bigint[] IS NULL OR letter_id = ANY ($1))
     AND ($2::text IS NULL OR subscription = $2)
     AND due_at IS NULL
 RETURNING letter_id;
+
+-- name: find_start
+-- An attempt that started and whose end nobody reported, of an event ($2) or a dead letter ($3): how many attempts were
+-- made before, which worker started it, and whether the server still has that worker's connection. No row: it is over.
+WITH given AS (
+    SELECT $1::text AS subscription, $2::bigint AS position, $3::bigint AS letter_id
+),
+found AS (
+    SELECT kept.attempt, kept.started_by, kept.due_at
+    FROM given
+    JOIN {schema}.redeliveries AS kept USING (subscription, position)
+    WHERE given.letter_id IS NULL
+    UNION ALL
+    SELECT letter.attempt, letter.started_by, letter.due_at
+    FROM given
+    JOIN {schema}.dead_letters AS letter USING (subscription, letter_id)
+)
+SELECT
+    found.attempt,
+    found.started_by,
+    extract(epoch FROM clock_timestamp() - found.due_at)::float8 AS overdue,
+    EXISTS (
+        SELECT
+        FROM {schema}.workers AS worker
+        JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = worker.backend_pid
+        WHERE worker.id = found.started_by
+            AND coalesce(activity.backend_start = worker.backend_start, true)
+    ) AS connected
+FROM found;
+
+-- name: report_survival
+-- A worker that lost its lease during an attempt lives: the attempt does not count.
+UPDATE {schema}.redeliveries
+SET started_by = NULL
+WHERE subscription = $2
+    AND position = $3
+    AND started_by = $1;
+
+-- name: report_survival_of_letter
+UPDATE {schema}.dead_letters
+SET started_by = NULL
+WHERE letter_id = $2
+    AND started_by = $1;
+
+-- name: report_end_of_life
+-- The process of these workers ($1) lives, though their server did not ($2: whether it died). Their attempts do not count,
+-- unless the event was at work when each of the last $3 lives of the server ended: then it may be what ends them.
+WITH given AS (
+    SELECT $1::uuid[] AS workers, CASE WHEN $2::boolean THEN 1 ELSE 0 END AS died, $3::int AS most
+),
+events AS (
+    UPDATE {schema}.redeliveries AS kept
+    SET started_by = NULL,
+        lives = kept.lives + given.died,
+        attempt = kept.attempt + CASE WHEN given.died = 1 AND kept.lives + 1 >= given.most THEN 1 ELSE 0 END
+    FROM given
+    WHERE kept.started_by = ANY (given.workers)
+    RETURNING 1
+),
+letters AS (
+    UPDATE {schema}.dead_letters AS letter
+    SET started_by = NULL,
+        lives = letter.lives + given.died,
+        attempt = letter.attempt + CASE WHEN given.died = 1 AND letter.lives + 1 >= given.most THEN 1 ELSE 0 END
+    FROM given
+    WHERE letter.started_by = ANY (given.workers)
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM events) + (SELECT count(*) FROM letters) AS reported;

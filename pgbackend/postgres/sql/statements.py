@@ -73,6 +73,10 @@ class RedeliverySql:
     find_attempts: str
     list_letters: str
     redeliver_letters: str
+    find_start: str
+    report_survival: str
+    report_survival_of_letter: str
+    report_end_of_life: str
 
 
 @dataclass(frozen=True, slots=True)
