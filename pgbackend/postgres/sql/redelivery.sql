@@ -177,25 +177,23 @@ WHERE letter_id = $2
     AND started_by = $1;
 
 -- name: report_end_of_life
--- The process of these workers ($1) lives, though their server did not ($2: whether it died). Their attempts do not count,
--- unless the event was at work when each of the last $3 lives of the server ended: then it may be what ends them.
+-- The process of these workers ($1) lives, though they ended, perhaps ($2) with their server. Their attempts do not
+-- count, unless the event was at work when each of the last $3 lives of the server ended: it may be what ends them.
 WITH given AS (
     SELECT $1::uuid[] AS workers, CASE WHEN $2::boolean THEN 1 ELSE 0 END AS died, $3::int AS most
 ),
 events AS (
     UPDATE {schema}.redeliveries AS kept
-    SET started_by = NULL,
-        lives = kept.lives + given.died,
-        attempt = kept.attempt + CASE WHEN given.died = 1 AND kept.lives + 1 >= given.most THEN 1 ELSE 0 END
+    SET started_by = CASE WHEN given.died = 1 AND kept.lives + 1 >= given.most THEN kept.started_by END,
+        lives = kept.lives + given.died
     FROM given
     WHERE kept.started_by = ANY (given.workers)
     RETURNING 1
 ),
 letters AS (
     UPDATE {schema}.dead_letters AS letter
-    SET started_by = NULL,
-        lives = letter.lives + given.died,
-        attempt = letter.attempt + CASE WHEN given.died = 1 AND letter.lives + 1 >= given.most THEN 1 ELSE 0 END
+    SET started_by = CASE WHEN given.died = 1 AND letter.lives + 1 >= given.most THEN letter.started_by END,
+        lives = letter.lives + given.died
     FROM given
     WHERE letter.started_by = ANY (given.workers)
     RETURNING 1
