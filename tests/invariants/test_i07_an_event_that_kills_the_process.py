@@ -238,7 +238,7 @@ async def test_an_attempt_that_a_living_process_loses_with_its_lease_does_not_co
     assert Counter(attempts) == {("a", 1): 2, ("b", 1): 1}
 
 
-async def test_an_event_at_work_in_three_lives_of_the_server_in_a_row_may_have_ended_them(database: str, sql: Sql) -> None:
+async def test_an_event_at_work_when_three_lives_of_the_server_ended_is_a_suspect(database: str, sql: Sql) -> None:
     gate = Gate()
     attempts: list[int] = []
 
@@ -359,7 +359,7 @@ async def test_an_event_that_waits_for_careful_dispatch_goes_to_the_new_dispatch
 
         async def another_waits() -> bool:
             await backend.produce(make_event("c"))
-            return bool(worker_of(backend).pumps._alone._waiters)
+            return bool(worker_of(backend).pumps._care.alone._waiters)
 
         await eventually("another event waits for its end", another_waits)
         await backend.reconfigure("s", catch, filter=lambda event: event.id == "new")
