@@ -46,7 +46,7 @@ WRITERS = {
     ),
     "offsets": ("delivery.offsets", "subscriptions.definitions", "subscriptions.leases", "subscriptions.shards"),
     "workers": ("subscriptions.leases", "subscriptions.presence"),
-    "redeliveries": ("delivery.offsets", "subscriptions.shards"),
+    "redeliveries": ("delivery.offsets", "delivery.redelivery", "subscriptions.shards"),
     "dead_letters": ("delivery.offsets", "delivery.redelivery"),
     "skipped": ("delivery.offsets",),
 }
