@@ -147,7 +147,7 @@ LIFE = """
 # One sequence for the whole log: no epoch is given out twice, not even after delete and re-create.
 EPOCHS = "CREATE SEQUENCE {schema}.epochs AS bigint"
 
-# start_bound: the position or date where the subscription was told to start, as text. Null for "earliest" and
+# start_bound: the position or date at which the subscription was to start, as text. Null for "earliest" and
 # "latest", which are no places to go back to.
 # start_position: set while the start lies behind the end of the log, where no offset can be.
 # draining_until: no worker claims a shard before then, because the shards are about to change.
@@ -203,7 +203,7 @@ OFFSETS = """
     )"""
 
 # subscriptions: what the worker runs. asked_at: when it last had room for more shards.
-# The longest lease is bounded: a longer one would keep a dead worker's shards for ever.
+# The longest lease is bounded: a longer one would keep a dead worker's shards forever.
 WORKERS = """
     CREATE TABLE {schema}.workers (
         id uuid NOT NULL,

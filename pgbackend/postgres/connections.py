@@ -174,7 +174,7 @@ async def _backend_pid(connection: Connection) -> int:
 def _notice_silence(connection: Connection) -> None:
     """Have the kernel report the connection as lost when the other machine vanishes, in use and at rest.
 
-    Otherwise a statement on its way to such a machine waits for its timeout, and LISTEN for ever.
+    Otherwise a statement on its way to such a machine waits for its timeout, and LISTEN waits forever.
     """
     transport = connection._transport  # type: ignore[attr-defined] # noqa: SLF001 - asyncpg has no other way to its socket
     wire: socket.socket = transport.get_extra_info("socket")

@@ -90,8 +90,8 @@ class Loop:
     async def _wrap(self, protocol: _Protocol, wire: socket.socket, options: dict[str, Any]) -> _Connected:
         def make() -> asyncio.BaseProtocol:
             made = protocol()
-            # asyncpg's future for the answer to its request for TLS. It fails, and nobody retrieves the error, when the
-            # caller is cancelled while this connects.
+            # asyncpg's future for the answer to its request for TLS. Its error would stay unretrieved when the caller
+            # is cancelled while this connects.
             if isinstance(answer := getattr(made, "on_data", None), asyncio.Future):
                 answer.add_done_callback(_retrieve)
             return made

@@ -32,7 +32,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_libpq(dsn: str) -> dict[str, str] | None:
-    """What libpq reads; None for what it refuses."""
+    """The options that libpq reads from a DSN; None if it refuses it."""
     psycopg = pytest.importorskip("psycopg", reason="needs psycopg: install the dev extra anew")
     try:
         options = psycopg.conninfo.conninfo_to_dict(dsn)

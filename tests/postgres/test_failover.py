@@ -218,7 +218,7 @@ async def test_nothing_acknowledged_is_lost_with_a_synchronous_standby(pair: Pai
 async def test_events_at_reused_positions_are_dispatched(pair: Pair, tmp_path: Path) -> None:
     """An asynchronous standby lacks the last events, so they are lost, and later events get their positions.
 
-    The subscriptions run in other processes and in this one, and had settled what was lost.
+    The subscriptions run in other processes and in this one, and had settled the lost events.
     """
     ledger = Ledger(tmp_path / "ledger")
     catches = {name: Catch() for name in SUBSCRIPTIONS}
@@ -246,12 +246,12 @@ async def test_events_at_reused_positions_are_dispatched(pair: Pair, tmp_path: P
             async def all_handled() -> bool:
                 return set(new) <= {handling.id for handling in ledger.handled()}
 
-            await eventually("another process handles what is new", all_handled, 60)
+            await eventually("another process handles the new events", all_handled, 60)
         assert [fact["subscription"] for fact in recorder.all("subscription is gone")] == ["late"]
         await backend.probe()
 
     stored = await _query(pair.primary, "SELECT position, id FROM pgbackend.events ORDER BY position")
-    assert not {id_ for _, id_ in stored} & set(lost), "the standby had what it cannot have had"
+    assert not {id_ for _, id_ in stored} & set(lost), "the standby has events that it cannot have received"
     position_of = {id_: position for position, id_ in stored}
     again = [id_ for id_ in new if position_of[id_] in set(catches["plain"].positions[len(before) : -len(new)])]
     assert again, "no position was given out twice: the test shows nothing"
@@ -372,8 +372,8 @@ async def test_a_primary_left_behind_by_a_failover_is_refused(pair: Pair) -> Non
     await direct.close()
 
 
-@pytest.mark.parametrize("told", ["notice", "error"])
-async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lone: Server, told: str) -> None:
+@pytest.mark.parametrize("level", ["notice", "error"])
+async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lone: Server, level: str) -> None:
     """Also where the server is configured not to send warnings."""
 
     async def is_cancelled() -> bool:
@@ -382,7 +382,7 @@ async def test_a_commit_whose_wait_for_the_standby_is_cancelled_is_uncertain(lon
             " AND (query ILIKE '%insert%' OR query ILIKE 'copy%')"
         ))  # fmt: skip
 
-    await lone.configure("client_min_messages", told)
+    await lone.configure("client_min_messages", level)
     backend = Backend(lone.dsn)
     await backend.init()
     await lone.configure("synchronous_standby_names", "nobody")

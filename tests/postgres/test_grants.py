@@ -450,7 +450,7 @@ async def test_starting_at_latest_waits_for_an_appender_whose_age_is_hidden(role
 HELD_BY = """
     WITH worker AS (
         INSERT INTO pgbackend.workers (id, name, backend_pid, backend_start, lease_timeout)
-        VALUES ($1, 'somebody', $2, $3, '1 hour')
+        VALUES ($1, 'other', $2, $3, '1 hour')
     )
     UPDATE pgbackend.offsets SET owner = $1"""
 

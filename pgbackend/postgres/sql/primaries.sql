@@ -5,8 +5,8 @@ SELECT
     pg_is_in_recovery() AS in_recovery,
     concat_ws(
         ' ', version(),
-        -- The version() of these engines is that of the PostgreSQL they derive from. Not by to_regclass(): it fails where
-        -- somebody has a schema of that name and lets nobody in.
+        -- The version() of these engines is that of the PostgreSQL they derive from. Not by to_regclass(): it fails when
+        -- a schema of that name exists that this role may not use.
         (
             SELECT string_agg(
                 CASE relname WHEN 'iam_pg_role_mappings' THEN '(Aurora DSQL)' ELSE '(Aurora Limitless)' END, ' '

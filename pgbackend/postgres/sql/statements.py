@@ -1,4 +1,4 @@
-"""Which statements each `.sql` file has: one frozen dataclass a file, held against it when it is loaded."""
+"""One frozen dataclass for each `.sql` file, with a field for each statement. `load()` compares the two."""
 
 from dataclasses import dataclass
 
