@@ -53,11 +53,11 @@ def _unit(key: str) -> list[str]:
 @pytest.mark.parametrize(
     "file", sorted(path for path in DEPLOY.rglob("*") if path.is_file()), ids=lambda path: path.name
 )
-def test_every_variable_is_one_that_the_command_line_knows(file: Path) -> None:
+def test_every_variable_is_an_option_of_serve(file: Path) -> None:
     assert set(re.findall(r"\bPGBACKEND_[A-Z_]+", file.read_text())) <= KNOWN
 
 
-def test_the_commands_are_ones_that_the_command_line_takes() -> None:
+def test_the_commands_are_valid() -> None:
     [entry], [command] = _instructions("ENTRYPOINT"), _instructions("CMD")
     assert json.loads(entry) + json.loads(command) == ["pgbackend", "serve"]
     [started] = _unit("ExecStart")
@@ -67,7 +67,7 @@ def test_the_commands_are_ones_that_the_command_line_takes() -> None:
     serve.make_parser(serve.make_context("serve", arguments[1:])).parse_args(arguments[1:])
 
 
-def test_the_image_is_made_of_files_that_are_there_and_that_docker_is_let_to_see() -> None:
+def test_the_image_copies_files_that_exist_and_that_docker_may_see() -> None:
     allowed = re.findall(r"^!(\S+)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
     copied = [source for line in _instructions("COPY") if "--from" not in line for source in line.split()[:-1]]
     assert sorted(copied) == sorted(allowed)
@@ -83,7 +83,7 @@ def test_the_image_is_made_of_files_that_are_there_and_that_docker_is_let_to_see
     assert f"Programming Language :: Python :: 3.{minor}" in project["project"]["classifiers"]
 
 
-def test_the_health_check_asks_what_the_broker_answers() -> None:
+def test_the_health_check_asks_the_right_port() -> None:
     [check] = re.findall(r"CMD (\[\"python\".*\])", DOCKERFILE)
     program, flag, code = json.loads(check)
     assert (program, flag) == ("python", "-c")
@@ -99,7 +99,7 @@ def test_the_health_check_asks_what_the_broker_answers() -> None:
     assert asked == [f"http://127.0.0.1:{port}/healthz" for port in (8080, 9090, 8080, 9091, 9091, 9090)]
 
 
-def test_the_composition_mounts_a_configuration_that_is_valid() -> None:
+def test_the_composition_mounts_a_valid_configuration() -> None:
     broker = COMPOSE["services"]["broker"]
     [mount] = broker["volumes"]
     source, target, mode = mount.split(":")
@@ -112,9 +112,7 @@ def test_the_composition_mounts_a_configuration_that_is_valid() -> None:
 
 
 @pytest.mark.direct
-async def test_the_composition_leads_to_a_broker_that_owns_nothing_and_can_do_its_work(
-    empty_database: str, tmp_path: Path
-) -> None:
+async def test_the_composition_s_broker_owns_nothing_and_works(empty_database: str, tmp_path: Path) -> None:
     services = COMPOSE["services"]
     secrets = {"OWNER_PASSWORD": "own'er", "BROKER_PASSWORD": 'bro"ker'}
     assert set(secrets) < set(services["postgres"]["environment"])
@@ -179,7 +177,7 @@ def test_every_image_is_pinned_by_its_digest() -> None:
         assert re.fullmatch(r"\w+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
 
 
-def test_whoever_stops_it_waits_until_it_has_drained() -> None:
+def test_the_broker_gets_enough_time_to_drain() -> None:
     assert int(_unit("TimeoutStopSec")[0]) > supervisor.DRAIN_TIMEOUT
     assert int(COMPOSE["services"]["broker"]["stop_grace_period"].rstrip("s")) > supervisor.DRAIN_TIMEOUT
     assert _unit("KillMode") == ["mixed"]

@@ -45,7 +45,7 @@ def unasked_port() -> int:
             return port
 
 
-async def test_the_receiver_ends_with_the_command_beside_it_and_as_that_did() -> None:
+async def test_the_receiver_ends_with_its_command_and_its_exit_code() -> None:
     port = unasked_port()
     post = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], b'hello', {'ce-type': 't'})); sys.exit(7)"
     url = f"http://127.0.0.1:{port}/x"
@@ -54,7 +54,7 @@ async def test_the_receiver_ends_with_the_command_beside_it_and_as_that_did() ->
     assert out == "arrived at /x (binary): t id=? source=? hello\n"
 
 
-async def test_a_receiver_whose_port_is_taken_says_so_in_one_line() -> None:
+async def test_the_receiver_reports_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, _, err = await run("examples/receiver.py", "--port", str(port), "--", "true")

@@ -22,7 +22,8 @@ import asyncpg
 import pytest
 from aiohttp import web
 
-from tests.serve.support.process import Process, config, post, refused, running
+from tests.serve.support.configs import config
+from tests.serve.support.process import Process, post, refused, running
 from tests.serve.support.target import Request, Target
 from tests.support.polling import eventually
 

@@ -36,12 +36,12 @@ def seen(text: str) -> Any:
     return yaml.load(textwrap.dedent(text), Loader=_Editor)  # noqa: S506 - a SafeLoader
 
 
-def test_the_schema_in_the_documentation_is_that_of_this_version() -> None:
+def test_the_schema_in_the_documentation_is_current() -> None:
     kept = json.loads((ROOT / "docs" / "broker.schema.json").read_text(encoding="utf-8"))
     assert kept == json_schema(), "run `pgbackend serve --print-schema > docs/broker.schema.json`"
 
 
-def test_the_schema_is_one_and_explains_every_key() -> None:
+def test_the_schema_is_valid_and_describes_every_key() -> None:
     schema = json_schema()
     Draft202012Validator.check_schema(schema)
     sections = [schema, *schema["$defs"].values()]
@@ -84,7 +84,7 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("text", RIGHT, ids=[text.strip()[:40] for text in RIGHT])
-def test_what_the_broker_takes_is_right_for_an_editor(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_the_broker_accepts_is_valid_for_an_editor(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in re.findall(r"env: (\w+)", text):
         monkeypatch.setenv(name, "secret")
     load(textwrap.dedent(text), origin="broker.yaml")
@@ -107,7 +107,7 @@ def _readable(text: str) -> bool:
     return True
 
 
-def test_what_the_broker_refuses_is_wrong_for_an_editor() -> None:
+def test_a_file_that_the_broker_refuses_is_invalid_for_an_editor() -> None:
     # In the test, not among its parameters: reading the largest of them takes a second, for every worker of xdist.
     texts = [text for text, _ in MISTAKES if not BEYOND.search(text) and _readable(text)]
     assert len(texts) > 30
@@ -157,7 +157,7 @@ def _below(shape: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
 
 @given(section() | FILES)
 @settings(max_examples=500)
-def test_whatever_a_file_says_it_is_refused_in_words_or_right_for_an_editor_too(file: Any) -> None:
+def test_any_file_is_refused_with_a_message_or_valid_for_an_editor(file: Any) -> None:
     try:
         load(json.dumps(file), origin="broker.yaml")
     except ConfigError as error:

@@ -66,7 +66,7 @@ def event(**attributes: str) -> Event:
     return parse_structured(f"{{{text}}}".encode())
 
 
-def test_everything_that_a_file_may_say_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"INGEST_PASSWORD": "pw", "INGEST_TOKEN": "tok", "BILLING_AUTH": "Bearer b"}.items():
         monkeypatch.setenv(name, value)
 
@@ -96,7 +96,7 @@ def test_everything_that_a_file_may_say_is_understood(monkeypatch: pytest.Monkey
     assert not predicate(event(type="com.example.order.deleted"))
 
 
-def test_defaults_are_those_of_the_specification() -> None:
+def test_defaults_are_as_documented() -> None:
     only = trigger("target: {url: http://localhost/}")
 
     assert only.predicate is None
@@ -108,7 +108,7 @@ def test_defaults_are_those_of_the_specification() -> None:
     assert (only.start, only.end) == ("latest", None)
 
 
-def test_json_says_the_same_as_yaml_whatever_indents_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_may_be_indented_by_tabs(monkeypatch: pytest.MonkeyPatch) -> None:
     text = """{
     \t"triggers": {
     \t\t"a\\u00e9\\ud83d\\ude00": {"deliveryOptions": {"retry": 3, "backoffDelay": "PT1S"}, "filters": null}
@@ -129,7 +129,7 @@ def test_scalars_in_text_fields_stay_text() -> None:
     }
 
 
-def test_keys_match_without_case_as_in_the_files_of_triggermesh() -> None:
+def test_keys_match_in_any_case() -> None:
     only = loaded("Triggers: {Only: {Target: {URL: http://h/}, deliveryoptions: {DeadLetterUrl: http://d/}}}")
     assert str(only.triggers["Only"].delivery_options.dead_letter_url) == "http://d/"
 
@@ -169,7 +169,7 @@ class TestFilesOfTriggerMesh:
             """).triggers["first"]
         assert only.delivery_options.policy().waits() == (5.0, 10.0)
 
-    def test_bounds_that_it_would_have_ignored_are_refused_with_what_to_write(self) -> None:
+    def test_old_bounds_are_refused_with_what_to_write(self) -> None:
         said = complaint("""\
             triggers:
               replay:
@@ -185,7 +185,7 @@ class TestFilesOfTriggerMesh:
             f"broker.yaml:5: triggers.replay.bounds.endId: {expected}: {{end: …}}?",
         ]
 
-    def test_an_id_of_redis_is_told_as_the_time_that_it_is(self) -> None:
+    def test_a_redis_id_is_refused_with_its_time(self) -> None:
         said = complaint("triggers: {replay: {bounds: {byId: {start: 1686851639344-0}}}}")
         assert "triggers.replay.bounds.byId.start: expected a position of this log" in said
         assert "use byDate with 2023-06-15T17:53:59.344Z" in said
@@ -205,7 +205,7 @@ def test_anchors_aliases_and_merges_are_resolved() -> None:
     assert configuration.triggers["b"].concurrency == 3
 
 
-def test_absent_and_empty_filters_let_everything_through() -> None:
+def test_without_filters_every_event_passes() -> None:
     for body in ("", "filters: []", "filters: ", "filters: null"):
         assert trigger(body).predicate is None
 
@@ -217,7 +217,7 @@ def test_several_attributes_of_a_filter_must_all_match() -> None:
     assert not predicate(event(type="x"))
 
 
-def test_cesql_stands_beside_and_within_the_other_dialects() -> None:
+def test_cesql_combines_with_the_other_dialects() -> None:
     predicate = trigger("""filters: [{cesql: "type LIKE 'order.%'"}, {not: {cesql: subject = 'draft'}}]""").predicate
     assert predicate is not None
     assert predicate(event(type="order.created"))
@@ -226,17 +226,17 @@ def test_cesql_stands_beside_and_within_the_other_dialects() -> None:
     assert not predicate(event(type="orders"))
 
 
-def test_a_function_that_cesql_does_not_have_is_a_mistake_of_the_file() -> None:
+def test_an_unknown_function_in_cesql_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match=r"filters\[0\]\.cesql: CESQL, line 1, column 1: there is no function 'LEN'"):
         trigger("filters: [{cesql: LEN(type) > 2}]")
 
 
 class TestDeliveryOptions:
-    def test_retry_without_a_policy_is_constant(self) -> None:
+    def test_without_a_policy_the_wait_is_constant(self) -> None:
         policy = trigger("deliveryOptions: {retry: 2, backoffDelay: PT3S}").delivery_options.policy()
         assert policy.waits() == (3.0, 3.0)
 
-    def test_without_a_delay_it_is_one_second(self) -> None:
+    def test_without_a_delay_the_wait_is_one_second(self) -> None:
         policy = trigger("deliveryOptions: {retry: 3, backoffPolicy: linear}").delivery_options.policy()
         assert policy.waits() == (1.0, 2.0, 3.0)
 
@@ -244,10 +244,10 @@ class TestDeliveryOptions:
         options = "deliveryOptions: {retry: 4, backoffPolicy: exponential, backoffDelay: PT1.5S, backoffMax: PT10S}"
         assert trigger(options).delivery_options.policy().waits() == (3.0, 6.0, 10.0, 10.0)
 
-    def test_options_that_name_no_retry_have_none(self) -> None:
+    def test_options_without_retry_have_no_retries(self) -> None:
         assert trigger("deliveryOptions: {deadLetterURL: http://d/}").delivery_options.policy().attempts == 1
 
-    def test_the_deprecated_place_counts_when_there_is_no_other(self) -> None:
+    def test_the_deprecated_place_applies_without_the_other(self) -> None:
         assert trigger("target: {url: http://h/, deliveryOptions: {retry: 7}}").delivery_options.retry == 7
 
     def test_the_proper_place_replaces_the_deprecated_one_as_a_whole(self) -> None:
@@ -255,7 +255,7 @@ class TestDeliveryOptions:
         options = trigger(both).delivery_options
         assert (options.retry, options.timeout) == (1, 30.0)
 
-    def test_an_empty_or_absent_url_is_no_url(self) -> None:
+    def test_an_empty_url_is_no_url(self) -> None:
         for body in ("", 'target: {url: ""}', "target: ", "target: {url: null}"):
             assert trigger(body).target.url is None
 
@@ -306,7 +306,7 @@ def test_durations_are_iso_8601(text: str, expected: float) -> None:
         "PT" + "9" * 400 + "S",
     ],
 )
-def test_what_is_no_iso_8601_duration_is_refused(text: str) -> None:
+def test_other_durations_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a"):
         seconds(text)
 
@@ -320,31 +320,31 @@ def test_a_long_duration_is_refused_at_once(text: str) -> None:
 
 
 class TestBounds:
-    def test_a_position_beats_a_date_on_its_own_side_only(self) -> None:
+    def test_a_position_overrides_a_date_on_its_own_side_only(self) -> None:
         only = trigger(
             "bounds: {byId: {start: 5}, byDate: {start: 2026-01-01T00:00:00Z, end: 2026-02-01T01:00:00+01:00}}"
         )
         assert only.start == 5
         assert only.end == datetime(2026, 2, 1, tzinfo=UTC)
 
-    def test_bounds_beat_start(self) -> None:
+    def test_bounds_override_start(self) -> None:
         assert trigger("start: earliest, bounds: {byDate: {start: 2026-01-01t00:00:00z}}").start == datetime(
             2026, 1, 1, tzinfo=UTC
         )
 
-    def test_what_is_finer_than_a_microsecond_stays_exclusive(self) -> None:
+    def test_a_bound_finer_than_a_microsecond_stays_exclusive(self) -> None:
         only = trigger("bounds: {byDate: {start: 2026-01-01T00:00:00.0000019Z, end: 2026-01-01T00:00:00.0000021Z}}")
         assert only.start == datetime(2026, 1, 1, 0, 0, 0, 1, tzinfo=UTC)
         assert only.end == datetime(2026, 1, 1, 0, 0, 0, 3, tzinfo=UTC)
 
-    def test_a_time_that_there_is_not_in_every_zone_is_no_bound(self) -> None:
+    def test_a_time_that_does_not_exist_in_utc_is_refused(self) -> None:
         for bound in ("start: 0001-01-01T00:00:00+00:01", "end: 9999-12-31T23:59:59-00:01"):
             assert "expected a time such as" in complaint(f"triggers: {{a: {{bounds: {{byDate: {{{bound}}}}}}}}}")
         assert trigger("bounds: {byDate: {start: 0001-01-01T00:00:00Z}}").start == datetime(1, 1, 1, tzinfo=UTC)
 
 
 class TestSecrets:
-    def test_a_file_is_relative_to_the_configuration_and_loses_its_last_line_break(self, tmp_path: Path) -> None:
+    def test_a_secret_file_is_relative_to_the_configuration_and_loses_its_last_line_break(self, tmp_path: Path) -> None:
         (tmp_path / "secret").write_text("Bearer of news\r\n", encoding="utf-8")
         file = tmp_path / "broker.yaml"
         file.write_text("triggers: {a: {target: {url: http://h/, headers: {Authorization: {file: secret}}}}}")
@@ -368,13 +368,13 @@ class TestSecrets:
         said += repr(trigger("deliveryOptions: {deadLetterURL: 'http://h/?token=hunter2'}"))
         assert "ter2" not in said
 
-    def test_what_is_no_text_cannot_be_sent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_secret_that_is_not_utf_8_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(os.environ, "LATIN", os.fsdecode(b"caf\xe9"))
         assert "ingest.token: expected a value in UTF-8" in complaint("ingest: {token: {env: LATIN}}")
         with_header = "triggers: {a: {target: {url: http://h/, headers: {X: {env: LATIN}}}}}"
         assert "target.headers.X: expected a value in UTF-8" in complaint(with_header)
 
-    def test_empty_user_and_password_as_triggermesh_writes_them_ask_nobody(self) -> None:
+    def test_an_empty_user_and_password_mean_no_credentials(self) -> None:
         ingest = loaded('ingest: {user: "", password: ""}').ingest
         assert ingest.user is None
         assert ingest.token is None
@@ -495,14 +495,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("text", "expected"), MISTAKES, ids=[text[:60] for text, _ in MISTAKES])
-def test_a_mistake_is_named_with_its_path_and_what_was_expected(text: str, expected: str) -> None:
+def test_a_mistake_is_reported_with_its_path_and_what_was_expected(text: str, expected: str) -> None:
     said = complaint(text)
     assert said.startswith("broker.yaml:")
     assert expected in said
     assert "\n" not in said
 
 
-def test_a_mistake_is_named_with_its_line() -> None:
+def test_a_mistake_is_reported_with_its_line() -> None:
     text = """\
         triggers:
           good:
@@ -517,11 +517,11 @@ def test_a_mistake_is_named_with_its_line() -> None:
     assert complaint(text).startswith("broker.yaml:9: triggers.bad.deliveryOptions.backoffDelay: expected")
 
 
-def test_a_missing_line_is_named_by_the_one_above() -> None:
+def test_a_missing_value_is_reported_at_the_line_of_its_parent() -> None:
     assert complaint("\ntriggers:\n  a:\n    filters:\n    - {}\n").startswith("broker.yaml:5: triggers.a.filters[0]:")
 
 
-def test_all_mistakes_are_named_in_the_order_of_the_file() -> None:
+def test_all_mistakes_are_reported_in_the_order_of_the_file() -> None:
     with pytest.raises(ConfigError) as caught:
         loaded("""\
             triggers:
@@ -569,11 +569,11 @@ def test_all_mistakes_are_named_in_the_order_of_the_file() -> None:
         ("triggers: {a: {bounds: {startId: 1686851639344-0}}}", "byId: {start: …}"),
     ],
 )
-def test_an_unknown_key_is_named_with_the_one_that_was_meant(text: str, suggested: str) -> None:
+def test_an_unknown_key_gets_a_suggestion(text: str, suggested: str) -> None:
     assert complaint(text).endswith(f"; did you mean {suggested}?")
 
 
-def test_as_many_mistakes_as_there_are_triggers_are_named_in_time() -> None:
+def test_ten_thousand_mistakes_are_found_quickly() -> None:
     """Looking through all of them for each took a minute, where a second is enough."""
     began = time.process_time()
     said = complaint("triggers:\n" + "".join(f"  t{number}: {{concurrency: x}}\n" for number in range(10_000)))
@@ -581,11 +581,11 @@ def test_as_many_mistakes_as_there_are_triggers_are_named_in_time() -> None:
     assert "10001: triggers.t9999.concurrency" in said
 
 
-def test_a_key_like_no_other_suggests_nothing() -> None:
+def test_a_key_like_no_other_gets_no_suggestion() -> None:
     assert complaint("triggers: {a: {sidecar: x}}").endswith("start or bounds.")
 
 
-def test_what_an_alias_repeats_is_one_mistake() -> None:
+def test_a_mistake_that_an_alias_repeats_is_reported_once() -> None:
     assert complaint("triggers: {a: &a {order: x, order: y}, b: *a}").count("occurs twice") == 1
 
 
@@ -596,7 +596,7 @@ def test_aliases_cannot_blow_up_a_file(first: str, others: str) -> None:
     assert "expected at most 100000 values" in complaint("\n".join(lines))
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
         load_file(tmp_path / "nowhere.yaml")
     (tmp_path / "latin").write_bytes(b"triggers: {\xe9: {}}")
@@ -604,7 +604,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_file(tmp_path / "latin")
 
 
-def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
     """What was meant is another one: a dump, a device that has no end."""
     large = tmp_path / "large.yaml"
     large.write_bytes(b"triggers: {}\n#" + b"x" * (8 << 20))

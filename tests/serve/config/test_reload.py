@@ -86,7 +86,7 @@ def make_again(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("change", [write, rename_over, make_again])
-async def test_a_changed_file_is_read_within_a_second_however_it_was_changed(file: Path, change: object) -> None:
+async def test_a_changed_file_is_read_within_a_second(file: Path, change: object) -> None:
     assert callable(change)
     took = []
     async with following(file) as follower:
@@ -99,7 +99,7 @@ async def test_a_changed_file_is_read_within_a_second_however_it_was_changed(fil
     assert min(took) < 1.5
 
 
-async def test_what_changed_before_anybody_looked_is_seen(file: Path) -> None:
+async def test_a_change_before_the_watch_began_is_seen(file: Path) -> None:
     current = load_file(file)
     file.write_text(naming("second"))
     async with following(file, current=current) as follower:
@@ -135,7 +135,7 @@ class Mounted:
             (self.directory / before).rmdir()
 
 
-async def test_a_swapped_link_is_followed_as_kubernetes_does_it(tmp_path: Path) -> None:
+async def test_a_swapped_link_is_followed(tmp_path: Path) -> None:
     mounted = Mounted(tmp_path / "etc", broker=naming("first"))
     took = []
     async with following(mounted.directory / "broker") as follower:
@@ -147,7 +147,7 @@ async def test_a_swapped_link_is_followed_as_kubernetes_does_it(tmp_path: Path) 
     assert min(took) < 1.5
 
 
-async def test_a_link_to_a_file_elsewhere_is_followed_wherever_it_changes(tmp_path: Path) -> None:
+async def test_every_link_on_the_way_to_the_file_is_followed(tmp_path: Path) -> None:
     """The link itself, a directory on the way that is one, and the file at its end."""
     for release in ("one", "two"):
         (tmp_path / "releases" / release).mkdir(parents=True)
@@ -167,7 +167,7 @@ async def test_a_link_to_a_file_elsewhere_is_followed_wherever_it_changes(tmp_pa
         assert await follower.names() == ["one"]
 
 
-async def test_a_directory_that_is_made_anew_is_followed(tmp_path: Path) -> None:
+async def test_a_directory_that_is_created_again_is_followed(tmp_path: Path) -> None:
     directory = tmp_path / "etc"
     directory.mkdir()
     file = directory / "broker.yaml"
@@ -184,7 +184,7 @@ async def test_a_directory_that_is_made_anew_is_followed(tmp_path: Path) -> None
             assert await follower.names() == ["third"]
 
 
-async def test_a_secret_that_rotates_is_a_change(tmp_path: Path, file: Path) -> None:
+async def test_a_rotated_secret_is_a_change(tmp_path: Path, file: Path) -> None:
     mounted = Mounted(tmp_path / "secrets", token="old")
     file.write_text(naming("first", secret="{file: secrets/token}"))
     took = []
@@ -197,7 +197,7 @@ async def test_a_secret_that_rotates_is_a_change(tmp_path: Path, file: Path) -> 
     assert min(took) < 1.5
 
 
-async def test_secrets_of_a_new_configuration_are_followed_as_well(tmp_path: Path, file: Path) -> None:
+async def test_secrets_of_a_new_configuration_are_followed(tmp_path: Path, file: Path) -> None:
     secret = tmp_path / "elsewhere" / "token"
     secret.parent.mkdir()
     secret.write_text("old")
@@ -208,7 +208,7 @@ async def test_secrets_of_a_new_configuration_are_followed_as_well(tmp_path: Pat
         assert (await follower.next()).triggers["first"].target.headers == {"X": "new"}
 
 
-async def test_a_secret_that_comes_late_makes_the_configuration_valid(tmp_path: Path, file: Path) -> None:
+async def test_a_secret_that_appears_late_makes_the_configuration_valid(tmp_path: Path, file: Path) -> None:
     with Recorder() as recorder:
         async with following(file) as follower:
             file.write_text(naming("second", secret="{file: secrets/token}"))
@@ -218,7 +218,7 @@ async def test_a_secret_that_comes_late_makes_the_configuration_valid(tmp_path: 
             assert await follower.names() == ["second"]
 
 
-async def test_a_configuration_that_is_not_valid_is_reported_and_changes_nothing(file: Path) -> None:
+async def test_an_invalid_configuration_is_reported_and_changes_nothing(file: Path) -> None:
     with Recorder() as recorder:
         async with following(file) as follower:
             file.write_text("triggers: {a: {order: sorted}}")
@@ -275,9 +275,7 @@ def test_a_file_that_says_the_same_in_other_words_is_no_change(file: Path) -> No
     assert not recorder.facts
 
 
-async def test_half_of_a_file_is_not_taken_while_the_rest_is_being_written(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_file_is_not_read_while_it_is_being_written(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A writer that stands still for longer is believed to be done.
     monkeypatch.setattr(watch, "_MOMENT", 2.5)
     whole = naming(*(f"t{number}" for number in range(10)))
@@ -329,7 +327,7 @@ async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: 
 class TestOfABroker:
     """The same, with all that comes behind it."""
 
-    async def test_secrets_that_rotate_are_in_force_at_both_ends(
+    async def test_rotated_secrets_apply_to_senders_and_targets(
         self, database: str, target: Target, tmp_path: Path
     ) -> None:
         secrets = Mounted(tmp_path / "secrets", token="old-token", key="old-key")
@@ -352,7 +350,7 @@ class TestOfABroker:
             await target.wait(2)
         assert [request.header("x-key") for request in target.requests] == ["old-key", "new-key"]
 
-    async def test_a_refused_file_leaves_what_is_in_force_and_is_reported_with_every_mistake(
+    async def test_a_refused_file_changes_nothing_and_is_reported_with_every_mistake(
         self, database: str, target: Target, tmp_path: Path
     ) -> None:
         file = tmp_path / "broker.yaml"

@@ -12,33 +12,13 @@ from pgbackend.serve.config.load import load
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
 from tests.serve.support.broker import Broker, send, serving
-from tests.serve.support.target import Request, Target, failing
+from tests.serve.support.configs import config, to, triggers
+from tests.serve.support.target import Target, failing, holding
 from tests.support.backends import complete, dead_letters, settled, status_of
 from tests.support.polling import eventually
 
 
-def config(**triggers: str) -> str:
-    """A file with these triggers, each what stands in its braces."""
-    return "triggers: {" + ", ".join(f"{name}: {{{body}}}" for name, body in triggers.items()) + "}"
-
-
-def to(target: Target, options: str = "") -> str:
-    return f"target: {{url: '{target.url}'}}{', ' if options else ''}{options}"
-
-
-def holding(target: Target) -> asyncio.Event:
-    """The target answers nothing before this is set."""
-    released = asyncio.Event()
-
-    async def answer(request: Request) -> web.Response:
-        await released.wait()
-        return web.Response(status=204)
-
-    target.answer = answer
-    return released
-
-
-async def running(broker: Broker, *names: str) -> None:
+async def are_running(broker: Broker, *names: str) -> None:
     """These run here, and no other."""
 
     async def they_are() -> bool:
@@ -53,42 +33,42 @@ class TestAddingAndRemoving:
         async with serving(database) as broker:
             await send(broker, "before")
             with Recorder() as recorder:
-                await broker.configure(config(billing=to(target)))
+                await broker.configure(config(target))
             assert recorder.all("trigger added", trigger="billing")
             await send(broker, "after")
             await target.wait(1)
             await settled(broker.backend)
         assert target.ids() == ["after"]
 
-    async def test_a_removed_trigger_keeps_its_place_and_goes_on_there(self, database: str, target: Target) -> None:
-        async with serving(database, config=config(billing=to(target))) as broker:
+    async def test_a_removed_trigger_keeps_its_place(self, database: str, target: Target) -> None:
+        async with serving(database, config=config(target)) as broker:
             await send(broker, 1)
             await target.wait(1)
             with Recorder() as recorder:
                 await broker.configure("{}")
             assert recorder.all("trigger removed", trigger="billing")
             await send(broker, 2, 3)
-            await broker.configure(config(billing=to(target)))
+            await broker.configure(config(target))
             await target.wait(3)
             await settled(broker.backend)
         assert sorted(target.ids()) == ["1", "2", "3"]
 
-    async def test_a_removed_trigger_finishes_what_it_has_begun_and_holds_up_no_other(
+    async def test_a_removed_trigger_finishes_its_requests_and_delays_no_other(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         released = holding(target)
-        async with serving(database, config=config(billing=to(target))) as broker:
+        async with serving(database, config=config(target)) as broker:
             await send(broker, 1)
             await target.wait(1)
             with Recorder() as recorder:
                 began = monotonic()
-                await broker.triggers.apply(load(config(other=to(other_target)), origin="test"))
+                await broker.triggers.apply(load(triggers(other=to(other_target)), origin="test"))
                 assert monotonic() - began < 20  # the backend drains for 30 s
                 await send(broker, 2)
                 await other_target.wait(1)
                 assert not recorder.all("trigger removed")
                 # Nor does it hold up the change after that.
-                await broker.triggers.apply(load(config(third=to(other_target)), origin="test"))
+                await broker.triggers.apply(load(triggers(third=to(other_target)), origin="test"))
                 released.set()
                 await recorder.wait("trigger removed", trigger="billing")
             await broker.triggers.drain()
@@ -96,33 +76,33 @@ class TestAddingAndRemoving:
             assert (shard.position, shard.pending) == (1, 0)
         assert target.ids() == ["1"]
 
-    async def test_a_trigger_that_comes_back_while_it_goes_has_lost_and_repeated_nothing(
+    async def test_a_trigger_that_returns_while_it_is_removed_loses_and_repeats_nothing(
         self, database: str, target: Target
     ) -> None:
         released = holding(target)
-        async with serving(database, config=config(billing=to(target, "order: strict"))) as broker:
+        async with serving(database, config=config(target, "order: strict")) as broker:
             await send(broker, 1, 2)
             await target.wait(1)
             await broker.triggers.apply(load("{}", origin="test"))
-            await broker.triggers.apply(load(config(billing=to(target, "order: strict")), origin="test"))
+            await broker.triggers.apply(load(config(target, "order: strict"), origin="test"))
             released.set()
             await broker.triggers.drain()
             await target.wait(2)
             await settled(broker.backend)
         assert target.ids() == ["1", "2"]
 
-    async def test_a_target_that_hangs_is_waited_for_as_long_as_the_backend_drains(
+    async def test_a_removed_trigger_waits_for_a_hanging_target_no_longer_than_drain_timeout(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         released = holding(target)
-        async with serving(database, config=config(billing=to(target)), drain_timeout=0.5) as broker:
+        async with serving(database, config=config(target), drain_timeout=0.5) as broker:
             await send(broker, 1)
             await target.wait(1)
             began = monotonic()
             await broker.configure("{}")
             assert 0.4 < monotonic() - began < 20
             # Nobody has settled it: it is dispatched again where the trigger is told to go next.
-            await broker.configure(config(billing=to(other_target)))
+            await broker.configure(config(other_target))
             await other_target.wait(1)
             await settled(broker.backend)
             released.set()
@@ -130,16 +110,16 @@ class TestAddingAndRemoving:
 
 
 class TestChanging:
-    async def test_what_was_begun_ends_as_it_began_and_the_rest_goes_the_new_way(
+    async def test_open_requests_finish_as_they_began_and_the_rest_follows_the_change(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         released = holding(target)
-        async with serving(database, config=config(billing=to(target, "concurrency: 2"))) as broker:
+        async with serving(database, config=config(target, "concurrency: 2")) as broker:
             await send(broker, *range(6))
             await target.wait(2)
             with Recorder() as recorder:
                 await broker.configure(
-                    config(
+                    triggers(
                         billing=f"target: {{url: '{other_target.url}', mode: structured, headers: {{X: new}}}},"
                         "filters: [{not: {exact: {id: '5'}}}]"
                     )
@@ -153,13 +133,13 @@ class TestChanging:
         assert {request.header("x") for request in other_target.requests} == {"new"}
         assert other_target.requests[0].header("content-type") == "application/cloudevents+json; charset=utf-8"
 
-    async def test_a_trigger_that_is_the_same_is_not_touched(
+    async def test_an_unchanged_trigger_is_not_touched(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         """Its connection stays, and so does its pause."""
         other_target.answer = lambda request: web.Response(status=410)
         same = {"billing": to(target), "gone": to(other_target)}
-        async with serving(database, config=config(**same)) as broker:
+        async with serving(database, config=triggers(**same)) as broker:
             await send(broker, 1)
             await target.wait(1)
 
@@ -168,7 +148,7 @@ class TestChanging:
 
             await eventually("the trigger pauses", paused)
             with Recorder() as recorder:
-                await broker.configure(config(**same, third=to(target, "filters: [{exact: {id: none}}]")))
+                await broker.configure(triggers(**same, third=to(target, "filters: [{exact: {id: none}}]")))
                 await send(broker, 2)
                 await target.wait(2)
                 assert await paused()
@@ -176,17 +156,17 @@ class TestChanging:
                 assert not recorder.all("trigger changed")
                 # A change ends the pause.
                 other_target.answer = lambda request: web.Response(status=204)
-                await broker.configure(config(billing=same["billing"], gone=to(other_target, "concurrency: 2")))
+                await broker.configure(triggers(billing=same["billing"], gone=to(other_target, "concurrency: 2")))
                 await other_target.wait(3)
             await settled(broker.backend, "gone")
         assert len({request.port for request in target.requests}) == 1
         assert sorted(set(other_target.ids())) == ["1", "2"]
 
-    async def test_another_order_holds_from_then_on(self, database: str, target: Target) -> None:
-        async with serving(database, config=config(billing=to(target))) as broker:
+    async def test_a_changed_order_applies_at_once(self, database: str, target: Target) -> None:
+        async with serving(database, config=config(target)) as broker:
             await send(broker, *range(20))
             await target.wait(20)
-            await broker.configure(config(billing=to(target, "order: strict, deliveryOptions: {retry: 5}")))
+            await broker.configure(config(target, "order: strict, deliveryOptions: {retry: 5}"))
             assert (await status_of(broker.backend, "billing")).order == "strict"
             target.requests.clear()
             await send(broker, *range(20, 60))
@@ -194,49 +174,51 @@ class TestChanging:
             await settled(broker.backend)
         assert target.ids() == [str(number) for number in range(20, 60)]
 
-    async def test_an_end_acts_at_once_and_a_later_one_has_it_go_on(self, database: str, target: Target) -> None:
-        async with serving(database, config=config(billing=to(target, "order: strict"))) as broker:
+    async def test_a_changed_end_applies_at_once_and_a_later_one_continues_the_trigger(
+        self, database: str, target: Target
+    ) -> None:
+        async with serving(database, config=config(target, "order: strict")) as broker:
             await send(broker, *range(1, 4))
             await target.wait(3)
             head = (await broker.backend.status()).head
-            await broker.configure(config(billing=to(target, f"order: strict, bounds: {{byId: {{end: {head + 3}}}}}")))
+            await broker.configure(config(target, f"order: strict, bounds: {{byId: {{end: {head + 3}}}}}"))
             await send(broker, *range(4, 9))
             await target.wait(5)
             await complete(broker.backend)
             assert target.ids() == ["1", "2", "3", "4", "5"]
-            await broker.configure(config(billing=to(target, f"order: strict, bounds: {{byId: {{end: {head + 5}}}}}")))
+            await broker.configure(config(target, f"order: strict, bounds: {{byId: {{end: {head + 5}}}}}"))
             await target.wait(7)
             await complete(broker.backend)
-            await broker.configure(config(billing=to(target, "order: strict")))
+            await broker.configure(config(target, "order: strict"))
             await target.wait(8)
             await settled(broker.backend)
         assert target.ids() == [str(number) for number in range(1, 9)]
 
-    async def test_another_start_is_a_seek_and_latest_moves_nothing(self, database: str, target: Target) -> None:
-        async with serving(database, config=config(billing=to(target, "order: strict"))) as broker:
+    async def test_a_changed_start_moves_the_trigger_and_latest_does_not(self, database: str, target: Target) -> None:
+        async with serving(database, config=config(target, "order: strict")) as broker:
             await send(broker, *range(1, 6))
             await target.wait(5)
             await settled(broker.backend)
             head = (await broker.backend.status()).head
             bounds = f"order: strict, bounds: {{byId: {{start: {head - 2}}}}}"
-            await broker.configure(config(billing=to(target, bounds)))
+            await broker.configure(config(target, bounds))
             await target.wait(7)
             for options in (f"{bounds}, concurrency: 2", "order: strict", "order: strict, start: earliest"):
-                await broker.configure(config(billing=to(target, options)))
+                await broker.configure(config(target, options))
             await send(broker, 6)
             await target.wait(8)
             await settled(broker.backend)
         assert target.ids() == ["1", "2", "3", "4", "5", "4", "5", "6"]
 
-    async def test_of_changes_that_come_at_once_the_last_is_in_force(self, database: str, target: Target) -> None:
+    async def test_the_last_of_many_concurrent_changes_wins(self, database: str, target: Target) -> None:
         async with serving(database) as broker:
-            files = [config(billing=to(target, f"concurrency: {n}"), **{f"t{n}": to(target)}) for n in range(1, 9)]
+            files = [triggers(billing=to(target, f"concurrency: {n}"), **{f"t{n}": to(target)}) for n in range(1, 9)]
             async with asyncio.TaskGroup() as group:
                 for file in files:
                     group.create_task(broker.triggers.apply(load(file, origin="test")))
             await broker.triggers.drain()
             assert broker.triggers.configuration == load(files[-1], origin="test")
-            await running(broker, "billing", "t8")
+            await are_running(broker, "billing", "t8")
 
     async def test_replies_of_a_target_are_events_for_the_others(
         self, database: str, target: Target, other_target: Target
@@ -245,11 +227,11 @@ class TestChanging:
         target.answer = lambda request: web.Response(
             headers={"ce-specversion": "1.0", "ce-id": f"r{next(numbers)}", "ce-source": "/target", "ce-type": "reply"}
         )
-        triggers = {
+        bodies = {
             "billing": to(target, "filters: [{exact: {type: order}}]"),
             "other": to(other_target, "filters: [{exact: {type: reply}}]"),
         }
-        async with serving(database, config=config(**triggers)) as broker:
+        async with serving(database, config=triggers(**bodies)) as broker:
             await send(broker, 1, 2)
             await other_target.wait(2)
         assert sorted(other_target.ids()) == ["r1", "r2"]
@@ -258,14 +240,14 @@ class TestChanging:
         self, database: str, target: Target
     ) -> None:
         """As the workers of one broker do, whose file changes for all of them: altered once, moved once."""
-        before = config(billing=to(target, "order: key, shards: 2"))
+        before = config(target, "order: key, shards: 2")
         async with serving(database, config=before) as one, serving(database, config=before) as other:
             await send(one, *range(1, 21))
             await target.wait(20)
             head = (await one.backend.status()).head
             bounds = f"bounds: {{byId: {{start: {head - 2}, end: {head + 100}}}}}"
             for options in ("order: none", "order: key", f"order: key, {bounds}", f"order: none, {bounds}"):
-                file = config(billing=to(target, f"shards: 2, {options}"))
+                file = config(target, f"shards: 2, {options}")
                 await asyncio.gather(one.configure(file), other.configure(file))
                 await send(other, options)
                 await settled(one.backend)
@@ -274,25 +256,25 @@ class TestChanging:
         assert {id_ for id_, count in counts.items() if count == 2} == {"19", "20", "order: none", "order: key"}
         assert max(counts.values()) == 2
 
-    async def test_a_chain_of_replies_is_as_long_as_it_may_be(self, database: str, target: Target) -> None:
+    async def test_a_chain_of_replies_ends_after_max_hops(self, database: str, target: Target) -> None:
         numbers = itertools.count(1)
         target.answer = lambda request: web.Response(
             headers={"ce-specversion": "1.0", "ce-id": f"r{next(numbers)}", "ce-source": "/target", "ce-type": "reply"}
         )
-        async with serving(database, config=config(billing=to(target)), max_hops=3) as broker:
+        async with serving(database, config=config(target), max_hops=3) as broker:
             await send(broker, "first")
             await target.wait(3)
             await settled(broker.backend)
         assert target.ids() == ["first", "r1", "r2"]
 
-    async def test_what_a_trigger_does_is_counted_while_there_is_one(
+    async def test_metrics_count_a_trigger_until_it_is_removed(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         """By its target: what goes to the dead-letter URL is no delivery."""
         failing(target, 400, times=1)
         with Metrics() as metrics:
             options = f"deliveryOptions: {{deadLetterURL: '{other_target.url}'}}"
-            async with serving(database, config=config(billing=to(target, options)), metrics=metrics) as broker:
+            async with serving(database, config=config(target, options), metrics=metrics) as broker:
                 await send(broker, 1, 2, 3)
                 await target.wait(3)
                 await other_target.wait(1)
@@ -305,15 +287,17 @@ class TestChanging:
 
 
 class TestShards:
-    async def test_their_number_can_change_while_events_are_delivered(self, database: str, target: Target) -> None:
+    async def test_the_number_of_shards_can_change_while_events_are_delivered(
+        self, database: str, target: Target
+    ) -> None:
         """Also in two processes, which are told at about the same time."""
-        before = config(billing=to(target, "order: key"))
+        before = config(target, "order: key")
         async with serving(database, config=before) as one, serving(database, config=before) as other:
             count = 0
             for options in ("order: key, shards: 4", "shards: 3", "order: strict", "order: key, shards: 2"):
                 await send(one, *range(count, count + 20))
                 count += 20
-                file = config(billing=to(target, options))
+                file = config(target, options)
                 await asyncio.gather(one.configure(file), other.configure(file))
                 await one.triggers.drain()
                 await other.triggers.drain()
@@ -323,11 +307,11 @@ class TestShards:
             await settled(one.backend)
         assert sorted(map(int, target.ids())) == list(range(count))
 
-    async def test_it_can_be_another_one_at_the_start(self, database: str, target: Target) -> None:
-        async with serving(database, config=config(billing=to(target, "shards: 2"))) as broker:
+    async def test_the_number_of_shards_can_change_between_two_starts(self, database: str, target: Target) -> None:
+        async with serving(database, config=config(target, "shards: 2")) as broker:
             await send(broker, 1)
             await target.wait(1)
-        async with serving(database, config=config(billing=to(target))) as broker:
+        async with serving(database, config=config(target)) as broker:
             await send(broker, 2)
             await target.wait(2)
             [billing] = (await broker.backend.status()).subscriptions
@@ -336,9 +320,9 @@ class TestShards:
 
 
 class TestBounds:
-    async def test_bounds_that_the_log_has_not_reached_are_waited_for(self, database: str, target: Target) -> None:
+    async def test_bounds_may_lie_beyond_the_head_of_the_log(self, database: str, target: Target) -> None:
         bounds = "order: strict, bounds: {byId: {start: 2, end: 5}}"
-        async with serving(database, config=config(billing=to(target, bounds))) as broker:
+        async with serving(database, config=config(target, bounds)) as broker:
             for number in range(1, 7):
                 await send(broker, number)
             await target.wait(2)
@@ -347,13 +331,11 @@ class TestBounds:
 
 
 class TestFailing:
-    async def test_one_that_cannot_be_changed_holds_up_no_other_and_is_tried_again(
-        self, database: str, target: Target
-    ) -> None:
+    async def test_a_failed_change_delays_no_other_and_is_tried_again(self, database: str, target: Target) -> None:
         async with serving(database) as broker:
             await broker.backend.subscribe("billing", print)  # by somebody else in this process
             with Recorder() as recorder:
-                file = load(config(billing=to(target), other=to(target)), origin="test")
+                file = load(triggers(billing=to(target), other=to(target)), origin="test")
                 await asyncio.wait_for(broker.triggers.apply(file), 30)
                 await recorder.wait("trigger change failed", trigger="billing", count=2)
                 assert recorder.all("trigger added", trigger="other")
@@ -365,11 +347,11 @@ class TestFailing:
 
 
 class TestRestarting:
-    async def test_a_restart_with_a_changed_file_is_a_change_too(
+    async def test_a_restart_with_a_changed_file_has_the_effect_of_a_reload(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         failing(target, 400, times=1)
-        async with serving(database, config=config(billing=to(target, "bounds: {byId: {end: 9999}}"))) as broker:
+        async with serving(database, config=config(target, "bounds: {byId: {end: 9999}}")) as broker:
             await send(broker, *range(1, 6))
             await target.wait(5)
             await settled(broker.backend)
@@ -377,11 +359,11 @@ class TestRestarting:
             head = (await broker.backend.status()).head
         options = f"order: strict, bounds: {{byId: {{start: {head - 2}, end: {head + 2}}}}}"
         for _ in range(2):  # the second time it is the same, and no seek
-            async with serving(database, config=config(billing=to(other_target, options))) as broker:
+            async with serving(database, config=config(other_target, options)) as broker:
                 await other_target.wait(2)
                 await settled(broker.backend)
                 assert (await status_of(broker.backend, "billing")).order == "strict"
-        async with serving(database, config=config(billing=to(other_target, options))) as broker:
+        async with serving(database, config=config(other_target, options)) as broker:
             await send(broker, 6, 7)
             await other_target.wait(3)
             await complete(broker.backend)
@@ -389,18 +371,18 @@ class TestRestarting:
 
 
 class TestWithoutPostgres:
-    async def test_a_change_waits_for_it_and_comes_into_force(
+    async def test_a_change_waits_until_postgresql_is_back(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         """In the middle: what was to go is gone, what was to come is not there yet."""
         async with Proxy(database) as proxy:
-            before = config(old=to(target), same=to(target), moved=to(target))
+            before = triggers(old=to(target), same=to(target), moved=to(target))
             async with serving(proxy.dsn, config=before) as broker:
                 await send(broker, 1)
                 await target.wait(3)
                 with Recorder() as recorder:
                     proxy.cut()
-                    new = config(new=to(other_target), same=to(target), moved=to(other_target, "order: strict"))
+                    new = triggers(new=to(other_target), same=to(target), moved=to(other_target, "order: strict"))
                     applying = asyncio.create_task(broker.triggers.apply(load(new, origin="test")))
                     await recorder.wait("trigger not changed yet", count=2)
                     assert not applying.done()
@@ -426,13 +408,13 @@ class TestWithoutPostgres:
         assert sorted(target.ids()) == ["1", "1", "1", "2", "2", "2"]
         assert other_target.requests == []
 
-    async def test_a_broker_that_stops_meanwhile_stops(self, database: str, target: Target) -> None:
-        async with Proxy(database) as proxy, serving(proxy.dsn, config=config(a=to(target))) as broker:
+    async def test_a_broker_with_a_waiting_change_can_stop(self, database: str, target: Target) -> None:
+        async with Proxy(database) as proxy, serving(proxy.dsn, config=triggers(a=to(target))) as broker:
             with Recorder() as recorder:
-                await broker.configure(config(a=to(target), b=to(target)))
+                await broker.configure(triggers(a=to(target), b=to(target)))
                 stop_at = asyncio.create_task(recorder.wait("trigger not changed yet"))
                 proxy.cut()
-                applying = asyncio.create_task(broker.triggers.apply(load(config(c=to(target)), origin="test")))
+                applying = asyncio.create_task(broker.triggers.apply(load(triggers(c=to(target)), origin="test")))
                 await stop_at
                 applying.cancel()
                 await asyncio.wait({applying})

@@ -6,8 +6,6 @@ import socket
 import ssl
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from functools import partial
 from time import monotonic
 
@@ -70,9 +68,7 @@ class TestOnTheWire:
         assert request.header("ce-datacontenttype") is None
         assert request.event().attributes_text == ORDER.attributes_text
 
-    async def test_a_target_that_cannot_decode_gets_attributes_as_they_are(
-        self, target: Target, dispatcher: Maker
-    ) -> None:
+    async def test_header_coding_none_sends_attributes_as_they_are(self, target: Target, dispatcher: Maker) -> None:
         send = dispatcher(target.url, header_coding="none")
         await send(ORDER)
         await send(attributes_with(ORDER, {"note": "é "}))
@@ -81,9 +77,7 @@ class TestOnTheWire:
         assert plain.header("ce-subject") == "100% é"
         assert padded.event().attribute("note") == "é "  # no header keeps that: it came in structured mode
 
-    async def test_structured_mode_is_one_json_object_with_the_data_as_its_very_text(
-        self, target: Target, dispatcher: Maker
-    ) -> None:
+    async def test_structured_mode_keeps_the_text_of_json_data(self, target: Target, dispatcher: Maker) -> None:
         await dispatcher(target.url, mode="structured")(ORDER)
 
         [request] = target.requests
@@ -92,7 +86,9 @@ class TestOnTheWire:
         assert b'"data":{"b": 1.00, "a":[ ]}' in request.body
         assert request.event().attributes_text == ORDER.attributes_text
 
-    async def test_no_data_is_no_body_and_no_invented_content_type(self, target: Target, dispatcher: Maker) -> None:
+    async def test_an_event_without_data_has_no_body_and_no_content_type(
+        self, target: Target, dispatcher: Maker
+    ) -> None:
         await dispatcher(target.url)(wire.parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t"}'))
 
         [request] = target.requests
@@ -107,7 +103,7 @@ class TestOnTheWire:
         [request] = target.requests
         assert (request.body, request.header("content-type")) == (b"\x00\xff", None)
 
-    async def test_configured_headers_go_with_each_event(self, target: Target, dispatcher: Maker) -> None:
+    async def test_configured_headers_are_sent(self, target: Target, dispatcher: Maker) -> None:
         await dispatcher(target.url, headers={"Authorization": "Bearer b", "X-Tenant": "é"})(ORDER)
 
         [request] = target.requests
@@ -132,7 +128,7 @@ class TestOnTheWire:
         assert (scheme, b64decode(value).decode()) == ("Basic", credentials)
 
     @pytest.mark.parametrize("mode", ["binary", "structured"])
-    async def test_a_header_says_which_attempt_it_is(self, mode: str, target: Target, dispatcher: Maker) -> None:
+    async def test_a_header_has_the_number_of_the_attempt(self, mode: str, target: Target, dispatcher: Maker) -> None:
         billing = dispatcher(target.url, mode=mode)
         await billing(ORDER)
         await billing(ORDER.with_delivery(attempt=3))
@@ -148,7 +144,7 @@ class TestOnTheWire:
         await dispatcher(target.url)(ORDER)
         assert (len(target.requests), len(other_target.requests)) == (1, 0)
 
-    async def test_what_binary_mode_cannot_carry_goes_in_structured_mode(
+    async def test_an_event_that_binary_mode_cannot_carry_is_sent_in_structured_mode(
         self, target: Target, dispatcher: Maker
     ) -> None:
         row = ("1.0", "1", "/", "t", None, None, "application/cloudevents+json", None, None, "{}", b"[1]", "json")
@@ -170,101 +166,38 @@ class TestOnTheWire:
         for request in await target.wait(2):
             assert request.header("x-injected") is None
 
-    async def test_nothing_of_a_response_is_kept_for_the_next_request(self, target: Target, dispatcher: Maker) -> None:
+    async def test_no_cookie_is_kept(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 204, Set_Cookie="session=1; Path=/")
         await dispatcher(target.url)(ORDER)
         await dispatcher(target.url)(ORDER)
         assert target.requests[1].header("cookie") is None
 
 
-@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_2xx_is_delivered(status: int, target: Target, dispatcher: Maker) -> None:
-    answering(target, status, b"" if status == 204 else b"fine")
-    await dispatcher(target.url)(ORDER)
-
-
-@pytest.mark.parametrize("status", [404, 408, 409, 413, 425, 429, 500, 501, 502, 503, 504, 511, 599])
-async def test_what_may_pass_is_retried(status: int, target: Target, dispatcher: Maker) -> None:
-    answering(target, status)
-    with pytest.raises(TargetError, match=f"answered {status}") as caught:
-        await dispatcher(target.url)(ORDER)
-    assert caught.value.details["knativeerrorcode"] == str(status)
-
-
-@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 405, 406, 412, 415, 422, 451])
-async def test_any_other_status_is_final_at_once(status: int, target: Target, dispatcher: Maker) -> None:
-    answering(target, status, Location="/elsewhere")
-    with pytest.raises(Reject, match=f"answered {status}"):
-        await dispatcher(target.url)(ORDER)
+@pytest.mark.parametrize(
+    ("status", "retry_after", "expected"),
+    [
+        (204, None, type(None)),
+        (299, "7", type(None)),
+        (302, None, Reject),
+        (403, "7", Reject),
+        (410, None, Pause),
+        (429, "7", RetryAfter),
+        (503, None, TargetError),
+    ],
+)
+async def test_the_answer_decides_what_becomes_of_the_event(
+    status: int, retry_after: str | None, expected: type[Exception], target: Target, dispatcher: Maker
+) -> None:
+    headers = {"Location": "/elsewhere"} | ({"Retry_After": retry_after} if retry_after else {})
+    answering(target, status, b"" if status == 204 else b"said", **headers)
+    [outcome] = await asyncio.gather(dispatcher(target.url)(ORDER), return_exceptions=True)
+    assert type(outcome) is expected
     assert len(target.requests) == 1, "a redirect was followed"
-
-
-async def test_410_pauses_the_trigger_and_names_it_and_its_target(target: Target, dispatcher: Maker) -> None:
-    answering(target, 410, b"moved out")
-    billing = dispatcher(target.url)
-    with pytest.raises(Pause, match=rf"^{target.url} answered 410 Gone; .* trigger billing") as caught:
-        await billing(ORDER)
-    assert caught.value.details["knativeerrorcode"] == "410"
-
-
-async def test_each_status_is_delivered_or_retried_or_final(target: Target, dispatcher: Maker) -> None:
-    """All that an HTTP response can have but for the informational ones, which are no answers."""
-    retried = {404, 408, 409, 413, 425, 429, *range(500, 600)}
-    billing = dispatcher(target.url)
-    for status in range(200, 1000):
-        for retry_after in ({}, {"Retry-After": "7"}):
-            expected: type[Exception] | None = Reject
-            if status < 300:
-                expected = None
-            elif status == 410:
-                expected = Pause
-            elif status in retried:
-                expected = RetryAfter if retry_after else TargetError
-            target.answer = lambda request: web.Response(status=status, headers=retry_after)  # noqa: B023 - used at once
-            [outcome] = await asyncio.gather(billing(ORDER), return_exceptions=True)
-            assert type(outcome) is (expected or type(None)), status
-
-
-class TestRetryAfter:
-    @pytest.mark.parametrize("status", [408, 429, 500, 503])
-    async def test_seconds_are_obeyed(self, status: int, target: Target, dispatcher: Maker) -> None:
-        answering(target, status, Retry_After=" 17 ")
-        with pytest.raises(RetryAfter) as caught:
-            await dispatcher(target.url)(ORDER)
-        assert caught.value.delay == 17
-        assert caught.value.details["knativeerrorcode"] == str(status)
-
-    async def test_a_date_is_obeyed(self, target: Target, dispatcher: Maker) -> None:
-        later = datetime.now(UTC) + timedelta(seconds=600)
-        answering(target, 503, Retry_After=format_datetime(later, usegmt=True))
-        with pytest.raises(RetryAfter) as caught:
-            await dispatcher(target.url)(ORDER)
-        assert 500 < caught.value.delay <= 600
-
-    async def test_a_date_that_has_passed_is_no_wait(self, target: Target, dispatcher: Maker) -> None:
-        answering(target, 503, Retry_After="Sun, 06 Nov 1994 08:49:37 GMT")
-        with pytest.raises(RetryAfter) as caught:
-            await dispatcher(target.url)(ORDER)
-        assert caught.value.delay == 0
-
-    @pytest.mark.parametrize(
-        "text", ["Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994", "Sun, 06 Nov 1994 08:49:37 -0500"]
-    )
-    async def test_so_is_one_in_an_old_form(self, text: str, target: Target, dispatcher: Maker) -> None:
-        answering(target, 429, Retry_After=text)
-        with pytest.raises(RetryAfter):
-            await dispatcher(target.url)(ORDER)
-
-    @pytest.mark.parametrize("text", ["soon", "-5", "1.5", "", "٣", "Sun, 99 Nov 1994 08:49:37 GMT"])
-    async def test_nonsense_is_ignored(self, text: str, target: Target, dispatcher: Maker) -> None:
-        answering(target, 503, Retry_After=text)
-        with pytest.raises(TargetError):
-            await dispatcher(target.url)(ORDER)
-
-    async def test_it_does_not_make_a_final_status_retried(self, target: Target, dispatcher: Maker) -> None:
-        answering(target, 403, Retry_After="1")
-        with pytest.raises(Reject):
-            await dispatcher(target.url)(ORDER)
+    if isinstance(outcome, TargetError | RetryAfter | Reject | Pause):
+        assert str(outcome).startswith(f"{target.url} answered {status}")
+        assert b64decode(outcome.details["knativeerrordata"]) == b"said"
+    if isinstance(outcome, RetryAfter):
+        assert outcome.delay == 7
 
 
 class TestTroubleOnTheWay:
@@ -282,7 +215,7 @@ class TestTroubleOnTheWay:
         with pytest.raises(TargetError):
             await dispatcher("http://no-such-host.invalid/")(ORDER)
 
-    async def test_a_target_that_says_nothing_is_given_up_at_the_timeout(self, dispatcher: Maker) -> None:
+    async def test_a_silent_target_fails_at_the_timeout(self, dispatcher: Maker) -> None:
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read()
 
@@ -292,7 +225,7 @@ class TestTroubleOnTheWay:
                 await dispatcher(url, timeout=0.2)(ORDER)
         assert 0.2 <= monotonic() - began < 20
 
-    async def test_a_target_that_trickles_a_header_is_given_up_at_the_timeout(self, dispatcher: Maker) -> None:
+    async def test_a_target_that_trickles_a_header_fails_at_the_timeout(self, dispatcher: Maker) -> None:
         async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_request(reader)
             writer.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
@@ -306,7 +239,7 @@ class TestTroubleOnTheWay:
                 await dispatcher(url, timeout=0.3)(ORDER)
 
     @pytest.mark.parametrize(("status", "is_delivered"), [(b"200 OK", True), (b"503 Busy", False)])
-    async def test_a_body_that_never_ends_costs_at_most_the_timeout_and_the_status_counts(
+    async def test_an_endless_body_ends_at_the_timeout_and_the_status_counts(
         self, status: bytes, *, is_delivered: bool, dispatcher: Maker
     ) -> None:
         async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -326,7 +259,7 @@ class TestTroubleOnTheWay:
                     await dispatcher(url, timeout=2.0)(ORDER)
         assert monotonic() - began < 20
 
-    async def test_of_a_huge_body_a_bounded_part_is_read(self, dispatcher: Maker) -> None:
+    async def test_only_a_bounded_part_of_a_huge_body_is_read(self, dispatcher: Maker) -> None:
         written = 0
 
         async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -366,7 +299,7 @@ class TestTroubleOnTheWay:
 
     @pytest.mark.parametrize(("status", "outcome"), [(b"413 Too Large", TargetError), (b"204 No Content", type(None))])
     @pytest.mark.parametrize("size", [900_000, 8_000_000])
-    async def test_an_answer_counts_although_the_target_never_reads_the_body(
+    async def test_an_answer_counts_even_if_the_target_never_reads_the_request(
         self, status: bytes, outcome: type[Exception], size: int, dispatcher: Maker
     ) -> None:
         done = asyncio.Event()
@@ -384,7 +317,7 @@ class TestTroubleOnTheWay:
             done.set()
         assert type(said) is outcome
 
-    async def test_a_tls_handshake_that_never_ends_is_given_up_at_the_timeout(self, dispatcher: Maker) -> None:
+    async def test_a_tls_handshake_that_never_ends_fails_at_the_timeout(self, dispatcher: Maker) -> None:
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read(-1)
 
@@ -392,7 +325,7 @@ class TestTroubleOnTheWay:
             with pytest.raises(TargetError, match="no response within"):
                 await dispatcher(url.replace("http:", "https:"), timeout=0.3)(ORDER)
 
-    async def test_a_certificate_that_nobody_vouches_for_is_retried(self, dispatcher: Maker) -> None:
+    async def test_an_untrusted_certificate_is_retried(self, dispatcher: Maker) -> None:
         certificate = trustme.CA().issue_cert("127.0.0.1")
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         certificate.configure_cert(context)
@@ -405,7 +338,7 @@ class TestTroubleOnTheWay:
             with pytest.raises(TargetError, match="certificate"):
                 await dispatcher(f"https://127.0.0.1:{port}/", timeout=30.0)(ORDER)
 
-    async def test_an_idle_connection_that_the_target_closed_costs_no_attempt(self, dispatcher: Maker) -> None:
+    async def test_a_stale_connection_costs_no_attempt(self, dispatcher: Maker) -> None:
         """The target closes after its answer without having said so; the next request meets the closing."""
         connections = 0
 
@@ -424,7 +357,7 @@ class TestTroubleOnTheWay:
             await billing(ORDER)
         assert connections == 2
 
-    async def test_nor_do_several_of_them(self, dispatcher: Maker) -> None:
+    async def test_several_stale_connections_cost_no_attempt(self, dispatcher: Maker) -> None:
         """The target was restarted behind a balancer, and none of its connections leads anywhere any more."""
         connections = closed = 0
         meeting = asyncio.Barrier(8)
@@ -446,7 +379,7 @@ class TestTroubleOnTheWay:
             await billing(ORDER)
         assert (connections, closed) == (9, 1)
 
-    async def test_an_event_that_the_target_dies_of_is_not_sent_over_all_of_them(self, dispatcher: Maker) -> None:
+    async def test_an_event_that_kills_its_target_is_sent_twice_at_most(self, dispatcher: Maker) -> None:
         """Behind each is another of its processes."""
         deaths = 0
         meeting = asyncio.Barrier(8)
@@ -482,7 +415,7 @@ class TestTroubleOnTheWay:
 
 
 class TestDeadLetters:
-    async def test_a_failure_says_where_and_what_and_how(self, target: Target, dispatcher: Maker) -> None:
+    async def test_a_failure_carries_no_secret_of_the_url(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 500, b"no \x00 \xff thanks")
         with pytest.raises(TargetError) as caught:
             await dispatcher(target.url.replace("http://", "http://me:secret@") + "orders?token=secret")(ORDER)
@@ -493,17 +426,7 @@ class TestDeadLetters:
         }
         assert "secret" not in str(caught.value)
 
-    async def test_a_long_body_is_cut_where_its_base64_has_1024_characters(
-        self, target: Target, dispatcher: Maker
-    ) -> None:
-        answering(target, 400, b"x" * 100_000)
-        with pytest.raises(Reject) as caught:
-            await dispatcher(target.url)(ORDER)
-        assert len(caught.value.details["knativeerrordata"]) == 1024
-
-    async def test_a_dead_letter_is_the_event_with_the_attributes_of_its_failure(
-        self, target: Target, dispatcher: Maker
-    ) -> None:
+    async def test_a_dead_letter_carries_the_attributes_of_its_failure(self, target: Target, dispatcher: Maker) -> None:
         details = {"knativeerrordest": "http://h/", "knativeerrorcode": "500", "knativeerrordata": "eA==", "other": "x"}
         failed = ORDER.with_delivery(failure=Failure(error="TargetError: no", attempts=6, details=details))
 
@@ -514,7 +437,7 @@ class TestDeadLetters:
         expected = ORDER.attributes_text | {name: details[name] for name in details if name != "other"}
         assert request.event().attributes_text == expected
 
-    async def test_a_dead_letter_counts_its_own_attempts_and_goes_in_the_mode_of_its_trigger(
+    async def test_a_dead_letter_has_its_own_attempts_and_the_mode_of_its_trigger(
         self, target: Target, dispatcher: Maker
     ) -> None:
         failure = Failure(error="Reject: no", attempts=6, details={"knativeerrorcode": "403"})
@@ -527,13 +450,13 @@ class TestDeadLetters:
         assert (request.header("content-type") or "").startswith("application/cloudevents+json")
         assert request.event().attributes_text == ORDER.attributes_text | {"knativeerrorcode": "403"}
 
-    async def test_a_dead_letter_target_that_is_gone_pauses_nothing(self, target: Target, dispatcher: Maker) -> None:
+    async def test_410_from_a_dead_letter_target_pauses_nothing(self, target: Target, dispatcher: Maker) -> None:
         answering(target, 410)
         with pytest.raises(Reject, match="answered 410") as caught:
             await DeadLetterDispatcher(dispatcher(target.url))(ORDER)
         assert caught.value.details["knativeerrorcode"] == "410"
 
-    async def test_an_event_whose_names_no_attribute_may_have_is_no_dead_letter_to_send(
+    async def test_an_event_with_invalid_names_is_not_sent_as_a_dead_letter(
         self, target: Target, dispatcher: Maker
     ) -> None:
         """From plain SQL: `dead_letters` takes it as it is."""
@@ -548,7 +471,7 @@ class TestDeadLetters:
 
 
 class TestSlots:
-    async def test_no_more_requests_are_open_than_connections_and_waiting_uses_up_no_timeout(
+    async def test_open_requests_are_limited_and_waiting_uses_up_no_timeout(
         self, target: Target, dispatcher: Maker
     ) -> None:
         most = opened = 0
@@ -567,7 +490,7 @@ class TestSlots:
         await asyncio.gather(*(billing(ORDER) for _ in range(40)))
         assert most == 2
 
-    async def test_they_are_shared_by_all_shards(self, backend: Backend, target: Target, dispatcher: Maker) -> None:
+    async def test_all_shards_share_the_limit(self, backend: Backend, target: Target, dispatcher: Maker) -> None:
         most = opened = 0
 
         async def slow(request: object) -> web.Response:
@@ -587,7 +510,7 @@ class TestSlots:
         await running
         assert most == 3
 
-    async def test_one_trigger_never_takes_the_slots_of_another(self, target: Target, dispatcher: Maker) -> None:
+    async def test_triggers_do_not_share_the_limit(self, target: Target, dispatcher: Maker) -> None:
         hang = asyncio.Event()
 
         async def answer(request: Request) -> web.Response:
@@ -604,7 +527,7 @@ class TestSlots:
         hang.set()
         await asyncio.gather(*waiting)
 
-    async def test_a_request_that_is_cancelled_gives_its_slot_back(self, target: Target, dispatcher: Maker) -> None:
+    async def test_a_cancelled_request_frees_its_slot(self, target: Target, dispatcher: Maker) -> None:
         release = asyncio.Event()
 
         async def hang(request: object) -> web.Response:

@@ -115,9 +115,7 @@ async def test_a_bad_target_harms_only_its_own_trigger(kind: str, said: str, bac
     assert grown < 64 * MEBIBYTE
 
 
-async def test_a_target_that_is_gone_for_a_while_gets_everything_when_it_is_back(
-    backend: Backend, target: Target
-) -> None:
+async def test_a_target_that_was_down_gets_everything_when_it_is_back(backend: Backend, target: Target) -> None:
     with socket.socket() as bound, Recorder() as recorder:
         bound.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens there yet
         bad = f"http://127.0.0.1:{bound.getsockname()[1]}/"
@@ -143,9 +141,7 @@ async def test_a_target_that_is_gone_for_a_while_gets_everything_when_it_is_back
         (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
     ],
 )
-async def test_what_is_odd_but_says_2xx_is_delivered_once(
-    answer: bytes, *, closes: bool, session: aiohttp.ClientSession
-) -> None:
+async def test_an_odd_2xx_is_delivered_once(answer: bytes, *, closes: bool, session: aiohttp.ClientSession) -> None:
     requests = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -188,9 +184,7 @@ ANSWERED = b"HTTP/1.1 204 No Content\r\n\r\n"
         "zeros of a chunk size", "more answers", "CRLFs behind the answer",
     ],
 )  # fmt: skip
-async def test_an_answer_costs_little_however_it_is_wrapped(
-    answer: bytes, said: str | None, session: aiohttp.ClientSession
-) -> None:
+async def test_a_hostile_answer_costs_little(answer: bytes, said: str | None, session: aiohttp.ClientSession) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         for start in range(0, len(answer), 1 << 16):
@@ -210,7 +204,7 @@ async def test_an_answer_costs_little_however_it_is_wrapped(
     assert spent < 0.25
 
 
-async def test_a_head_in_single_bytes_is_a_head(session: aiohttp.ClientSession) -> None:
+async def test_a_head_may_come_byte_by_byte(session: aiohttp.ClientSession) -> None:
     requests = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -229,7 +223,7 @@ async def test_a_head_in_single_bytes_is_a_head(session: aiohttp.ClientSession) 
     assert requests == 3
 
 
-async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one(session: aiohttp.ClientSession) -> None:
+async def test_an_unrequested_answer_is_not_the_answer_to_the_next_request(session: aiohttp.ClientSession) -> None:
     """As a proxy sends it on a connection that has been idle too long for it: 408, and then it closes."""
     requests: list[bytes] = []
     unasked = asyncio.Event()

@@ -104,7 +104,7 @@ class TestWhatIsAReply:
             (b"[]", BATCH),
         ],
     )
-    async def test_a_body_that_is_no_event_is_ignored(
+    async def test_a_body_that_is_not_an_event_is_ignored(
         self, body: bytes, headers: dict[str, str], target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, body, headers)
@@ -123,7 +123,7 @@ class TestWhatIsAReply:
             (b"<x/>", {"Content-Type": "application/cloudevents+xml"}, "not supported"),
         ],
     )
-    async def test_an_attempt_at_an_event_that_is_none_is_ignored_and_said(
+    async def test_an_invalid_event_is_ignored_with_a_warning(
         self, body: bytes, headers: dict[str, str], said: str, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, body, headers)
@@ -133,7 +133,7 @@ class TestWhatIsAReply:
         assert said in str(fact["error"])
         assert log.events == []
 
-    async def test_what_a_failure_says_is_no_reply(self, target: Target, dispatcher: Maker, log: Log) -> None:
+    async def test_a_failure_carries_no_reply(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, envelope("1"), STRUCTURED, 500)
         with pytest.raises(TargetError):
             await dispatcher(target.url)(ORDER)
@@ -156,7 +156,7 @@ class TestWhenItCannotBeStored:
             (EventError("too large for the log"), "502"),
         ],
     )
-    async def test_the_delivery_failed_and_says_why(
+    async def test_the_dispatch_fails_with_the_reason(
         self, error: PgBackendError, code: str, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, envelope("1"), STRUCTURED)
@@ -192,7 +192,7 @@ class TestWhenItCannotBeStored:
         assert caught.value.details["knativeerrorcode"] == "502"
         assert log.events == []
 
-    async def test_a_compressed_body_that_is_no_event_is_ignored(
+    async def test_a_compressed_body_that_is_not_an_event_is_ignored(
         self, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, gzip.compress(b"thanks"), {"content-encoding": "gzip"})
@@ -244,7 +244,7 @@ class Counts:
         self.told.append(("replied", events))
 
 
-async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, dispatcher: Maker, log: Log) -> None:
+async def test_metrics_count_each_attempt_with_its_outcome(target: Target, dispatcher: Maker, log: Log) -> None:
     counts = Counts()
     billing = dispatcher(target.url, metrics=counts)
     for status, headers, fails in (
@@ -270,9 +270,7 @@ async def test_each_attempt_is_counted_with_what_came_of_it(target: Target, disp
 
 
 class TestMemory:
-    async def test_a_reply_of_too_many_events_fails_its_event(
-        self, target: Target, dispatcher: Maker, log: Log
-    ) -> None:
+    async def test_a_reply_of_too_many_events_fails(self, target: Target, dispatcher: Maker, log: Log) -> None:
         replying(target, b"[%b]" % b",".join([envelope()] * replies.BATCH_EVENTS), BATCH)
         await dispatcher(target.url)(ORDER)
         assert len(log.events) == replies.BATCH_EVENTS
@@ -283,7 +281,7 @@ class TestMemory:
         assert caught.value.details["knativeerrorcode"] == "502"
         assert len(log.events) == replies.BATCH_EVENTS
 
-    async def test_replies_that_never_end_take_no_more_than_their_trigger_s_share(
+    async def test_endless_replies_take_only_the_share_of_their_trigger(
         self, session: aiohttp.ClientSession, target: Target, log: Log
     ) -> None:
         """Of two targets, one holds its replies; the other's large ones come through meanwhile, one after the other."""
@@ -314,7 +312,7 @@ class TestMemory:
             await asyncio.wait(waiting)
         assert len(log.events) == 20
 
-    async def test_replies_of_all_triggers_hold_no_more_bytes_than_there_may_be(
+    async def test_replies_of_all_triggers_stay_within_the_budget(
         self, session: aiohttp.ClientSession, target: Target
     ) -> None:
         # Each may take four times its bytes in memory.
@@ -340,7 +338,7 @@ class TestMemory:
         ]
         await asyncio.gather(*(dispatch(ORDER) for dispatch in dispatchers for _ in range(3)))
 
-    async def test_a_reply_for_which_there_is_no_room_ends_with_its_timeout(
+    async def test_a_reply_that_finds_no_room_fails_at_the_timeout(
         self, session: aiohttp.ClientSession, target: Target, log: Log
     ) -> None:
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
@@ -373,7 +371,7 @@ class TestHops:
             (2, None, 1),
         ],
     )
-    async def test_a_reply_has_one_less_than_what_it_answers(
+    async def test_a_reply_has_one_hop_less_than_its_event(
         self, delivered: object, own: object, expected: int, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, envelope("reply", **({} if own is None else {replies.HOPS: own})), STRUCTURED)
@@ -381,7 +379,7 @@ class TestHops:
         assert [reply.attribute(replies.HOPS) for reply in log.events] == [str(expected)]
 
     @pytest.mark.parametrize(("delivered", "own"), [(1, None), (0, None), (-5, None), (17, 0), (17, -1), (1, 100)])
-    async def test_a_reply_without_hops_left_is_dropped_and_its_delivery_is_done(
+    async def test_a_reply_without_hops_left_is_dropped(
         self, delivered: int, own: int | None, target: Target, dispatcher: Maker, log: Log
     ) -> None:
         replying(target, envelope("reply", **({} if own is None else {replies.HOPS: own})), STRUCTURED)
@@ -390,16 +388,14 @@ class TestHops:
         assert log.events == []
         assert recorder.all("reply dropped after too many hops", trigger="billing", event_id="order", events=1)
 
-    async def test_each_event_of_a_batch_counts_for_itself(self, target: Target, dispatcher: Maker, log: Log) -> None:
+    async def test_each_event_of_a_batch_has_its_own_hops(self, target: Target, dispatcher: Maker, log: Log) -> None:
         events = (envelope("1", **{replies.HOPS: 0}), envelope("2", **{replies.HOPS: 5}), envelope("3"))
         replying(target, b"[%b]" % b",".join(events), BATCH)
         await dispatcher(target.url, max_hops=10)(ORDER)
         assert [(reply.id, reply.attribute(replies.HOPS)) for reply in log.events] == [("2", "5"), ("3", "9")]
 
 
-async def test_a_target_that_answers_with_what_it_gets_ends_after_as_many_hops(
-    backend: Backend, target: Target, session: aiohttp.ClientSession
-) -> None:
+async def test_a_loop_of_replies_ends(backend: Backend, target: Target, session: aiohttp.ClientSession) -> None:
     """Two triggers, of which each answers what the other said: three hops, and silence."""
     target.answer = lambda request: web.Response(body=envelope(f"after {request.event().id}"), headers=STRUCTURED)
     for name in ("ping", "pong"):
@@ -415,7 +411,7 @@ async def test_a_target_that_answers_with_what_it_gets_ends_after_as_many_hops(
     await running
 
 
-async def test_an_event_counts_as_settled_only_after_its_reply_is_in_the_log(
+async def test_an_event_is_settled_only_after_its_reply_is_in_the_log(
     backend: Backend, target: Target, session: aiohttp.ClientSession
 ) -> None:
     replying(target, envelope("reply"), STRUCTURED)
@@ -445,7 +441,7 @@ async def test_an_event_counts_as_settled_only_after_its_reply_is_in_the_log(
     await running
 
 
-async def test_a_reply_that_comes_while_the_broker_stops_is_stored_and_its_event_is_done(
+async def test_a_reply_during_the_drain_is_stored(
     backend: Backend, target: Target, session: aiohttp.ClientSession, database: str
 ) -> None:
     stopping = asyncio.Event()
@@ -473,7 +469,7 @@ async def test_a_reply_that_comes_while_the_broker_stops_is_stored_and_its_event
     assert len(target.requests) == 1, "it was delivered again"
 
 
-async def test_a_reply_that_is_too_large_for_the_log_fails_its_event_and_says_so(
+async def test_a_reply_that_is_too_large_for_the_log_fails(
     backend: Backend, target: Target, session: aiohttp.ClientSession
 ) -> None:
     """Within what is read of a structured reply, beyond what the log takes."""

@@ -2,8 +2,6 @@
 
 import asyncio
 from base64 import b64decode
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import pairwise
 from time import monotonic
 from typing import cast
@@ -13,20 +11,14 @@ from aiohttp import web
 
 from pgbackend.facts import Recorder
 from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, send, serving
+from tests.serve.support.configs import config
 from tests.serve.support.target import Request, Target, failing
 from tests.support.backends import complete, dead_letters, settled
 
 FAST = "backoffPolicy: constant, backoffDelay: PT0.01S"
 
 
-@asynccontextmanager
-async def one_trigger(database: str, url: str, options: str = "") -> AsyncIterator[Broker]:
-    body = f"target: {{url: '{url}'}}{', ' if options else ''}{options}"
-    async with serving(database, config=f"triggers: {{billing: {{{body}}}}}") as broker:
-        yield broker
-
-
-async def test_events_of_every_mode_arrive_as_they_were_sent_and_in_log_order(
+async def test_events_of_every_mode_arrive_unchanged_and_in_log_order(
     database: str, target: Target, other_target: Target
 ) -> None:
     config = f"""
@@ -66,9 +58,9 @@ async def test_events_of_every_mode_arrive_as_they_were_sent_and_in_log_order(
     assert b'"data":null' in other_target.requests[3].body
 
 
-async def test_filters_choose_and_what_they_refuse_counts_as_handled(database: str, target: Target) -> None:
+async def test_filtered_events_count_as_settled(database: str, target: Target) -> None:
     options = "filters: [{prefix: {type: order.}}, {not: {exact: {subject: draft}}}]"
-    async with one_trigger(database, target.url, options) as broker:
+    async with serving(database, config=config(target, options)) as broker:
         await send(broker, 1, type="order.created")
         await send(broker, 2, type="order.created", subject="draft")
         await send(broker, 3, type="Order.created")
@@ -79,20 +71,20 @@ async def test_filters_choose_and_what_they_refuse_counts_as_handled(database: s
 
 
 class TestRetries:
-    async def test_a_failed_event_is_sent_again_until_it_is_delivered(self, database: str, target: Target) -> None:
+    async def test_a_failed_event_is_retried_until_it_is_delivered(self, database: str, target: Target) -> None:
         failing(target, 503, times=3)
-        async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 3, {FAST}}}") as broker:
+        async with serving(database, config=config(target, f"deliveryOptions: {{retry: 3, {FAST}}}")) as broker:
             await send(broker, 1)
             await target.wait(4)
             await settled(broker.backend)
             assert await dead_letters(broker.backend) == []
         assert target.ids() == ["1"] * 4
 
-    async def test_each_wait_is_as_long_as_the_policy_says(self, database: str, target: Target) -> None:
+    async def test_waits_follow_the_policy(self, database: str, target: Target) -> None:
         failing(target, 500, times=3)
         options = "deliveryOptions: {retry: 3, backoffPolicy: exponential, backoffDelay: PT0.15S}"
         with Recorder() as recorder:
-            async with one_trigger(database, target.url, options) as broker:
+            async with serving(database, config=config(target, options)) as broker:
                 await send(broker, 1)
                 times = [request.at for request in await target.wait(4)]
         waits = [later - earlier for earlier, later in pairwise(times)]
@@ -104,16 +96,16 @@ class TestRetries:
 
     async def test_without_retries_there_is_one_attempt(self, database: str, target: Target) -> None:
         failing(target, 503, times=100)
-        async with one_trigger(database, target.url, "deliveryOptions: {retry: 0}") as broker:
+        async with serving(database, config=config(target, "deliveryOptions: {retry: 0}")) as broker:
             await send(broker, 1)
             await settled(broker.backend)
             [letter] = await dead_letters(broker.backend)
         assert len(target.requests) == 1
         assert letter.failure.attempts == 1
 
-    async def test_a_final_status_is_not_tried_again(self, database: str, target: Target) -> None:
+    async def test_a_final_status_is_not_retried(self, database: str, target: Target) -> None:
         failing(target, 403, times=100)
-        async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 5, {FAST}}}") as broker:
+        async with serving(database, config=config(target, f"deliveryOptions: {{retry: 5, {FAST}}}")) as broker:
             await send(broker, 1)
             await settled(broker.backend)
             [letter] = await dead_letters(broker.backend)
@@ -122,16 +114,15 @@ class TestRetries:
 
     async def test_retry_after_is_obeyed(self, database: str, target: Target) -> None:
         failing(target, 429, times=1, Retry_After="1")
-        async with one_trigger(database, target.url, f"deliveryOptions: {{retry: 1, {FAST}}}") as broker:
+        async with serving(database, config=config(target, f"deliveryOptions: {{retry: 1, {FAST}}}")) as broker:
             await send(broker, 1)
             first, second = await target.wait(2)
         assert second.at - first.at >= 1.0
 
-    async def test_retry_after_is_obeyed_up_to_the_longest_wait(self, database: str, target: Target) -> None:
+    async def test_retry_after_is_obeyed_up_to_backoff_max(self, database: str, target: Target) -> None:
         failing(target, 503, times=1, Retry_After="3600")
-        async with one_trigger(
-            database, target.url, f"deliveryOptions: {{retry: 1, backoffMax: PT0.5S, {FAST}}}"
-        ) as broker:
+        options = f"deliveryOptions: {{retry: 1, backoffMax: PT0.5S, {FAST}}}"
+        async with serving(database, config=config(target, options)) as broker:
             await send(broker, 1)
             first, second = await target.wait(2)
         assert second.at - first.at >= 0.5
@@ -144,7 +135,7 @@ class TestRetries:
 
         target.answer = answer
         options = "deliveryOptions: {retry: 1000, backoffPolicy: constant, backoffDelay: PT0.05S, backoffMax: PT0.1S}"
-        async with one_trigger(database, target.url, options) as broker:
+        async with serving(database, config=config(target, options)) as broker:
             await send(broker, *range(5))
             await target.wait(10)
             down = False
@@ -154,7 +145,7 @@ class TestRetries:
 
 
 class TestDeadLetters:
-    async def test_a_given_up_event_goes_to_the_dead_letter_url_with_why(
+    async def test_a_given_up_event_goes_to_the_dead_letter_url_with_the_reason(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         failing(target, 500, times=100)
@@ -176,13 +167,13 @@ class TestDeadLetters:
             "knativeerrordata": "bm8=",
         }
 
-    async def test_the_dead_letter_url_has_the_same_retries_and_then_the_log_keeps_the_event(
+    async def test_the_dead_letter_url_gets_the_same_retries_before_the_log_keeps_the_event(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         failing(target, 400, times=100)
         failing(other_target, 502, times=100)
         options = f"deliveryOptions: {{retry: 2, {FAST}, deadLetterURL: '{other_target.url}'}}"
-        async with one_trigger(database, target.url, options) as broker:
+        async with serving(database, config=config(target, options)) as broker:
             await send(broker, 1, data={"n": 1})
             await other_target.wait(3)
             await settled(broker.backend)
@@ -192,13 +183,13 @@ class TestDeadLetters:
         assert letter.failure.error == f"Reject: {target.url} answered 400 Bad Request"
         assert letter.failure.details["knativeerrorcode"] == "400"
 
-    async def test_a_dead_letter_url_that_fails_for_a_while_gets_the_event_in_the_end(
+    async def test_a_dead_letter_url_that_recovers_gets_the_event(
         self, database: str, target: Target, other_target: Target
     ) -> None:
         failing(target, 400, times=100)
         failing(other_target, 503, times=2)
         options = f"deliveryOptions: {{retry: 2, {FAST}, deadLetterURL: '{other_target.url}'}}"
-        async with one_trigger(database, target.url, options) as broker:
+        async with serving(database, config=config(target, options)) as broker:
             await send(broker, 1)
             await other_target.wait(3)
             await settled(broker.backend)
@@ -221,9 +212,9 @@ class TestDeadLetters:
             [letter] = await dead_letters(broker.backend)
         assert letter.event.id == "1"
 
-    async def test_a_kept_event_can_be_delivered_later(self, database: str, target: Target) -> None:
+    async def test_a_dead_letter_can_be_redelivered(self, database: str, target: Target) -> None:
         failing(target, 400, times=1)
-        async with one_trigger(database, target.url) as broker:
+        async with serving(database, config=config(target)) as broker:
             await send(broker, 1)
             await settled(broker.backend)
             assert await broker.backend.redeliver(subscription="billing") == 1
@@ -234,14 +225,16 @@ class TestDeadLetters:
 class TestOrderAndConcurrency:
     async def test_strict_order_survives_failures(self, database: str, target: Target) -> None:
         failing(target, 503, times=2)
-        async with one_trigger(database, target.url, f"order: strict, deliveryOptions: {{retry: 5, {FAST}}}") as broker:
+        async with serving(
+            database, config=config(target, f"order: strict, deliveryOptions: {{retry: 5, {FAST}}}")
+        ) as broker:
             await send(broker, *range(20))
             await target.wait(22)
             await settled(broker.backend)
         assert target.ids() == ["0", "0"] + [str(number) for number in range(20)]
 
     async def test_events_of_one_key_arrive_one_after_another(self, database: str, target: Target) -> None:
-        async with one_trigger(database, target.url, "order: key, shards: 4") as broker:
+        async with serving(database, config=config(target, "order: key, shards: 4")) as broker:
             for number in range(30):
                 await send(broker, number, partitionkey=str(number % 3))
             await target.wait(30)
@@ -262,7 +255,7 @@ class TestOrderAndConcurrency:
             return web.Response(status=204)
 
         target.answer = answer
-        async with one_trigger(database, target.url, "concurrency: 3") as broker:
+        async with serving(database, config=config(target, "concurrency: 3")) as broker:
             await send(broker, *range(30))
             await target.wait(30)
             await settled(broker.backend)
@@ -270,49 +263,51 @@ class TestOrderAndConcurrency:
 
 
 class TestStartAndBounds:
-    async def test_a_new_trigger_gets_what_comes_after_it(self, database: str, target: Target) -> None:
+    async def test_a_new_trigger_starts_at_the_end_of_the_log(self, database: str, target: Target) -> None:
         async with serving(database) as broker:
             await send(broker, "before")
-        async with one_trigger(database, target.url) as broker:
+        async with serving(database, config=config(target)) as broker:
             await send(broker, "after")
             await target.wait(1)
             await settled(broker.backend)
         assert target.ids() == ["after"]
 
-    async def test_the_earliest_start_is_all_that_the_log_has(self, database: str, target: Target) -> None:
+    async def test_start_earliest_delivers_the_whole_log(self, database: str, target: Target) -> None:
         async with serving(database) as broker:
             await send(broker, "before")
-        async with one_trigger(database, target.url, "start: earliest") as broker:
+        async with serving(database, config=config(target, "start: earliest")) as broker:
             await target.wait(1)
             await settled(broker.backend)
         assert target.ids() == ["before"]
 
-    async def test_an_existing_trigger_goes_on_where_it_was(self, database: str, target: Target) -> None:
+    async def test_an_existing_trigger_continues_at_its_place(self, database: str, target: Target) -> None:
         for start in ("latest", "earliest"):
-            async with one_trigger(database, target.url, f"start: {start}") as broker:
+            async with serving(database, config=config(target, f"start: {start}")) as broker:
                 await send(broker, start)
                 await target.wait(1)
                 await settled(broker.backend)
         assert target.ids() == ["latest", "earliest"]
 
-    async def test_positions_bound_it_exclusively_and_then_it_is_complete(self, database: str, target: Target) -> None:
+    async def test_bounds_by_position_are_exclusive_and_complete_the_trigger(
+        self, database: str, target: Target
+    ) -> None:
         async with serving(database) as broker:
             await send(broker, *range(1, 9))
             first = (await broker.backend.status()).head - 7
         bounds = f"bounds: {{byId: {{start: {first + 1}, end: {first + 5}}}}}, order: strict"
-        async with one_trigger(database, target.url, bounds) as broker:
+        async with serving(database, config=config(target, bounds)) as broker:
             await target.wait(3)
             await complete(broker.backend)
         assert target.ids() == ["3", "4", "5"]
 
-    async def test_a_date_bounds_by_when_events_were_recorded(self, database: str, target: Target) -> None:
+    async def test_bounds_by_date_compare_the_recorded_time(self, database: str, target: Target) -> None:
         async with serving(database) as broker:
             await send(broker, "old")
         await asyncio.sleep(0.01)
         async with serving(database) as broker:
             now = await _clock(broker)
             await send(broker, "new")
-        async with one_trigger(database, target.url, f"bounds: {{byDate: {{start: '{now}'}}}}") as broker:
+        async with serving(database, config=config(target, f"bounds: {{byDate: {{start: '{now}'}}}}")) as broker:
             await target.wait(1)
             await settled(broker.backend)
         assert target.ids() == ["new"]
@@ -350,7 +345,7 @@ async def test_a_dead_target_harms_only_its_own_trigger(database: str, target: T
 
 
 async def test_events_from_plain_sql_are_delivered(database: str, target: Target) -> None:
-    async with one_trigger(database, target.url, "deliveryOptions: {retry: 0}") as broker:
+    async with serving(database, config=config(target, "deliveryOptions: {retry: 0}")) as broker:
         connection = await asyncpg.connect(database)
         await connection.execute("insert into pgbackend.events (id, source, type) values ('1', '/sql', 'plain')")
         await connection.close()

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from tests.serve.support.broker import HEADERS
-from tests.serve.support.target import Target
 
 INFORMED = ("--log-level", "info")
 
@@ -111,10 +110,6 @@ async def post(
         tls.load_cert_chain(cert)
     async with aiohttp.ClientSession() as client, client.post(url, headers=headers, data=body, ssl=tls) as answer:
         return answer.status
-
-
-def config(target: Target, name: str = "billing", options: str = "") -> str:
-    return f"triggers: {{{name}: {{target: {{url: '{target.url}'}}{options}}}}}"
 
 
 async def refused(url: str, timeout: float = 120.0) -> None:

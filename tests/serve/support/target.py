@@ -82,6 +82,18 @@ def failing(target: Target, status: int, *, times: int, **headers: str) -> None:
     )
 
 
+def holding(target: Target) -> asyncio.Event:
+    """The target answers nothing until the event is set."""
+    released = asyncio.Event()
+
+    async def answer(request: Request) -> web.Response:
+        await released.wait()
+        return web.Response(status=204)
+
+    target.answer = answer
+    return released
+
+
 @asynccontextmanager
 async def listening(bound: socket.socket | None = None) -> AsyncIterator[Target]:
     """A target that listens on a port of this machine: on any, or on this one, which it closes in the end."""
