@@ -1,6 +1,6 @@
 """The broker behind `pgbackend serve`: CloudEvents over HTTP in, triggers from a file, HTTP delivery out.
 
-A user of `Backend` like any other, with no private door. `app` wires it: `config` says what the file means and
-`reload` follows it, `ingest` takes events in behind `listener` and its `connection`s, `triggers` keeps subscriptions as
-the configuration wants them, `delivery` sends.
+It is a user of `Backend` like any other and needs nothing private of it. `config` reads the file, `operations` logs,
+measures and traces, `ingest` takes events in, `egress` delivers them, `app` puts them together, and `supervisor` runs
+several broker processes. Imports go in that order.
 """

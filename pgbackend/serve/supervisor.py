@@ -41,7 +41,7 @@ from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve import app
 from pgbackend.serve.config.load import can_be_read_once
 from pgbackend.serve.ingest.ports import Ports
-from pgbackend.serve.operations import logs, metrics, metrics_directory
+from pgbackend.serve.operations import collectors, logs, metrics_directory
 from pgbackend.serve.options import Options
 from pgbackend.serve.process import Signals, handling_signals
 
@@ -320,7 +320,7 @@ async def _readable(file: int) -> None:
 def _merge(pid: int) -> bool:
     """Whether the metrics of an ended process are dealt with; False while another process reads them."""
     try:
-        metrics.merge_ended(pid)
+        collectors.merge_ended(pid)
     except BlockingIOError:
         return False
     except OSError as error:

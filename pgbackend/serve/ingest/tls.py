@@ -1,8 +1,8 @@
-"""What the listener shows over TLS, and whom it lets in: certificates from files, which may change meanwhile.
+"""The certificates of the listener, and the authorities of its clients' certificates, from files that may change.
 
-`app` makes a `TLS` of the files in its settings, and has it read them anew when they are renewed; `listener` takes its
-context for each handshake. Files that cannot be used are one clear line before anything is bound; later they change
-nothing, and that is told.
+`app` makes a `TLS` from its options, `reloader` reloads it when the files change, and `listener` uses its context for
+each handshake. The promise: files that cannot be used are one clear error before the broker starts, and change nothing
+later, which is logged.
 """
 
 import logging
@@ -14,18 +14,18 @@ from pgbackend.errors import ConfigError
 
 
 class TLS:
-    """What the server shows, and what clients have to show. `key` may stand in the file of `cert`.
+    """The server's certificate. Its key may be in the same file, so `key` is optional.
 
-    With `client_ca` only clients with a certificate of one of those authorities get in.
+    With `client_ca`, only clients with a certificate of one of those authorities are accepted.
     """
 
     def __init__(self, cert: Path, key: Path | None = None, client_ca: Path | None = None) -> None:
-        """Raises ConfigError for files that cannot be used."""
+        """Raises ConfigError if a file cannot be used."""
         self._files = (cert, key, client_ca)
         self.context = _context(*self._files)
 
     def reload(self) -> None:
-        """Connections made from now on get what the files say now. Files that cannot be used change nothing."""
+        """New connections use the files as they are now. If one cannot be used, nothing changes."""
         try:
             self.context = _context(*self._files)
         except ConfigError as error:
@@ -37,7 +37,7 @@ class TLS:
 def _context(cert: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Of TLS 1.2 what Mozilla calls intermediate; those of TLS 1.3 are all good.
+    # For TLS 1.2, Mozilla's "intermediate" list; all ciphers of TLS 1.3 are good.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
     _read("certificate", cert)
@@ -51,14 +51,14 @@ def _context(cert: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLCon
         return ""
 
     try:
-        # Without a callback OpenSSL would ask the terminal.
+        # Without a callback, OpenSSL would ask at the terminal.
         context.load_cert_chain(cert, key, no_password)
     except ssl.SSLError as error:
         where = key or cert
         if encrypted:
             raise ConfigError(f"TLS: the key in {where} is encrypted. Decrypt it: openssl pkey -in {where}.") from None
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise ConfigError(f"TLS: the key in {where} is not that of the first certificate in {cert}.") from None
+            raise ConfigError(f"TLS: the key in {where} does not match the first certificate in {cert}.") from None
         if key is None and _has_certificate(cert):
             raise ConfigError(f"TLS: {cert} has no private key. Give one with --tls-key.") from None
         culprit, what = (cert, "certificate") if not _has_certificate(cert) else (where, "private key")
@@ -68,8 +68,9 @@ def _context(cert: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLCon
         try:
             context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
-            said = f"TLS: the client CA {client_ca} has no certificate in PEM form{_reason(error)}."
-            raise ConfigError(said) from None
+            raise ConfigError(
+                f"TLS: the client CA {client_ca} has no certificate in PEM form{_reason(error)}."
+            ) from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -82,7 +83,7 @@ def _read(what: str, path: Path) -> None:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    # Without one its text is a line of OpenSSL's own source.
+    # Without a reason, the error's text is a line of OpenSSL's source.
     return f" ({error.reason})" if error.reason else ""
 
 

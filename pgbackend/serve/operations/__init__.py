@@ -1,1 +1,1 @@
-"""What operators see and run."""
+"""Logs, metrics and traces of the broker."""

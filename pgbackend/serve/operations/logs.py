@@ -1,9 +1,8 @@
-"""Where log lines go and what they look like: one JSON object a line, or a line for a person's terminal, on stderr.
+"""Log lines on stderr: one JSON object a line, or lines for a person's terminal.
 
-Everything that is logged comes out alike, whoever logs it: facts with their fields, and the libraries' records. The
-promise: whatever an event, a client or a target says, a record is one record (it cannot break out of its line, nor
-paint a terminal), no text or list in it is longer than people read, credentials in URLs are not shown, and a log that
-cannot be written stops nobody.
+`configure` sets up logging once for each process; facts with their fields and the records of libraries look alike. The
+promise: whatever an event, a client or a target says, it cannot break out of its record or control a terminal; no text
+or list is longer than people read; credentials in URLs are not shown; a log that cannot be written stops nothing.
 """
 
 import json
@@ -26,20 +25,19 @@ from pgbackend.errors import shown
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _LINES = 16_000
-"""Characters of a stack trace. Its last lines count most, so the first ones go."""
+"""Characters of a stack trace. The last lines matter most, so the first ones are cut."""
 _ITEMS = 20
-"""Items of a list or mapping."""
+"""Items shown of a list or mapping."""
 _DEPTH = 4
-"""Lists and mappings within one another."""
+"""Levels shown of nested lists and mappings."""
 _LIBRARIES = logging.WARNING
-"""What libraries have to say below this level is of use to their own developers."""
+"""Below this level, records of libraries help only their own developers."""
 
 
 def configure(format: Literal["console", "json"], level: str) -> None:  # noqa: A002 - as the option is called
-    """What is logged from now on, at `level` or above, goes to stderr in this format. Again, it starts anew.
+    """From now on, records at `level` or above go to stderr in this format. A second call replaces the first.
 
-    `level` is debug, info, warning or error; of libraries only warnings and worse are shown. Raises ValueError for
-    another one.
+    `level` is debug, info, warning or error, else ValueError is raised. Libraries are shown from warning on.
     """
     number = _LEVELS.get(level)
     if number is None:
@@ -54,7 +52,7 @@ def configure(format: Literal["console", "json"], level: str) -> None:  # noqa: 
 
 
 def formatter(format: Literal["console", "json"], *, colors: bool = False) -> logging.Formatter:  # noqa: A002 - as above
-    """Makes a line of any record, or, on the console, several when there is a traceback."""
+    """Formats any record as one line; on the console, a traceback adds lines."""
     written: Processor = _as_json if format == "json" else _Console(colors=colors)
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[_describe], processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, written]
@@ -63,13 +61,13 @@ def formatter(format: Literal["console", "json"], *, colors: bool = False) -> lo
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # of whatever sys.stderr is
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Nowhere to say it: stderr is what failed. The broker goes on."""
+        """Do nothing: stderr is what failed, so there is no place to report it."""
 
 
 class _Flood(logging.Filter):
-    """Of each text lets `_A_SECOND` through, for each trigger and shard; the next one says how many were kept back.
+    """Passes `_A_SECOND` records a second of each text, trigger and shard; the next one says how many it dropped.
 
-    A target that refuses every event would otherwise fill disks, and keep the broker busy with telling so.
+    Otherwise a target that refuses every event would fill disks and keep the broker busy with logging.
     """
 
     def __init__(self) -> None:
@@ -87,7 +85,7 @@ class _Flood(logging.Filter):
             self._seen[key] = (second, count + 1)
             return count < _A_SECOND
         if len(self._seen) > _TEXTS and self._forgot_in != second:
-            # Not those of now, however many: with hundreds of triggers there are more than that in a bad second.
+            # Current texts stay, however many: hundreds of triggers can have more of them in one second.
             self._forgot_in = second
             self._seen = {key: seen for key, seen in self._seen.items() if seen[0] >= second - 1}
         self._seen[key] = (second, 1)
@@ -98,13 +96,13 @@ class _Flood(logging.Filter):
 
 _A_SECOND = 10
 _TEXTS = 1000
-"""Texts that are remembered longer than for some seconds: facts have constant ones, but not every library."""
+"""Texts that are remembered. Facts have constant texts, but some libraries do not."""
 
 
 def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:
-    """What a record says, as a flat dict: a fact by its constant text and its fields, others by their message."""
+    """A record as a flat dict: a fact by its constant text and its fields, others by their message."""
     record: logging.LogRecord = entry["_record"]
-    said: EventDict = {
+    described: EventDict = {
         "timestamp": datetime.fromtimestamp(record.created, UTC)
         .isoformat(timespec="microseconds")
         .replace("+00:00", "Z"),
@@ -115,30 +113,30 @@ def _describe(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDi
     }
     fields: Mapping[str, object] = getattr(record, "fields", {})
     for name, value in fields.items():
-        said[f"{name}_" if name in said or name in _RESERVED else name] = value
+        described[f"{name}_" if name in described or name in _RESERVED else name] = value
     if record.exc_info and record.exc_info[1] is not None:
-        said["exception"] = record.exc_info[1]
+        described["exception"] = record.exc_info[1]
     if record.stack_info:
-        said["stack"] = record.stack_info
-    return {**said, "_record": record, "_from_structlog": False}
+        described["stack"] = record.stack_info
+    return {**described, "_record": record, "_from_structlog": False}
 
 
 _RESERVED = frozenset({"exception", "stack", "_record", "_from_structlog"})
 
 
 def _as_json(_logger: WrappedLogger, _method: str, entry: EventDict) -> str:
-    """One line of ASCII: JSON's escapes leave no way to end it, or to reach a terminal."""
+    """One line of ASCII: JSON's escapes cannot end the line or control a terminal."""
     error = entry.pop("exception", None)
-    said = {name: _json(value) for name, value in entry.items()}
+    written = {name: _json(value) for name, value in entry.items()}
     if error is not None:
-        said["exception"] = {
+        written["exception"] = {
             "type": type(error).__qualname__,
             "message": _message(error),
             "stacktrace": _traceback(error),
         }
     if (stack := entry.get("stack")) is not None:
-        said["stack"] = _end_of(_text(stack, most=None))
-    return json.dumps(said)
+        written["stack"] = _end_of(_text(stack, most=None))
+    return json.dumps(written)
 
 
 def _json(value: object, depth: int = _DEPTH) -> object:
@@ -152,17 +150,17 @@ def _json(value: object, depth: int = _DEPTH) -> object:
         rest = [f"… ({len(value)} items)"] if len(value) > _ITEMS else []
         return [_json(one, depth - 1) for one in islice(value, _ITEMS)] + rest
     if isinstance(value, Mapping) and depth:
-        said = {_text(name): _json(one, depth - 1) for name, one in islice(value.items(), _ITEMS)}
-        return said | {"…": f"{len(value)} items"} if len(value) > _ITEMS else said
+        written = {_text(name): _json(one, depth - 1) for name, one in islice(value.items(), _ITEMS)}
+        return written | {"…": f"{len(value)} items"} if len(value) > _ITEMS else written
     return _text(value)
 
 
 _INTEGER_BITS = 128
-"""Longer integers are no use to a reader, and Python prints none of thousands of digits."""
+"""Longer integers help no reader, and Python refuses to print thousands of digits."""
 
 
 class _Console:
-    """A line for a person; what would be ambiguous or unprintable in it is quoted as Python does."""
+    """Writes lines for a person; ambiguous and unprintable text is quoted as in Python."""
 
     def __init__(self, *, colors: bool) -> None:
         self._render = structlog.dev.ConsoleRenderer(
@@ -174,10 +172,10 @@ class _Console:
         stack = entry.pop("stack", None)
         del entry["process"]
         if entry["logger"] == facts.logger.name:
-            del entry["logger"]  # its text says enough
-        # What is left for the renderer to do is quoting where spaces would hide a value's end.
-        said: EventDict = {name: _printable(_shown(value)) for name, value in entry.items()}
-        line = str(self._render(logger, method, said))
+            del entry["logger"]  # facts have telling texts
+        # The renderer quotes values in which spaces would hide the end.
+        shown_fields: EventDict = {name: _printable(_shown(value)) for name, value in entry.items()}
+        line = str(self._render(logger, method, shown_fields))
         for block in (stack, None if exception is None else _traceback(exception)):
             if block is not None:
                 text = _end_of(_text(block, most=None))
@@ -186,7 +184,7 @@ class _Console:
 
 
 def _colourful() -> bool:
-    # There is no stderr where the one who started us has closed it.
+    # sys.stderr is None if the parent process closed it.
     return sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -212,12 +210,12 @@ def _shown(value: object) -> str:
 
 
 def _text(value: object, most: int | None = facts.TEXT) -> str:
-    """The text of anything, without the credentials of the URLs in it; of a longer one the first `most` characters."""
+    """The text of any value: without credentials in URLs, and cut to `most` characters."""
     text = facts.text_of(value)
-    # Before it is cut: without its @ nobody could tell what is a password.
+    # Before the text is cut: without its @, a password is not recognized.
     text = _CREDENTIALS.sub("://…@", text) if "@" in text else text
     return text if most is None else facts.cut(text, most)
 
 
-# Up to the last @ before the path: passwords hold that sign, too.
+# Up to the last @ before the path, because passwords may contain one.
 _CREDENTIALS = re.compile(r"://[^\s/?#]*@")

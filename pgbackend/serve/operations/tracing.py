@@ -1,15 +1,15 @@
-"""OpenTelemetry traces that go through the log, for those who have installed `pgbackend[otel]` and want them.
+"""OpenTelemetry traces that pass through the log; they need `pgbackend[otel]` and the standard OTEL_… variables.
 
-What OpenTelemetry's messaging conventions call the creation context is kept with the event, as the extension attribute
-`traceparent` (and `tracestate`) of CloudEvents' distributed tracing extension. An event that brings one keeps it as it
-is; the others get that of the span around their commit. The promise: an event is stored whether or not its trace is
-well-formed, sampled, or can be exported, and nothing of OpenTelemetry is imported where nobody asked for traces.
+`handler` and `replies` put a span around each commit, `dispatcher` around each attempt. The log keeps an event's
+context as the attributes `traceparent` and `tracestate` of CloudEvents' distributed tracing extension. An event that
+brings a context keeps it; others get the context of the span around their commit. The promise: an event is stored
+whether or not its trace is well-formed, sampled or exported, and OpenTelemetry is imported only for traces.
 
     client ──header──▶ `send` span ──`traceparent` attribute, in the log──▶ `process` span ──header──▶ target
 
-The conventions link a `process` span to the creation context and allow it as the parent, too, where a span is about one
-event. Every attempt is: so it is child and link both, and users see one trace. A span of a batch is linked to each
-event that brought a context of its own.
+OpenTelemetry's messaging conventions link a `process` span to the event's context, and allow that as the parent if the
+span is about one event. Every attempt is about one, so it is both child and link, and users see one trace. The span of
+a batch is linked to each event that brought a context.
 """
 
 import logging
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _EVENT_BYTES = 1 << 20
-"""What the log takes. An event that its trace's context would make larger is stored without."""
+"""What the log accepts. An event that the context would make larger is stored without it."""
 _STATE_CHARACTERS = 512
-"""Of a `tracestate`: W3C asks everybody to hand on that many. A longer one is not stored with the event."""
+"""W3C asks for at least so many of a `tracestate` to be passed on. A longer one is not stored with the event."""
 
 
 def from_environment(*, destination: str = "pgbackend") -> "Tracing | None":
-    """Traces as the standard OTEL_… variables ask for them; None when they do not.
+    """Tracing as the standard OTEL_… variables ask for it; None if they do not.
 
-    They do when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set, OTEL_SDK_DISABLED is not
-    `true` and OTEL_TRACES_EXPORTER is not `none`. `destination` is what spans call the log. Raises ConfigError when the
-    packages are missing, or when another protocol than HTTP is asked for.
+    They do if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set, OTEL_SDK_DISABLED is not
+    `true` and OTEL_TRACES_EXPORTER is not `none`. Spans call the log `destination`. Raises ConfigError if a package is
+    missing, or if the variables ask for another protocol than HTTP.
     """
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     if named is None or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
@@ -66,9 +66,9 @@ def from_environment(*, destination: str = "pgbackend") -> "Tracing | None":
             f"{named} asks for traces, but a package is missing ({error}). "
             "Install `pgbackend[otel]`, or set OTEL_SDK_DISABLED=true."
         ) from None
-    # The environment's own name for the service wins.
+    # The environment's name for the service takes precedence.
     resource = Resource.create({SERVICE_NAME: "pgbackend"}).merge(OTELResourceDetector().detect())
-    # Not at exit: `shutdown()` has a limit of time, which the library's own does not keep.
+    # `shutdown()` replaces the library's exit hook, which has no time limit.
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracing(provider, destination=destination)
@@ -86,11 +86,11 @@ class Tracing:
         self._tracer = provider.get_tracer("pgbackend")
         self._api = trace
         self._now = get_current
-        # Otherwise never what happens to be current: a commit is the client's doing, an attempt the event's.
+        # The parent of spans without another one, instead of whatever span is current.
         self._nothing = Context()
-        # CloudEvents' extension knows no other format, whatever OTEL_PROPAGATORS says.
+        # CloudEvents' extension has only this format, whatever OTEL_PROPAGATORS says.
         self._propagator = TraceContextTextMapPropagator()
-        # It warns of each header that is not well-formed: a way for strangers to fill the log.
+        # It warns about each malformed header, so strangers could fill the log.
         logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
         self._destination = destination
 
@@ -98,17 +98,17 @@ class Tracing:
     def receive(
         self, events: Sequence[Event], headers: Iterable[tuple[bytes, bytes]] | None
     ) -> Iterator[Sequence[Event]]:
-        """A span around the commit of one request's events; gives what to store of them.
+        """A span around the commit of one request's events; yields the events to store.
 
-        Its parent is what the request's headers say, or else, for a single event, what the event itself says. Without
-        headers the events are a reply, and the parent is the attempt that it came back from.
+        Its parent is the context in the request's headers, or else that of a single event. `headers` is None for a
+        reply, whose parent is the attempt that it answers.
         """
         single = events[0] if len(events) == 1 else None
         brought = [context for event in events if (context := self._context_of(event)) is not None]
         parent = self._now() if headers is None else self._context_in(headers)
         if parent is None and single is not None and brought:
             parent = brought[0]
-        # The conventions' word for a span whose context becomes an event's; without such an event it serves a request.
+        # In the conventions a PRODUCER's context becomes an event's. Otherwise the span only serves a request.
         creates = any(event.attribute("traceparent") is None for event in events)
         with self._tracer.start_as_current_span(
             f"send {self._destination}",
@@ -124,9 +124,9 @@ class Tracing:
 
     @contextmanager
     def send(self, event: Event, headers: "CIMultiDict[str]", *, trigger: str, url: str) -> Iterator[Answered]:
-        """A span around one attempt to deliver the event; its context goes into the request's headers.
+        """A span around one attempt to deliver the event; its context is added to the request's headers.
 
-        What it gives is told the status, once there is one. An exception that leaves the body is why it failed.
+        Yields a function to call with the answer's status. An exception that leaves the body marks the span as failed.
         """
         created = self._context_of(event)
         where = urlsplit(url)
@@ -151,20 +151,20 @@ class Tracing:
                 yield answered
 
     def shutdown(self, timeout: float = 5.0) -> None:
-        """Return once the spans that ended are exported, after `timeout` seconds at the latest. Again does nothing."""
-        # The library waits for half a minute when the collector is away.
+        """Return once ended spans are exported, after `timeout` seconds at the latest. A second call does nothing."""
+        # In a thread: the library waits for half a minute if the collector is away.
         flushing = threading.Thread(target=self._provider.shutdown, name="flush traces", daemon=True)
         flushing.start()
         flushing.join(timeout)
 
     def _with_context(self, events: Sequence[Event]) -> list[Event]:
-        """The events, those without a context with that of the current span, where there is room for it."""
+        """The events; those without a context get that of the current span, if they have room for it."""
         carrier = self._carrier()
         if len(carrier.get("tracestate", "")) > _STATE_CHARACTERS:
             del carrier["tracestate"]
         return [
             traced
-            if event.attribute("traceparent") is None and _is_taken(traced := attributes_with(event, carrier))
+            if event.attribute("traceparent") is None and _fits(traced := attributes_with(event, carrier))
             else event
             for event in events
         ]
@@ -185,11 +185,11 @@ class Tracing:
         for name, value in headers:
             if (key := name.decode("latin-1")) in found:
                 found[key].append(value.decode("latin-1"))
-        # Of two nobody knows which is meant: W3C has both ignored.
+        # W3C has duplicate headers ignored.
         return self._context(found) if len(found["traceparent"]) == 1 else None
 
     def _context(self, carrier: dict[str, list[str]]) -> "Context | None":
-        """The context that stands there; None when it is not well-formed."""
+        """The context in the carrier; None if it is malformed."""
         context = self._propagator.extract(carrier, self._nothing)
         return context if self._api.get_current_span(context).get_span_context().is_valid else None
 
@@ -217,22 +217,22 @@ class Tracing:
         return attributes
 
 
-def _is_taken(event: Event) -> bool:
+def _fits(event: Event) -> bool:
     return attributes_size(event.row) <= ATTRIBUTES_BYTES and size_of(event.row) <= _EVENT_BYTES
 
 
 @contextmanager
 def _failures(span: "Span") -> Iterator[Answered]:
-    """What leaves the body is why the span failed: a status that was told, unless it is one of success, or its type."""
-    told: list[int] = []
+    """An exception that leaves the body sets the span's `error.type`: the answer's status, or the exception's type."""
+    statuses: list[int] = []
 
     def answered(status: int) -> None:
-        told.append(status)
+        statuses.append(status)
         span.set_attribute("http.response.status_code", status)
 
     try:
         yield answered
     except BaseException as error:
-        refused = bool(told) and not 200 <= told[-1] < 300
-        span.set_attribute("error.type", str(told[-1]) if refused else type(error).__qualname__)
-        raise  # the library records what it says
+        refused = bool(statuses) and not 200 <= statuses[-1] < 300
+        span.set_attribute("error.type", str(statuses[-1]) if refused else type(error).__qualname__)
+        raise  # the library records the exception itself

@@ -305,7 +305,7 @@ class TestMistakes:
         with pytest.raises(ConfigError, match=r"tls\.crt has no private key\. Give one with --tls-key\."):
             TLS(files.cert)
         files.authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(files.key)
-        with pytest.raises(ConfigError, match=r"tls\.key is not that of the first certificate in .*tls\.crt"):
+        with pytest.raises(ConfigError, match=r"tls\.key does not match the first certificate in .*tls\.crt"):
             TLS(files.cert, files.key)
 
     def test_a_key_that_is_encrypted_is_not_asked_for_at_the_terminal(self, files: Files, tmp_path: Path) -> None:

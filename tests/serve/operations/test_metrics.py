@@ -23,7 +23,8 @@ from pgbackend import Backend, facts
 from pgbackend.codec.event import Event
 from pgbackend.codec.wire import parse_structured
 from pgbackend.facts import Recorder
-from pgbackend.serve.operations import metrics as metrics_module
+from pgbackend.serve.operations.collectors import merge_ended
+from pgbackend.serve.operations.instruments import CHANGES, TRIGGER
 from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.torture.proxy import Proxy
 from tests.serve.support.broker import HEADERS, serving
@@ -36,7 +37,6 @@ PROMETHEUS_3 = (
     "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
     "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
 )
-TRIGGER = "messaging_consumer_group_name"
 DOCUMENTED = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
@@ -160,7 +160,7 @@ class TestFacts:
 
     def test_each_fact_that_is_listened_for_is_told_somewhere(self) -> None:
         sources = "".join(file.read_text() for file in Path(pgbackend.__file__).parent.rglob("*.py"))
-        for fact in (*metrics_module._TOLD, "trigger added"):
+        for fact in (*CHANGES, "trigger added"):
             # Here, and where it is emitted.
             assert sources.count(f'"{fact}"') >= 2, fact
 
@@ -322,10 +322,7 @@ class TestTheLog:
                 await eventually("a lag of 0", caught_up)
                 assert await value(metrics, "pgbackend_subscription_lag_seconds", **{TRIGGER: "billing"}) == 0
 
-    async def test_scrapers_at_the_same_time_share_one_question(
-        self, database: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(metrics_module, "_STATUS_AGE", 60.0)
+    async def test_scrapes_at_the_same_time_share_one_question(self, database: str) -> None:
         async with Backend(database) as backend:
             asked = 0
             status = backend.status
@@ -338,7 +335,6 @@ class TestTheLog:
             backend.status = counted  # type: ignore[method-assign,assignment]  # to count, and then ask as ever
             with Metrics(backend) as metrics:
                 await asyncio.gather(*(metrics.exposition(None) for _ in range(20)))
-                await metrics.exposition(None)
             assert asked == 1
 
     async def test_a_scraper_that_hangs_up_does_not_take_the_answer_from_the_others(self, database: str) -> None:
@@ -541,11 +537,10 @@ class TestSeveralProcesses:
                 other.process.pid,
             }
 
-    @pytest.mark.parametrize("killed", [False, True])
-    async def test_counts_of_a_process_that_is_gone_stay_and_its_gauges_go(self, killed: bool, directory: Path) -> None:
+    async def test_counts_of_an_ended_process_stay_and_its_gauges_go(self, directory: Path) -> None:
         async with process(directory) as staying:
             await staying.do("metrics.ingested(1, 0.1)")
-            for _ in range(3):
+            for killed in (False, True):
                 async with process(directory) as going:
                     await going.do("metrics.ingested(10, 0.1)")
                     await going.do("billing.replied(1)")
@@ -558,11 +553,11 @@ class TestSeveralProcesses:
                     else:
                         await going.end()
                 before = (await staying.samples())[SENT]
-                metrics_module.merge_ended(going.process.pid)
+                merge_ended(going.process.pid)
                 assert (await staying.samples())[SENT] == before
             shown = await staying.samples()
-            assert shown[SENT] == 31
-            assert shown[f"pgbackend_reply_events_total{[(TRIGGER, 'billing')]}"] == 3
+            assert shown[SENT] == 21
+            assert shown[f"pgbackend_reply_events_total{[(TRIGGER, 'billing')]}"] == 2
             assert shown[DOWN] == 0
             assert len(list(directory.glob("counter_*.db"))) == 2
 
@@ -583,7 +578,7 @@ class TestSeveralProcesses:
                 unlink(file)
 
             monkeypatch.setattr(Path, "unlink", hesitating)
-            moving = asyncio.create_task(asyncio.to_thread(metrics_module.merge_ended, going.process.pid))
+            moving = asyncio.create_task(asyncio.to_thread(merge_ended, going.process.pid))
             await asyncio.to_thread(copied.wait, 60)
             looking = asyncio.create_task(staying.samples())
             # As long as it may take who does not wait for the other.
