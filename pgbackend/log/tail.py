@@ -42,10 +42,14 @@ class Tail:
 
     async def run(self) -> None:
         """Run the streams until cancelled. Raises what ends one of them: IncarnationChanged or SchemaError."""
-        async with asyncio.TaskGroup() as self._tasks:
-            for stream in self._streams:
-                self._start(stream, self._tasks)
-            await asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for stream in self._streams:
+                    self._start(stream, self._tasks)
+                await asyncio.get_running_loop().create_future()
+        finally:
+            # A cursor that enters a new stream from now on waits for the next run.
+            self._tasks = None
 
     def cursor(self, *, after: int, strict: bool = False) -> "Cursor":
         """A place in the log that reads on behind `after`. Close it when it is not needed any more."""

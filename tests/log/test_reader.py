@@ -249,8 +249,13 @@ async def test_a_page_of_large_data_is_bounded_and_nothing_is_left_out(log: Log,
     assert all(event.data_bytes == data for batch in batches for event in batch.events)
 
 
-@pytest.mark.parametrize("column", ["id", "subject", "extensions", "partitionkey"])
-@pytest.mark.parametrize(("count", "size", "more"), [(400, 50_000, ""), (40, 1_000_000, "😀"), (3, 30_000_000, "")])
+@pytest.mark.parametrize(
+    ("column", "count", "size", "more"),
+    [
+        ("id", 400, 50_000, ""), ("partitionkey", 40, 1_000_000, ""), ("extensions", 40, 1_000_000, "😀"),
+        ("subject", 2, 30_000_000, ""),
+    ],
+)  # fmt: skip
 async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
     log: Log, sql: Any, column: str, count: int, size: int, more: str
 ) -> None:

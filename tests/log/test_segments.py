@@ -96,9 +96,9 @@ async def test_a_log_without_any_segment_gets_the_one_of_its_head(log: str) -> N
 
 @pytest.mark.parametrize(("head", "first"), [(499, 500), (500, 500), (5_120, 5_000)])
 async def test_positions_used_up_by_failed_appends_get_no_segments(log: str, head: int, first: int) -> None:
-    async with segments_of(log) as segments, connected(log) as connection:
+    async with connected(log) as connection:
         await connection.execute(f"ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH {head}")
-        await segments.extend()
+        assert await connection.fetchval(MAKE) is not None
         rows = await connection.fetch(BOUNDS)
 
     assert rows[1][1] == f"FOR VALUES FROM ('{first}') TO ('{first + 500}')"
@@ -129,12 +129,12 @@ async def test_a_log_whose_schema_was_renamed_gets_its_segments(log: str) -> Non
 async def test_default_privileges_allow_no_writes_into_a_segment(log: str) -> None:
     role = "reporter_" + urlsplit(log).path[-12:]
     writing = "SELECT has_table_privilege($1, 'pgbackend.events_500', 'INSERT, UPDATE, DELETE, TRUNCATE')"
-    async with segments_of(log) as segments, connected(log) as connection:
+    async with connected(log) as connection:
         await connection.execute(f"CREATE ROLE {role}")
         try:
             for grantee in (role, "PUBLIC"):
                 await connection.execute(f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {grantee}")
-            await segments.extend()
+            assert await connection.fetchval(MAKE) is not None
 
             assert not await connection.fetchval(writing, role)
             assert await connection.fetchval("SELECT has_table_privilege($1, 'pgbackend.events_500', 'SELECT')", role)
@@ -182,8 +182,8 @@ async def test_many_workers_extend_at_once_and_each_segment_is_made_once(log: st
 
 
 async def test_new_segments_have_the_constraints_of_the_log(log: str) -> None:
-    async with segments_of(log) as segments, connected(log) as connection:
-        await segments.extend()
+    async with connected(log) as connection:
+        assert await connection.fetchval(MAKE) is not None
         await connection.execute("ALTER TABLE pgbackend.events ALTER COLUMN position RESTART WITH 600")
 
         row = await connection.fetchrow(

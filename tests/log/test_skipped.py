@@ -23,12 +23,12 @@ pytestmark = pytest.mark.owner
 
 @pytest.fixture
 async def narrow(sql: Any) -> None:
-    """The log has two segments, 100 positions wide."""
+    """The log has two segments: one 100 positions wide, and one so wide that no more are made."""
     for name in await sql.fetch(
         "SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = 'pgbackend.events'::regclass"
     ):
         await sql.execute(f"DROP TABLE {name[0]}")
-    for lower, upper in ((0, 100), (100, 200)):
+    for lower, upper in ((0, 100), (100, 300_000_000)):
         await sql.execute(f"""
             CREATE TABLE pgbackend.events_{lower} PARTITION OF pgbackend.events
             FOR VALUES FROM ({lower}) TO ({upper})""")
