@@ -33,16 +33,13 @@ class Database:
     `connect()` may be called in any thread with an event loop, everything else only in the loop of `open()`.
     """
 
-    def __init__(self, dsn: str, *, listen_dsn: str | None = None, pool_size: int = 4, name: str = "pgbackend") -> None:
-        """`listen_dsn` bypasses a pooler. `name` is the connections' application name, unless `dsn` has one.
-
-        Raises ConfigError for a DSN that cannot be used.
-        """
+    def __init__(self, dsn: str, *, listen_dsn: str | None = None, pool_size: int = 4) -> None:
+        """`listen_dsn` bypasses a pooler. Raises ConfigError for a DSN that cannot be used."""
         self._target = Target.of(dsn)
         self._direct_target = Target.of(listen_dsn) if listen_dsn else self._target
         self._pool_size = pool_size
         self._forks = sockets.forks()
-        self._primaries = Primaries(Dialer(self._target.application_name or name))
+        self._primaries = Primaries(Dialer(self._target.application_name or "pgbackend"))
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
 
     async def open(self, timeout: float = STATEMENT_TIMEOUT) -> None:
