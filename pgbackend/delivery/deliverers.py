@@ -19,16 +19,16 @@ from pgbackend.delivery.registration import Dispatch, Registration, complete
 class Deliverer:
     """One of them: its task, and the one function that calls a dispatcher."""
 
-    __slots__ = ("_active", "_context", "_gate", "_is_ending", "_task", "_turn", "spent")
+    __slots__ = ("_active", "_context", "_gate", "_pool", "_task", "_turn", "spent")
 
-    def __init__(self, gate: Gate, *, is_ending: Callable[[], bool]) -> None:
-        """Made in the task that dispatches. `is_ending`: whether a cancellation comes from the shard's end."""
+    def __init__(self, pool: "Deliverers", gate: Gate) -> None:
+        """Made in the task that dispatches."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - deliverers are tasks
         self._task: asyncio.Task[Any] = task
         self._gate = gate
         self._active = gate.active
-        self._is_ending = is_ending
+        self._pool = pool
         self._turn = turns.mine()
         self._context = copy_context()
         self.spent = False
@@ -61,11 +61,19 @@ class Deliverer:
             except Exception:  # noqa: BLE001 - comparing the values of users' variables may raise anything
                 self.spent = True
 
+    async def idle(self) -> None:
+        """Return when there is something to do."""
+        await self._pool.idle()
+
+    def wake_next(self) -> None:
+        """Have another deliverer take what is left."""
+        self._pool.wake()
+
     def _is_cut_off(self, error: BaseException) -> bool:
         """Whether a dispatch ends because its deliverer does. Everything else is a failure of its event."""
         # By its type: `isinstance()` would also ask the object, whose answer may raise.
         if issubclass(type(error), asyncio.CancelledError):
-            return self._is_ending()
+            return self._pool.is_ending()
         # The interpreter closes a coroutine that nobody runs any more.
         return issubclass(type(error), GeneratorExit) and not _is_running(self._task)
 
@@ -148,7 +156,7 @@ class Deliverers:
                 self._idle.remove(future)
 
     async def _deliver(self) -> None:
-        deliverer = Deliverer(self._gate, is_ending=self._is_ending)
+        deliverer = Deliverer(self, self._gate)
         registered = self._registration.context
         try:
             while not (
@@ -156,13 +164,13 @@ class Deliverers:
             ):
                 await self._step(deliverer)
         except asyncio.CancelledError:
-            if self._is_ending():
+            if self.is_ending():
                 raise
             # A dispatcher asked for it, and has returned since.
         self._spare += 1
         self.wake()
 
-    def _is_ending(self) -> bool:
+    def is_ending(self) -> bool:
         """Whether a cancellation is meant for all deliverers: the task that runs them is then cancelled before them."""
         return self._ended or (self._runner is not None and self._runner.cancelling() > 0)
 

@@ -13,8 +13,8 @@
      ├─────────Pause───────────◀─────────┤
                                          └──the process dies──▶ the next owner's, see care.py
 
-The promises: no more is in flight than the window allows; no dispatch starts while the lease is in doubt; no
-transaction is open while a dispatcher runs (I4).
+Each arrow has a module: feed.py reads, backlog.py keeps what waits, deliverers.py and dispatching.py dispatch, and
+settlement.py settles. The pump wires them for one shard. Its promise: no more is in flight than the window allows.
 """
 
 import asyncio
@@ -25,9 +25,10 @@ from time import monotonic
 from pgbackend import facts
 from pgbackend.delivery.alarm import Alarm
 from pgbackend.delivery.backlog import Backlog, Carried
-from pgbackend.delivery.care import EXAMINE_AGAIN, LEASE_POLL, Care, WorkerCare
-from pgbackend.delivery.deliverers import Deliverer, Deliverers
+from pgbackend.delivery.care import Care, WorkerCare
+from pgbackend.delivery.deliverers import Deliverers
 from pgbackend.delivery.delivery import Delivery, Origin
+from pgbackend.delivery.dispatching import Dispatching
 from pgbackend.delivery.due import Due, DueRequest
 from pgbackend.delivery.ending import until_settled
 from pgbackend.delivery.feed import Feed
@@ -39,9 +40,6 @@ from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.tail import Cursor
-
-_BREATH = 0.02
-"""Seconds after which a deliverer lets the event loop's other tasks run."""
 
 
 class Pump:
@@ -69,14 +67,16 @@ class Pump:
         self._feed = Feed(
             registration, shard, cursor, self._backlog, is_wanted=self._settlement.is_wanted, wake=self._stir
         )
+        dispatching = Dispatching(
+            registration, shard, self.gate, self._backlog, self.care, self._settlement, self._feed, stir=self._stir
+        )
         self._deliverers = Deliverers(
-            shard.name, registration, self.gate, self._backlog, single=order == "strict", step=self._step
+            shard.name, registration, self.gate, self._backlog, single=order == "strict", step=dispatching.step
         )
         self._log = log
         self._reading: list[asyncio.Task[None]] = []
         self._alarm = Alarm(self._promote)
         """Rings when the next event of the backlog is due."""
-        self._probe_turn = asyncio.Lock()
 
     # A pump's life.
 
@@ -237,8 +237,6 @@ class Pump:
                     error=outcome.failure.error,
                 )  # fmt: skip
 
-    # Delivering.
-
     def _stir(self) -> None:
         """After any change: wake a deliverer and the feed as need be, and set the alarm for the next due event."""
         due = self._backlog.next_due()
@@ -250,160 +248,3 @@ class Pump:
     def _promote(self) -> None:
         self._backlog.promote(monotonic())
         self._stir()
-
-    async def _step(self, deliverer: Deliverer) -> None:
-        """Do what is most urgent, or wait until there is something to do."""
-        backlog, health = self._backlog, self.registration.health
-        if self.gate.halted or health.paused is not None or not backlog:
-            await self._deliverers.idle()
-        elif not self.shard.may_dispatch():
-            # In doubt, not lost: the heartbeat says which within moments.
-            await asyncio.sleep(LEASE_POLL)
-        elif backlog.given_up:
-            await self._attempt(deliverer, backlog.given_up.popleft())
-        elif health.down:
-            await self._probe(deliverer)
-        elif backlog.retries:
-            await self._attempt(deliverer, backlog.retries.popleft())
-        elif self.care.active:
-            await self._attempt(deliverer, Delivery(backlog.ready.popleft()))
-        else:
-            await self._deliver_ready(deliverer)
-
-    async def _deliver_ready(self, deliverer: Deliverer) -> None:
-        """The straight path: dispatch what is ready until something else is more urgent."""
-        gate, shard, window, tenure, feed = self.gate, self.shard, self.shard.window, self.shard.tenure, self._feed
-        backlog, ready = self._backlog, self._backlog.ready
-        retries, given_up = backlog.retries, backlog.given_up
-        health, dispatch, ordered = self.registration.health, self.registration.dispatch, shard.lease.order != "none"
-        if len(ready) > 1:
-            # Each wakes the next: all are at work when dispatching takes time, and one when it does not.
-            self._deliverers.wake()
-        breath = monotonic() + _BREATH
-        while (
-            ready
-            and not (retries or given_up or health.held or gate.halted or deliverer.spent)
-            and (now := monotonic()) < tenure.valid_until
-        ):
-            if now > breath:
-                # A dispatcher that never waits must not keep commits and other subscriptions waiting.
-                await asyncio.sleep(0)
-                breath = monotonic() + _BREATH
-                continue
-            event = ready.popleft()
-            position = event.position
-            if (error := await deliverer.dispatch(position, event, dispatch)) is not None:
-                self._settlement.failed(Delivery(event), error, health)
-                self._stir()
-                continue
-            if not shard.lost:
-                window.settle(position)
-                if not shard.is_queued:
-                    shard.changed()
-            if health.failing:
-                self._settlement.succeed(health)
-            if ordered:
-                backlog.leave(event)
-                if backlog.next_due() is not None:
-                    self._stir()
-            if feed.waits:
-                feed.make_room()
-
-    async def _attempt(self, deliverer: Deliverer, delivery: Delivery, *, probe: bool = False) -> None:
-        """Dispatch one delivery apart from the straight path: a retry, a probe, a dead letter, or with care."""
-        self._deliverers.wake()
-        try:
-            if self.care.covers(delivery):
-                await self._dispatch_with_care(deliverer, delivery, probe=probe)
-            else:
-                await self._dispatch(deliverer, delivery, probe=probe)
-        finally:
-            self._stir()
-
-    async def _probe(self, deliverer: Deliverer) -> None:
-        """While the target is down: one event at a time, when its health allows it."""
-        health, backlog, gate = self.registration.health, self._backlog, self.gate
-        async with self._probe_turn:
-            while health.down and health.paused is None and not (gate.halted or backlog.given_up):
-                left = health.next_probe - monotonic()
-                if left <= 0 and not health.probing:
-                    break
-                # Look often: another shard's probe may take long, and given-up events need not wait for it.
-                await asyncio.sleep(min(left, LEASE_POLL) if left > 0 else LEASE_POLL)
-            if not health.down or health.paused is not None or gate.halted or backlog.given_up:
-                return
-            if not self.shard.may_dispatch():
-                return
-            health.probing = True
-            try:
-                # Retries and new events in turn.
-                if (delivery := backlog.take_probe(retry=health.probes % 2 == 1)) is not None:
-                    await self._attempt(deliverer, delivery, probe=True)
-            finally:
-                health.probing = False
-
-    async def _dispatch_with_care(self, deliverer: Deliverer, delivery: Delivery, *, probe: bool) -> None:
-        """Dispatch a delivery alone, once it is durable that the attempt starts."""
-        settlement, health = self._settlement, self.registration.health
-        try:
-            if delivery.suspect:
-                examined = await self.care.examine(delivery)
-                if examined is None:
-                    self._backlog.put_later(delivery, monotonic() + EXAMINE_AGAIN)
-                    return
-                delivery = examined
-            async with self.care.alone(delivery) as is_alone:
-                if self.gate.stopped or settlement.drop_if_unwanted(delivery, health):
-                    return
-                if not is_alone or self._is_held(delivery, probe=probe):
-                    settlement.put_back(delivery)
-                    return
-                if delivery.suspect and delivery.event.attempt > self.registration.retry.attempts:
-                    settlement.exhaust(delivery, self.registration.health)
-                    return
-                # At work from here on: a drain waits for it.
-                self.gate.begin(delivery.slot, delivery.event)
-                try:
-                    delivery = settlement.hand_over(delivery)
-                    self._feed.make_room()
-                    if await self.care.record_start(delivery):
-                        if not settlement.drop_if_unwanted(delivery, health):
-                            await self._dispatch(deliverer, delivery, probe=probe)
-                        self.care.survived()
-                        if self.shard.lost:
-                            await self.care.report_survival(delivery)
-                finally:
-                    self.gate.end(delivery.slot)
-        except asyncio.CancelledError:
-            # The process or the lease ends, and nobody can say that this event did it.
-            settlement.put_back(delivery)
-            raise
-
-    def _is_held(self, delivery: Delivery, *, probe: bool) -> bool:
-        """Whether a delivery that was taken before a wait may not be dispatched any more."""
-        health = self.registration.health
-        return self.gate.halted or health.paused is not None or (health.down and not (probe or delivery.given_up))
-
-    async def _dispatch(self, deliverer: Deliverer, delivery: Delivery, *, probe: bool) -> None:
-        """Ask the filter if that is still to be done, call the dispatcher, and settle what comes of it."""
-        registration, settlement, event = self.registration, self._settlement, delivery.event
-        health = registration.health
-        dispatch = registration.dispatch_dead if delivery.given_up else registration.dispatch
-        if dispatch is None:
-            settlement.bury_for_want_of_dispatcher(delivery)
-            return
-        if settlement.is_undecided(delivery):
-            try:
-                wanted = registration.matches(event)
-            except BaseException as error:  # noqa: BLE001 - a user's predicate may raise anything
-                settlement.failed(delivery, error, health, probe=probe, asked=False)
-                return
-            if not wanted:
-                settlement.drop(delivery)
-                return
-            self._backlog.undecided.discard(event.position)
-        raised = await deliverer.dispatch(delivery.slot, event, dispatch)
-        if raised is None:
-            settlement.handled(delivery, health)
-        else:
-            settlement.failed(delivery, raised, health, probe=probe)

@@ -1,10 +1,8 @@
-"""A subscription as this process runs it: where its events go and how, exchanged while it runs.
+"""A registration: a subscription as this process runs it, its dispatchers, filter and policy.
 
-Its pumps look here before each dispatch. `reconfigure()` exchanges everything within one step of the event loop, and
-retires the health of the target that was. That is the one flag which a pump in the middle of dispatching looks at
-anyway, so it looks here again before the next event: following costs the hot path nothing.
-
-What is stored of the subscription (its order, its bounds) is not here: it comes with each lease.
+Deliverers look here before each dispatch. `reconfigure()` exchanges everything in one step of the event loop and
+retires the target's health. Deliverers read that flag anyway, so they notice at no cost. The stored terms of the
+subscription (order, bounds) are not here: they come with each lease.
 """
 
 import asyncio
@@ -29,11 +27,11 @@ from pgbackend.retry import Retry
 Dispatch = Callable[[Event], Coroutine[Any, Any, object]]
 
 _LAYERS = 16
-"""How many partials and callable objects may stand around a function."""
+"""How many partials and callable objects may wrap a function."""
 
 
 class Registration:
-    """What `subscribe()` was given for this process, or `reconfigure()` since."""
+    """What `subscribe()` or `reconfigure()` was given last."""
 
     filter: EventFilter | None
     concurrency: int
@@ -44,7 +42,7 @@ class Registration:
     health: TargetHealth
     threads: ThreadPoolExecutor | None
     context: contextvars.Context
-    """The context of the call that gave the dispatcher: each event's handling starts with it. Only copies are run."""
+    """The context of the call that gave the dispatcher. Each event is handled in a copy of it."""
 
     def __init__(
         self,
@@ -58,7 +56,7 @@ class Registration:
     ) -> None:
         self.name = name
         self.resting = 0
-        """How many calls are at work on what is stored of it: none of its shards is claimed meanwhile."""
+        """How many calls change its stored terms now. None of its shards is claimed meanwhile."""
         self._configure(dispatcher, dead_letter, filter, concurrency, retry)
 
     def reconfigure(
@@ -70,21 +68,21 @@ class Registration:
         concurrency: int,
         retry: Retry,
     ) -> None:
-        """From now on this counts; what is being dispatched ends as it began. Its pumps are to be told."""
+        """Exchange everything. Running dispatches end as they began; tell the pumps after this."""
         before = self.health
         reason = before.paused
-        # What threads have been given they still do: nobody cancels it, and nobody waits for it.
+        # Threads finish what they were given. Nothing cancels it, and nothing waits for it.
         self.close()
         self._configure(dispatcher, dead_letter, filter, concurrency, retry)
         before.retire()
         if reason is not None:
             facts.emit("subscription resumed", subscription=self.name, reason=reason)
 
-    def passes(self, event: Event, doubts: set[int]) -> bool:
-        """Whether the filter lets the event through; True as well when the filter fails, and then it is in doubt.
+    def passes(self, event: Event, undecided: set[int]) -> bool:
+        """Whether the filter lets the event through. If the filter raises, True, and the event is undecided.
 
-        `doubts`: the positions whose events the filter has not decided on. It is asked again when such an event is
-        dispatched, and what it throws then is a failure of that event.
+        `undecided`: the positions of such events. The filter is asked again just before their dispatch, and what it
+        raises then is a failure of the event.
         """
         try:
             verdict = self.matches(event)
@@ -94,14 +92,14 @@ class Registration:
                 event_id=event.id, event_source=event.source, error=describe(error),
             )  # fmt: skip
             leave_process(error, subscription=self.name, position=event.position)
-            doubts.add(event.position)
+            undecided.add(event.position)
             return True
-        if doubts:
-            doubts.discard(event.position)
+        if undecided:
+            undecided.discard(event.position)
         return verdict
 
     def matches(self, event: Event) -> bool:
-        """What the filter says. Raises what it raises, and TypeError when it says nothing that can be used."""
+        """The filter's answer. Raises what the filter raises, and TypeError if it returns what nothing runs."""
         if self.filter is None:
             return True
         verdict: object = self.context.copy().run(self.filter, event)
@@ -112,7 +110,7 @@ class Registration:
         return bool(verdict)
 
     def close(self, *, cancel: bool = False) -> None:
-        """Its threads end when they have done what they were given; what none has begun is cancelled if so wanted."""
+        """Let its threads end once they did what they were given. `cancel`: drop what none has started."""
         if self.threads is not None:
             self.threads.shutdown(wait=False, cancel_futures=cancel)
 
@@ -139,8 +137,7 @@ class Registration:
             return dispatcher  # type: ignore[return-value] # just seen
         if self.threads is None:
             self.threads = ThreadPoolExecutor(
-                # Made as they are needed. Each shard's deliverers see to it that no more are at work in a shard than
-                # `concurrency` says, for plain functions and coroutines alike.
+                # Threads are made as needed. The deliverers of each shard keep to `concurrency`.
                 max_workers=self.concurrency * MAX_SHARDS,
                 thread_name_prefix=f"pgbackend {self.name}",
             )
@@ -150,7 +147,7 @@ class Registration:
             try:
                 return dispatcher(event)
             except StopIteration as error:
-                # No future carries it: on 3.11 it would wait for ever.
+                # No future carries StopIteration: on 3.11 the call would wait for ever.
                 raise RuntimeError("the dispatcher raised StopIteration") from error
 
         async def in_thread(event: Event) -> object:
@@ -161,7 +158,7 @@ class Registration:
 
 
 async def complete(result: object) -> None:
-    """Await what a dispatcher has returned, such as the coroutine that a lambda made.
+    """Await what a dispatcher returned, such as the coroutine that a lambda made.
 
     Raises TypeError for a result that nothing runs: a generator, or one more thing to await.
     """
@@ -177,12 +174,12 @@ def is_async(function: object) -> bool:
 
 
 def is_generator(function: object) -> bool:
-    """Whether calling it makes a generator, of either kind: nothing of its body has run by then."""
+    """Whether calling it makes a generator, sync or async: nothing of its body runs then."""
     return any(inspect.isgeneratorfunction(layer) or inspect.isasyncgenfunction(layer) for layer in _layers(function))
 
 
 def _layers(function: object) -> Iterator[object]:
-    """The function, and what is called by calling it: behind partials, and an object's `__call__`."""
+    """The function, and the functions that it wraps: behind partials, and an object's `__call__`."""
     for _ in range(_LAYERS):
         yield function
         if isinstance(function, partial):
@@ -190,11 +187,11 @@ def _layers(function: object) -> Iterator[object]:
         elif inspect.isroutine(function) or inspect.isclass(function):
             return
         else:
-            function = getattr(function, "__call__", None)  # noqa: B004 - its code is what is looked at
+            function = getattr(function, "__call__", None)  # noqa: B004 - its code is examined
 
 
 def _is_not_run(result: object) -> bool:
-    # The decorators are what functions with @contextmanager or @asynccontextmanager return.
+    # Functions with @contextmanager or @asynccontextmanager return the decorators.
     return inspect.isawaitable(result) or isinstance(
         result, (Generator, AsyncGenerator, ContextDecorator, AsyncContextDecorator)
     )
@@ -202,6 +199,6 @@ def _is_not_run(result: object) -> bool:
 
 def _not_run(role: str, result: object) -> TypeError:
     if inspect.iscoroutine(result):
-        # Python would warn as well that nobody awaited it.
+        # Python would also warn that nobody awaited it.
         result.close()
     return TypeError(f"the {role} returned {shown(result)}, which nothing runs: return once the work is done")

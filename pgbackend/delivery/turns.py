@@ -1,9 +1,9 @@
-"""Which event the running code handles, so that what it asks of its own backend need not wait for that event to end.
+"""Turns: which event the running code handles, so that a call from its handler does not wait for that event to end.
 
-A deliverer has one turn for all its events, in the context of its task, and names in it the event that it dispatches.
-Tasks that a handler spawns inherit the context, and with it the turn; threads get one of their own for each event. So a
-task that outlives its event counts as part of the next one that its deliverer handles. A context variable set for each
-event would be exact, but cost a tenth of the time in which an event is dispatched.
+A deliverer has one turn, in the context of its task, and names in it the event that it dispatches. Tasks that a handler
+spawns inherit the context and the turn; a thread gets a turn of its own for each event. So a task that outlives its
+event counts as part of its deliverer's next event. A context variable set for each event would be exact, but would cost
+a tenth of the time of a dispatch.
 """
 
 import contextvars
@@ -12,7 +12,7 @@ from pgbackend.codec.event import Event
 
 
 class Turn:
-    """Names the event that is being dispatched."""
+    """Names the event that is dispatched."""
 
     __slots__ = ("event",)
 
@@ -24,26 +24,26 @@ _TURN: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("pgbackend_t
 
 
 def begin(context: contextvars.Context, event: Event | None = None) -> contextvars.Context:
-    """The context with a new turn in it."""
+    """Put a new turn into the context, and return it."""
     context.run(_TURN.set, Turn(event))
     return context
 
 
 def outside() -> contextvars.Context:
-    """A copy of the current context that handles no event."""
+    """A copy of the current context in which no event is handled."""
     context = contextvars.copy_context()
     context.run(_TURN.set, None)
     return context
 
 
 def mine() -> Turn:
-    """The turn of the deliverer that calls."""
+    """The calling deliverer's turn."""
     turn = _TURN.get()
     assert turn is not None  # noqa: S101 - deliverers begin one
     return turn
 
 
 def current() -> Event | None:
-    """The event that is at work where the calling code comes from; the last one there if none is."""
+    """The event whose handler the caller belongs to, or the last one there; None outside of handlers."""
     turn = _TURN.get()
     return turn.event if turn is not None else None

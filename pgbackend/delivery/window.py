@@ -1,12 +1,12 @@
-"""What one shard has taken on and not yet settled, and what its offset may therefore say.
+"""The window of a shard: which positions are in flight, and what the offset may therefore say. Pure.
 
-Pure: no I/O, no clock. A window knows three kinds of positions at or below its reading place: those in flight (taken
-on, not settled), open holes (no event to be seen yet), and the rest, which is settled. (A fourth kind is put off: what
-was recorded after the subscription's end, pending until the end is another one.) `mark()` turns that into an offset:
+At or below its reading place, a position is in flight (taken on and not settled), an open hole (no event is visible
+yet), put off (behind the subscription's end, pending until somebody alters the end), or settled. `mark()` turns that
+into an offset:
 
     position  1  2  3  4  5  6  7  8  9           settled: 1 2 4 6 · in flight: 3 5 7 8 9
                                       │
-    mark() == (6, {[3,4),[5,6)})      └ nothing above 6 is settled, so the offset need not speak of it
+    mark() == (6, {[3,4),[5,6)})      └ nothing above 6 is settled, so the offset ends there
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ class Window:
     def __init__(
         self, *, position: int, pending: RangeSet, max_events: int, max_bytes: int, seen: RangeSet | None = None
     ) -> None:
-        """Begin behind an offset. `pending` is what the offset lists: it may hold events, holes, or both.
+        """Start behind an offset. `pending`: the offset's, events and holes.
 
-        `seen`: the part of it that is known to hold events. They were read before, and are to be read again.
+        `seen`: the part of it in which events were seen. They are read again.
         """
         self.position = position
-        """How far the log has been read for this shard."""
+        """The reading place: the log is read up to here."""
         self.holes = pending.copy()
         self.max_events = max_events
         self.max_bytes = max_bytes
@@ -43,28 +43,24 @@ class Window:
 
     @property
     def full(self) -> bool:
-        """Whether it must not take on more. One event always fits, however large."""
+        """Whether it takes no more. An empty window takes one event, however large."""
         return len(self._in_flight) >= self.max_events or self.bytes >= self.max_bytes
 
     def fits(self, size: int) -> bool:
-        """Whether an event of that size may be opened now."""
+        """Whether an event of that size may be taken on now."""
         count = len(self._in_flight)
         return not count or (count < self.max_events and self.bytes + size <= self.max_bytes)
 
     def is_settled(self, upto: int) -> bool:
-        """Whether everything up to a position was read, and nothing of it is in flight."""
+        """Whether everything up to a position was read and is not in flight."""
         return self.position >= upto and all(position > upto for position in self._in_flight)
-
-    def admits(self, position: int) -> bool:
-        """Whether an event has not been seen by this shard: it is further on, or fills a hole."""
-        return position > self.position or position in self.holes
 
     def owes(self, position: int) -> bool:
         """Whether a position that was read is in flight, put off, or a hole."""
         return position in self._in_flight or position in self.holes or position in self._put_off
 
     def open(self, position: int, size: int) -> None:
-        """Take on an event that `admits()` let in: from now on it is in flight."""
+        """Take on an event that is above `position` or in a hole."""
         self._in_flight[position] = size
         self.bytes += size
         if position > self.position:
@@ -73,22 +69,22 @@ class Window:
             self._fill(position)
 
     def open_run(self, positions: Sequence[int], sizes: Sequence[int]) -> None:
-        """The same for many at once, in ascending order, all of them further on."""
+        """The same for many at once, in ascending order, all above `position`."""
         self._in_flight.update(zip(positions, sizes, strict=True))
         self.bytes += sum(sizes)
         self.position = positions[-1]
 
     def skip(self, position: int) -> None:
-        """Pass over an event that is not for this subscription or shard."""
+        """Pass an event that is not for this subscription or shard."""
         if position > self.position:
             self.position = position
         else:
             self._fill(position)
 
     def put_off(self, position: int) -> None:
-        """Leave an event for later: it stays pending, and this window has done with it."""
+        """Leave an event pending for a later end of the subscription."""
         if position > self.position:
-            # With the gap in front of it, which is dead or a hole: that makes one range, not one for each event.
+            # Together with the gap before it, which is dead or a hole: one range in all, not one for each event.
             self._put_off.add(self.position + 1, position + 1)
             self.position = position
         else:
@@ -103,17 +99,17 @@ class Window:
             self._put_off.discard(position)
 
     def settle(self, position: int) -> None:
-        """It is handled, or durably somebody else's concern. Once; KeyError for what is not in flight."""
+        """The event leaves the window. KeyError if it is not in flight."""
         self.bytes -= self._in_flight.pop(position)
         if position > self._top:  # noqa: PLR1730 - per event: max() costs three times as much
             self._top = position
 
     def add_hole(self, hole: Range) -> None:
-        """A hole that the reader passed; the part that this shard has gone by already is known to it."""
+        """Add a hole that the reader passed. The part at or below `position` is known already."""
         self.holes.add(max(hole[0], self.position + 1), hole[1])
 
     def close_hole(self, hole: Range) -> list[Range]:
-        """Nothing can appear there any more; the positions among them whose events were read once, and are gone."""
+        """Nothing can appear there any more. Returns the ranges in which events were seen before: those are gone."""
         lost = self._seen.within(*hole) if self._seen else []
         self.holes.remove(*hole)
         for part in lost:
@@ -121,7 +117,7 @@ class Window:
         return lost
 
     def lose(self, lower: int, upper: int) -> list[Range]:
-        """Note that this range is gone from the log; returns the part that was neither settled nor taken on."""
+        """The log lost this range. Returns the part that was neither settled nor in flight."""
         lost = self.holes.within(lower, upper)
         self.holes.remove(lower, upper)
         self._seen.remove(lower, upper)
@@ -129,17 +125,17 @@ class Window:
         return [*lost, (lower, upper)] if lower < upper else lost
 
     def advance(self, upto: int) -> None:
-        """Everything up to here has been opened, skipped, or is a hole."""
+        """Everything up to here is in flight, settled, put off, or a hole."""
         self.position = max(self.position, upto)
 
     def seal(self) -> None:
-        """From now on the offset speaks of all that was read: what is in flight is pending."""
+        """From now on the offset covers all that was read, with everything in flight as pending."""
         self._top = self.position
 
     def mark(self) -> tuple[int, RangeSet]:
-        """The offset as it may be committed now: a position, and what at or below it is pending.
+        """The offset to commit now: a position, and what is pending at or below it.
 
-        Never lower than the one before: an event that fills a hole below an earlier mark is pending instead.
+        The position never goes back. An event that fills a hole below an earlier mark is pending instead.
         """
         if not self._in_flight:
             self._top = self.position
@@ -152,7 +148,7 @@ class Window:
         return mark, left.union(pending) if left else pending
 
     def unseen(self, mark: int) -> RangeSet:
-        """Pending positions at or below a mark in which nobody has seen an event: they may have been rolled back."""
+        """Pending positions at or below a mark in which no event was seen: they may have been rolled back."""
         left = self._left_below(mark)
         return left.difference(self._seen) if left and self._seen else left
 
