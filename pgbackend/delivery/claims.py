@@ -87,6 +87,10 @@ class Claims:
             await asyncio.sleep(_JITTER * random.random())  # noqa: S311 - not a secret
             await self._rounds.wait(since=known, timeout=self._interval)
 
+    def wake(self) -> None:
+        """Begin the next round at once."""
+        self._rounds.wake()
+
     async def run_once(self) -> None:
         """One round."""
         # An idle worker commits and reads nothing, so it checks for a new incarnation here.

@@ -32,6 +32,8 @@ CANCEL_TIMEOUT = 1.0
 """Seconds that cancelled dispatchers have to end, before their events go to the next owner."""
 _COMMIT_TIMEOUT = 15.0
 """Seconds that the last commit of a shard may take while the worker goes on."""
+_LAST_STEPS = 4.0
+"""Seconds beyond `drain_timeout` that a stop may take: to cancel, to commit, and to release the shards."""
 _POLL = 0.02
 """Seconds between looks at whether what is at work has ended."""
 _LONGEST_KEPT = 600.0
@@ -96,6 +98,10 @@ class Handover:
             finally:
                 # An ending task group takes no more tasks.
                 self._tasks = None
+
+    def deadline(self) -> float:
+        """When a stop that begins now has ended, in monotonic seconds."""
+        return time.monotonic() + self._drain_timeout + _LAST_STEPS
 
     def leaving(self) -> set[int]:
         """Epochs of the shards that are being handed over."""

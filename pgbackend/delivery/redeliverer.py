@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from pgbackend import facts
 from pgbackend.delivery.pumps import Pumps
-from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.redelivery import Outlived, Redelivery
 from pgbackend.errors import DatabaseError, SchemaError
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay
@@ -50,6 +50,11 @@ class Redeliverer:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._woken.wait()
+
+    async def report_outlived(self, outlived: list[Outlived]) -> None:
+        """Report what the earlier workers of this process did not die of, and forget them."""
+        await self._redelivery.report_outlived(outlived)
+        outlived.clear()
 
     async def run_once(self) -> None:
         """Hand each pump what is due, as far as it has room."""

@@ -49,6 +49,15 @@ class Start:
     """Whether the server still has the worker's connection."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outlived:
+    """A worker that ended, though its process did not."""
+
+    worker: UUID
+    server_died: bool
+    """Whether the server's life ended, and not only the connection."""
+
+
 class Redelivery:
     """Reads `redeliveries` and `dead_letters`."""
 
@@ -95,12 +104,14 @@ class Redelivery:
         else:
             await self._database.execute(self._sql.report_survival_of_letter, worker, delivery.letter)
 
-    async def report_end_of_life(self, workers: Sequence[UUID], *, server_died: bool) -> None:
-        """The process of these workers outlived them: the attempts that they had started do not count.
+    async def report_outlived(self, outlived: Sequence[Outlived]) -> None:
+        """This process outlived these workers: the attempts that they had started do not count.
 
-        Unless it was the server's life that ended, and each of the last three ended while that event was at work.
+        Unless it was the server's life that ended, and each of its last three ended while that event was at work.
         """
-        await self._database.execute(self._sql.report_end_of_life, workers, server_died, _LIVES)
+        for server_died in (True, False):
+            if workers := [one.worker for one in outlived if one.server_died is server_died]:
+                await self._database.execute(self._sql.report_outlived, workers, server_died, _LIVES)
 
     async def letters(self, subscription: str | None) -> AsyncIterator[DeadLetter]:
         """All dead letters, or one subscription's, in the order of their ids."""

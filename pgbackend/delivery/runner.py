@@ -10,8 +10,9 @@ import time
 from typing import Protocol
 
 from pgbackend import facts
+from pgbackend.delivery.redelivery import Outlived
 from pgbackend.delivery.registration import Registration
-from pgbackend.delivery.worker import Outlived, Worker
+from pgbackend.delivery.worker import Worker
 from pgbackend.errors import ConnectionLostError, PgBackendError, SchemaError
 from pgbackend.failures import describe
 from pgbackend.log.incarnation import IncarnationChanged

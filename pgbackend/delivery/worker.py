@@ -13,11 +13,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from pgbackend import facts
 from pgbackend.delivery.claims import Claims
@@ -27,7 +26,7 @@ from pgbackend.delivery.offsets import Committed, Offsets
 from pgbackend.delivery.pump import Pump
 from pgbackend.delivery.pumps import Pumps
 from pgbackend.delivery.redeliverer import Redeliverer
-from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.redelivery import Outlived, Redelivery
 from pgbackend.delivery.registration import Registration
 from pgbackend.errors import DatabaseError
 from pgbackend.log.incarnation import IncarnationChanged
@@ -41,8 +40,6 @@ from pgbackend.subscriptions.leases import Leases
 from pgbackend.subscriptions.overview import Overview
 from pgbackend.subscriptions.presence import Presence, Tenure
 
-_LAST_STEPS = 4.0
-"""Seconds beyond `drain_timeout` that stopping may take: to cancel, to commit, and to release the shards."""
 _Result = TypeVar("_Result")
 
 
@@ -51,13 +48,23 @@ def process_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-@dataclass(frozen=True, slots=True)
-class Outlived:
-    """A worker that ended, though its process did not."""
+class Hints:
+    """Wakes what a NOTIFY of another process is for."""
 
-    worker: UUID
-    server_died: bool
-    """Whether the server's life ended, and not only the connection."""
+    def __init__(self, sender: str, *, readers: Wakeup, rounds: Wakeup) -> None:
+        """`sender`: of this process's own NOTIFYs."""
+        self._sender = sender
+        self._readers = readers
+        self._rounds = rounds
+
+    def take(self, payload: str) -> None:
+        """A NOTIFY came, or ("") the listener connected and may have missed some."""
+        if payload == self._sender:
+            return
+        if payload in (LEASES, ""):
+            self._rounds.wake()
+        if payload != LEASES:
+            self._readers.wake()
 
 
 class Worker:
@@ -74,21 +81,23 @@ class Worker:
         notifier: Notifier,
         channel: str,
         sender: str,
-        outlived: "list[Outlived]",
+        outlived: list[Outlived],
     ) -> None:
         """`outlived`: earlier workers of this process.
 
         `wakeup`: wakes the readers. `channel`, `sender`: of the NOTIFYs of this log, and of this process.
         """
         self.id = uuid4()
-        tenure, schema = Tenure(), settings.schema
+        tenure, schema, rounds = Tenure(), settings.schema, Wakeup()
+        redelivery = Redelivery(log.database, schema=schema)
+        alterations = Alterations(log, schema=schema)
+        committer = Committer(
+            Offsets(log, schema=schema, worker=self.id), commit_interval=settings.commit_interval, apply=self._apply
+        )
+        tail = Tail(log, wakeup, poll_interval=settings.poll_interval, buffer_bytes=settings.buffer_bytes)
         self._log = log
-        self._maintenance = maintenance
-        self._drain_timeout = settings.drain_timeout
-        self._wakeup = wakeup
         self._notifier = notifier
-        self._sender = sender
-        self._rounds = Wakeup()
+        self._outlived = outlived
         self._leases = Leases(log, schema=schema, worker=self.id)
         self._presence = Presence(
             log.database,
@@ -99,29 +108,29 @@ class Worker:
             channel=channel,
             notify=log.sql.notify,
             tenure=tenure,
-            on_hint=self._on_hint,
+            on_hint=Hints(sender, readers=wakeup, rounds=rounds).take,
             on_held=self._on_held,
         )
-        alterations = Alterations(log, schema=schema)
-        self._outlived = outlived
-        self._redelivery = Redelivery(log.database, schema=schema)
-        self._committer = Committer(
-            Offsets(log, schema=schema, worker=self.id), commit_interval=settings.commit_interval, apply=self._apply
-        )
-        self.tail = Tail(log, wakeup, poll_interval=settings.poll_interval, buffer_bytes=settings.buffer_bytes)
-        self.pumps = Pumps(self.id, log, self.tail, self._committer, self._redelivery, tenure, settings)
-        self._redeliverer = Redeliverer(
-            self._redelivery, self.pumps, log.database, poll_interval=settings.poll_interval
-        )
+        self.pumps = Pumps(self.id, log, tail, committer, redelivery, tenure, settings)
+        self._redeliverer = Redeliverer(redelivery, self.pumps, log.database, poll_interval=settings.poll_interval)
         self._handover = Handover(
-            self.pumps, self._committer, self._leases, alterations, notifier,
-            rounds=self._rounds, drain_timeout=settings.drain_timeout,
+            self.pumps, committer, self._leases, alterations, notifier,
+            rounds=rounds, drain_timeout=settings.drain_timeout,
         )  # fmt: skip
         self._claims = Claims(
             self.id, log, self._leases, alterations, Overview(log.database, schema=schema),
             registrations, self.pumps, self._handover, notifier,
-            rounds=self._rounds, poll_interval=settings.poll_interval,
+            rounds=rounds, poll_interval=settings.poll_interval,
         )  # fmt: skip
+        self._others: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "read the log": tail.run,
+            "commit offsets": committer.run,
+            "redeliver": self._redeliverer.run,
+            "maintain the log": maintenance.run,
+            "watch the pumps": self.pumps.watch,
+            "watch the presence": self._presence.watch,
+        }
+        """What runs until the last shard is released."""
         self._tasks: asyncio.TaskGroup | None = None
 
     # A worker's life.
@@ -137,29 +146,22 @@ class Worker:
         await self._presence.start()
         try:
             await self._leases.verify_presence()
-            await self._report_outlived()
+            await self._redeliverer.report_outlived(self._outlived)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                first = [
+                claiming = [
                     tasks.create_task(self._claims.run(), name="claim shards"),
                     tasks.create_task(self._handover.run(), name="hand shards over"),
                 ]
-                last = [
-                    tasks.create_task(self.tail.run(), name="read the log"),
-                    tasks.create_task(self._committer.run(), name="commit offsets"),
-                    tasks.create_task(self._redeliverer.run(), name="redeliver"),
-                    tasks.create_task(self._maintenance.run(), name="maintain the log"),
-                    tasks.create_task(self.pumps.watch(), name="watch the pumps"),
-                    tasks.create_task(self._presence.watch(), name="watch the presence"),
-                ]
+                others = [tasks.create_task(run(), name=name) for name, run in self._others.items()]
                 facts.emit("worker started", worker=str(self.id))
                 try:
                     await stop.wait()
-                    for task in first:
+                    for task in claiming:
                         task.cancel()
-                    deadline = self._deadline()
+                    deadline = self._handover.deadline()
                     await self._handover.stop(list(self.pumps), deadline)
-                    for task in last:
+                    for task in others:
                         task.cancel()
                     await self._leave(deadline)
                 finally:
@@ -175,17 +177,6 @@ class Worker:
             finally:
                 await self._presence.stop()
                 facts.emit("worker stopped", worker=str(self.id))
-
-    async def _report_outlived(self) -> None:
-        """What the earlier workers of this process had started with care did not kill it."""
-        for server_died in (True, False):
-            if workers := [one.worker for one in self._outlived if one.server_died is server_died]:
-                await self._redelivery.report_end_of_life(workers, server_died=server_died)
-        self._outlived.clear()
-
-    def _deadline(self) -> float:
-        """When a stop that begins now has ended, in monotonic seconds."""
-        return time.monotonic() + self._drain_timeout + _LAST_STEPS
 
     async def _leave(self, deadline: float) -> None:
         """Delete this worker's row, and tell the others."""
@@ -205,7 +196,7 @@ class Worker:
 
     def claim_soon(self) -> None:
         """There are new registrations."""
-        self._rounds.wake()
+        self._claims.wake()
 
     def redeliver_soon(self) -> None:
         """An operator sent dead letters again."""
@@ -221,7 +212,7 @@ class Worker:
 
         Dispatches that outlast `drain_timeout` are cancelled.
         """
-        deadline = self._deadline()
+        deadline = self._handover.deadline()
         if pumps := await self._pumps_of(name, deadline):
             await self._finish(self._handover.stop(pumps, deadline), name=f"stop {name}")
         with suppress(TimeoutError):
@@ -234,7 +225,7 @@ class Worker:
         False if something is at work there for longer than `drain_timeout`: nothing is cancelled, and dispatching goes
         on.
         """
-        pumps = await self._pumps_of(name, self._deadline())
+        pumps = await self._pumps_of(name, self._handover.deadline())
         if pumps and await self._finish(self._handover.hand_over(pumps), name=f"hand over {name}") is False:
             return False
         await self._notifier.notify_leases()
@@ -277,18 +268,9 @@ class Worker:
                 pump.committed(mark)
                 self._redeliverer.wake()
             if pump is not None and shard.is_over and not self._handover.is_leaving_at_once(shard.lease.epoch):
-                self._rounds.wake()
+                self._claims.wake()
         for shard in committed.lost:
             self._handover.lose(shard)
-
-    def _on_hint(self, payload: str) -> None:
-        """A NOTIFY came, or ("") the listener connected and may have missed some."""
-        if payload == self._sender:
-            return
-        if payload in (LEASES, ""):
-            self._rounds.wake()
-        if payload != LEASES:
-            self._wakeup.wake()
 
     def _on_held(self, held: frozenset[int]) -> None:
         """The tenure ran out, and these leases are still this worker's: it lost the others."""

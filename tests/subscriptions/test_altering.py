@@ -366,7 +366,7 @@ async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -
 
         async def reads_no_more() -> bool:
             worker = worker_of(backend)
-            return bool(worker.pumps) and not worker.tail._streams
+            return bool(worker.pumps) and not worker.pumps._tail._streams
 
         await eventually("nothing is read for it", reads_no_more)
         (status,) = (await backend.status()).subscriptions

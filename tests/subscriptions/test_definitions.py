@@ -196,7 +196,7 @@ async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_
     await complete(log)
 
     async def reads_no_more() -> bool:
-        tail = worker_of(log).tail
+        tail = worker_of(log).pumps._tail
         return tail is not None and not tail._streams
 
     await eventually("nothing is read for it", reads_no_more)

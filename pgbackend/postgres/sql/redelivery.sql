@@ -176,7 +176,7 @@ SET started_by = NULL
 WHERE letter_id = $2
     AND started_by = $1;
 
--- name: report_end_of_life
+-- name: report_outlived
 -- The process of these workers ($1) lives, though they ended, perhaps ($2) with their server. Their attempts do not
 -- count, unless the event was at work when each of the last $3 lives of the server ended: it may be what ends them.
 WITH given AS (

@@ -76,7 +76,7 @@ class RedeliverySql:
     find_start: str
     report_survival: str
     report_survival_of_letter: str
-    report_end_of_life: str
+    report_outlived: str
 
 
 @dataclass(frozen=True, slots=True)
