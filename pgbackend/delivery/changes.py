@@ -121,15 +121,15 @@ class Changes:
             await self._in_one_incarnation(lambda: self._alterations.seek(name, place))
             await self._notifier.notify_leases()
         else:
-            await self._calls.make(self._seek_at_rest(registration, place), registration)
+            await self._calls.make(self._seek_released(registration, place), registration)
 
-    async def _seek_at_rest(self, registration: Registration, place: Place) -> None:
+    async def _seek_released(self, registration: Registration, place: Place) -> None:
         name = registration.name
-        # At rest, so that nothing from the old place is dispatched after the seek.
-        async with self._at_rest(registration):
+        # Released, so that nothing from the old place is dispatched after the seek.
+        async with self._released(registration):
             await self._in_one_incarnation(lambda: self._alterations.seek(name, place))
             if self._runner.worker is not None:
-                # Dispatches that outlasted the rest settle nothing any more.
+                # Dispatches that outlast `drain_timeout` settle nothing any more.
                 self._runner.worker.lose_subscription(name)
         await self._notifier.notify_leases()
 
@@ -143,8 +143,8 @@ class Changes:
         await (altering if registration is None else self._calls.make(altering, registration))
 
     async def _alter(self, name: str, terms: Terms, registration: Registration | None) -> None:
-        async with self._at_rest(registration) if registration is not None else nullcontext(True) as rests:
-            if not rests:
+        async with self._released(registration) if registration is not None else nullcontext(True) as released:
+            if not released:
                 raise busy(name, [process_name()])
             altered = await self._in_one_incarnation(
                 lambda: self._alterations.alter(name, terms, patience=self._patience, on_drain=self._wake_workers)
@@ -195,16 +195,16 @@ class Changes:
                     await asyncio.sleep(_INCARNATION_POLL)
 
     @asynccontextmanager
-    async def _at_rest(self, registration: Registration) -> AsyncIterator[bool]:
+    async def _released(self, registration: Registration) -> AsyncIterator[bool]:
         """Nothing of the subscription is in flight here, and its shards stay free until the body ends.
 
         Yields False when something is at work for longer than `drain_timeout`: then dispatching goes on.
         """
-        registration.resting += 1
+        registration.changing += 1
         try:
-            yield self._runner.worker is None or await self._runner.worker.rest_subscription(registration.name)
+            yield self._runner.worker is None or await self._runner.worker.release_subscription(registration.name)
         finally:
-            registration.resting -= 1
+            registration.changing -= 1
             self._claim_soon()
 
     async def _wake_workers(self) -> None:

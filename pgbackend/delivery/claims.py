@@ -143,7 +143,7 @@ class Claims:
 
     def _runnable(self) -> frozenset[str]:
         """The subscriptions whose shards this worker can run now."""
-        return frozenset(name for name, registration in self._registrations.items() if not registration.resting)
+        return frozenset(name for name, registration in self._registrations.items() if not registration.changing)
 
     async def _switch_shards(self, survey: Survey) -> None:
         """Where the number of shards changes and the old ones are over, let the new ones begin."""
@@ -188,7 +188,7 @@ class Claims:
             if lease.position > lease.head and (problem := await self._overview.find_mistrust()):
                 raise SchemaError(problem)
             registration = self._registrations.get(lease.subscription)
-            if registration is None or registration.resting:
+            if registration is None or registration.changing:
                 # Unsubscribed or altered at this moment.
                 await self._leases.release([lease.epoch])
             else:
@@ -199,7 +199,7 @@ class Claims:
         carried = await self._pumps.find_carried(lease)
         if (
             lapses != self._pumps.tenure.lapses
-            or registration.resting
+            or registration.changing
             or self._registrations.get(registration.name) is not registration
         ):
             # The process froze, or was cut off, while the answer was on its way, so others may own the shard by now. If

@@ -32,7 +32,7 @@ class Committer:
         self._wake = asyncio.Event()
         self._flush: asyncio.Future[DatabaseError | None] | None = None
         """The outcome of the next pass, for the callers of `flush()` that wait for it."""
-        self._resting: asyncio.Timeout | None = None
+        self._pause: asyncio.Timeout | None = None
         self._ended = False
 
     def queue(self, shard: Shard) -> None:
@@ -51,8 +51,8 @@ class Committer:
         if self._flush is None:
             self._flush = asyncio.get_running_loop().create_future()
             self._wake.set()
-            if self._resting is not None:
-                self._resting.reschedule(0.0)
+            if self._pause is not None:
+                self._pause.reschedule(0.0)
         # Shielded: a caller that is cancelled must not take the pass from the others.
         if (error := await asyncio.shield(self._flush)) is not None:
             raise error
@@ -67,12 +67,12 @@ class Committer:
                 began = time.monotonic()
                 if (error := (await self.run_once()).error) is not None:
                     facts.emit("commit failed", level=delay.failed(), failures=delay.failures, error=str(error))
-                    await self._rest(delay.wait())
+                    await self._wait(delay.wait())
                     continue
                 delay.reset()
                 took = time.monotonic() - began
                 # One slow commit is a cold connection or a checkpoint, two in a row are a slow server.
-                await self._rest(asyncio.sleep(max(self._interval, min(took, before) * (1 / _SHARE - 1))))
+                await self._wait(asyncio.sleep(max(self._interval, min(took, before) * (1 / _SHARE - 1))))
                 before = took
         finally:
             self._ended = True
@@ -94,14 +94,14 @@ class Committer:
         _answer(flush, committed.error)
         return committed
 
-    async def _rest(self, pause: Awaitable[None]) -> None:
+    async def _wait(self, pause: Awaitable[None]) -> None:
         """Wait, but not beyond the moment in which a flush is asked for."""
         with suppress(TimeoutError):
             try:
-                async with asyncio.timeout(None if self._flush is None else 0.0) as self._resting:
+                async with asyncio.timeout(None if self._flush is None else 0.0) as self._pause:
                     await pause
             finally:
-                self._resting = None
+                self._pause = None
 
 
 def _answer(flush: "asyncio.Future[DatabaseError | None] | None", error: DatabaseError | None) -> None:

@@ -55,7 +55,7 @@ class Registration:
         retry: Retry,
     ) -> None:
         self.name = name
-        self.resting = 0
+        self.changing = 0
         """How many calls change its stored terms now. None of its shards is claimed meanwhile."""
         self._configure(dispatcher, dead_letter, filter, concurrency, retry)
 

@@ -219,7 +219,7 @@ class Worker:
             async with asyncio.timeout(deadline - time.monotonic()):
                 await self._notifier.notify_leases()
 
-    async def rest_subscription(self, name: str) -> bool:
+    async def release_subscription(self, name: str) -> bool:
         """Give up all shards of this subscription.
 
         False if something is at work there for longer than `drain_timeout`: nothing is cancelled, and dispatching goes
