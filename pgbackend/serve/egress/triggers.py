@@ -58,7 +58,7 @@ class Triggers:
         for change in [self._begin(name) for name in names if self._differs(name)]:
             await change.detached.wait()
 
-    async def drain(self) -> None:
+    async def converged(self) -> None:
         """Return once no trigger is changing."""
         while self._changes:
             await next(iter(self._changes.values())).ended.wait()

@@ -490,7 +490,7 @@ MISTAKES = [
     ("triggers: {a: {<<: b}}", "expected a mapping, or a list of mappings, to merge"),
     ("triggers: {[a]: {}}", "expected text as the key"),
     ("&a [*a]", "expected at most 64 levels"),
-    ("[" * 5000, "nested too deeply"),
+    ("[" * 500, "nested too deeply"),
 ]
 
 

@@ -276,17 +276,20 @@ def test_a_file_that_says_the_same_in_other_words_is_no_change(file: Path) -> No
 
 
 async def test_a_file_is_not_read_while_it_is_being_written(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A writer that stands still for longer is believed to be done.
-    monkeypatch.setattr(watch, "_MOMENT", 2.5)
-    whole = naming(*(f"t{number}" for number in range(10)))
-    async with following(file) as follower:
-        with file.open("w") as writing:
-            for line in whole.splitlines(keepends=True):
-                writing.write(line)
-                writing.flush()
-                await asyncio.sleep(0.05)
-        assert len(await follower.names()) == 10
-        assert follower.is_empty
+    """Each read of an unfinished file is discarded, although every part of it is valid."""
+    monkeypatch.setattr(watch, "_MOMENT", 0.01)
+    lines = [f"  t{number}: {{}}\n" for number in range(10)]
+    file.write_text("triggers:\n")
+
+    def read() -> list[str]:
+        configuration = load_file(file)
+        if lines:
+            with file.open("a") as writing:
+                writing.write(lines.pop(0))
+        return list(configuration.triggers)
+
+    async with aclosing(watch.changes(read, lambda: [file])) as reads:
+        assert await anext(reads) == [f"t{number}" for number in range(10)]
 
 
 async def test_files_are_read_again_only_when_their_contents_change(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class TestAddingAndRemoving:
                 await broker.triggers.apply(load(triggers(third=to(other_target)), origin="test"))
                 released.set()
                 await recorder.wait("trigger removed", trigger="billing")
-            await broker.triggers.drain()
+            await broker.triggers.converged()
             [shard] = (await status_of(broker.backend, "billing")).shards
             assert (shard.position, shard.pending) == (1, 0)
         assert target.ids() == ["1"]
@@ -86,7 +86,7 @@ class TestAddingAndRemoving:
             await broker.triggers.apply(load("{}", origin="test"))
             await broker.triggers.apply(load(config(target, "order: strict"), origin="test"))
             released.set()
-            await broker.triggers.drain()
+            await broker.triggers.converged()
             await target.wait(2)
             await settled(broker.backend)
         assert target.ids() == ["1", "2"]
@@ -216,7 +216,7 @@ class TestChanging:
             async with asyncio.TaskGroup() as group:
                 for file in files:
                     group.create_task(broker.triggers.apply(load(file, origin="test")))
-            await broker.triggers.drain()
+            await broker.triggers.converged()
             assert broker.triggers.configuration == load(files[-1], origin="test")
             await are_running(broker, "billing", "t8")
 
@@ -299,8 +299,8 @@ class TestShards:
                 count += 20
                 file = config(target, options)
                 await asyncio.gather(one.configure(file), other.configure(file))
-                await one.triggers.drain()
-                await other.triggers.drain()
+                await one.triggers.converged()
+                await other.triggers.converged()
                 [billing] = (await one.backend.status()).subscriptions
                 assert f"shards: {len([s for s in billing.shards if s.until is None])}" in f"shards: 1, {options}"
             await target.wait(count)
@@ -341,7 +341,7 @@ class TestFailing:
                 assert recorder.all("trigger added", trigger="other")
                 await broker.backend.unsubscribe("billing")
                 await recorder.wait("trigger added", trigger="billing")
-            await broker.triggers.drain()
+            await broker.triggers.converged()
             await send(broker, 1)
             await target.wait(2)
 
@@ -388,7 +388,7 @@ class TestWithoutPostgres:
                     assert not applying.done()
                     proxy.restore()
                     await applying
-                    await broker.triggers.drain()
+                    await broker.triggers.converged()
                     proxy.cut()
                     applying = asyncio.create_task(broker.triggers.apply(load(before, origin="test")))
                     # It is somewhere in the middle when the connection comes and goes.
@@ -399,7 +399,7 @@ class TestWithoutPostgres:
                         await asyncio.sleep(0.05)
                     proxy.restore()
                     await applying
-                    await broker.triggers.drain()
+                    await broker.triggers.converged()
                 await send(broker, 2)
                 await target.wait(6)
                 for name in ("old", "same", "moved"):

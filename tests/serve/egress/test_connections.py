@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,7 +14,6 @@ from pgbackend.serve.egress.connections import Pool, open_session
 from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import envelope
 from tests.serve.support.dispatchers import dispatcher_to
-from tests.serve.support.process import post, running
 from tests.serve.support.target import Target, raw_server, read_request
 from tests.support.polling import eventually
 
@@ -96,16 +94,6 @@ class TestDenyPrivateTargets:
         async with open_session() as session:
             await dispatcher_to(session, target.url)(ORDER)
         assert len(target.requests) == 1
-
-
-async def test_the_broker_has_many_threads_for_names(database: str, target: Target) -> None:
-    """libuv lets half of its threads wait for names; with its own 4, two hanging names would stop all others."""
-    url = URL(target.url).with_host("localhost")
-    inline = f"triggers: {{billing: {{target: {{url: '{url}'}}}}}}"
-    async with running("--dsn", database, "--port", "0", "--config-inline", inline) as serve:
-        assert await post(await serve.listening()) == 202
-        await target.wait(1)
-        assert len(list(Path(f"/proc/{serve.process.pid}/task").iterdir())) > 64
 
 
 class TestConnections:

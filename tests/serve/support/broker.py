@@ -123,7 +123,7 @@ class Broker:
     async def configure(self, config: str) -> None:
         """From now on its triggers are these."""
         await self.triggers.apply(load(config, origin="test"))
-        await self.triggers.drain()
+        await self.triggers.converged()
 
     async def stored(self) -> list[Event]:
         """The events of the log, in its order."""
@@ -216,5 +216,5 @@ async def serving(
             finally:
                 await listener.drain()
                 await backend.stop()
-                await triggers.drain()
+                await triggers.converged()
                 changing.cancel()

@@ -1,6 +1,6 @@
-"""Targets that misbehave, each a process of its own, so that what they do costs the broker's process nothing.
+"""Targets that misbehave, in a process of their own, so that they cost the broker's process nothing.
 
-python -m tests.serve.support.hostile hang    prints its port, and serves until its standard input ends
+python -m tests.serve.support.hostile hang reset    prints a port for each, and serves until its standard input ends
 """
 
 import asyncio
@@ -145,14 +145,15 @@ KINDS: dict[str, Callable[[socket.socket], None]] = {
 
 
 @asynccontextmanager
-async def behaving(kind: str) -> AsyncIterator[str]:
-    """The URL of a target of this kind."""
+async def behaving(*kinds: str) -> AsyncIterator[list[str]]:
+    """The URLs of targets of these kinds, in one process."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", __name__, kind, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", __name__, *kinds, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     try:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(await process.stdout.readline())}/"
+        ports = [int(await process.stdout.readline()) for _ in kinds]
+        yield [f"http://127.0.0.1:{port}/" for port in ports]
     finally:
         process.kill()
         await process.wait()
@@ -163,17 +164,21 @@ def _converse(kind: Callable[[socket.socket], None], conversation: socket.socket
         kind(conversation)
 
 
+def _accept(kind: Callable[[socket.socket], None], server: socket.socket) -> None:
+    while True:
+        conversation, _ = server.accept()
+        threading.Thread(target=_converse, args=(kind, conversation), daemon=True).start()
+
+
 def main() -> None:
-    kind = KINDS[sys.argv[1]]
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as server:
+    for kind in (KINDS[name] for name in sys.argv[1:]):
+        server = socket.create_server(("127.0.0.1", 0), backlog=512)
         if kind is never_read:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        print(server.getsockname()[1], flush=True)  # noqa: T201 - to whoever started it
-        # Also when who started it was killed.
-        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-        while True:
-            conversation, _ = server.accept()
-            threading.Thread(target=_converse, args=(kind, conversation), daemon=True).start()
+        threading.Thread(target=_accept, args=(kind, server), daemon=True).start()
+        print(server.getsockname()[1], flush=True)  # noqa: T201 - for the parent
+    # The end of the parent closes this, even if it was killed.
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
