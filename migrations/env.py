@@ -1,6 +1,7 @@
 """Runs the `alembic` command in a checkout, on the log that PGBACKEND_DSN and PGBACKEND_SCHEMA name.
 
-`pgbackend migrate` and `Backend.init()` do without this file. All three call `pgbackend.postgres.schema.run()`.
+`pgbackend migrate` and `Backend.init()` do without this file. All three call `run()` in
+`pgbackend/postgres/alembic_migrations.py`.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from pgbackend.errors import PgBackendError
-from pgbackend.postgres import schema as revisions
+from pgbackend.postgres import alembic_migrations
 from pgbackend.postgres.dsn import normalize_dsn
 from pgbackend.postgres.pool import Database
 
@@ -25,12 +26,12 @@ def offline() -> None:
     """Print the statements instead of running them."""
     context.configure(
         dialect_name="postgresql",
-        dialect_opts=revisions.OFFLINE_DIALECT,
+        dialect_opts=alembic_migrations.OFFLINE_DIALECT,
         literal_binds=True,
-        **revisions.version_table(schema),
+        **alembic_migrations.version_table(schema),
     )
     with context.begin_transaction():
-        revisions.run(context.get_context(), schema)
+        alembic_migrations.run(context.get_context(), schema)
 
 
 def online(connection: Connection) -> None:
@@ -38,8 +39,8 @@ def online(connection: Connection) -> None:
     # Under a stricter level the snapshot would be older than the wait for the lock.
     connection = connection.execution_options(isolation_level="READ COMMITTED")
     with connection.begin():
-        context.configure(connection=connection, **revisions.version_table(schema))
-        revisions.run(context.get_context(), schema)
+        context.configure(connection=connection, **alembic_migrations.version_table(schema))
+        alembic_migrations.run(context.get_context(), schema)
 
 
 async def connect_and_run() -> None:

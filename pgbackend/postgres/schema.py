@@ -3,44 +3,26 @@
 `init()` calls `find_revision()`, one query, and calls `migrate()` unless the schema is at `head()`. The promise: a
 schema is at one revision or another, never in between, however many processes migrate it at once.
 
-Only this module imports Alembic. It runs without Alembic's process-wide proxies (`alembic.op`, `alembic.context`),
-because the host may run its own Alembic in another thread at the same time. The revision is stored in a table named
-`pgbackend_revision`, because the host's `alembic_version` may be in the same schema.
+`alembic_migrations` does the migrating, and is imported only then.
 """
 
-import io
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext, RevisionStep
-from alembic.script import Script, ScriptDirectory
-from sqlalchemy import Connection as SyncConnection
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
-from sqlalchemy.sql import quoted_name
-
-from pgbackend.errors import ConfigError, DatabaseError, SchemaError
-from pgbackend.postgres import ddl
+from pgbackend.errors import ConfigError, SchemaError
 from pgbackend.postgres.connections import Connection
-from pgbackend.postgres.errors import INSUFFICIENT_PRIVILEGE, translate
 from pgbackend.postgres.pool import STATEMENT_TIMEOUT
 from pgbackend.postgres.reconnect import repeat
-from pgbackend.postgres.sql import load, quote_ident, quote_literal
+from pgbackend.postgres.sql import load, quote_ident
 from pgbackend.postgres.sql.statements import SchemaSql
 
-VERSION_TABLE = "pgbackend_revision"
-OFFLINE_DIALECT = {"paramstyle": "named"}
-"""Options of the dialect for printed SQL. Other styles double the percent signs in names."""
-
-_UNVERSIONED = "unknown"
-_UNRELEASED = frozenset({_UNVERSIONED, *(f"{number:04}" for number in range(1, 11))})
+UNVERSIONED = "unknown"
+"""The revision of a log that has no version table of ours."""
+_UNRELEASED = frozenset({UNVERSIONED, *(f"{number:04}" for number in range(1, 11))})
 """The revisions of versions before the first release. The first ones had no version table of our name."""
-_LOCK_NOT_AVAILABLE = "55P03"
 
 
 def head() -> str:
@@ -55,13 +37,15 @@ def revisions() -> list[str]:
 
 @cache
 def _revisions() -> tuple[str, ...]:
-    return tuple(revision.revision for revision in reversed(list(_scripts().walk_revisions())))
+    # The number that a file's name begins with is its revision's: r0001 is in 0001_the_log.py.
+    numbers = sorted(file.name.partition("_")[0] for file in (directory() / "versions").glob("[0-9]*.py"))
+    return tuple(f"r{number}" for number in numbers)
 
 
-@cache
-def _scripts() -> ScriptDirectory:
+def directory() -> Path:
+    """Where the migrations are: in an installed package, or in a checkout."""
     installed = Path(str(files("pgbackend"))) / "_migrations"
-    return ScriptDirectory(installed if installed.is_dir() else Path(__file__).parents[2] / "migrations")
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "migrations"
 
 
 async def find_revision(fetch: Callable[[str], Awaitable[Sequence[Any]]], schema: str) -> str | None:
@@ -74,7 +58,7 @@ async def find_revision(fetch: Callable[[str], Awaitable[Sequence[Any]]], schema
         rows = await fetch(sql.find_revision)
     except SchemaError:
         rows = await fetch(sql.find_unversioned)
-        return _UNVERSIONED if rows[0]["has_log"] else None
+        return UNVERSIONED if rows[0]["has_log"] else None
     return rows[0]["version_num"] if rows else None
 
 
@@ -109,34 +93,12 @@ async def migrate(connect: Callable[[], Awaitable[Connection]], schema: str, *, 
     Raises ConfigError for an unknown `to`, SchemaError when this version cannot migrate from the stored revision, and
     DatabaseError when PostgreSQL refuses. After an error nothing has changed.
     """
+    # Alembic and SQLAlchemy take half a second to import, and only a log that is not at head needs them.
+    from pgbackend.postgres import alembic_migrations  # noqa: PLC0415
+
     quote_ident(schema)
     _check_known(to)
-    await repeat(lambda: _migrate_once(connect, schema, to), STATEMENT_TIMEOUT)
-
-
-async def _migrate_once(connect: Callable[[], Awaitable[Connection]], schema: str, to: str) -> None:
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=connect,
-        poolclass=NullPool,
-        # Numbered names collide with those of other clients behind a transaction pooler.
-        connect_args={"prepared_statement_cache_size": 0, "prepared_statement_name_func": lambda: ""},
-    )
-    try:
-        async with engine.connect() as connection:
-            await connection.run_sync(_migrate, schema, to)
-    except DBAPIError as error:
-        raise _translated(error, schema) from error
-    finally:
-        await engine.dispose()
-
-
-def _migrate(connection: SyncConnection, schema: str, to: str) -> None:
-    # Under a stricter level the snapshot would be older than the wait for the lock.
-    connection = connection.execution_options(isolation_level="READ COMMITTED")
-    with connection.begin():
-        options = {"fn": lambda heads, _: _steps(heads, to), **version_table(schema)}
-        run(MigrationContext.configure(connection, opts=options), schema)
+    await repeat(lambda: alembic_migrations.migrate(connect, schema, to), STATEMENT_TIMEOUT)
 
 
 def offline_sql(schema: str, to: str = "head") -> str:
@@ -144,113 +106,14 @@ def offline_sql(schema: str, to: str = "head") -> str:
 
     Raises ConfigError for an unknown revision.
     """
+    from pgbackend.postgres import alembic_migrations  # noqa: PLC0415 - as in `migrate()`
+
     quote_ident(schema)
     start, _, end = to.rpartition(":")
     start = start or "base"
     _check_known(start)
     _check_known(end)
-    text = io.StringIO()
-    options = {
-        "fn": lambda heads, _: _steps(heads, end),
-        "as_sql": True,
-        "output_buffer": text,
-        "literal_binds": True,
-        "starting_rev": head() if start == "head" else start,
-        **version_table(schema),
-    }
-    context = MigrationContext.configure(dialect_name="postgresql", dialect_opts=OFFLINE_DIALECT, opts=options)
-    with context.begin_transaction():
-        run(context, schema)
-    return text.getvalue()
-
-
-def version_table(schema: str) -> dict[str, Any]:
-    """The options of an Alembic context that say where the revision is stored."""
-    return {"version_table": VERSION_TABLE, "version_table_schema": quoted_name(schema, quote=True)}
-
-
-def run(context: MigrationContext, schema: str) -> None:
-    """Run the steps that `context` was configured with, in the open transaction.
-
-    Migrators run one after the other: each takes the lock before it reads the stored revision, and holds it until the
-    commit. The `alembic` command calls this too, from migrations/env.py. Raises SchemaError as `migrate()` does.
-    """
-    for statement in _preparation(schema):
-        ddl.execute(context, statement)
-    if context.connection is not None and not context.as_sql:
-        stored = _stored_revision(context, context.connection, schema)
-        if stored is not None and stored not in revisions():
-            check(stored, schema)
-    context.run_migrations(op=Operations(context))
-
-
-def _stored_revision(context: MigrationContext, connection: SyncConnection, schema: str) -> str | None:
-    if stored := context.get_current_revision():
-        return stored
-    find_unversioned = load(SchemaSql, "schema", schema=schema).find_unversioned
-    return _UNVERSIONED if connection.exec_driver_sql(find_unversioned).scalar_one() else None
-
-
-def _steps(heads: Sequence[str], to: str) -> Iterable[RevisionStep]:
-    """The steps from the stored revision to `to`, forwards or backwards."""
-    known = ["base", *revisions()]
-    start, end = known.index(heads[0] if heads else "base"), known.index(head() if to == "head" else to)
-    revision_map = _scripts().revision_map
-    if start <= end:
-        return [RevisionStep.upgrade_from_script(revision_map, _script(name)) for name in known[start + 1 : end + 1]]
-    return [RevisionStep.downgrade_from_script(revision_map, _script(name)) for name in known[start:end:-1]]
-
-
-def _script(revision: str) -> Script:
-    script = _scripts().get_revision(revision)
-    assert script is not None  # noqa: S101 - None stands for base only
-    return script
-
-
-def _preparation(schema: str) -> tuple[str, ...]:
-    """The statements before the first step, in the same transaction."""
-    lock = quote_literal(f"pgbackend migrate {schema}")
-    return (
-        # A role's own limits are meant for requests, not for waiting for another migrator.
-        "SET LOCAL statement_timeout = 0",
-        "SET LOCAL idle_in_transaction_session_timeout = 0",
-        "SET LOCAL lock_timeout = 0",
-        # A log is local to one node. Citus would create its tables on the others as well.
-        "SELECT set_config(name, 'off', true) FROM pg_catalog.pg_settings WHERE name = 'citus.enable_ddl_propagation'",
-        # Transaction-level, because a pooler may be in between.
-        f"SELECT pg_advisory_xact_lock(hashtextextended({lock}, 0))",
-        # Everyone else queues behind a DDL statement that waits for a table. Give up instead, and be run again.
-        "SET LOCAL lock_timeout = '5s'",
-        f"DO {quote_literal(_create_schema(schema))}",
-    )
-
-
-def _create_schema(schema: str) -> str:
-    # CREATE SCHEMA IF NOT EXISTS needs the right to create schemas even where the schema exists.
-    return f"""
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = {quote_literal(schema)}) THEN
-        CREATE SCHEMA {quote_ident(schema)};
-    END IF;
-END"""
-
-
-def _translated(error: DBAPIError, schema: str) -> Exception:
-    cause = error.orig.__cause__ if error.orig is not None else None
-    translated = translate(cause) if isinstance(cause, Exception) else error
-    if isinstance(translated, DatabaseError) and translated.sqlstate == _LOCK_NOT_AVAILABLE:
-        return DatabaseError(
-            f"Schema {quote_ident(schema)} was not migrated, because a transaction keeps one of its tables "
-            "locked. End that transaction, or run `pgbackend migrate` again later.",
-            sqlstate=_LOCK_NOT_AVAILABLE,
-        )
-    if isinstance(translated, DatabaseError) and translated.sqlstate == INSUFFICIENT_PRIVILEGE:
-        return DatabaseError(
-            f"Schema {quote_ident(schema)} was not migrated: {cause}. Run `pgbackend migrate` as the owner "
-            "of its tables, or where there are none as a role that may create them.",
-            sqlstate=INSUFFICIENT_PRIVILEGE,
-        )
-    return translated
+    return alembic_migrations.offline_sql(schema, head() if start == "head" else start, end)
 
 
 def _check_known(revision: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from alembic.script import ScriptDirectory
 
-from pgbackend.postgres import schema
+from pgbackend.postgres import alembic_migrations, schema
 
 LATER = """
 from alembic.operations import Operations
@@ -30,10 +30,10 @@ def downgrade(*, op: Operations) -> None:
 def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The id of a revision that adds a column to `events`; it is the head during the test."""
     versions = tmp_path / "migrations" / "versions"
-    shutil.copytree(Path(schema._scripts().dir) / "versions", versions, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(schema.directory() / "versions", versions, ignore=shutil.ignore_patterns("__pycache__"))
     (versions / "later.py").write_text(LATER.format(head=schema.head()))
     scripts = ScriptDirectory(versions.parent)
     known = (*schema.revisions(), "later")
-    monkeypatch.setattr(schema, "_scripts", lambda: scripts)
+    monkeypatch.setattr(alembic_migrations, "scripts", lambda: scripts)
     monkeypatch.setattr(schema, "_revisions", lambda: known)
     return "later"

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from pgbackend import Backend
 from pgbackend.errors import SchemaError
-from pgbackend.postgres import schema
+from pgbackend.postgres import alembic_migrations, schema
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.postgres.tables import metadata
 from tests.support.databases import connected
@@ -127,7 +127,7 @@ async def test_autogenerate_finds_nothing_to_do(empty_database: str) -> None:
                 # Defaults are compared above: for a column of type json PostgreSQL has no "=", which this would use.
                 "compare_server_default": False,
                 "include_schemas": True,
-                "version_table": schema.VERSION_TABLE,
+                "version_table": alembic_migrations.VERSION_TABLE,
                 "version_table_schema": "migrated",
                 "include_name": lambda name, kind, _: kind != "schema" or name == "migrated",
                 "include_object": lambda _, name, kind, *__: kind != "table" or not name.startswith("events_"),

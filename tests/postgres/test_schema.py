@@ -1,5 +1,6 @@
 import asyncio
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ import asyncpg
 import pytest
 
 from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
-from pgbackend.postgres import schema
+from pgbackend.postgres import alembic_migrations, schema
 from pgbackend.postgres.connections import Connection
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import quote_ident
@@ -390,3 +391,14 @@ async def test_deleting_a_subscription_deletes_its_rows(database: Database) -> N
             RESET search_path""")
         for table in ("offsets", "redeliveries", "dead_letters"):
             assert await connection.fetchval(f"SELECT count(*) FROM pgbackend.{table}") == 0
+
+
+def test_files_are_named_after_their_revisions_in_the_order_that_alembic_finds() -> None:
+    scripts = alembic_migrations.scripts()
+    assert schema.revisions() == [script.revision for script in scripts.walk_revisions()][::-1]
+
+
+def test_alembic_and_sqlalchemy_are_imported_only_to_migrate() -> None:
+    code = "import sys, pgbackend.cli, pgbackend.serve.app; print({'alembic', 'sqlalchemy'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout == "set()\n"

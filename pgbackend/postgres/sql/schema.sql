@@ -1,4 +1,4 @@
--- The revision of the log's tables. Alembic writes it; see pgbackend/postgres/schema.py.
+-- The revision of the log's tables. Alembic writes it; see pgbackend/postgres/alembic_migrations.py.
 
 -- name: find_revision
 -- Fails with undefined_table where there is no log. Reads one page, without an index.
