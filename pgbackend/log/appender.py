@@ -8,8 +8,8 @@ Positions follow the order of calls, and within a call the order of its list. A 
 refuses a batch for its data, the calls are sent again apart. No caller can cancel a batch: a caller that gives up takes
 its call back, or, once the call was sent, only stops waiting.
 
-The promise: each call gets exactly one answer. It is committed; or it is not stored, and the error says why; or nobody
-can know, and the error is `ProduceUncertainError`. That is so when a connection is lost after sending, or a standby was
+The promise: each call gets exactly one answer. It is committed; or it is not stored, and the error says why; or the
+error is `ProduceUncertainError`, and it may be stored or not: the connection was lost after sending, or a standby was
 not waited for. An uncertain batch is never sent again.
 """
 
@@ -96,12 +96,12 @@ class Appender:
         self._ended: asyncio.Event | None = None
         """Set when `run()` has ended; None before it began."""
         self._refusal: PgBackendError | None = None
-        """What each further call is told, once no more are taken."""
+        """The error of every further call, once no more calls are taken."""
         self._unreachable: str | None = None
         """Why there is no connection, while there is none."""
 
     async def run(self) -> None:
-        """Send what is called for, until cancelled or drained. Whatever ends it, every call is answered by then.
+        """Send the calls until cancelled or drained. However it ends, every call is answered by then.
 
         Raises nothing else: a bug is logged, and each call that it leaves gets an error that says so.
         """
@@ -390,7 +390,7 @@ class _Writer:
 
 
 def _answer_to(error: Exception) -> Exception:
-    """What callers are told of an error of an INSERT. Only ProduceUncertainError leaves open what is stored."""
+    """The error for callers when an INSERT has failed. Nothing is stored, unless it is ProduceUncertainError."""
     if isinstance(error, DatabaseError):
         # The INSERT was refused because the log is out of segments, and this is why none could be made.
         return error

@@ -35,9 +35,9 @@ The order of the steps is what makes this true:
 
 **Prepared transactions.** `PREPARE TRANSACTION` gives an appender a new name in `pg_locks` ("-1/<xid>", no pid), and
 its old name disappears. So when one of a hole's appenders disappears, every prepared transaction that is new takes its
-place. Some versions keep the old name until the server restarts. A clean restart begins all other names anew, and a new
-transaction may get an old name. So evidence carries the server's start time: after another start, every transaction
-that holds the lock takes the place of the hole's appenders.
+place. Some versions keep the old name until the server restarts. A clean restart numbers all others from the beginning,
+and a new transaction may get an old name. So evidence carries the server's start time: after another start, every
+transaction that holds the lock takes the place of the hole's appenders.
 
 **Patience.** A reader waits for an appender at most `hole_wait`, counted from when this process first saw it open, not
 from the hole. With one open appender under load, half of all events were late when each hole was waited for, and 14 of

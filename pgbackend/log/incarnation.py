@@ -8,7 +8,7 @@ this process has read there. `IncarnationChanged` is raised instead, and the wor
 about the same server after a crash. A promoted standby has what the WAL says up to some point:
 
 - The sequence is at or above every event and offset that is there, because it writes up to 32 values ahead. Positions
-  that it skips at the switch belong to nobody: the first evidence proves them dead.
+  that it skips at the switch have no appender: the first evidence proves them dead.
 - An offset is there only with everything that it was committed on. A hole that had been proven dead is dead here as
   well: its appender has no commit record and will not get one.
 - An appender that was open has ended. A prepared one is there, with its locks, before the first connection is let in.

@@ -44,7 +44,7 @@ class Log:
             await self.incarnation.verify_evidence(evidence.upto, found=evidence.incarnation, since=since, seen=seen)
             server = (evidence.incarnation, evidence.server_start)
             if server != self._server:
-                # Transactions are named anew: an old name says nothing about how long this one is open.
+                # The server has begun to name transactions again: an old name says nothing about this one.
                 self.clock = AppenderClock(hole_wait=self.clock.hole_wait)
                 self._server = server
             self.clock.observe(evidence.appenders, now=time.monotonic())
@@ -69,8 +69,8 @@ class Log:
 
     async def oldest_appender_start(self) -> datetime | None:
         """When the oldest open appender's transaction began; None when that cannot be seen of each of them."""
-        begun = [row["xact_start"] for row in await self.database.fetch(self._fence_sql.describe_appenders)]
-        return None if None in begun else min(begun, default=None)
+        starts = [row["xact_start"] for row in await self.database.fetch(self._fence_sql.describe_appenders)]
+        return None if None in starts else min(starts, default=None)
 
     async def find_segments(self) -> list[Range]:
         """The positions of each segment that is attached to the log, in order."""

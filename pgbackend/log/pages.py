@@ -1,4 +1,4 @@
-"""Pages: what one look at the log finds, above a position and in the holes below it, in one snapshot.
+"""Pages: the events above a position and those in the holes below it, read in one snapshot.
 
 A page is read in at most three statements: the rows without the large ones, then the large ones, and, when the driver
 cannot decode a row, the others one by one. Its promise: each visible event of the page is in it, whole, or is listed in
@@ -29,7 +29,7 @@ _UNDECODABLE = (ValueError, ArithmeticError)
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What one look at the log found, all in ascending order."""
+    """The events that one read found, all in ascending order."""
 
     late: list[Event] = field(default_factory=list)
     """Events that appeared in holes."""
@@ -53,9 +53,9 @@ class Pages:
         self._incarnation = incarnation
 
     async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> Page:
-        """What appeared in `holes`, and what is above `after` (unless not `page`). Raises IncarnationChanged.
+        """The events in `holes`, and those above `after` (unless not `page`). Raises IncarnationChanged.
 
-        When the holes have more than a page, nothing of what is above them is returned.
+        When the holes have more than a page, no event above them is returned.
         """
         since = self._incarnation.id
         try:
@@ -72,7 +72,7 @@ class Pages:
         last = rows[-1]
         self._incarnation.see_event(last["position"], last["recorded_at"], since=since)
         events = [Event(row, row["position"], row["recorded_at"]) for row in rows]
-        if any(row["weight"] > _LARGE for row in rows):
+        if max([row["weight"] for row in rows]) > _LARGE:
             return await self._with_large(events, split, more=more)
         return Page(events[:split], events[split:], more)
 

@@ -136,7 +136,7 @@ class Stream:
             if pause != 0.0:
                 patience = proof_due - loop.time() if pause is None else pause
                 await tail.wakeup.wait(since=woken, timeout=max(0.0, min(patience, tail.poll_interval)))
-            # Before the read: what is appended during it may be missed, and wakes the next one.
+            # Before the read: it may miss events that are appended meanwhile, which then wake the next read.
             woken = tail.wakeup.count
             prove = loop.time() >= proof_due
             try:

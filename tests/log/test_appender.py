@@ -473,26 +473,26 @@ async def test_a_log_without_a_segment_for_the_next_position_gets_one_and_no_cal
 
 
 async def test_a_callback_gets_the_commit_and_each_refusal(database: str) -> None:
-    told: dict[str, Exception | None] = {}
+    answers: dict[str, Exception | None] = {}
     async with appending(database) as appender:
         for id_, time in (("good", None), ("bad", BAD), ("fine", None)):
-            appender.append_soon(row(id_, time=time), 1, partial(told.__setitem__, id_))
-        assert told == {}
+            appender.append_soon(row(id_, time=time), 1, partial(answers.__setitem__, id_))
+        assert answers == {}
         await append(appender, [row("last")])
-        assert list(told) == ["good", "bad", "fine"]
-        assert (told["good"], told["fine"]) == (None, None)
-        assert isinstance(told["bad"], EventError)
+        assert list(answers) == ["good", "bad", "fine"]
+        assert (answers["good"], answers["fine"]) == (None, None)
+        assert isinstance(answers["bad"], EventError)
     assert await stored(database) == ["good", "fine", "last"]
 
 
 async def test_a_callback_gets_the_timeout(database: str) -> None:
     async with appending(database) as appender, log_locked(database):
-        told: list[Exception | None] = []
-        appender.append_soon(row("sent"), 1, told.append)
+        answers: list[Exception | None] = []
+        appender.append_soon(row("sent"), 1, answers.append)
         await is_sent(appender)
-        appender.append_soon(row("waiting"), 1, told.append)
+        appender.append_soon(row("waiting"), 1, answers.append)
         pass_deadlines(appender)
-        assert [type(error) for error in told] == [ProduceUncertainError, ProduceTimeoutError]
+        assert [type(error) for error in answers] == [ProduceUncertainError, ProduceTimeoutError]
 
 
 async def test_a_callback_that_raises_harms_no_other_call(database: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -526,7 +526,7 @@ async def test_a_call_cancelled_while_its_commit_comes_back_is_only_cancelled(da
 async def test_a_call_that_timed_out_is_not_sent_again_when_its_batch_is_refused(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Exception | None] = {}
+    answers: dict[str, Exception | None] = {}
     sent: list[int] = []
     async with appending(database) as appender:
         insert = appender._writer.insert
@@ -538,13 +538,13 @@ async def test_a_call_that_timed_out_is_not_sent_again_when_its_batch_is_refused
         monkeypatch.setattr(appender._writer, "insert", counting)
         async with log_locked(database):
             for id_, time in (("expired", None), ("bad", BAD), ("good", None)):
-                appender.append_soon(row(id_, time=time), 1, partial(told.__setitem__, id_))
+                appender.append_soon(row(id_, time=time), 1, partial(answers.__setitem__, id_))
             first = appender._unsent[0]
             await is_sent(appender)
             appender._expire(first)
         await append(appender, [row("last")])
         assert sent == [3, 1, 1, 1]
-        assert [type(told[id_]) for id_ in ("expired", "bad", "good")] == [
+        assert [type(answers[id_]) for id_ in ("expired", "bad", "good")] == [
             ProduceUncertainError, EventError, type(None),
         ]  # fmt: skip
     assert await stored(database) == ["good", "last"]

@@ -370,7 +370,7 @@ async def test_unrelated_transactions_are_no_appenders(log: Log, sql: Any, datab
 
 
 async def test_in_another_incarnation_no_appender_is_overdue(log: Log, sql: Any) -> None:
-    """Names begin anew there: an appender that has just begun may have the name of one that was overdue."""
+    """The server numbers transactions from the beginning: a new appender may have the name of an overdue one."""
     await log.check()
     log.clock.observe(["3/17"], now=0.0)
     assert log.clock.is_overdue("3/17", now=1.0)

@@ -334,7 +334,7 @@ async def meet(dsn: str, name: str) -> "asyncpg.Connection[asyncpg.Record]":
             break
         others.append(connection)
         assert len(others) < 60, f"no session got slot {slot}"
-    assert int(mine[1]) < int(number), "its numbers have begun anew"
+    assert int(mine[1]) < int(number), "the server numbers its transactions from the beginning"
     while True:
         await connection.execute("BEGIN")
         if await connection.fetchval(OWN_NAME) == name:

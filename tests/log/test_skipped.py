@@ -67,9 +67,9 @@ async def test_failed_events_that_were_deleted_do_not_hold_up_other_retries(data
     assert sorted(retries) == [f"new{number}" for number in range(5)]
     assert found.skipped == 480
     assert found.dead_letters == 0
-    told = recorder.all("events skipped")
-    assert sum(int(str(one["positions"])) for one in told) == 480
-    assert len(told) < 10
+    facts = recorder.all("events skipped")
+    assert sum(int(str(one["positions"])) for one in facts) == 480
+    assert len(facts) < 10
 
 
 @pytest.mark.usefixtures("narrow")
@@ -135,7 +135,7 @@ async def test_events_removed_before_a_subscription_began_or_moved_are_not_skipp
         async def came_again() -> bool:
             return catch.ids == ["after", "after"]
 
-        await eventually("what is there comes again", came_again)
+        await eventually("the event comes again", came_again)
         moved = await settled(backend)
 
     assert (first.skipped, moved.skipped) == (0, 0)
@@ -158,7 +158,7 @@ async def test_an_event_in_flight_that_is_deleted_before_the_next_owner_comes_co
         async def is_committed() -> bool:
             return bool((await status_of(backend)).shards[0].pending)
 
-        await eventually("the offset speaks of what is in flight", is_committed)
+        await eventually("the event in flight is pending", is_committed)
     await sql.execute("DELETE FROM pgbackend.events WHERE id = 'stuck'")
     catch = Catch()
     async with Backend(database, **SETTINGS) as backend:
