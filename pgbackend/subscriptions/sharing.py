@@ -1,13 +1,13 @@
-"""Who is to run which shard: the fair share, as each worker works it out from what all of them can see. Pure.
+"""The fair share: which worker should run which shard, as every worker computes it from what all can see. Pure.
 
-Nobody decides for the others. Each worker looks at the same rows and comes to the same plan, and then does its own
-part of it: it claims the free shards that are its own in the plan, gives up those that are another's by now, and asks
-for those that it should have. A shard moves only where that brings two workers closer to each other, so a plan that has
-been carried out leads to no further move: shards do not go back and forth.
+No worker decides for the others. Each reads the same rows, computes the same plan, and does its own part of it: it
+claims the free shards that are its own in the plan, releases those that are another worker's, and asks for those that
+it should get. A shard moves only if that brings two workers closer to each other. So a plan that has been carried out
+leads to no further move, and shards do not go back and forth.
 
-Who gives a shard up does so only for a worker that has asked a moment ago, from its event loop: a worker whose
-dispatcher blocks that loop is alive, and could not run what it is given. Workers may run different subscriptions: then
-a worker may get a shard so that it can give another one up to a third.
+A worker releases a shard only for another one that asked a moment ago from its event loop. A worker whose dispatcher
+blocks that loop is alive, but could not run what it is given. Workers may run different subscriptions; then a worker
+may get one shard so that it can give another one to a third worker.
 """
 
 from collections import deque
@@ -21,23 +21,23 @@ ShardKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A worker that is alive, as the others see it."""
+    """A living worker, as the others see it."""
 
     id: UUID
     subscriptions: frozenset[str]
-    """Those whose shards it can run."""
+    """The subscriptions whose shards it can run."""
     asks: bool
-    """Whether it has room for more than it has, and has said so a moment ago."""
+    """Whether it asked for more shards a moment ago."""
 
 
 def share(owners: Mapping[ShardKey, UUID | None], peers: Sequence[Peer]) -> dict[ShardKey, UUID]:
-    """Who should have each shard, given who has it now (None: nobody). Shards that nobody can run are not in it.
+    """Which worker should run each shard, given its owner now (None: no owner). Shards that no worker can run are left out.
 
-    The same for the same arguments, in whatever order they come. After it no worker has two more than another one that
-    asks and could take one of them, itself or by way of others.
+    The result is the same for the same arguments in any order. In it no worker has two shards more than another that
+    asks and could take one of them, directly or by way of other workers.
     """
     plan = _Plan(owners, sorted(peers, key=lambda peer: peer.id))
-    plan.take_in()
+    plan.assign_free()
     plan.balance()
     return plan.assigned
 
@@ -49,9 +49,9 @@ class _Plan:
         self._peers = {peer.id: peer for peer in peers}
         self._load = {peer.id: 0 for peer in peers}
         self._shards: dict[UUID, dict[str, list[ShardKey]]] = {peer.id: {} for peer in peers}
-        """Of each worker, by subscription."""
+        """Each worker's shards, by subscription."""
         for key, owner in self.assigned.items():
-            # Of one that tells nothing about itself nothing is taken: it may not know how to give it up.
+            # An owner that is not among the peers has just registered: its shards are not moved.
             if owner in self._peers:
                 self._add(key, owner)
 
@@ -59,8 +59,8 @@ class _Plan:
         self._load[owner] += 1
         self._shards[owner].setdefault(key[0], []).append(key)
 
-    def take_in(self) -> None:
-        """Each free shard goes to the worker that has least, of those that can run it."""
+    def assign_free(self) -> None:
+        """Each free shard goes to the worker with the fewest, among those that can run it."""
         for key in self._free:
             able = [peer.id for peer in self._peers.values() if key[0] in peer.subscriptions]
             if able:
@@ -77,7 +77,10 @@ class _Plan:
                 self.assigned[key] = taker
 
     def _next_moves(self) -> list[tuple[UUID, str, UUID]]:
-        """The moves, one behind the other, that take one from a worker with much to one with little."""
+        """The chain of moves (giver, subscription, taker) that takes a shard from a worker with many to one with few.
+
+        Breadth first from the worker with the most, so the chain is as short as possible.
+        """
         least = min((self._load[peer.id] for peer in self._peers.values() if peer.asks), default=None)
         if least is None:
             return []
@@ -91,19 +94,21 @@ class _Plan:
                 for taker in self._peers.values():
                     if taker.id in came_from:
                         continue
-                    given = next(
-                        (s for s, keys in self._shards[giver].items() if keys and s in taker.subscriptions), None
-                    )
+                    given = self._subscription_for(giver, taker)
                     if given is None:
                         continue
                     came_from[taker.id] = (giver, given)
                     if taker.asks and self._load[taker.id] <= self._load[start] - 2:
-                        return _way_to(taker.id, came_from)
+                        return _chain_to(taker.id, came_from)
                     reached.append(taker.id)
         return []
 
+    def _subscription_for(self, giver: UUID, taker: Peer) -> str | None:
+        """A subscription of which the giver has a shard that the taker can run."""
+        return next((name for name, keys in self._shards[giver].items() if keys and name in taker.subscriptions), None)
 
-def _way_to(end: UUID, came_from: Mapping[UUID, tuple[UUID, str] | None]) -> list[tuple[UUID, str, UUID]]:
+
+def _chain_to(end: UUID, came_from: Mapping[UUID, tuple[UUID, str] | None]) -> list[tuple[UUID, str, UUID]]:
     moves = []
     taker = end
     while (step := came_from[taker]) is not None:
