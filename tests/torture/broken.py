@@ -18,8 +18,8 @@ from pgbackend.subscriptions.presence import Tenure
 from pgbackend.torture.worker import main
 
 FENCED = (
-    "AND stored.epoch = marked.epoch\n        AND stored.owner = marked.worker\n"
-    "        AND stored.position <= marked.position\n"
+    "AND stored.epoch = marks.epoch\n        AND stored.owner = (SELECT worker FROM given)\n"
+    "        AND stored.position <= marks.position\n"
 )
 
 

@@ -26,51 +26,72 @@ RETURNING stored.epoch, stored.ctid;
 -- The same by primary key, together with what became of failed events. Both change in this one statement, so an event is
 -- either in the log's path or in redelivery, never in both. Every part after `fenced` reads it, and so is fenced too.
 -- An event whose row is gone is neither scheduled nor buried: it is returned as lost, and recorded as skipped.
-WITH given AS MATERIALIZED (
-    SELECT
-        $1::uuid AS worker, $2::text AS incarnation, $3::jsonb AS marks, $4::jsonb AS scheduled,
-        $5::jsonb AS finished, $6::jsonb AS buried, $7::jsonb AS letters_delivered, $8::jsonb AS letters_failed,
-        $9::jsonb AS skipped
+-- The inputs come first, one set of rows for each kind: see pgbackend/delivery/commit_inputs.py.
+WITH given AS (
+    SELECT $1::uuid AS worker, $2::text AS incarnation
 ),
-marked AS (
-    SELECT mark.*, given.worker, given.incarnation
-    FROM given
-    CROSS JOIN LATERAL jsonb_to_recordset(given.marks) AS mark (
+marks AS (
+    SELECT *
+    FROM jsonb_to_recordset($3::jsonb) AS mark (
         subscription text, shards int, shard int, epoch bigint, ordered boolean, position bigint, pending text,
         holes text, complete boolean, clears_crashes boolean
     )
 ),
-fenced AS (
-    UPDATE {schema}.offsets AS stored
-    SET position = marked.position,
-        pending = marked.pending::int8multirange,
-        holes = marked.holes::int8multirange,
-        completed_at = CASE WHEN marked.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END,
-        crashes = CASE WHEN marked.clears_crashes THEN 0 ELSE stored.crashes END
-    FROM marked
-    WHERE stored.subscription = marked.subscription
-        AND stored.shards = marked.shards
-        AND stored.shard = marked.shard
-        AND stored.epoch = marked.epoch
-        AND stored.owner = marked.worker
-        AND stored.position <= marked.position
-        AND (SELECT id FROM {schema}.life) = marked.incarnation
-    RETURNING stored.epoch, stored.subscription, stored.ctid, marked.ordered
-),
-to_schedule AS (
-    SELECT fenced.subscription, fenced.ordered, due.*
-    FROM given
-    CROSS JOIN LATERAL jsonb_to_recordset(given.scheduled) AS due (
+retries AS (
+    SELECT *
+    FROM jsonb_to_recordset($4::jsonb) AS retry (
         epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid
     )
+),
+finished AS (
+    SELECT *
+    FROM jsonb_to_recordset($5::jsonb) AS done (epoch bigint, position bigint)
+),
+given_up AS (
+    SELECT *
+    FROM jsonb_to_recordset($6::jsonb) AS dead (
+        epoch bigint, position bigint, attempts int, error text, details jsonb
+    )
+),
+letters_delivered AS (
+    SELECT *
+    FROM jsonb_to_recordset($7::jsonb) AS delivered (epoch bigint, letter bigint)
+),
+letters_failed AS (
+    SELECT *
+    FROM jsonb_to_recordset($8::jsonb) AS failed (
+        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid
+    )
+),
+gaps AS (
+    SELECT *
+    FROM jsonb_to_recordset($9::jsonb) AS gap (epoch bigint, lower bigint, upper bigint)
+),
+fenced AS (
+    UPDATE {schema}.offsets AS stored
+    SET position = marks.position,
+        pending = marks.pending::int8multirange,
+        holes = marks.holes::int8multirange,
+        completed_at = CASE WHEN marks.complete THEN coalesce(stored.completed_at, now()) ELSE stored.completed_at END,
+        crashes = CASE WHEN marks.clears_crashes THEN 0 ELSE stored.crashes END
+    FROM marks
+    WHERE stored.subscription = marks.subscription
+        AND stored.shards = marks.shards
+        AND stored.shard = marks.shard
+        AND stored.epoch = marks.epoch
+        AND stored.owner = (SELECT worker FROM given)
+        AND stored.position <= marks.position
+        AND (SELECT id FROM {schema}.life) = (SELECT incarnation FROM given)
+    RETURNING stored.epoch, stored.subscription, stored.ctid, marks.ordered
+),
+to_schedule AS (
+    SELECT fenced.subscription, fenced.ordered, retries.*
+    FROM retries
     JOIN fenced USING (epoch)
 ),
 to_bury AS (
-    SELECT fenced.subscription, fenced.epoch, dead.position, dead.attempts, dead.error, dead.details
-    FROM given
-    CROSS JOIN LATERAL jsonb_to_recordset(given.buried) AS dead (
-        epoch bigint, position bigint, attempts int, error text, details jsonb
-    )
+    SELECT fenced.subscription, given_up.*
+    FROM given_up
     JOIN fenced USING (epoch)
 ),
 scheduled AS (
@@ -91,9 +112,8 @@ scheduled AS (
 unscheduled AS (
     DELETE FROM {schema}.redeliveries AS kept
     USING (
-        SELECT fenced.subscription, handled.position
-        FROM given
-        CROSS JOIN LATERAL jsonb_to_recordset(given.finished) AS handled (epoch bigint, position bigint)
+        SELECT fenced.subscription, finished.position
+        FROM finished
         JOIN fenced USING (epoch)
         UNION ALL
         SELECT subscription, position
@@ -109,7 +129,7 @@ buried AS MATERIALIZED (
             jsonb_build_object(
                 'subscription', dead.subscription,
                 'epoch', dead.epoch,
-                'owner', given.worker,
+                'owner', (SELECT worker FROM given),
                 'position', dead.position,
                 'attempts', dead.attempts,
                 'error', dead.error,
@@ -118,13 +138,11 @@ buried AS MATERIALIZED (
         )
     ) AS letters
     FROM to_bury AS dead
-    CROSS JOIN given
     HAVING count(*) > 0
 ),
 delivered_letters AS (
     DELETE FROM {schema}.dead_letters AS letter
-    USING given
-    CROSS JOIN LATERAL jsonb_to_recordset(given.letters_delivered) AS delivered (epoch bigint, letter bigint)
+    USING letters_delivered AS delivered
     JOIN fenced USING (epoch)
     WHERE letter.letter_id = delivered.letter
         AND letter.subscription = fenced.subscription
@@ -139,10 +157,7 @@ failed_letters AS (
         due_at = clock_timestamp() + make_interval(secs => failed.delay),
         started_by = failed.started_by,
         lives = CASE WHEN failed.started_by IS NULL THEN 0 ELSE letter.lives END
-    FROM given
-    CROSS JOIN LATERAL jsonb_to_recordset(given.letters_failed) AS failed (
-        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid
-    )
+    FROM letters_failed AS failed
     JOIN fenced USING (epoch)
     WHERE letter.letter_id = failed.letter
         AND letter.subscription = fenced.subscription
@@ -167,9 +182,8 @@ skipped AS (
     FROM (
         SELECT subscription, range_agg(positions) AS positions
         FROM (
-            SELECT fenced.subscription, int8range(found.lower, found.upper) AS positions
-            FROM given
-            CROSS JOIN LATERAL jsonb_to_recordset(given.skipped) AS found (epoch bigint, lower bigint, upper bigint)
+            SELECT fenced.subscription, int8range(gaps.lower, gaps.upper) AS positions
+            FROM gaps
             JOIN fenced USING (epoch)
             UNION ALL
             SELECT subscription, int8range(position, position + 1)
