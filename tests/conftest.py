@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import uuid
@@ -24,6 +23,7 @@ from pgbackend.postgres import connections, schema
 from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
 from tests.support.databases import Sql, connected
+from tests.support.memory import memory
 from tests.support.pooler import PGBOUNCER, Pooler
 from tests.support.programs import VERSIONS, programs
 
@@ -101,7 +101,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="pgbackend-test-", dir=_memory(), ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(prefix="pgbackend-test-", dir=memory(), ignore_cleanup_errors=True) as directory:
         settings = {"fsync": "off", "max_prepared_transactions": "10"}
         running = EmbeddedServer(directory, programs=request.getfixturevalue("pg_programs"), settings=settings)
         yield asyncio.run(running.start())
@@ -140,13 +140,6 @@ def way(request: pytest.FixtureRequest, pooler: Pooler | None) -> Callable[[str]
     if pooler is None or request.node.get_closest_marker("direct"):
         return lambda dsn: dsn
     return pooler.dsn
-
-
-def _memory() -> Path | None:
-    """A file system in memory, where databases are made and dropped in half the time; None without enough room."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30
-    return memory if roomy else None
 
 
 @pytest.fixture(scope="session")

@@ -1,636 +1,403 @@
-"""Keeps one PostgreSQL alive while somebody uses it. A program that `embedded` starts, never imported.
+"""Keep one PostgreSQL alive while a process uses it. A program that `server.py` starts, one for each user.
 
-It stands between the users of a data directory and the server, in a session of its own: a user may be killed, with its
-whole process group, and this process is still there to stop the server; the server may be killed, and this process, its
-parent, learns of it, reaps it and starts it again. The promise: while a user lives there is a server, and when the last
-one has left there is none.
+A keeper is its user's child, in a session of its own. One of the keepers in a home is active: it is the server's
+parent, starts it again when it died, and stops it after the last user. The others wait to take over. The promise: while
+a user lives there is a server, and after the last one there is none. No kill blocks the next start or loses committed
+data.
 
-Who lives is the kernel's word, never a process id's. Each of these files is locked with flock(), and such a lock goes
-when the last process that holds it is gone, however it went:
+Locks tell who lives, and process ids do not: they come again. The kernel frees a lock when its owner is gone.
 
-    users    shared, by each user; exclusively by a keeper that found no user, until the server is stopped: who comes
-             meanwhile waits for that
-    keeper   by the keeper. Its starter took it and handed it down: two users that want one never start two
-    server   by the postmaster or initdb and every process of their making, which inherit it: free means that none of
-             them is left, that a `postmaster.pid` is a remnant, whatever process has that number by now, and that an
-             unfinished database can be deleted
+    users     shared, by the keeper of each user; exclusive, by an active keeper that found no user, until it ends
+    active    exclusive, by the active keeper
+    ready     exclusive, by the active keeper, while the server accepts connections
+    server    exclusive, by all processes of a server or an initdb together: free when none of them is left
 
-    initialize ─▶ launch ─▶ ready ─▶ running ──no user left──▶ stop ─▶ end
-                    ▲                   │
-                    └── the server died ┘
+The first three are fcntl locks on bytes of the file `keepers`. They belong to one process; its children have no part in
+them. The last one is an flock, which PostgreSQL's processes inherit from the active keeper. A keeper's states:
 
-It imports nothing but the standard library and runs without site-packages, which keeps it small and starts it fast.
-Started as root, it becomes the server's user before it touches anything in the home directory, so that a link there
-leads it nowhere that this user could not go. It works from its current directory, which it was handed as a descriptor:
-no directory above has to let the server's user in.
+    join users ─▶ wait ──active is free──▶ end former server ─▶ start ─▶ keep ──no user left──▶ stop server ─▶ exit
+                   │                                              ▲        │
+                   └──our user left, others did not──▶ exit       └────────┘ the server died
+
+A start that fails ends the keeper with the reason on standard output. What each kill leads to, in any combination:
+
+    a user               its keeper has another parent now and leaves; after the last user the server is stopped
+    the server           the active keeper ends processes that outlived it, and starts it again
+    a keeper             its user starts another one. If it was active, a waiting one restarts the server
+    keepers and users    Linux tells the server to shut down when its parent dies. Elsewhere the next start does so
+    during initdb        a database appears by one rename; the next active keeper deletes what has another name
+    everything, power    all locks are free, so `postmaster.pid` is a remnant, even if its number is in use again
+    home deleted         the active keeper stops the server; users report it and make no new database
+    disk full            PostgreSQL stops and does not start; users start keepers until one succeeds
+
+It needs only the standard library, without site-packages: it stays small and starts fast.
 """
 
-import contextlib
 import fcntl
 import json
 import os
-import pwd
 import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import IO, NoReturn, TypedDict
+from typing import NoReturn, TypedDict
 
-TICK = 0.1
+from . import home
+from .home import CLUSTER, DATA, Failure
+
+try:
+    import ctypes
+
+    _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+except ImportError:  # a small build of Python
+    _prctl = None
+
+TICK = 0.05
 """Seconds between two looks at the users and the server."""
 PATIENCE = 60.0
 """Seconds that an orderly stop may take. After that the server is stopped as by a crash, which loses nothing."""
 LOG_BYTES = 8 << 20
 """The server's log begins anew at this size; one older part is kept."""
-SHORT_DIRECTORIES = ("/var/lib/pgbackend/run", "/tmp")  # noqa: S108 - a directory 0700 of our own in it
-"""Where the socket is when its path would be too long, or out of the server's reach, in the data directory."""
-SOCKET_PATH_BYTES = 107
-"""What the kernel's address of a Unix socket holds."""
+USERS, ACTIVE, READY = range(3)
 
-_DATA = Path("data")
-_CLUSTER = _DATA / "PG_VERSION"
-_NOTE = _DATA / "postmaster.pid"
+_NOTE = DATA / "postmaster.pid"
 _RUN = Path("run")
 _LOG = Path("postgresql.log")
-_RULES = _DATA / "pg_hba.conf"
-_TRUSTED_HOST = re.compile(
-    rb"^(host[ \t]+(?:all|replication)[ \t]+all[ \t]+(?:127\.0\.0\.1/32|::1/128)[ \t]+)trust\b", re.MULTILINE
-)
-"""The lines that `initdb --auth=trust` wrote for TCP."""
-_HERE = "/proc/self/cwd"
-"""A name of the current directory that needs no right to the directories above it."""
-_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-_SOCKET_NAME = ".s.PGSQL.5432"
-_PR_SET_PDEATHSIG = 1
+_SERVER = Path("server")
+_SOCKET = ".s.PGSQL.5432"
+_SOCKET_PATH_BYTES = 103
+"""What the address of a Unix socket holds on macOS; on Linux it is four more."""
 
 
 class Plan(TypedDict):
-    """What the starter decided."""
+    """What the user wants."""
 
-    home: str
-    """Absolute path, for messages and arguments."""
-    at: int
-    """Descriptor of that directory, which becomes the current one."""
+    directory: str
+    """Absolute path without links."""
+    create: bool
+    """Whether a database that is missing is made."""
     programs: str
     """Directory of `postgres` and `initdb`."""
-    user: list[int]
-    """User and group to run as; empty: as we are."""
-    scratch: str
-    """With a user to become: a directory that only root can enter."""
     settings: dict[str, str]
-
-
-class Order(TypedDict):
-    """Root has the owner of a directory make these in it."""
-
-    at: int
-    """Descriptor of that directory."""
-    user: list[int]
-    directory: str
-    """The name of a directory; empty: none."""
-    mode: int
-    files: list[str]
-    """The names of empty files."""
-
-
-class Failure(Exception):  # noqa: N818 - goes to the starter as text, which makes an error of it
-    """No server, and why."""
+    parent: int
+    """Process id of the user."""
 
 
 class Keeper:
-    """One keeper's life. Paths are relative to the current directory, which the plan calls home."""
+    """One keeper's life. Paths are relative to the current directory, which is the home."""
 
-    def __init__(self, plan: Plan, bind: Callable[[], None] | None, template: IO[bytes] | None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._bind = bind
-        self._template = template
-        self._users = _open_lock("users")
+        self._home = Path(plan["directory"], home.NAME)
+        self._pid = os.getpid()
+        self._locks = _open_lock(Path("keepers"))
+        self._server_lock = _open_lock(_SERVER)
+        self._log = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._server: subprocess.Popen[bytes] | None = None
-        self._sockets = Path()
-        self._log = -1
-        self._launched_at = 0  # where the log was then
+        self._is_ready = self._was_ready = False
+        self._told_to_leave = False
+
+    def leave(self, *_: object) -> None:
+        """Our user is none any more, and can be told when it is so."""
+        self._told_to_leave = True
 
     def run(self) -> None:
-        """Return when no user is left and the server is stopped. Raises Failure when it cannot be started at first."""
-        self._log = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._rotate_log()
-        self._initialize()
-        self._close_tcp()
-        self._sockets = _socket_directory(Path(self._plan["home"]))
-        try:
-            self._launch()
-            if self._await_ready():
-                _tell("ready")
-                os.dup2(self._log, 1)
-                os.dup2(self._log, 2)
-                self._keep()
-        finally:
-            self._stop()
-            if self._unused():  # else their DSN must stay true
-                _remove_socket_directory()
-
-    def _initialize(self) -> None:
-        """A complete, synced database stands in `data`. Killed at any moment, the next keeper begins anew."""
-        lock = _open_lock("server")
-        try:
-            # The initdb of a killed keeper still writes: what is deleted under its hands comes back.
-            self._outlive_former(lock)
-            for former in Path().glob(f"{_DATA}.new-*"):
-                try:
-                    _remove(former)
-                except OSError as error:
-                    self._say(f"an unfinished database is left: {error}")
-            if _CLUSTER.exists():
+        """Return when our user has left, and the server with the last one. Raises Failure when it does not start."""
+        while not _lock(self._locks, USERS, fcntl.LOCK_SH):
+            time.sleep(TICK)
+        while not _lock(self._locks, ACTIVE, fcntl.LOCK_EX):
+            self._report(ready=_other_lock(self._locks, READY) != fcntl.F_UNLCK)
+            if self._has_left() and _other_lock(self._locks, USERS) == fcntl.F_RDLCK:
                 return
-            if os.path.lexists(_DATA):
-                raise Failure(f"{self._plan['home']}/{_DATA} is there but holds no database. Remove it.")
-            new = Path(Path(tempfile.mkdtemp(prefix=f"{_DATA}.new-", dir=".")).name)
-            if self._template:
-                _unpack(self._template, new)
-            elif not _has_name(os.geteuid()):
-                raise Failure(
-                    f"initdb needs a name for user id {os.geteuid()}. Add one to the password file, or use a "
-                    "PostgreSQL elsewhere by its DSN."
-                )
-            else:
-                _initdb(self._plan["programs"], self._argument(new), cwd=new, lock=lock)
-        finally:
-            os.close(lock)
-        if self._plan["settings"].get("fsync") != "off":
-            for path in _tree(new):
-                _sync(path)
-        new.rename(_DATA)
-        _sync(Path())
-
-    def _close_tcp(self) -> None:
-        """Trust ends at the socket: a database of former versions trusted everybody on this machine, too."""
-        found = _RULES.read_bytes()
-        mended = _TRUSTED_HOST.sub(rb"\1scram-sha-256", found)
-        if mended != found:
-            new = _RULES.with_name(f"{_RULES.name}.new")
-            new.write_bytes(mended)
-            _sync(new)
-            new.replace(_RULES)
-            _sync(_DATA)
-
-    def _launch(self) -> None:
-        """A new server runs, with nothing left of a former one."""
-        lock = _open_lock("server")
+            time.sleep(TICK)
         try:
-            self._outlive_former(lock)
-            self._remove_remnants()
-            settings = {
-                "listen_addresses": "",
-                "logging_collector": "off",
-                "log_destination": "stderr",
-                **self._plan["settings"],
-                # Not for others to choose: the DSN says so.
-                "port": "5432",
-                "unix_socket_directories": str(self._sockets),
-                "unix_socket_permissions": "0700",
-            }
-            command = [f"{self._plan['programs']}/postgres", "-D", self._argument(_DATA)]
-            for name, value in settings.items():
-                command += ["-c", f"{name}={value}"]
-            self._launched_at = os.fstat(self._log).st_size
-            self._server = subprocess.Popen(  # noqa: S603 - the wheel's program
-                command,
-                cwd=_DATA,
-                env=_ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                start_new_session=True,
-                pass_fds=(lock,),
-                preexec_fn=self._bind,  # noqa: PLW1509 - there is one thread
-            )
+            self._end_server()
+            home.delete_unfinished()
+            while self._is_used():
+                self._start()
+                self._keep()
+        except (Failure, OSError) as error:
+            self._say(str(error))
+            raise
         finally:
-            # The server's own copies hold the lock from here on: ours would hide that the server is gone.
-            os.close(lock)
+            _unlock(self._locks, READY)
+            self._end_server()
+            if not self._is_used():  # else their DSN must stay true
+                _delete_far_sockets()
 
-    def _outlive_former(self, lock: int) -> None:
-        """No process of a former server is left, and `lock` is held."""
-        began = time.monotonic()
-        sent: set[signal.Signals] = set()
-        while not _locked(lock, fcntl.LOCK_EX):
-            waited = time.monotonic() - began
-            former = _holders(lock)
-            leader = _noted_pid()
-            # Its keeper's death has asked a postmaster to end in order. Without a postmaster they are orphans.
-            if leader in former and waited < 15.0:
-                self._signal(sent, signal.SIGINT, [leader])
-            elif waited < 20.0:
-                self._signal(sent, signal.SIGQUIT, former)
-            else:
-                self._signal(sent, signal.SIGKILL, former)
-            if waited > 30.0:
-                raise Failure(f"a former server does not end: processes {former or 'of another container'}.")
-            time.sleep(0.02)
+    def _has_left(self) -> bool:
+        """Whether our user is none any more. Then it is not counted."""
+        parent = self._plan["parent"]
+        if parent and (self._told_to_leave or os.getppid() != parent):
+            self._plan["parent"] = 0
+            _unlock(self._locks, USERS)
+        return not self._plan["parent"]
 
-    def _signal(self, sent: set[signal.Signals], number: signal.Signals, processes: Sequence[int]) -> None:
-        if processes and number not in sent:
-            sent.add(number)
-            self._say(f"a former server is still there: {number.name} to {processes}")
+    def _is_used(self) -> bool:
+        """Whether a user is left. When none is, none can come before this process has ended."""
+        if not self._has_left():
+            return True
+        if _lock(self._locks, USERS, fcntl.LOCK_EX):
+            return False
+        if self._told_to_leave:
+            _tell("left")
+            self._told_to_leave = False
+        return True
+
+    def _report(self, *, ready: bool) -> None:
+        """Our user hears of a server that is ready, each time that it was not before."""
+        if ready and not self._is_ready:
+            _tell(f"ready postgresql://postgres@/postgres?host={_sockets(self._home)}&port=5432")
+            self._was_ready = True
+        self._is_ready = ready
+
+    def _end_server(self) -> None:
+        """No process of a server or an initdb is left, and we have the lock `server`. Raises Failure."""
+        for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
+            if self._is_server_gone():
+                break
+            signalled = self._signal_server(number)
+            deadline = time.monotonic() + (0 if number == signal.SIGINT and not signalled else patience)
+            while not self._is_server_gone() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        if not self._is_server_gone():
+            raise Failure(f"a former server does not end: processes {signalled or 'of another container'}.")
+        if self._server:
+            self._server.wait()
+
+    def _signal_server(self, number: signal.Signals) -> list[int]:
+        """Its processes have the signal; SIGINT only a postmaster that can stop in order: others are orphans."""
+        with home.acting_as(os.getuid()):  # an initdb may be another account's
+            processes = _processes_at(_SERVER, self._server_lock)
+            if number == signal.SIGINT:
+                leader = self._server.pid if self._server and self._server.poll() is None else _noted_pid()
+                processes = [process for process in processes if process == leader and CLUSTER.exists()]
             for process in processes:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+                self._say(f"{number.name} to process {process}")
+                with suppress(ProcessLookupError, PermissionError):
                     os.kill(process, number)
+        return processes
 
-    def _remove_remnants(self) -> None:
-        if _NOTE.exists() and (strangers := _postgres_processes()):
+    def _is_server_gone(self) -> bool:
+        try:
+            fcntl.flock(self._server_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _start(self) -> None:
+        """The server accepts connections, unless no user is left. Raises Failure when it does not."""
+        self._end_server()
+        if not CLUSTER.exists():
+            if self._was_ready or not self._plan["create"]:
+                raise Failure(f"the database in {self._home} was deleted. Stop, and start again for a new one.")
+            durable = self._plan["settings"].get("fsync") != "off"
+            home.make_database(self._home, self._plan["programs"], lock=self._server_lock, durable=durable)
+        home.become_owner()
+        begin = os.fstat(self._log).st_size
+        self._server = server = self._launch()
+        while self._is_used():
+            note = _note()
+            if len(note) > 7 and note[0] == b"%d" % server.pid and note[7].strip() == b"ready":
+                break
+            if server.poll() is not None:
+                with _LOG.open("rb") as log:
+                    log.seek(begin)
+                    raise Failure("PostgreSQL ended while starting: " + home.last_lines(log.read()))
+            time.sleep(0.01)
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        """A new server, with nothing left of a former one."""
+        sockets = _make_sockets(self._home)
+        if _NOTE.exists() and (strangers := _processes_at(DATA, of="postgres")):
             raise Failure(
-                f"a PostgreSQL that pgbackend did not start uses {self._plan['home']}/{_DATA}: "
+                f"a PostgreSQL that pgbackend did not start uses {self._home / DATA}: "
                 f"processes {strangers}. Stop it with pg_ctl."
             )
         # PostgreSQL takes any living process with that number for a postmaster, and in a container numbers repeat.
-        for remnant in (_NOTE, self._sockets / _SOCKET_NAME, self._sockets / f"{_SOCKET_NAME}.lock"):
+        for remnant in (_NOTE, sockets / _SOCKET, sockets / f"{_SOCKET}.lock"):
             remnant.unlink(missing_ok=True)
+        settings = {
+            "listen_addresses": "",
+            "logging_collector": "off",
+            "log_destination": "stderr",
+            **self._plan["settings"],
+            # Not for others to choose: the DSN says so.
+            "port": "5432",
+            "unix_socket_directories": str(sockets),
+            "unix_socket_permissions": "0700",
+        }
+        command = [f"{self._plan['programs']}/postgres", "-D", home.name_of(self._home, DATA)]
+        for name, value in settings.items():
+            command += ["-c", f"{name}={value}"]
+        server = subprocess.Popen(  # noqa: S603 - PostgreSQL's program
+            command,
+            cwd=DATA,
+            env=home.ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+            pass_fds=(self._server_lock,),
+            preexec_fn=self._bind,  # noqa: PLW1509 - there is one thread
+        )
+        # The server has the lock now. A descriptor of ours that shares it would hide the server's end.
+        os.close(self._server_lock)
+        self._server_lock = _open_lock(_SERVER)
+        return server
 
-    def _argument(self, directory: Path) -> str:
-        path = Path(self._plan["home"]) / directory
-        with contextlib.suppress(OSError):
-            if path.samefile(directory):
-                return str(path)
-        return _HERE  # the program begins there, and every process of its making stays there
-
-    def _await_ready(self) -> bool:
-        """Whether the server accepts connections; else no user is left. Raises Failure when it ended."""
-        server = self._server
-        assert server  # noqa: S101 - for the type checker
-        while not _is_ready(server.pid):
-            if server.poll() is not None:
-                with _LOG.open("rb") as log:
-                    log.seek(self._launched_at)
-                    raise Failure("PostgreSQL ended while starting: " + _last_lines(log.read()))
-            if self._unused():
-                return False
-            time.sleep(0.01)
-        return True
+    def _bind(self) -> None:
+        """What the server does first: it asks the kernel for an orderly end when this process is gone. Linux only."""
+        if _prctl is not None:
+            _prctl(1, signal.SIGINT, 0, 0, 0)  # PR_SET_PDEATHSIG
+            if os.getppid() != self._pid:  # it was too late to ask
+                os._exit(1)
 
     def _keep(self) -> None:
-        """Return when no user is left, or the database was deleted under us."""
-        delay = TICK
-        launched = rotated = time.monotonic()
-        while not self._unused() and _CLUSTER.exists():
+        """The server has ended, or no user is left. Raises Failure when the database was deleted."""
+        _lock(self._locks, READY, fcntl.LOCK_EX)
+        self._report(ready=True)
+        while self._is_used():
+            if self._server and self._server.poll() is not None:
+                self._say(f"the server ended with status {self._server.returncode}")
+                break
+            if not CLUSTER.exists():
+                raise Failure(f"the database in {self._home} was deleted.")
+            # Copied and cut: the server appends, wherever the end is.
+            if os.fstat(self._log).st_size > LOG_BYTES:
+                shutil.copyfile(_LOG, f"{_LOG}.1")
+                os.ftruncate(self._log, 0)
             time.sleep(TICK)
-            now = time.monotonic()
-            if self._server and self._server.poll() is None:
-                if now - rotated > 1.0:
-                    self._rotate_log()
-                    rotated = now
-                continue
-            if now - launched > 30.0:
-                delay = TICK
-            if self._server:
-                self._say(f"the server ended with status {self._server.returncode}; it is started again")
-                self._server = None
-            if now - launched > delay:
-                delay = min(delay * 2, 10.0)
-                launched = now
-                try:
-                    self._launch()
-                except (Failure, OSError) as error:
-                    self._say(f"the server was not started: {error}")
-
-    def _unused(self) -> bool:
-        """Whether no user is left. When it is so, none can come before this process has ended."""
-        return _locked(self._users, fcntl.LOCK_EX)
-
-    def _stop(self) -> None:
-        """The server is stopped, in order if it can be."""
-        if not self._server:
-            return
-        for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
-            if self._server.poll() is None:
-                self._server.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._server.wait(patience)
-                return
-
-    def _rotate_log(self) -> None:
-        """The log is short enough. It is copied and cut: the server writes at its end, wherever that is."""
-        if os.fstat(self._log).st_size > LOG_BYTES:
-            shutil.copyfile(_LOG, f"{_LOG}.1")
-            os.ftruncate(self._log, 0)
+        _unlock(self._locks, READY)
+        self._report(ready=False)
 
     def _say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        os.write(self._log, f"{stamp} [{os.getpid()}] KEEPER:  {text}\n".encode())
+        with suppress(OSError):  # the disk is full
+            os.write(self._log, f"{stamp} [{self._pid}] KEEPER:  {text}\n".encode())
 
 
-def _become(user: int, group: int) -> None:
-    """This process is that user's for good."""
+def _tell(text: str) -> None:
+    """Our user can read it."""
+    with suppress(BrokenPipeError):
+        os.write(1, text.encode() + b"\n")
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _lock(fd: int, which: int, how: int) -> bool:
+    """Whether this process has that lock now. Its children never have it."""
     try:
-        os.setgroups([])
-        os.setgid(group)
-        os.setuid(user)
-    except PermissionError as error:
-        raise _may_not_become(user) from error
+        fcntl.lockf(fd, how | fcntl.LOCK_NB, 1, which)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
-def _may_not_become(user: int) -> Failure:
-    return Failure(
-        f"PostgreSQL refuses to run as root, which may not become user {user} here. Run as an ordinary user."
-    )
+def _unlock(fd: int, which: int) -> None:
+    fcntl.lockf(fd, fcntl.LOCK_UN, 1, which)
 
 
-def _initdb(
-    programs: str, directory: str, *, cwd: Path, lock: int, user: int | None = None, group: int | None = None
-) -> None:
-    """A new database is in `cwd`, by that user or by us. Its processes hold `lock`."""
-    command = [
-        f"{programs}/initdb",
-        f"--pgdata={directory}",
-        "--username=postgres",
-        "--auth-local=trust",  # the socket's directory is closed to others
-        "--auth-host=scram-sha-256",  # without a password nobody comes in
-        "--encoding=UTF8",
-        "--locale=C",
-        "--data-checksums",
-        "--no-sync",
-        "--no-instructions",
-    ]
-    try:
-        done = subprocess.run(  # noqa: S603 - the wheel's program
-            command,
-            cwd=cwd,
-            env=_ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-            pass_fds=(lock,),
-            user=user,
-            group=group,
-            extra_groups=None if user is None else [],
-        )
-    except PermissionError as error:
-        raise _may_not_become(user) if user else Failure(f"{command[0]} is not executable here.") from error
-    if done.returncode:
-        raise Failure("initdb failed: " + _last_lines(done.stdout))
-
-
-def _template(plan: Plan) -> IO[bytes] | None:
-    """As root: a new database in a tar file, if one is needed for a user that the password file lacks; else None.
-
-    initdb wants its user in the password file, PostgreSQL itself does not. So an account that always is there makes
-    the database, where only root gets to, and the server's user unpacks it. Other processes of that account cannot
-    come near: the directory is closed to them, and another group bars them from /proc/…/cwd.
-    """
-    scratch = Path(plan["scratch"])
-    entrance = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(entrance, fcntl.LOCK_EX)
-        for former in scratch.iterdir():
-            _remove_unlocked(former)
-        user, group = plan["user"]
-        if os.path.lexists(_DATA) or _has_name(user):
-            return None
-        new = Path(tempfile.mkdtemp(dir=scratch))
-        lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    finally:
-        os.close(entrance)
-    import tarfile  # noqa: PLC0415 - few need it
-
-    try:
-        data = new / _DATA
-        data.mkdir(mode=0o700)
-        maker = _account()
-        os.chown(data, maker, group)
-        _initdb(plan["programs"], _HERE, cwd=data, lock=lock, user=maker, group=group)
-        packed: IO[bytes] = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - the caller's
-        with tarfile.open(fileobj=packed, mode="w:") as archive:
-            for path in data.iterdir():
-                archive.add(path, path.name)
-        packed.seek(0)
-        return packed
-    finally:
-        shutil.rmtree(new)
-        os.close(lock)
-
-
-def _unpack(template: IO[bytes], directory: Path) -> None:
-    import tarfile  # noqa: PLC0415 - loaded by now
-
-    with tarfile.open(fileobj=template, mode="r:") as archive:
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # 3.11.4 and newer know it
-        archive.extractall(directory)  # noqa: S202 - we packed it
-
-
-def _remove_unlocked(directory: Path) -> None:
-    """`directory` is gone, unless an initdb is still at work in it."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        if _locked(fd, fcntl.LOCK_EX):
-            shutil.rmtree(directory)
-    finally:
-        os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+def _other_lock(fd: int, which: int) -> int:
+    """What another process has of that lock: F_RDLCK when it is shared, F_WRLCK, or F_UNLCK for nothing."""
+    if sys.platform == "darwin":
+        form, asked, place = "qqihh", (which, 1, 0, fcntl.F_WRLCK, os.SEEK_SET), 3
     else:
-        path.unlink()
+        form, asked, place = "hhqqi4x", (fcntl.F_WRLCK, os.SEEK_SET, which, 1, 0), 0
+    return int(struct.unpack(form, fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(form, *asked)))[place])
 
 
-def _open_lock(name: str) -> int:
-    """A descriptor of its own of the lock file. In home, only root and the server's user reach it."""
-    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _note() -> list[bytes]:
+    """The lines of `postmaster.pid`; none if it is missing."""
+    with suppress(OSError):
+        return _NOTE.read_bytes().split(b"\n")
+    return []
 
 
-def _locked(fd: int, how: int) -> bool:
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _noted_pid() -> int:
+    first = (_note() or [b""])[0]
+    return int(first) if first.isdigit() else 0
 
 
-def _has_name(user: int) -> bool:
-    try:
-        pwd.getpwuid(user)
-    except KeyError:
-        return False
-    return True
+def _processes_at(path: Path, fd: int | None = None, *, of: str = "") -> list[int]:
+    """Other processes, of this program if given, that have a file open or work in a directory, as far as we see.
+
+    `fd` is a descriptor of the file, in case that the path is gone.
+    """
+    if home.PROC.exists():
+        found = set()
+        wanted = path.stat() if fd is None else os.fstat(fd)
+        for link in chain(Path("/proc").glob("[0-9]*/fd/*"), Path("/proc").glob("[0-9]*/cwd")):
+            with suppress(OSError):  # gone, or somebody else's
+                process = link.parts[2]
+                if os.path.samestat(link.stat(), wanted) and of in Path(f"/proc/{process}/comm").read_text():
+                    found.add(int(process))
+    else:
+        command = ["lsof", "-t", *(["-a", "-c", of] if of else []), "--", str(path)]
+        listed = subprocess.run(command, env=home.ENVIRONMENT, stdout=subprocess.PIPE, check=False)  # noqa: S603
+        found = {int(line) for line in listed.stdout.split()}
+    return sorted(found - {os.getpid()})
 
 
-def _account() -> int:
-    """An unprivileged account that the password file knows."""
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam("nobody").pw_uid
-    for entry in pwd.getpwall():
-        if entry.pw_uid:
-            return entry.pw_uid
-    raise Failure("there is no unprivileged account that initdb could run as. Create one called pgbackend.")
+def _sockets(at: Path) -> Path:
+    """The directory of the server's socket, of the home at that path."""
+    return _RUN.readlink() if _RUN.is_symlink() else at / _RUN
 
 
-def _socket_directory(home: Path) -> Path:
-    """Absolute path of a directory 0700 of ours for the socket, which `run` is or points to. It does not change."""
-    with contextlib.suppress(OSError):
-        if _RUN.is_symlink() and _is_private(target := _RUN.readlink()):
-            return target
-    # A comma parts the directories of a list; what else may be special, to the server or in a URL, is not worth it.
-    path = home / _RUN
-    if re.fullmatch(r"[\w./-]+", str(path), re.ASCII) and len(f"{path}/{_SOCKET_NAME}") <= SOCKET_PATH_BYTES:
-        with contextlib.suppress(OSError):
+def _make_sockets(at: Path) -> Path:
+    """A directory 0700 of ours for the socket, which `run` is or points to. It stays the same while users live."""
+    path = f"{at / _RUN}/{_SOCKET}"
+    # What may be special to the server or in a URL is not worth quoting.
+    near = len(path) <= _SOCKET_PATH_BYTES and re.fullmatch(r"[\w./-]+", path, re.ASCII)
+    with suppress(OSError):
+        if near:
             _RUN.mkdir(mode=0o700, exist_ok=True)
-            if _is_private(path) and path.samefile(_RUN):
-                return path
-    if _RUN.is_symlink():
-        _RUN.unlink()
-    elif _RUN.is_dir():
-        shutil.rmtree(_RUN)
-    for directory in SHORT_DIRECTORIES:
-        with contextlib.suppress(OSError):
-            target = Path(tempfile.mkdtemp(prefix="pgbackend-", dir=directory))
-            _RUN.symlink_to(target)
-            return target
-    raise Failure(f"there is no place for a Unix socket: tried {path}, {', '.join(SHORT_DIRECTORIES)}.")
+        found = _sockets(at).lstat()
+        private = stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o700
+        if (near or _RUN.is_symlink()) and private and found.st_uid == os.geteuid() and _sockets(at).samefile(_RUN):
+            return _sockets(at)
+    if os.path.lexists(_RUN):
+        home.delete(_RUN)
+    _RUN.symlink_to(tempfile.mkdtemp(prefix="pgbackend-", dir="/tmp"))
+    return _sockets(at)
 
 
-def _is_private(path: Path) -> bool:
-    found = path.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
-
-
-def _remove_socket_directory() -> None:
-    """A directory far from home is not left behind; the next keeper makes another."""
-    with contextlib.suppress(OSError):
+def _delete_far_sockets() -> None:
+    """A socket's directory far from home is not left behind; the next active keeper makes another."""
+    with suppress(OSError):
         if _RUN.is_symlink():
             _RUN.readlink().rmdir()
             _RUN.unlink()
 
 
-def _noted_pid() -> int:
-    """The number in `postmaster.pid`, 0 if there is none."""
-    try:
-        return int(_NOTE.read_bytes().partition(b"\n")[0])
-    except (FileNotFoundError, ValueError):
-        return 0
-
-
-def _is_ready(pid: int) -> bool:
-    try:
-        lines = _NOTE.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return False
-    return len(lines) > 7 and lines[0] == b"%d" % pid and lines[7].strip() == b"ready"
-
-
-def _holders(lock: int) -> list[int]:
-    """Processes that have the file of `lock` open, as far as this container sees them."""
-    found = set()
-    ours = os.fstat(lock)
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # gone, or somebody else's
-            if os.path.samestat(link.stat(), ours):
-                found.add(int(link.parts[2]))
-    return sorted(found - {os.getpid()})
-
-
-def _postgres_processes() -> list[int]:
-    """Processes of any PostgreSQL on our data, as far as this container sees them. All of them work there."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone, a zombie, or somebody else's
-            if (process / "exe").readlink().name.startswith("postgres") and (process / "cwd").samefile(_DATA):
-                found.append(int(process.name))
-    return found
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What a child calls first, so that it is asked to end in order once `parent` is gone. Linux only."""
-    try:
-        import ctypes  # noqa: PLC0415 - a small build of Python may be without
-
-        prctl = ctypes.CDLL(None).prctl
-    except (ImportError, AttributeError):
-        return None
-
-    def bind() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return bind
-
-
-def _tree(top: Path) -> Iterator[Path]:
-    """Each file, then its directory."""
-    for directory, _, names in os.walk(top, topdown=False):
-        yield from (Path(directory, name) for name in names)
-        yield Path(directory)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _last_lines(output: bytes) -> str:
-    return "\n".join(output.decode(errors="replace").strip().splitlines()[-12:])
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the starter was killed
-        os.write(1, text.encode() + b"\n")
-
-
 def main() -> NoReturn:
-    """Run by `embedded`: the plan is the argument, in JSON; the lock `keeper` is held by an inherited descriptor.
-
-    Or `make` and an order: this process only makes what root must not make itself.
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Keep the server of the plan, in JSON, that is the last argument. Exit with status 1 and a reason if it fails."""
+    plan: Plan = json.loads(sys.argv[-1])
     # A service manager that ends all processes of a service at once would take the server away from users that still
     # drain. We end when they have. A function and not SIG_IGN, which the server would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        if sys.argv[1] == "make":
-            _make(json.loads(sys.argv[2]))
-        else:
-            _keep(json.loads(sys.argv[1]))
+        home.enter(Path(plan["directory"]), create=plan["create"])
+        if CLUSTER.exists():  # else root may be needed to make one
+            home.become_owner()
+        os.umask(0o077)
+        keeper = Keeper(plan)
+        signal.signal(signal.SIGUSR1, keeper.leave)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        keeper.run()
     except (Failure, OSError) as error:
-        _tell(str(error))
+        print(error, flush=True)  # noqa: T201 - to our user
         sys.exit(1)
     sys.exit()
-
-
-def _make(order: Order) -> None:
-    """The ordered directory and files exist, made by the owner of the directory around them."""
-    os.fchdir(order["at"])
-    user, group = order["user"]
-    _become(user, group)
-    if order["directory"]:
-        Path(order["directory"]).mkdir(mode=order["mode"], exist_ok=True)
-    for name in order["files"]:
-        os.close(_open_lock(name))
-
-
-def _keep(plan: Plan) -> None:
-    os.umask(0o077)
-    os.fchdir(plan["at"])
-    os.close(plan["at"])
-    bind = _die_with(os.getpid())  # before it is another's process, which may not read Python's library
-    template = None
-    if plan["user"]:
-        template = _template(plan)
-        user, group = plan["user"]
-        _become(user, group)
-    Keeper(plan, bind, template).run()
-
-
-if __name__ == "__main__":
-    main()

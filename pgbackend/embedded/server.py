@@ -1,79 +1,53 @@
-"""A PostgreSQL of one's own: a directory becomes a DSN, for as long as somebody uses it.
+"""A PostgreSQL of one's own: a directory becomes a DSN, as long as a process uses it.
 
-`EmbeddedServer` runs the PostgreSQL that `binaries.py` finds, reachable by a Unix socket only. Any
-number of processes may use one directory; the first starts the server, the last to leave stops it. Its promise:
-whatever is killed, be it users, the server or what keeps it, the next start is not blocked, no committed data is lost,
-and no server is left that nobody stops. While a user lives, a server that died is started again under the same DSN.
+`EmbeddedServer` runs the PostgreSQL that `binaries.py` finds, reachable by a Unix socket only. Any number of processes
+may use one directory; the first starts the server, the last to leave stops it. The promise: whatever is killed, be it
+users, the server or their keepers, the next start is not blocked, no committed data is lost, and no server is left that
+nobody stops. While a user lives, a server that died is started again under the same DSN.
 
-`keeper.py` tells how: a process of its own watches over the server, and flock() says who lives. This end of it takes
-the lock `users`, starts a keeper when there is none, and has a thread that does so again when the keeper was killed.
-A thread, and not a task: it must outlive `asyncio.run(server.start())` and an event loop that is blocked.
-
-The wheel's own `PostgresServer` is not used. It takes a zombie or a stranger with a reused process id for a running
-server, never forgets a user that was killed, as root opens every directory above the data to all users and adds a user
-to the system, and logs failures on its own. Importing it already writes a lock file.
-
-    directory/postgresql/    0700, of the user that the server runs as
-        data/                the database: PGDATA
-        run                  where its socket is: a directory, or a link to one when its path would be too long
-        postgresql.log       what the server says; postgresql.log.1 is the part before
-        users, keeper, server    the locks
-
-As root, PostgreSQL runs as the owner of the directory; when that is root, as the account `pgbackend` if there is one,
-else under a user id that nobody has. That user makes and changes whatever is in the directory, by a process of its own:
-root only opens what is there, by descriptors and without following a link, so that the owner cannot have root touch
-other files. No account is made, no permission of any directory above is touched or needed, and the programs run from a
-copy in /var/lib/pgbackend, since a virtual environment in root's home is out of reach.
+All of that is the work of `keeper.py`, a program that each user starts for itself. This end starts it, waits for its
+word, and starts another one when it was killed. It does so in a thread and not in a task: it must outlive
+`asyncio.run(server.start())` and an event loop that is blocked.
 """
 
 import asyncio
-import contextlib
-import fcntl
-import grp
 import json
 import logging
 import os
-import pwd
-import re
-import select
-import socket
-import stat
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pgbackend import facts
 from pgbackend.embedded import binaries
-from pgbackend.embedded.binaries import ROOT_DIRECTORY
 from pgbackend.errors import EmbeddedServerError, NotRunningError
 from pgbackend.postgres.sockets import in_thread
 
-USER_ID = 20551
-"""The user id that root's servers run as when there is no account `pgbackend`, or the first free one after it."""
-WATCH_INTERVAL = 0.5
-"""Seconds after which a killed keeper is noticed at the latest."""
+RETRY_INTERVAL = 10.0
+"""Seconds between two tries to start a server that does not start any more."""
 STOP_TIMEOUT = 90.0
 """Seconds that `stop()` waits for the server to end: longer than the keeper takes, whatever happens."""
 
-_HOME = "postgresql"
-_SCRATCH = "initdb"
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from embedded import keeper; keeper.main()"
+"""The keeper, without the rest of pgbackend and what that needs."""
 
 
 def default_directory() -> Path:
     """Where a server's data is unless somebody says: the user's data directory; root's /var/lib/pgbackend/default."""
     if os.geteuid() == 0:
-        return ROOT_DIRECTORY / "default"
+        return binaries.ROOT_DIRECTORY / "default"
     try:
         import platformdirs  # noqa: PLC0415 - comes with the wheel, which not everybody has
     except ImportError:
         raise binaries.not_installed() from None
-    with contextlib.suppress(RuntimeError):  # neither HOME nor a line in the password file
+    with suppress(RuntimeError):  # neither HOME nor a line in the password file
         directory = platformdirs.user_data_path("pgbackend", appauthor=False)
         if directory.is_absolute():
             return directory
@@ -88,12 +62,11 @@ class EmbeddedServer:
         …
         await server.stop()
 
-    `programs` is the directory of another PostgreSQL's `postgres` and `initdb`. `settings` are
+    `programs` is the directory of another PostgreSQL's `postgres` and `initdb`, default the wheel's. `settings` are
     values for postgresql.conf, used if this process is the one that starts the server. `start_timeout` seconds must be
     enough for recovery after a crash.
 
-    A process that ends without `stop()` has left as well. After a fork the child is no user until it calls `start()`
-    on a server of its own.
+    A process that ends without `stop()` has left as well. After a fork the child is no user until it calls `start()`.
     """
 
     def __init__(
@@ -110,47 +83,45 @@ class EmbeddedServer:
             raise EmbeddedServerError(
                 f"{os.fspath(directory)!r} names no directory: {error} Name another directory."
             ) from error
-        self._wish = _Wish(programs, dict(settings or {}), start_timeout)
-        self._user = _user_of(self.directory)
-        self._pid = os.getpid()
-        self._entered = 0
+        self._programs = programs
+        self._settings = {name: str(value) for name, value in (settings or {}).items()}
+        self._start_timeout = start_timeout
+        self._process = os.getpid()
+        self._mutex = threading.Lock()
+        self._starts = 0
+        self._keeper: _Keeper | None = None
 
     @property
     def dsn(self) -> str:
         """For asyncpg; the role is a superuser. Raises NotRunningError before `start()`."""
-        if not self._entered:
+        if not self._keeper or self._process != os.getpid():
             raise NotRunningError("The embedded PostgreSQL is not started. Call `await start()` first.")
-        return self._user.dsn
+        return self._keeper.dsn
 
     async def start(self) -> str:
         """Return the DSN once the server accepts connections. A second call needs a second `stop()`.
 
         Raises EmbeddedServerError, after which this process does not use the server.
         """
+        if self._process != os.getpid():  # forked: what the parent has is not ours
+            self._process, self._mutex, self._starts, self._keeper = os.getpid(), threading.Lock(), 0, None
         abandoned = threading.Event()
-        if self._pid != os.getpid():  # forked
-            self._user, self._pid, self._entered = _user_of(self.directory), os.getpid(), 0
-        starting = asyncio.create_task(
-            in_thread(lambda: self._user.enter(self._wish, abandoned), name="start the embedded server")
-        )
+        starting = asyncio.create_task(in_thread(lambda: self._enter(abandoned), name="start the embedded server"))
         try:
-            await asyncio.shield(starting)
+            return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The thread cannot be cancelled, but looks at this before every step. Not to wait for it would leave this
+            # The thread cannot be cancelled, but looks at this again and again. Not to wait for it would leave this
             # process a user that nobody knows of.
             abandoned.set()
             await asyncio.wait([starting])
             if not starting.cancelled() and starting.exception() is None:
-                await in_thread(self._user.leave, name="leave the embedded server")
+                await self.stop()
             raise
-        self._entered += 1
-        return self._user.dsn
 
     async def stop(self) -> None:
         """Return once this process does not use the server, and when it was the last, once the server is stopped."""
-        if self._entered and self._pid == os.getpid():
-            self._entered -= 1
-            await in_thread(self._user.leave, name="leave the embedded server")
+        if self._process == os.getpid():
+            await in_thread(self._leave, name="leave the embedded server")
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -161,507 +132,125 @@ class EmbeddedServer:
     ) -> None:
         await self.stop()
 
+    def _enter(self, abandoned: threading.Event) -> str:
+        with self._mutex:
+            if self._keeper is None:
+                keeper = _Keeper(self.directory, self._programs or binaries.programs(), self._settings)
+                keeper.start(self._start_timeout, abandoned)
+                self._keeper = keeper
+            self._starts += 1
+            return self._keeper.dsn
 
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """What the caller asked for."""
+    def _leave(self) -> None:
+        with self._mutex:
+            self._starts = max(self._starts - 1, 0)
+            if self._keeper and not self._starts:
+                self._keeper.stop()
+                self._keeper = None
 
-    programs: Path | None
-    settings: dict[str, str]
-    start_timeout: float
 
+class _Keeper:
+    """The keepers of one user, one after the other: the next one replaces one that was killed."""
 
-class _User:
-    """This process as a user of the server in one directory, however many `EmbeddedServer` objects it has for it."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._lock = threading.Lock()
-        self._entered = 0
-        self._home: _Home | None = None
-        self._users: int | None = None
-        self._left = threading.Event()
-        self._watch: threading.Thread | None = None
-        self._keepers: list[subprocess.Popen[bytes]] = []
-        self._postmaster = 0
+    def __init__(self, directory: Path, programs: Path, settings: Mapping[str, str]) -> None:
         self.dsn = ""
+        self._directory = str(directory)
+        self._plan = {
+            "directory": str(directory),
+            "create": True,
+            "programs": str(programs),
+            "settings": settings,
+            "parent": os.getpid(),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._error: EmbeddedServerError | None = None
+        self._started = threading.Event()
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name=f"keep {directory}", daemon=True)
 
-    def enter(self, wish: _Wish, abandoned: threading.Event) -> None:
-        """This process is a user once more, and the server accepts connections."""
-        with self._lock:
-            if self._entered == 0:
-                try:
-                    self._join(wish, _Patience(wish.start_timeout, abandoned, self._directory / _HOME))
-                except OSError as error:
-                    raise EmbeddedServerError(
-                        f"{self._directory / _HOME} cannot be used: {error}. Name another directory."
-                    ) from error
-            self._entered += 1
+    def start(self, timeout: float, abandoned: threading.Event) -> None:
+        """The server accepts connections, and will until `stop()`. Raises EmbeddedServerError."""
+        deadline = time.monotonic() + timeout
+        self._thread.start()
+        while not self._started.wait(0.02) and self._thread.is_alive():
+            if time.monotonic() > deadline or abandoned.is_set():
+                self._leave()
+                raise EmbeddedServerError(
+                    f"Waited {timeout:g} s for PostgreSQL in {self._directory}. See postgresql/postgresql.log there; "
+                    "recovery after a crash may need a longer start_timeout."
+                )
+        if self._error:
+            raise self._error
 
-    def leave(self) -> None:
-        """This process is a user once less. After the last time it has left, and the server ends if nobody else is."""
-        with self._lock:
-            self._entered -= 1
-            if self._entered == 0:
-                self._left.set()
-                if self._watch:
-                    self._watch.join()
-                self._release()
-                self._await_end()
-                self._forget_home()
+    def stop(self) -> None:
+        """This process is no user, and the server is stopped if no other process is."""
+        self._leave()
+        self._thread.join(STOP_TIMEOUT)
+        if self._thread.is_alive():
+            facts.emit("embedded server does not stop", level=logging.ERROR, directory=self._directory)
 
-    def _join(self, wish: _Wish, patience: "_Patience") -> None:
-        home = _open_home(self._directory)
-        self._home = home
-        try:
-            programs = wish.programs or binaries.programs()
-            plan: dict[str, object] = {
-                "home": str(home.path),
-                "at": home.fd,
-                "programs": str(programs),
-                "user": home.identity or [],
-                "scratch": str(ROOT_DIRECTORY / _SCRATCH),
-                "settings": {name: str(value) for name, value in wish.settings.items()},
-            }
-            self._users = _open_lock("users", home)
-            # Held exclusively by a keeper that found no user: it stops the server first.
-            while not _locked(self._users, fcntl.LOCK_SH):
-                patience.wait("the former server to stop")
-            while not self._start_keeper(home, plan, patience):
-                if _accepts_connections(home):
-                    break
-                patience.wait("the server that another process started")
-        except BaseException:
-            self._release()
-            self._forget_home()
-            raise
-        self.dsn = f"postgresql://postgres@/postgres?host={_sockets(home)}&port=5432"
-        self._postmaster = _postmaster(home)
-        self._left = threading.Event()
-        self._watch = threading.Thread(
-            target=self._watch_keeper, args=(home, plan, self._left), name=f"watch {home.path}", daemon=True
-        )
-        self._watch.start()
-        facts.emit("embedded server used", directory=str(self._directory))
+    def _leave(self) -> None:
+        self._leaving.set()
+        if self._process:
+            self._process.send_signal(signal.SIGUSR1)
 
-    def _start_keeper(self, home: "_Home", plan: Mapping[str, object], patience: "_Patience") -> bool:
-        """Whether there was no keeper, and one was started that has the server ready. Raises EmbeddedServerError."""
-        lock = _open_lock("keeper", home)
-        try:
-            if not _locked(lock, fcntl.LOCK_EX):
-                return False
-            # The lock goes with it: nobody else can have begun one meanwhile.
-            keeper, pipe = _run_keeper(json.dumps(plan), pass_fds=(lock, home.fd))
-        finally:
-            _close(lock)
-        self._reap()
-        self._keepers.append(keeper)
-        answer = _answer(pipe, patience)
-        if answer is not None:
-            keeper.wait()
-            reason = answer or f"its keeper ended with status {keeper.returncode}"
-            log = home.path / "postgresql.log"
-            more = f"\nSee {log}." if log.exists() else ""
-            raise EmbeddedServerError(f"The embedded PostgreSQL in {self._directory} does not start: {reason}{more}")
-        facts.emit("embedded server started", directory=str(self._directory), keeper=keeper.pid)
-        return True
-
-    def _watch_keeper(self, home: "_Home", plan: Mapping[str, object], left: threading.Event) -> None:
-        """While this process is a user there is a keeper, and with it a server."""
-        interval = WATCH_INTERVAL
-        where = str(self._directory)
-        while not left.wait(interval):
-            interval = WATCH_INTERVAL
+    def _follow(self) -> None:
+        """In a thread: while this process is a user it has a keeper, and with it a server."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a new keeper gets it once it can handle it
+        while not self._error:
             try:
-                if self._start_keeper(home, plan, _Patience(600.0, left, home.path)):
-                    facts.emit("embedded keeper replaced", level=logging.WARNING, directory=where)
-                now = _postmaster(home)
-                if now not in (0, self._postmaster):
-                    self._postmaster = now
-                    facts.emit("embedded server restarted", level=logging.WARNING, directory=where, pid=now)
-            except _AbandonedError:
+                status, said = self._run()
+            except OSError as refusal:
+                status, said = 1, f"{sys.executable!r} cannot be run to keep it: {refusal}"
+            if status == 0:
                 return
-            except (EmbeddedServerError, OSError) as error:
-                facts.emit("embedded server is down", level=logging.ERROR, directory=where, error=error)
-                interval = 10.0
-            self._reap()
-
-    def _release(self) -> None:
-        if self._users is not None:
-            _close(self._users)
-            self._users = None
-
-    def _forget_home(self) -> None:
-        if self._home is not None:
-            _close(self._home.fd)
-            self._home = None
-
-    def _await_end(self) -> None:
-        """The keeper has ended, or others use the server."""
-        home = self._home
-        assert home  # noqa: S101 - for the type checker
-        seen_others = 0
-        deadline = time.monotonic() + STOP_TIMEOUT
-        with contextlib.suppress(FileNotFoundError), _lock("users", home) as users:
-            while time.monotonic() < deadline:
-                with _lock("keeper", home) as keeper:
-                    if _locked(keeper, fcntl.LOCK_EX):
-                        break
-                # Exclusively: nobody is left, and the keeper is about to see it. Shared: others are. Neither: it stops.
-                if _locked(users, fcntl.LOCK_EX):
-                    seen_others = 0
-                elif _locked(users, fcntl.LOCK_SH):
-                    seen_others += 1
-                fcntl.flock(users, fcntl.LOCK_UN)
-                if seen_others == 3:  # once may have been another's look like this one
-                    break
-                time.sleep(0.02)
+            if status < 0:  # it was killed; when we are leaving, the next one stops what this one left
+                continue
+            error = EmbeddedServerError(f"The embedded PostgreSQL in {self._directory} does not run: {said}")
+            if not self._started.is_set():
+                self._error = error
             else:
-                facts.emit("embedded server does not stop", level=logging.ERROR, directory=str(self._directory))
-        self._reap()
+                facts.emit("embedded server is down", level=logging.ERROR, directory=self._directory, error=error)
+                if self._leaving.wait(RETRY_INTERVAL):
+                    return
 
-    def _reap(self) -> None:
-        self._keepers = [keeper for keeper in self._keepers if keeper.poll() is None]
-
-
-class _AbandonedError(EmbeddedServerError):
-    """Whoever wanted the server does not any more."""
-
-
-class _Patience:
-    """How long a caller waits, and whether it still does."""
-
-    def __init__(self, timeout: float, abandoned: threading.Event, home: Path) -> None:
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
-        self._abandoned = abandoned
-        self._home = home
-
-    def wait(self, what: str, pipe: int | None = None) -> None:
-        """A moment has passed, or `pipe` has something to read. Raises EmbeddedServerError when it took too long."""
-        if self._abandoned.is_set():
-            raise _AbandonedError("The embedded PostgreSQL is not wanted any more.")
-        if time.monotonic() > self._deadline:
-            raise EmbeddedServerError(
-                f"Waited {self._timeout:g} s for {what}. See {self._home / 'postgresql.log'}; "
-                f"recovery after a crash may need a longer start_timeout."
-            )
-        if pipe is not None:
-            select.select([pipe], [], [], 0.05)
-        else:
-            time.sleep(0.05)
-
-
-def _answer(pipe: int, patience: _Patience) -> str | None:
-    """None once the server is ready, or why there is none. `pipe` is closed."""
-    said = b""
-    try:
-        os.set_blocking(pipe, False)
-        while not said.endswith(b"ready\n"):
-            patience.wait("PostgreSQL to start", pipe)
-            with contextlib.suppress(BlockingIOError):
-                part = os.read(pipe, 65536)
-                if not part:
-                    return said.decode(errors="replace").strip()
-                said += part
-    finally:
-        _close(pipe)
-    return None
-
-
-def _run_keeper(*arguments: str, pass_fds: Sequence[int]) -> "tuple[subprocess.Popen[bytes], int]":
-    """The keeper's program, and the end of a pipe with what it says. Raises EmbeddedServerError."""
-    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), *arguments]
-    # A child that is forked meanwhile would hold the pipe's other end, and nobody would see this program end.
-    with _no_fork:
-        pipe, said = os.pipe()
-        _open.add(pipe)
-        try:
+    def _run(self) -> tuple[int, str]:
+        """A keeper came and went. Returns its status, 0 also if it only keeps for others now, and why it failed."""
+        news, level = "embedded server used", logging.INFO
+        if self._started.is_set():
+            news, level = "embedded keeper replaced", logging.WARNING
+        with _no_fork:  # a child that is forked meanwhile would keep the pipe open
             process = subprocess.Popen(  # noqa: S603 - our own program
-                command,
+                [sys.executable, "-I", "-S", "-c", _PROGRAM, str(Path(__file__).parents[1]), json.dumps(self._plan)],
                 cwd="/",
                 env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=pass_fds,
             )
-        except OSError as error:
-            _close(pipe)
-            raise EmbeddedServerError(f"{sys.executable!r} cannot be run to keep the server: {error}") from error
-        finally:
-            os.close(said)
-    return process, pipe
+        _all[:] = [process, *(other for other in _all if other.poll() is None)]
+        self._process = process
+        if self._leaving.is_set():
+            self._leave()
+        said = b""
+        assert process.stdout  # noqa: S101 - for the type checker
+        with process.stdout as lines:
+            for line in lines:
+                if line == b"left\n":
+                    return 0, ""
+                if line.startswith(b"ready "):
+                    self.dsn = line[6:].decode().strip()
+                    self._plan["create"] = False  # a database that is missing from now on was deleted
+                    facts.emit(news, level=level, directory=self._directory)
+                    news, level = "embedded server restarted", logging.WARNING
+                    self._started.set()
+                else:
+                    said += line
+        return process.wait(), said.decode(errors="replace").strip()
 
 
-@dataclass(frozen=True, slots=True)
-class _Home:
-    """The directory with our files, held open: this one is meant, wherever its path leads by now."""
-
-    path: Path
-    fd: int
-    identity: tuple[int, int] | None
-    """User and group that do everything in it; None is ourselves."""
-
-
-def _open_home(directory: Path) -> _Home:
-    """The home is there with its lock files, closed to others, and belongs to its user. Raises EmbeddedServerError."""
-    home = directory / _HOME
-    above = fd = -1
-    try:
-        if not os.geteuid():
-            _prepare_root_directory()
-        above = _open_directory(None, "/")
-        for name in directory.parts[1:]:
-            outer, above = above, _enter(above, name, 0o777)
-            _close(outer)
-        fd = _enter(above, _HOME, 0o700)
-        identity = None if os.geteuid() else _owner_of(home, above, fd)
-        _check_home(home, os.fstat(fd), identity[0] if identity else os.geteuid())
-        missing = [name for name in ("users", "keeper") if not _is_there(name, fd)]
-        if missing:
-            _make(fd, files=missing)
-    except BaseException as error:
-        if fd >= 0:
-            _close(fd)
-        if not isinstance(error, OSError):
-            raise
-        reason = f"{error.strerror} ({error.filename or home})"
-        step = "Name another directory." if os.geteuid() else "Name another directory, or run as an ordinary user."
-        raise EmbeddedServerError(f"PostgreSQL cannot keep its data in {directory}: {reason}. {step}") from error
-    finally:
-        if above >= 0:
-            _close(above)
-    return _Home(home, fd, identity)
-
-
-def _check_home(home: Path, found: os.stat_result, owner: int) -> None:
-    if found.st_uid != owner:
-        raise EmbeddedServerError(f"{home} belongs to user {found.st_uid}, not to {owner}. Name another directory.")
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        raise EmbeddedServerError(f"{home} is open to others: anybody could be the database's superuser. Close it.")
-
-
-def _owner_of(home: Path, above: int, fd: int) -> tuple[int, int]:
-    """As root: the user and group whose server it is, to whom an empty home of root's is given."""
-    outer, found = os.fstat(above), os.fstat(fd)
-    if outer.st_uid:
-        # Never the group of the directory: its owner need not be a member.
-        return _identity(outer.st_uid)
-    ours = _system_user()
-    if found.st_uid == 0:
-        if os.listdir(fd):
-            raise EmbeddedServerError(f"{home} is root's, and not empty: it is none of ours. Name another directory.")
-        try:
-            os.fchown(fd, *ours)
-        except OSError as error:
-            raise EmbeddedServerError(
-                f"PostgreSQL refuses to run as root, and {home} cannot be given to user {ours[0]}: "
-                f"{error.strerror}. Run as an ordinary user."
-            ) from error
-    elif found.st_uid != ours[0]:
-        if outer.st_mode & 0o022:
-            raise EmbeddedServerError(
-                f"{home} belongs to user {found.st_uid}, and others than root can write to {home.parent}: "
-                "anybody could have made it. Name another directory."
-            )
-        return _identity(found.st_uid)
-    return ours
-
-
-def _prepare_root_directory() -> None:
-    """Root's own directories are there, and nobody else can change them."""
-    for path, mode in ((ROOT_DIRECTORY, 0o711), (ROOT_DIRECTORY / "run", 0o711), (ROOT_DIRECTORY / _SCRATCH, 0o700)):
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-        found = path.lstat()
-        if path.name != "run" and (found.st_uid or found.st_mode & 0o022 or not stat.S_ISDIR(found.st_mode)):
-            raise EmbeddedServerError(
-                f"Others than root can change {path}, where root keeps PostgreSQL's programs. "
-                f"Give it to root with mode {mode:o}, or run as an ordinary user."
-            )
-    run = ROOT_DIRECTORY / "run"
-    if not run.lstat().st_uid:
-        os.chown(run, *_system_user(), follow_symlinks=False)
-
-
-def _enter(at: int, name: str, mode: int) -> int:
-    """The directory called `name` in the one at `at`, made by the owner of that if it is missing."""
-    try:
-        return _open_directory(at, name)
-    except FileNotFoundError:
-        _make(at, directory=name, mode=mode)
-    return _open_directory(at, name)
-
-
-def _open_directory(at: int | None, name: str) -> int:
-    flags = os.O_DIRECTORY | os.O_NOFOLLOW
-    try:
-        return _open_held(name, flags, at=at)
-    except PermissionError:  # to be passed through, if not to be read
-        return _open_held(name, flags | getattr(os, "O_PATH", 0), at=at)
-
-
-def _make(at: int, *, directory: str = "", mode: int = 0, files: Sequence[str] = ()) -> None:
-    """A directory or files in the one at `at`, made by its owner: what root makes there, its owner could move away."""
-    owner = os.fstat(at).st_uid
-    if not os.geteuid() and owner:
-        order = {"at": at, "user": _identity(owner), "directory": directory, "mode": mode, "files": list(files)}
-        process, pipe = _run_keeper("make", json.dumps(order), pass_fds=(at,))
-        try:
-            with os.fdopen(os.dup(pipe), "rb") as said:
-                reason = said.read().decode(errors="replace").strip()
-        finally:
-            _close(pipe)
-        if process.wait():
-            raise EmbeddedServerError(f"User {owner} cannot make {directory or ', '.join(files)}: {reason}")
-        return
-    if directory:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, mode, dir_fd=at)
-    for name in files:
-        os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=at))
-
-
-def _is_there(name: str, at: int) -> bool:
-    try:
-        os.stat(name, dir_fd=at, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _identity(user: int) -> tuple[int, int]:
-    """That user with its own group, or one that nobody has."""
-    try:
-        return user, pwd.getpwuid(user).pw_gid
-    except KeyError:
-        return user, _unused(group.gr_gid for group in grp.getgrall())
-
-
-def _system_user() -> tuple[int, int]:
-    """User and group that root's servers run as. Nobody's processes but theirs."""
-    with contextlib.suppress(KeyError):
-        account = pwd.getpwnam("pgbackend")
-        return account.pw_uid, account.pw_gid
-    number = _unused(account.pw_uid for account in pwd.getpwall())
-    return number, _unused(group.gr_gid for group in grp.getgrall())
-
-
-def _unused(taken: Iterable[int]) -> int:
-    numbers = set(taken)
-    return next(number for number in range(USER_ID, 60000) if number not in numbers)
-
-
-def _sockets(home: _Home) -> str:
-    try:
-        target = os.readlink("run", dir_fd=home.fd)
-    except OSError:
-        return str(home.path / "run")
-    if not re.fullmatch(r"(?:/var/lib/pgbackend/run|/tmp)/pgbackend-\w+", target):
-        raise EmbeddedServerError(f"{home.path / 'run'} leads to {target!r}, which no keeper made. Delete it.")
-    return target
-
-
-def _postmaster(home: _Home) -> int:
-    """The number in `postmaster.pid`, 0 if there is none."""
-    try:
-        return int(_read(home, "postmaster.pid").partition(b"\n")[0])
-    except (FileNotFoundError, ValueError):
-        return 0
-
-
-def _read(home: _Home, name: str) -> bytes:
-    """The beginning of a file in `data`. As root, nothing that is reached by a link or waits for a writer."""
-    careful = os.O_NOFOLLOW if home.identity else 0
-    data = os.open("data", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | careful, dir_fd=home.fd)
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | careful, dir_fd=data)
-    finally:
-        os.close(data)
-    try:
-        return os.read(fd, 1024)
-    finally:
-        os.close(fd)
-
-
-def _accepts_connections(home: _Home) -> bool:
-    """Whether a connection succeeds now. A server that is starting, or stopping, answers too, but with an error."""
-    startup = b"\0\3\0\0user\0postgres\0database\0postgres\0\0"
-    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
-        connection.settimeout(5.0)
-        connection.connect(f"{_sockets(home)}/.s.PGSQL.5432")
-        connection.sendall((len(startup) + 4).to_bytes(4, "big") + startup)
-        if connection.recv(1) == b"R":
-            connection.sendall(b"X\0\0\0\4")
-            return True
-    return False
-
-
-def _open_lock(name: str, home: _Home | None = None) -> int:
-    """A descriptor of its own of a lock file: one that is there, in `home`, or of root's own."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-    fd = _open_held(name, flags, at=home.fd) if home else _open_held(name, flags | os.O_CREAT)
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        _close(fd)
-        raise EmbeddedServerError(f"{home.path / name if home else name} is no lock file. Delete it.")
-    return fd
-
-
-@contextlib.contextmanager
-def _lock(name: str, home: _Home | None = None) -> Iterator[int]:
-    fd = _open_lock(name, home)
-    try:
-        yield fd
-    finally:
-        _close(fd)
-
-
-def _open_held(name: str, flags: int, *, at: int | None = None) -> int:
-    """A descriptor that no child has, neither of exec() nor of fork()."""
-    with _no_fork:
-        fd = os.open(name, flags | os.O_CLOEXEC, 0o600, dir_fd=at)
-        _open.add(fd)
-    return fd
-
-
-def _close(fd: int) -> None:
-    with _no_fork:
-        _open.discard(fd)
-        os.close(fd)
-
-
-def _locked(fd: int, how: int) -> bool:
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-_open: set[int] = set()
-"""Descriptors that are open: locks, pipes of keepers, directories."""
-_no_fork = threading.RLock()
-"""Held while `_open` does not tell the truth: a child would keep what it does not know of."""
-_users_here: dict[Path, _User] = {}
-_users_here_lock = threading.Lock()
-
-
-def _user_of(directory: Path) -> _User:
-    with _users_here_lock:
-        return _users_here.setdefault(directory, _User(directory))
-
-
-def _forget_all() -> None:
-    """In the child of a fork: the locks are the parent's alone, also those that another thread held just then."""
-    global _users_here_lock  # noqa: PLW0603 - another thread of the parent may have held it
-    _users_here_lock = threading.Lock()
-    _users_here.clear()
-    for fd in _open:
-        os.close(fd)
-    _open.clear()
-    _no_fork.release()
-
-
-os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_forget_all)
+_all: list[subprocess.Popen[bytes]] = []
+"""Keepers that we must reap: some live on for other users."""
+_no_fork = threading.Lock()
+os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release)

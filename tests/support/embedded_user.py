@@ -3,7 +3,7 @@
     async with EmbeddedUser(directory) as user:
         user.kill()                         # kill -9, its whole process group
 
-And what its machine shows of a server: processes, from /proc.
+And what /proc shows of a server: its processes and its keepers. Only Linux has it.
 """
 
 import asyncio
@@ -16,7 +16,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pytest
+
 from pgbackend.embedded.server import EmbeddedServer
+from tests.support.polling import eventually
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks at processes in /proc")
+
+# The module alone: the whole of pgbackend takes a second to import.
+_PROGRAM = """
+import asyncio, json, signal, sys, types
+
+package = types.ModuleType("pgbackend")
+package.__path__ = ["pgbackend"]
+sys.modules["pgbackend"] = package
+from pgbackend.embedded.server import EmbeddedServer
+
+async def use(directory, options):
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: None)
+    server = EmbeddedServer(directory, **options)
+    print(await server.start(), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await server.stop()
+
+asyncio.run(use(**json.loads(sys.argv[1])))
+"""
+
+
+def fast_server(directory: Path, *, start_timeout: float = 60.0) -> EmbeddedServer:
+    """Without fsync: tests kill processes, and no machine."""
+    return EmbeddedServer(directory, settings={"fsync": "off"}, start_timeout=start_timeout)
 
 
 class EmbeddedUser:
@@ -36,8 +65,8 @@ class EmbeddedUser:
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "tests.support.embedded_user",
+            "-c",
+            _PROGRAM,
             json.dumps(self._job),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -78,14 +107,34 @@ class EmbeddedUser:
             assert await self.process.wait() == 0
 
 
+async def nothing_is_left(directory: Path) -> None:
+    """Return once neither a server nor a keeper is left there."""
+    await eventually("no server, no keeper", lambda: not processes(directory) and not keepers(directory), 60)
+
+
 def processes(directory: Path) -> list[int]:
     """Processes of a PostgreSQL on that directory, zombies aside."""
     return _working_in(directory / "postgresql" / "data")
 
 
 def keepers(directory: Path) -> list[int]:
-    """Processes that keep a server there."""
-    return _working_in(directory / "postgresql")
+    """The keepers of all users there, zombies aside."""
+    mark = b"embedded import keeper"
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone
+            arguments = process.read_bytes().split(b"\0")
+            if any(mark in one for one in arguments) and json.loads(arguments[-2])["directory"] == str(directory):
+                found.append(int(process.parent.name))
+    return found
+
+
+def active_keeper(directory: Path) -> int:
+    """The keeper that is the server's parent; 0 between two."""
+    try:
+        return int(Path(f"/proc/{postmaster(directory)}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return 0
 
 
 def postmaster(directory: Path) -> int:
@@ -105,15 +154,3 @@ def _working_in(directory: Path) -> list[int]:
         except OSError:
             continue  # gone, or somebody else's
     return found
-
-
-async def _use(directory: str, options: dict[str, object]) -> None:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: None)
-    server = EmbeddedServer(directory, **options)  # type: ignore[arg-type]  # from JSON
-    print(await server.start(), flush=True)  # noqa: T201 - to the parent
-    await asyncio.to_thread(sys.stdin.readline)
-    await server.stop()
-
-
-if __name__ == "__main__":
-    asyncio.run(_use(**json.loads(sys.argv[1])))
