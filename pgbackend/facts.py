@@ -58,15 +58,6 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers = tuple(remaining)
 
 
-async def wait(name: str, timeout: float = 30.0, **match: object) -> Mapping[str, object]:
-    """The fields of the first fact `name` after this call whose fields include `match`.
-
-    Raises TimeoutError that names what was waited for. To act first and look afterwards, use a `Recorder`.
-    """
-    with Recorder() as recorder:
-        return await recorder.await_fact(name, timeout, 1, match)
-
-
 class Fact(NamedTuple):
     """One thing that happened."""
 
@@ -106,12 +97,6 @@ class Recorder:
 
         Raises TimeoutError that names what was waited for.
         """
-        return await self.await_fact(name, timeout, count, match)
-
-    async def await_fact(
-        self, name: str, timeout: float, count: int, match: Mapping[str, object]
-    ) -> Mapping[str, object]:
-        """As `wait()`, for fields that have the name of one of its options."""
         happened = asyncio.Event()
         waiting = (asyncio.get_running_loop(), happened)
         self._waiting.append(waiting)

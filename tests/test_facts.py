@@ -57,13 +57,14 @@ def test_observer_hears_what_the_log_level_hides() -> None:
     assert recorder.all("offset committed", shard=2) == [{"shard": 2}]
 
 
-async def test_wait_returns_the_first_matching_fact_after_the_call() -> None:
-    facts.emit("pump stopped", level=logging.DEBUG, shard=1, old=True)
-    waiting = asyncio.create_task(facts.wait("pump stopped", 5, shard=1))
-    await asyncio.sleep(0)
-    facts.emit("pump stopped", level=logging.DEBUG, shard=2)
-    facts.emit("pump stopped", level=logging.DEBUG, shard=1)
-    assert await waiting == {"shard": 1}
+async def test_wait_returns_the_matching_fact_of_that_number() -> None:
+    with facts.Recorder() as recorder:
+        facts.emit("pump stopped", level=logging.DEBUG, shard=1, first=True)
+        waiting = asyncio.create_task(recorder.wait("pump stopped", 5, count=2, shard=1))
+        await asyncio.sleep(0)
+        facts.emit("pump stopped", level=logging.DEBUG, shard=2)
+        facts.emit("pump stopped", level=logging.DEBUG, shard=1)
+        assert await waiting == {"shard": 1}
 
 
 async def test_wait_hears_facts_of_other_threads() -> None:

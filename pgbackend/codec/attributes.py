@@ -52,7 +52,7 @@ def attributes_size(row: Row) -> int:
     return sum(len(text.encode()) for text in row[:10] if isinstance(text, str))
 
 
-def size_of(row: Row) -> int:
+def event_size(row: Row) -> int:
     """Bytes of the event's data and of all its attribute texts."""
     return len(row[10] or b"") + attributes_size(row)
 
@@ -66,7 +66,7 @@ def checked_row(attributes: dict[str, object], data: bytes | None, encoding: str
     try:
         return _checked(attributes, data, encoding)
     except EventError as error:
-        raise EventError(f"{whose(id_, source)}: {error}") from None
+        raise EventError(f"{event_label(id_, source)}: {error}") from None
 
 
 def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | None) -> Row:
@@ -75,7 +75,7 @@ def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | 
         if specversion is None:
             raise EventError("attribute 'specversion' is missing.")
         if specversion != "0.3":
-            raise EventError(f"attribute 'specversion' is {short(specversion)}: expected '1.0'.")
+            raise EventError(f"attribute 'specversion' is {excerpt(specversion)}: expected '1.0'.")
         if attributes.get("dataschema") is not None:
             raise EventError("attribute 'dataschema' is not one of CloudEvents 0.3. Use 'schemaurl'.")
         attributes["dataschema"] = attributes.pop("schemaurl", None)
@@ -83,18 +83,18 @@ def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | 
     id_ = _text("id", take("id", None))
     source = _text("source", take("source", None))
     if not is_uri_reference(source):
-        raise EventError(f"attribute 'source' is {short(source)}: expected a URI-reference.")
+        raise EventError(f"attribute 'source' is {excerpt(source)}: expected a URI-reference.")
     type_ = _text("type", take("type", None))
     subject = None if (value := take("subject", None)) is None else _text("subject", value)
     time = None if (value := take("time", None)) is None else _text("time", value)
     if time is not None and not is_time(time):
-        raise EventError(f"attribute 'time' is {short(time)}: expected an RFC 3339 timestamp.")
+        raise EventError(f"attribute 'time' is {excerpt(time)}: expected an RFC 3339 timestamp.")
     content_type = None if (value := take("datacontenttype", None)) is None else _text("datacontenttype", value)
     if content_type is not None and not kind_of(content_type):
-        raise EventError(f"attribute 'datacontenttype' is {short(content_type)}: expected a media type.")
+        raise EventError(f"attribute 'datacontenttype' is {excerpt(content_type)}: expected a media type.")
     schema = None if (value := take("dataschema", None)) is None else _text("dataschema", value)
     if schema is not None and not _schema(schema):
-        raise EventError(f"attribute 'dataschema' is {short(schema)}: expected an absolute URI.")
+        raise EventError(f"attribute 'dataschema' is {excerpt(schema)}: expected an absolute URI.")
     key = None if (value := take("partitionkey", None)) is None else _text("partitionkey", value)
     extensions = write_extensions(attributes) if attributes else "{}"
     return (specversion, id_, source, type_, subject, time, content_type, schema, key, extensions, data, encoding)
@@ -107,16 +107,18 @@ def _text(name: str, value: object) -> str:
     if value is None:
         raise EventError(f"attribute {name!r} is missing.")
     if not isinstance(value, str):
-        raise EventError(f"attribute {name!r} is {short(value)}: expected a string.")
+        raise EventError(f"attribute {name!r} is {excerpt(value)}: expected a string.")
     if not value:
         raise EventError(f"attribute {name!r} is empty.")
-    raise EventError(f"attribute {name!r} has a control character, surrogate or noncharacter: {short(value)}.")
+    raise EventError(f"attribute {name!r} has a control character, surrogate or noncharacter: {excerpt(value)}.")
 
 
 def checked_extension(name: object, value: object) -> ExtensionValue:
     """The value, if it may be that of an extension attribute of this name, which may be empty."""
     if not isinstance(name, str) or not is_name(name) or name == "data":
-        raise EventError(f"{short(name)} is no attribute name: expected lower-case letters and digits, and not 'data'.")
+        raise EventError(
+            f"{excerpt(name)} is not an attribute name: expected lower-case letters and digits, and not 'data'."
+        )
     if isinstance(value, str):
         return _text(name, value) if value else value
     if isinstance(value, bool):
@@ -126,7 +128,8 @@ def checked_extension(name: object, value: object) -> ExtensionValue:
             raise EventError(f"attribute {name!r} is an integer beyond 32 bits. Send it as a string.")
         return value
     raise EventError(
-        f"attribute {name!r} is {short(value)}: expected a string, a 32-bit integer or a boolean. Send it as a string."
+        f"attribute {name!r} is {excerpt(value)}: expected a string, a 32-bit integer or a boolean. "
+        "Send it as a string."
     )
 
 
@@ -177,7 +180,7 @@ def write_extensions(attributes: Mapping[str, object]) -> str:
     for name, value in attributes.items():
         if value is not None:
             extension = checked_extension(name, value)
-            text = encode_basestring(extension) if isinstance(extension, str) else canonical(extension)
+            text = encode_basestring(extension) if isinstance(extension, str) else extension_text(extension)
             parts.append(f'"{name}":{text}')
     return "{" + ",".join(parts) + "}"
 
@@ -224,7 +227,7 @@ def _float(digits: str) -> float | str:
 _extension_decoder = json.JSONDecoder(parse_int=_integer, parse_float=_float)
 
 
-def canonical(value: ExtensionValue) -> str:
+def extension_text(value: ExtensionValue) -> str:
     """CloudEvents' text form, which for integers and booleans is JSON's."""
     if isinstance(value, str):
         return value
@@ -234,17 +237,17 @@ def canonical(value: ExtensionValue) -> str:
 # ── for messages ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def whose_of(attributes: Mapping[str, object]) -> str:
-    """As `whose`, of attributes that nobody has checked."""
-    return whose(attributes.get("id"), attributes.get("source"))
+def label_from(attributes: Mapping[str, object]) -> str:
+    """As `event_label`, of attributes that nobody has checked."""
+    return event_label(attributes.get("id"), attributes.get("source"))
 
 
-def whose(id_: object, source: object) -> str:
+def event_label(id_: object, source: object) -> str:
     """How errors name an event."""
-    return f"Event {short(id_)} of {short(source)}"
+    return f"Event {excerpt(id_)} of {excerpt(source)}"
 
 
-def short(value: object) -> str:
+def excerpt(value: object) -> str:
     """For a message: what an attacker sends may be long, or an integer too long to print."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:80] + "…")

@@ -13,11 +13,11 @@ from pgbackend.codec.attributes import (
     COLUMNS_03,
     ExtensionValue,
     Row,
-    canonical,
     checked_extension,
+    event_label,
+    excerpt,
+    extension_text,
     read_extensions,
-    short,
-    whose,
     write_extensions,
 )
 from pgbackend.codec.data import decode_data
@@ -152,13 +152,13 @@ class Event:
     def attributes_text(self) -> dict[str, str]:
         """Every attribute as the text that came in; integers and booleans in CloudEvents' canonical text form."""
         texts = {name: text for name, text in self._core() if text is not None}
-        texts.update((name, canonical(value)) for name, value in self._parsed_extensions().items())
+        texts.update((name, extension_text(value)) for name, value in self._parsed_extensions().items())
         return texts
 
     def attribute(self, name: str) -> str | None:
         """The text of one attribute as in `attributes_text`; None when it is absent."""
         value = self.value(name)
-        return value if value is None or isinstance(value, str) else canonical(value)
+        return value if value is None or isinstance(value, str) else extension_text(value)
 
     def value(self, name: str) -> ExtensionValue | None:
         """The same with its type: an extension may be an integer or a boolean. Beyond 32 bits, it is text."""
@@ -269,7 +269,7 @@ def _datetime(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise EventError(f"attribute 'time' is {short(text)}: expected an RFC 3339 timestamp.") from None
+        raise EventError(f"attribute 'time' is {excerpt(text)}: expected an RFC 3339 timestamp.") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -286,11 +286,11 @@ def attributes_with(event: Event, extra: Mapping[str, str]) -> Event:
     extensions = read_extensions(row[9])
     for name, value in extra.items():
         if name in core:
-            raise EventError(f"{whose(row[1], row[2])}: {name!r} is not an extension attribute.")
+            raise EventError(f"{event_label(row[1], row[2])}: {name!r} is not an extension attribute.")
         try:
             extensions[name] = checked_extension(name, value)
         except EventError as error:
-            raise EventError(f"{whose(row[1], row[2])}: {error}") from None
+            raise EventError(f"{event_label(row[1], row[2])}: {error}") from None
     key = row[8]
     if "partitionkey" in extra:
         key = str(extensions.pop("partitionkey")) or None

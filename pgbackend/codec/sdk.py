@@ -15,10 +15,10 @@ from pgbackend.codec.attributes import (
     Row,
     attributes_size,
     checked_row,
+    event_label,
+    event_size,
     is_uri_reference,
-    size_of,
-    whose,
-    whose_of,
+    label_from,
 )
 from pgbackend.codec.data import encode_data, kind_of
 from pgbackend.codec.event import Event
@@ -39,12 +39,12 @@ def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> tuple[Row, int]:
     weight = attributes + len(row[10] or b"")
     if attributes > ATTRIBUTES_BYTES and (size := attributes_size(row)) > ATTRIBUTES_BYTES:
         raise EventError(
-            f"{whose(row[1], row[2])} has {size:,} bytes of attributes, more than the {ATTRIBUTES_BYTES:,} that an "
-            "event may have. Move the long ones into its data."
+            f"{event_label(row[1], row[2])} has {size:,} bytes of attributes: expected at most {ATTRIBUTES_BYTES:,}. "
+            "Move the long ones into its data."
         )
-    if weight > max_event_bytes and (size := size_of(row)) > max_event_bytes:
+    if weight > max_event_bytes and (size := event_size(row)) > max_event_bytes:
         raise EventError(
-            f"{whose(row[1], row[2])} has {size:,} bytes, more than max_event_bytes = {max_event_bytes:,}. "
+            f"{event_label(row[1], row[2])} has {size:,} bytes, more than max_event_bytes = {max_event_bytes:,}. "
             "Keep its data elsewhere and send a reference (`dataref`), or raise the limit."
         )
     return row, weight
@@ -90,7 +90,7 @@ def _encode(event: "BaseCloudEvent") -> Row:
     try:
         encoded, encoding = encode_data(data, attributes.get("datacontenttype"))
     except EventError as error:
-        raise EventError(f"{whose_of(attributes)}: data {error}") from error.__cause__
+        raise EventError(f"{label_from(attributes)}: data {error}") from error.__cause__
     if plain is not None:
         return (*plain, None, None, "{}", encoded, encoding)
     return checked_row(attributes, encoded, encoding)
@@ -132,7 +132,7 @@ def _attribute_from_sdk(attributes: Mapping[str, object], name: object, value: o
         return str.__str__(value)  # of an enum its value, not its name
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            raise EventError(f"{whose_of(attributes)}: attribute {name!r} is a datetime without a time zone.")
+            raise EventError(f"{label_from(attributes)}: attribute {name!r} is a datetime without a time zone.")
         if value.tzinfo is UTC:  # as nearly always; asking the zone costs as much as the rest
             return value.replace(tzinfo=None).isoformat() + "Z"
         text = value.isoformat()

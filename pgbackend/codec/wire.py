@@ -23,15 +23,15 @@ from pgbackend.codec.attributes import (
     COLUMNS,
     COLUMNS_03,
     Row,
-    canonical,
     checked_row,
+    event_label,
+    excerpt,
+    extension_text,
     is_name,
     is_time,
     is_uri_reference,
+    label_from,
     read_extensions,
-    short,
-    whose,
-    whose_of,
     write_extensions,
 )
 from pgbackend.codec.data import decoder, encoder, kind_of, refuse_constant
@@ -77,16 +77,11 @@ def parse_structured(body: bytes | bytearray) -> Event:
     return Event(row)
 
 
-def parse_batch(body: bytes) -> list[Event]:
-    """All events of a batch, or `EventError` that names the index of the first bad one."""
-    return list(read_batch(body))
+def parse_batch(body: bytes | bytearray, *, max_characters: int | None = None) -> Iterator[Event]:
+    """The events of a batch, one by one, so that the caller can stop.
 
-
-def read_batch(body: bytes | bytearray, *, most: int | None = None) -> Iterator[Event]:
-    """As `parse_batch`, one by one, for callers who bound their number.
-
-    Raises TooLargeError for an event of more than `most` characters, which is not parsed to its end: its objects could
-    take fifty times as much memory.
+    Raises `EventError` at the first bad event; the error names its index in the batch. Raises `TooLargeError` for an
+    event of more than `max_characters`, without parsing all of it: its objects could take fifty times its memory.
     """
     text = _utf8_text(body)
     pos = _skip(text, 0)
@@ -98,7 +93,7 @@ def read_batch(body: bytes | bytearray, *, most: int | None = None) -> Iterator[
         return
     for index in count():
         try:
-            row, pos = _read_event(text, pos, most)
+            row, pos = _read_event(text, pos, max_characters)
         except EventError as error:
             raise type(error)(f"Batch, index {index}: {error}") from error.__cause__
         yield Event(row)
@@ -129,7 +124,7 @@ def _read_event(text: str, pos: int, most: int | None = None) -> tuple[Row, int]
     try:
         encoded, encoding = _data_of(members, data)
     except EventError as error:
-        raise EventError(f"{whose_of(members)}: {error}") from None
+        raise EventError(f"{label_from(members)}: {error}") from None
     return checked_row(members, encoded, encoding), pos
 
 
@@ -181,7 +176,7 @@ def _read_members(text: str, pos: int, members: dict[str, object], limit: int | 
             name, value, stop = match.groups()
             start = match.end()
         if name in members:
-            raise EventError(f"{whose_of(members)}: member {short(name)} stands there twice.")
+            raise EventError(f"{label_from(members)}: member {excerpt(name)} stands there twice.")
         if match is not None and stop:
             members[name], pos = value, start
             if name == "data":
@@ -191,7 +186,7 @@ def _read_members(text: str, pos: int, members: dict[str, object], limit: int | 
         if name == "data":
             data = text[start:pos]
         if (after := _stop(text, pos)) is None:
-            raise EventError(f"Not JSON: expected ',' or '}}' at character {pos}, after member {short(name)}.")
+            raise EventError(f"Not JSON: expected ',' or '}}' at character {pos}, after member {excerpt(name)}.")
         stop, pos = after[1], after.end()
     return data, pos
 
@@ -246,7 +241,7 @@ _LONGEST_TOKEN = 16
 
 
 def _too_large(members: Mapping[str, object]) -> TooLargeError:
-    return TooLargeError(f"{whose_of(members)} is too large.")
+    return TooLargeError(f"{label_from(members)} is too large.")
 
 
 def _data_of(members: dict[str, object], text: str) -> tuple[bytes | None, str | None]:
@@ -310,15 +305,6 @@ def write_structured(event: Event) -> bytes:
     >>> write_structured(parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t","data": 1.00 }'))
     b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":1.00}'
     """
-    return _write_event(event).encode()
-
-
-def write_batch(events: Iterable[Event]) -> bytes:
-    """The events as a batch in the JSON format."""
-    return f"[{','.join(_write_event(event) for event in events)}]".encode()
-
-
-def _write_event(event: Event) -> str:
     row = event.row
     names = COLUMNS if row[0] != "0.3" else COLUMNS_03
     parts = [
@@ -331,7 +317,7 @@ def _write_event(event: Event) -> str:
         parts.append(extensions)
     if data is not None:
         parts.append(_write_data(row, data, encoding))
-    return "{" + ",".join(parts) + "}"
+    return ("{" + ",".join(parts) + "}").encode()
 
 
 def _octets_of_03(row: Row) -> tuple[bytes | None, str | None, str]:
@@ -381,7 +367,7 @@ def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray
         if name.startswith(b"ce-"):
             attribute = name[3:].decode("latin-1")
             if attribute in attributes:
-                raise EventError(f"{whose_of(attributes)}: header {short('ce-' + attribute)} stands there twice.")
+                raise EventError(f"{label_from(attributes)}: header {excerpt('ce-' + attribute)} stands there twice.")
             attributes[attribute] = _read_header(attribute, octets)
         elif name == b"content-type":
             if content_type is not None:
@@ -391,7 +377,7 @@ def parse_binary(headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray
     if not attributes:
         raise ContentTypeError("Not a CloudEvent: neither a cloudevents Content-Type nor ce- headers.")
     if "datacontenttype" in attributes:
-        raise EventError(f"{whose_of(attributes)}: header ce-datacontenttype is not allowed. Use Content-Type.")
+        raise EventError(f"{label_from(attributes)}: header ce-datacontenttype is not allowed. Use Content-Type.")
     attributes["datacontenttype"] = content_type or None
     return Event(checked_row(attributes, bytes(body) or None, None))
 
@@ -477,7 +463,7 @@ def _read_header(name: str, octets: bytes) -> str:
     try:
         return octets.decode()
     except UnicodeDecodeError:
-        raise EventError(f"Header {short('ce-' + name)} is not UTF-8, or percent-codes something else.") from None
+        raise EventError(f"Header {excerpt('ce-' + name)} is not UTF-8, or percent-codes something else.") from None
 
 
 # ── HTTP's binary mode, written ───────────────────────────────────────────────────────────────────────────────────────
@@ -509,14 +495,14 @@ def write_binary(event: Event, *, coded: bool = True) -> tuple[list[tuple[str, s
         left_out = "datacontentencoding" if row[0] == "0.3" and row[11] == "base64" else None
         for name, value in read_extensions(row[9]).items():
             if not is_name(name):
-                raise EventError(f"{whose(row[1], row[2])} has an attribute name that no header can have.")
+                raise EventError(f"{event_label(row[1], row[2])} has an attribute name that no header can have.")
             if name != left_out:
-                headers.append((f"ce-{name}", _write_header(canonical(value), coded=coded)))
+                headers.append((f"ce-{name}", _write_header(extension_text(value), coded=coded)))
     content_type = row[6] or ("application/json" if row[11] == "json" else None)
     if content_type is not None:
         if not kind_of(content_type) or content_type.lower().startswith("application/cloudevents"):
             raise EventError(
-                f"{whose(row[1], row[2])}: binary mode cannot carry the content type {short(content_type)}. "
+                f"{event_label(row[1], row[2])}: binary mode cannot carry the content type {excerpt(content_type)}. "
                 "Use structured mode."
             )
         headers.append(("content-type", content_type))
@@ -536,5 +522,5 @@ def _write_header(text: str, *, coded: bool) -> str:
     if coded:
         return quote(text, safe=_PLAIN)
     if text != text.strip() or not text.isprintable():
-        raise EventError(f"A header cannot hold {short(text)} as it is. Use structured mode.")
+        raise EventError(f"A header cannot hold {excerpt(text)} as it is. Use structured mode.")
     return text

@@ -35,8 +35,8 @@ from pgbackend.delivery.redelivery import Redelivery
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
 from pgbackend.errors import DatabaseError
-from pgbackend.failures import describe
 from pgbackend.postgres.reconnect import GrowingDelay
+from pgbackend.thrown import describe
 
 LEASE_POLL = 0.05
 """Seconds between looks at whether the lease is certain again."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from pgbackend.delivery.delivery import Delivery
 from pgbackend.delivery.outcomes import Buried, Finished, LetterFailed, Outcome, Scheduled
-from pgbackend.failures import Thrown
 from pgbackend.model import Failure
 from pgbackend.retry import Retry
+from pgbackend.thrown import Thrown
 
 LONGEST_WAIT = 1e9
 """Seconds, 30 years: PostgreSQL would refuse a date beyond its calendar, and with it every other shard's commit."""

@@ -16,7 +16,7 @@ from pgbackend.codec.event import Event
 from pgbackend.delivery import turns
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.runner import Runner
-from pgbackend.failures import describe
+from pgbackend.thrown import describe
 
 _POLL = 0.01
 """Seconds between two looks at which events are at work."""

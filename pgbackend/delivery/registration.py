@@ -20,9 +20,9 @@ from pgbackend.codec.event import Event
 from pgbackend.delivery import turns
 from pgbackend.delivery.health import TargetHealth
 from pgbackend.errors import shown
-from pgbackend.failures import describe, leave_process
 from pgbackend.model import MAX_SHARDS, ConsumerDispatcher, EventFilter
 from pgbackend.retry import Retry
+from pgbackend.thrown import describe, leave_process
 
 Dispatch = Callable[[Event], Coroutine[Any, Any, object]]
 

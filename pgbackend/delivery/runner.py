@@ -14,7 +14,6 @@ from pgbackend.delivery.redelivery import Outlived
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.worker import Worker
 from pgbackend.errors import ConnectionLostError, PgBackendError, SchemaError
-from pgbackend.failures import describe
 from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
 from pgbackend.log.requirements import Requirements
@@ -22,6 +21,7 @@ from pgbackend.postgres import schema as tables
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.subscriptions.overview import Overview
+from pgbackend.thrown import describe
 
 _CANCEL_TIMEOUT = 0.5
 """Seconds that a worker has to end once its task is cancelled."""

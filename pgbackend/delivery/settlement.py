@@ -20,7 +20,7 @@ from pgbackend.delivery.health import TargetHealth
 from pgbackend.delivery.outcomes import Finished, LetterDelivered, Outcome, Scheduled
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
-from pgbackend.failures import Thrown, leave_process
+from pgbackend.thrown import Thrown, leave_process
 
 
 class Settlement:

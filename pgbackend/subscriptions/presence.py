@@ -21,13 +21,13 @@ from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.errors import ConnectionLostError, PgBackendError
-from pgbackend.failures import describe
 from pgbackend.postgres.connections import Connection, is_pooled
 from pgbackend.postgres.errors import is_definite, translate
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay, repeat
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LeasesSql
+from pgbackend.thrown import describe
 
 _END_TIMEOUT = 1.0
 """Seconds that the thread has to end."""

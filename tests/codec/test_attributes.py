@@ -5,7 +5,7 @@ import asyncpg
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 
-from pgbackend.codec.attributes import COLUMNS, ExtensionValue, canonical, read_extensions
+from pgbackend.codec.attributes import COLUMNS, ExtensionValue, extension_text, read_extensions
 from pgbackend.codec.event import Event, attributes_with
 from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import parse_binary, parse_structured, write_binary, write_structured
@@ -187,7 +187,7 @@ async def test_any_json_that_postgresql_takes_as_an_extension_is_a_value_or_none
         await connection.close()
     assert stored is not None
     event = Event(stored)
-    text = None if value is None else canonical(value)
+    text = None if value is None else extension_text(value)
     assert (event.value("x"), event.attribute("x")) == (value, text)
     assert type(event.value("x")) is type(value)
     assert event.attributes_text == BARE | ({} if text is None else {"x": text})

@@ -9,7 +9,7 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgbackend.codec.attributes import COLUMNS, size_of
+from pgbackend.codec.attributes import COLUMNS, event_size
 from pgbackend.codec.event import Event
 from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import write_binary
@@ -156,7 +156,7 @@ def test_things_that_are_no_event_are_refused(thing: Any) -> None:
 def test_size_is_checked_to_the_byte() -> None:
     event = sdk("é" * 100, datacontenttype="text/plain", subject="ü")
     row, _ = encode(event, max_event_bytes=9999)
-    size = size_of(row)
+    size = event_size(row)
     assert size == sum(len(value.encode() if isinstance(value, str) else value or b"") for value in row[:11])
     assert encode(event, max_event_bytes=size)[0] == row
     for too_large in (event, Event(row)):

@@ -15,9 +15,9 @@ from pgbackend.delivery.decide import (
 )
 from pgbackend.delivery.delivery import Delivery, Origin
 from pgbackend.delivery.outcomes import Buried, Finished, LetterFailed, Scheduled, outcome_key
-from pgbackend.failures import Thrown
 from pgbackend.model import Failure
 from pgbackend.retry import Retry
+from pgbackend.thrown import Thrown
 from tests.support.events import log_row
 
 

@@ -200,7 +200,7 @@ async def _parse(reply: Reply) -> list[Event]:
         return [wire.parse_binary(reply.headers, reply.body)]
     events: list[Event] = []
     turn_began = perf_counter()
-    for event in wire.read_batch(reply.body):
+    for event in wire.parse_batch(reply.body):
         if len(events) == BATCH_EVENTS:
             raise ReplyError(reply.status, f"has more than {BATCH_EVENTS} events")
         events.append(event)

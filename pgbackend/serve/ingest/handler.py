@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from pgbackend.codec import wire
-from pgbackend.codec.attributes import ATTRIBUTES_BYTES, attributes_size, size_of
+from pgbackend.codec.attributes import ATTRIBUTES_BYTES, attributes_size, event_size
 from pgbackend.codec.event import Event
 from pgbackend.codec.wire import ContentTypeError
 from pgbackend.errors import EventError, PgBackendError
@@ -273,7 +273,8 @@ class Ingest:
         # One batch at a time: as text, each of its bytes may take four.
         async with self._one_batch:
             paused_at = perf_counter()
-            for index, event in enumerate(wire.read_batch(body, most=2 * self._limits.event_bytes + _ENVELOPE_BYTES)):
+            max_characters = 2 * self._limits.event_bytes + _ENVELOPE_BYTES
+            for index, event in enumerate(wire.parse_batch(body, max_characters=max_characters)):
                 if index == self._limits.batch_events:
                     # The rest is not parsed: 8 MiB can hold 150,000 events.
                     raise Problem(413, f"The batch has too many events: expected at most {self._limits.batch_events}.")
@@ -287,7 +288,7 @@ class Ingest:
 
     def _check_size(self, event: Event, which: str) -> int:
         """The bytes of memory that the event takes. Raises Problem if it is too large for the log."""
-        attributes, size = attributes_size(event.row), size_of(event.row)
+        attributes, size = attributes_size(event.row), event_size(event.row)
         if attributes > ATTRIBUTES_BYTES:
             excess = f"{attributes} bytes of attributes: expected at most {ATTRIBUTES_BYTES}."
         elif size > self._limits.event_bytes:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pgbackend.codec.attributes import ATTRIBUTES_BYTES, attributes_size, size_of
+from pgbackend.codec.attributes import ATTRIBUTES_BYTES, attributes_size, event_size
 from pgbackend.codec.event import Event, attributes_with
 from pgbackend.errors import ConfigError
 
@@ -218,7 +218,7 @@ class Tracing:
 
 
 def _fits(event: Event) -> bool:
-    return attributes_size(event.row) <= ATTRIBUTES_BYTES and size_of(event.row) <= _EVENT_BYTES
+    return attributes_size(event.row) <= ATTRIBUTES_BYTES and event_size(event.row) <= _EVENT_BYTES
 
 
 @contextmanager

@@ -265,15 +265,15 @@ class TestLimits:
     ) -> None:
         others: list[str] = []
         seen: list[int] = []
-        read = wire.read_batch
+        read = wire.parse_batch
 
-        def reading(body: bytes, *, most: int) -> Iterator[Event]:
-            for event in read(body, most=most):
+        def reading(body: bytes, *, max_characters: int) -> Iterator[Event]:
+            for event in read(body, max_characters=max_characters):
                 seen.append(len(others))
                 asyncio.get_running_loop().call_soon(others.append, event.id)
                 yield event
 
-        monkeypatch.setattr(wire, "read_batch", reading)
+        monkeypatch.setattr(wire, "parse_batch", reading)
         monkeypatch.setattr(handler, "BREATH", 0.0)
         assert (await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 3))).status == 202
         assert seen == [0, 1, 2]

@@ -3,7 +3,7 @@ from types import MappingProxyType
 
 import pytest
 
-from pgbackend.failures import describe, details_of
+from pgbackend.thrown import describe, details_of
 
 
 class Rude(Exception):  # noqa: N818 - as users name them
