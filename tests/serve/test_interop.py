@@ -1,10 +1,10 @@
-"""Strangers at both ends of the broker: CloudEvents' own SDKs for JavaScript and for Python, as they are published.
+"""The published CloudEvents SDKs for JavaScript and Python, as senders and as receivers.
 
-What they send is stored as they mean it, and what the broker delivers they read as the event it is. Where they do not
-keep to the CloudEvents specification a test shows what comes of it, so that nobody looks for the cause in the broker.
+Their events are stored as they mean them, and they read deliveries as the events that were sent. Where an SDK departs
+from the CloudEvents specification, a test shows the effect, so that it is not taken for a defect of the broker.
 
 The JavaScript SDK does not code header values: it sends `é` as Latin-1, refuses other characters, and takes
-percent-codes for text. Its structured mode has no such trouble. The Python SDK re-encodes JSON data.
+percent-codes for text. Its structured mode is correct. The Python SDK re-encodes JSON data.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ OCTETS = bytes(range(256))
 
 @pytest.fixture(scope="session")
 def peer() -> str:
-    """The script, once its package is there; whichever test process comes first installs it."""
+    """The script, with its package installed by the first test process that needs it."""
     missing = [program for program in ("node", "npm") if shutil.which(program) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not found: install them (Debian: apt-get install nodejs npm)")
@@ -61,7 +61,7 @@ def peer() -> str:
 
 
 async def emit(peer: str, url: str, *events: dict[str, Any]) -> list[dict[str, Any]]:
-    """What came of each event that the package's emitter sent: `status`, or the emitter's own `error`."""
+    """The outcome of each event that the package's emitter sent: `status`, or the emitter's `error`."""
     process = await asyncio.create_subprocess_exec(
         "node", peer, "send", url, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
@@ -74,7 +74,7 @@ async def emit(peer: str, url: str, *events: dict[str, Any]) -> list[dict[str, A
 
 
 class Receiver:
-    """A server of the package's users, and what `HTTP.toEvent` made of each request."""
+    """A server with the package, and the result of `HTTP.toEvent` for each request."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
         self._process = process
@@ -102,7 +102,7 @@ async def receiving(peer: str) -> AsyncIterator[Receiver]:
 
 
 def js(id_: str, mode: str = "binary", *, octets: bytes | None = None, **members: object) -> dict[str, Any]:
-    """What to emit."""
+    """An event for `emit`."""
     one: dict[str, Any] = {"mode": mode, "event": {"id": id_, "source": "/js", "type": "t", **members}}
     return one if octets is None else one | {"octets": base64.b64encode(octets).decode()}
 
@@ -142,7 +142,7 @@ class TestJavaScriptSends:
             "dataschema": "http://example.com/s#1",
         }
         assert stored["coded by its user"].subject == "café"
-        # A sender that does not code: what cannot be a code is taken for what it looks like.
+        # A sender that does not code: a % that cannot begin a code stays as it is.
         assert stored["percent"].subject == "100%"
         assert stored["percent"].attribute("half") == 'say "hi"'
 
@@ -175,7 +175,7 @@ class TestJavaScriptSends:
         attributes = stored["attributes"].get_attributes()
         assert (attributes["count"], attributes["flag"], attributes["note"]) == (-42, True, "a\\b")
 
-    async def test_batches_that_its_transport_carries(self, broker: Broker, peer: str) -> None:
+    async def test_batches_sent_by_its_transport_are_stored(self, broker: Broker, peer: str) -> None:
         events = [js(str(number), data={"n": number}, subject=f"☃{number}")["event"] for number in range(50)]
         bad = {"mode": "batch", "events": [events[0], events[1] | {"time": "2026-06-30T23:59:59Z", "count": 2**31}]}
         answers = await emit(peer, broker.url, {"mode": "batch", "events": events}, bad)
@@ -187,7 +187,7 @@ class TestJavaScriptSends:
         stored = await broker.stored()
         assert [(event.id, event.subject) for event in stored] == [(str(n), f"☃{n}") for n in range(50)]
 
-    async def test_its_headers_take_a_token(self, database: str, peer: str) -> None:
+    async def test_its_headers_can_carry_a_token(self, database: str, peer: str) -> None:
         async with serving(database, config="ingest: {token: secret}") as broker:
             answers = await emit(
                 peer,
@@ -199,7 +199,7 @@ class TestJavaScriptSends:
             assert [answer["status"] for answer in answers] == [401, 202, 401]
             assert [event.id for event in await broker.stored()] == ["2"]
 
-    async def test_what_it_gets_wrong_is_refused_or_stored_as_it_was_sent(self, broker: Broker, peer: str) -> None:
+    async def test_its_mistakes_are_refused_or_stored_as_sent(self, broker: Broker, peer: str) -> None:
         answers = await emit(
             peer,
             broker.url,
@@ -282,7 +282,7 @@ class TestJavaScriptReceives:
         # It does not decode header values. What has others than ASCII's visible characters is for structured mode.
         assert got["attributes"]["note"] == "a%20b"
 
-    async def test_what_it_gets_wrong_is_not_in_what_it_got(self, database: str, target: Target, peer: str) -> None:
+    async def test_its_reading_mistakes_are_not_in_the_delivery(self, database: str, target: Target, peer: str) -> None:
         """The same events go to a target of ours: there they are whole."""
         messages = (
             (STRUCTURED, envelope("false", data=False)),
@@ -308,7 +308,7 @@ class TestJavaScriptReceives:
         assert ours[2].attribute("time") == NANOSECONDS
 
     @pytest.mark.parametrize("mode", ["binary", "structured"])
-    async def test_its_replies_are_events_of_the_log(self, mode: str, database: str, peer: str) -> None:
+    async def test_its_replies_are_stored(self, mode: str, database: str, peer: str) -> None:
         async with receiving(peer) as receiver:
             config = f"""
                 triggers:
@@ -355,7 +355,7 @@ PYTHON_EVENTS: Sequence[tuple[CloudEvent, bytes | None]] = (
 
 class TestPythonSends:
     @pytest.mark.parametrize("write", [to_binary, to_structured])
-    async def test_events_are_stored_as_it_means_them(self, write: Any, broker: Broker) -> None:
+    async def test_events_are_stored_as_the_sdk_means_them(self, write: Any, broker: Broker) -> None:
         for event, _ in PYTHON_EVENTS:
             assert await post_message(broker, write(event, JSONFormat())) == 202
         stored = {event.id: event for event in await broker.stored()}
@@ -367,7 +367,7 @@ class TestPythonSends:
                 assert mine.attribute(name) == event.get_attributes().get(name), (event.get_id(), name)
         assert stored["attributes"].attribute("count") == "-42"
 
-    async def test_what_it_gets_wrong_is_refused_or_stored_as_it_was_sent(self, broker: Broker) -> None:
+    async def test_its_mistakes_are_refused_or_stored_as_sent(self, broker: Broker) -> None:
         json_type = {"datacontenttype": "application/json"}
         for event, status in (
             (sdk("a list", ["a", None, True], **json_type), 202),
@@ -378,7 +378,7 @@ class TestPythonSends:
         ):
             assert await post_message(broker, to_binary(event, JSONFormat())) == status
         stored = {event.id: event for event in await broker.stored()}
-        # Its binary mode writes JSON data, but for dicts, as Python does. The broker keeps bodies as they come.
+        # Its binary mode writes JSON data other than dicts as Python does. The broker stores bodies unchanged.
         assert stored["a list"].data_bytes == b"['a', None, True]"
         assert stored["a string"].data_bytes == b"text"
         assert stored["not a number"].data_bytes == b'{"n": NaN}'
@@ -398,14 +398,14 @@ def read(request: Request) -> Any:
 
 class TestPythonReceives:
     @pytest.mark.parametrize("mode", ["binary", "structured"])
-    async def test_deliveries_are_the_events_that_were_sent(self, mode: str, database: str, target: Target) -> None:
+    async def test_deliveries_equal_the_events_that_were_sent(self, mode: str, database: str, target: Target) -> None:
         async with serving(database, config=to(target.url, mode)) as broker:
             await post(broker, *SENT, (STRUCTURED, envelope("coded", subject='café 100% "☃" \\ %41', data="a string")))
             got = {event.get_id(): event for event in map(read, await target.wait(len(SENT) + 1))}
 
         assert got["json"].get_data() == {"é": [1.5, "☃"]}
         assert got["text"].get_data() == "Grüße, 100 %"
-        # Octets that happen to be text it takes for text, when they come as a body.
+        # It takes a body of octets that are valid UTF-8 for text.
         octets = b"octets that are text"
         assert got["octets"].get_data() == (octets.decode() if mode == "binary" else octets)
         assert got["none"].get_data() is None
@@ -418,8 +418,8 @@ class TestPythonReceives:
         assert got["coded"].get_data() == "a string"
         assert got["time"].get_time() == datetime(2026, 1, 1, tzinfo=UTC)
 
-    async def test_a_batch_is_delivered_one_by_one(self, database: str, target: Target) -> None:
-        """Nobody is sent a batch who did not ask for one."""
+    async def test_events_of_a_batch_are_delivered_one_by_one(self, database: str, target: Target) -> None:
+        """A receiver gets batches only if it asked for them."""
         async with serving(database, config=to(target.url)) as broker:
             await post(broker, (BATCH, b"[%b]" % b",".join(envelope(number, data=number) for number in range(5))))
             requests = await target.wait(5)

@@ -1,4 +1,4 @@
-"""What clients can make the broker hold, measured: its memory under floods of every kind, while others are served."""
+"""The broker's memory under floods of every kind, measured, while other clients are served."""
 
 import asyncio
 import socket
@@ -34,33 +34,33 @@ class Victim:
         self.before = self.memory()
 
     def memory(self) -> int:
-        """Bytes that it has in memory now."""
+        """Bytes of resident memory."""
         return int(self._statm.read_text().split()[1]) * 4096
 
     def grown(self) -> int:
-        """Bytes that it has in memory more than at the beginning."""
+        """Bytes of resident memory gained since the beginning."""
         return self.memory() - self.before
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self.host, self.port)
 
     async def flood(self, count: int, sent: bytes) -> list[asyncio.StreamWriter]:
-        """That many connections which have sent this, as far as the broker reads it, and read nothing."""
+        """Open `count` connections that send this, as far as the broker reads it, and read nothing."""
         writers = []
         for _ in range(count):
             connection = socket.create_connection((self.host, self.port))
-            # Nothing of what it gets is read: what the broker answers stays with the broker.
+            # It reads nothing, so the answers stay with the broker.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.setblocking(False)
             _, writer = await asyncio.open_connection(sock=connection, limit=1)
-            writer.transport.pause_reading()  # type: ignore[attr-defined]  # it can read
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # a transport that can read
             writer.write(sent)
             writers.append(writer)
             self._flooding.append(writer)
         return writers
 
     def hang_up(self) -> None:
-        """No flood is left, whatever came of it: its sockets would be warnings in another test."""
+        """Abort all flooding connections; open sockets would be warnings in another test."""
         for writer in self._flooding:
             writer.transport.abort()
 
@@ -69,7 +69,7 @@ class Victim:
             assert await post(self.url) == 202
 
     async def settled(self) -> int:
-        """How much it has grown once it does not grow any more, still serving."""
+        """The growth once it has stopped, while the broker still serves."""
         grown = [self.grown()]
 
         async def rests() -> bool:
@@ -77,7 +77,7 @@ class Victim:
             grown.append(self.grown())
             return len(grown) > 5 and max(grown[-5:]) - min(grown[-5:]) < MIB
 
-        await eventually("its memory rests", rests, timeout=120.0, interval=0.2)
+        await eventually("its memory stays the same", rests, timeout=120.0, interval=0.2)
         return max(grown)
 
 
@@ -92,7 +92,7 @@ async def attacked(database: str) -> AsyncIterator[Victim]:
             yield victim
         finally:
             victim.hang_up()
-            await asyncio.sleep(0)  # that is when they are closed
+            await asyncio.sleep(0)  # they close in the next step of the loop
 
 
 async def test_thousands_of_idle_connections_cost_little_each(database: str) -> None:
@@ -117,7 +117,7 @@ async def test_slow_bodies_are_held_up_to_a_bound_and_more_are_refused(database:
         await victim.serves()
 
 
-async def test_headers_without_end_are_not_kept(database: str) -> None:
+async def test_endless_headers_are_not_kept(database: str) -> None:
     async with attacked(database) as victim:
         writers = await victim.flood(500, HEAD + b"X: " + b"x" * 60_000)
         more = await victim.flood(100, HEAD + b"x: y\r\n" * 200_000)
@@ -135,7 +135,7 @@ async def test_headers_without_end_are_not_kept(database: str) -> None:
     ],
     ids=["without a body", "short", "long"],
 )
-async def test_requests_sent_ahead_whose_answers_nobody_reads_are_bounded(request_: bytes, database: str) -> None:
+async def test_pipelined_requests_with_unread_answers_are_bounded(request_: bytes, database: str) -> None:
     async with attacked(database) as victim:
         writers = await victim.flood(300, request_ * (2 * MIB // len(request_)))
         assert await victim.settled() < 150 * MIB
@@ -144,7 +144,7 @@ async def test_requests_sent_ahead_whose_answers_nobody_reads_are_bounded(reques
         await victim.serves()
 
 
-async def test_idle_connections_with_tls_cost_little_each_too(database: str, tmp_path: Path) -> None:
+async def test_idle_tls_connections_cost_little_each(database: str, tmp_path: Path) -> None:
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
     both = tmp_path / "tls.pem"

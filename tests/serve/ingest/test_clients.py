@@ -1,4 +1,4 @@
-"""Clients that take all they can: whatever it is, other addresses still get theirs."""
+"""Greedy clients: whatever an address uses up, other addresses still get their share."""
 
 import asyncio
 import logging
@@ -44,12 +44,12 @@ class Clients:
         return reader, writer
 
     async def ask(self, address: str, *parts: bytes) -> bytes:
-        """The head of the answer on a new connection, to what is sent in these pieces. Empty when there is none."""
+        """The head of the answer to these pieces, on a new connection; empty without an answer."""
         reader, writer = await self.connect(address)
         return await ask(reader, writer, *parts)
 
     async def hold(self, sent: bytes, count: int) -> None:
-        """Return once one of so many connections from GREEDY, each of which sends only this, is told to come back."""
+        """Open `count` connections from GREEDY that send only this; return once one of them gets a 503."""
         self._holding = [asyncio.create_task(self.ask(GREEDY, sent)) for _ in range(count)]
         done, _ = await asyncio.wait(self._holding, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -68,7 +68,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *parts
         for part in parts:
             writer.write(part)
             await writer.drain()
-            await asyncio.sleep(0.01)  # so that the pieces arrive as such
+            await asyncio.sleep(0.01)  # so that they arrive as separate pieces
         return await reader.readuntil(b"\r\n\r\n")
     except (ConnectionError, asyncio.IncompleteReadError):
         return b""
@@ -84,7 +84,7 @@ async def clients_of(broker: Broker) -> AsyncIterator[Clients]:
 
 
 @pytest.mark.parametrize("greedy", [1, 2, 10])
-def test_addresses_that_take_all_they_can_leave_some_to_the_next(greedy: int) -> None:
+def test_greedy_addresses_leave_some_of_the_budget_to_the_next(greedy: int) -> None:
     budget = Budget(10_000)
     for number in range(greedy):
         while budget.take(str(number), 1):
@@ -92,7 +92,7 @@ def test_addresses_that_take_all_they_can_leave_some_to_the_next(greedy: int) ->
     assert budget.take("another", 10_000 // 2 ** (greedy + 1) - 1)
 
 
-def test_what_is_given_back_can_be_taken_again() -> None:
+def test_an_amount_that_is_given_back_can_be_taken_again() -> None:
     budget = Budget(100)
     for _ in range(1000):
         assert budget.take("a", 50)
@@ -102,13 +102,13 @@ def test_what_is_given_back_can_be_taken_again() -> None:
     assert budget.held == 0
 
 
-def test_the_addresses_that_one_customer_has_count_as_one() -> None:
+def test_all_addresses_of_an_ipv6_64_count_as_one() -> None:
     assert address_of("2001:db8:1:2:3:4:5:6") == address_of("2001:db8:1:2::1")
     assert address_of("2001:db8:1:2::1") != address_of("2001:db8:1:3::1")
     assert address_of("::ffff:192.0.2.1") == address_of("192.0.2.1") != address_of("192.0.2.2")
 
 
-async def test_silent_connections_of_one_address_leave_places_to_others(broker: Broker) -> None:
+async def test_silent_connections_of_one_address_leave_places_for_others(broker: Broker) -> None:
     places = broker.listener.state.places
     places.total = 24
     async with clients_of(broker) as clients:
@@ -130,19 +130,19 @@ async def test_silent_connections_of_one_address_leave_places_to_others(broker: 
     await eventually("all places are free", all_gone)
 
 
-async def test_bodies_that_stay_incomplete_leave_room_for_others(database: str) -> None:
+async def test_incomplete_bodies_leave_room_for_others(database: str) -> None:
     head = HEAD + b"Content-Length: 1000000\r\n\r\n"
     large = (head, b"x" * 999_999)
     async with serving(database, limits=Limits(held_bytes=8_000_000)) as broker, clients_of(broker) as clients:
         await clients.hold(b"".join(large), 12)
 
-        # Another address may send large ones, too; the same, which may be a reverse proxy's, small ones.
+        # Another address may send large bodies, too; the greedy one, which may be a reverse proxy, small ones.
         assert b" 202 " in await clients.ask(OTHER, *large, b"x")
         assert b" 202 " in await clients.ask(GREEDY, SMALL)
         assert b" 202 " in await clients.ask(GREEDY, SMALL[:-1], SMALL[-1:])
 
 
-async def test_small_bodies_that_stay_incomplete_leave_room_for_others(database: str) -> None:
+async def test_incomplete_small_bodies_leave_room_for_others(database: str) -> None:
     async with serving(database, limits=Limits(held_bytes=1_000_000)) as broker, clients_of(broker) as clients:
         await clients.hold(HEAD + b"Content-Length: 60001\r\n\r\n" + b"x" * 60_000, 40)
         assert b" 202 " in await clients.ask(OTHER, SMALL[:-1], SMALL[-1:])
@@ -151,7 +151,7 @@ async def test_small_bodies_that_stay_incomplete_leave_room_for_others(database:
 @pytest.mark.parametrize(
     "half", [HEAD + b"X: " + b"x" * 60_000, HEAD + b"a:\r\n" * 400], ids=["large headers", "many headers"]
 )
-async def test_heads_that_stay_incomplete_leave_room_for_others(half: bytes, broker: Broker) -> None:
+async def test_incomplete_heads_leave_room_for_others(half: bytes, broker: Broker) -> None:
     heads = broker.listener.state.heads
     heads.total = 1_000_000
     async with clients_of(broker) as clients:
@@ -165,7 +165,7 @@ async def test_heads_that_stay_incomplete_leave_room_for_others(half: bytes, bro
     await eventually("nothing is held", forgotten)
 
 
-async def test_a_body_that_is_not_read_is_not_kept(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_body_of_a_get_is_not_kept(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answered = asyncio.Event(), asyncio.Event()
 
     async def probe(_: Backend) -> None:
@@ -191,7 +191,7 @@ async def test_a_body_that_is_not_read_is_not_kept(broker: Broker, monkeypatch: 
         assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
 
 
-async def test_no_more_is_read_while_requests_wait_for_their_turn(
+async def test_nothing_is_read_while_requests_wait_for_their_turn(
     broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads = broker.listener.state.heads
@@ -219,12 +219,12 @@ async def test_no_more_is_read_while_requests_wait_for_their_turn(
         assert b" 202 " in await reader.readuntil(b"\r\n\r\n")
         for _ in range(300):
             assert b" 404 " in await reader.readuntil(b"}")
-    # What comes in one piece, twice where an upper bound is counted; 300 of them are 6 MB.
+    # One read of the socket, counted twice where only an upper bound is known; 300 requests are 6 MB.
     assert max(held) < 700_000
 
 
 @pytest.mark.parametrize("half", [SMALL[:-1], HEAD, b"", SMALL + HEAD], ids=["body", "head", "nothing", "second head"])
-async def test_a_client_that_goes_away_gives_everything_back(half: bytes, broker: Broker) -> None:
+async def test_a_client_that_disconnects_holds_nothing_any_more(half: bytes, broker: Broker) -> None:
     state = broker.listener.state
     async with clients_of(broker) as clients:
         _, writer = await clients.connect(GREEDY)
@@ -242,7 +242,7 @@ async def test_a_client_that_goes_away_gives_everything_back(half: bytes, broker
     await eventually("nothing is counted", gone)
 
 
-async def test_a_request_that_brings_much_and_then_nothing_is_cut_off_in_time(
+async def test_a_request_that_stalls_after_many_bytes_is_cut_off_in_time(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "PATIENCE", 1.0)
@@ -250,7 +250,7 @@ async def test_a_request_that_brings_much_and_then_nothing_is_cut_off_in_time(
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-async def test_a_request_may_take_long_while_it_brings_enough_and_no_longer_than_the_longest(
+async def test_a_steady_request_may_take_longer_up_to_the_longest_arrival(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "PATIENCE", 1.0)
@@ -277,7 +277,7 @@ async def test_a_request_may_take_long_while_it_brings_enough_and_no_longer_than
     assert len(await broker.stored()) == 1
 
 
-async def test_trailers_are_bounded_however_large_the_body_is(broker: Broker) -> None:
+async def test_trailers_are_bounded_even_after_a_large_body(broker: Broker) -> None:
     chunk = b"%x\r\n%b\r\n" % (900_000, b"x" * 900_000)
     trailer = b"x" * 100_000
     sent = [HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk, b"0\r\nX: ", *[trailer] * 20, b"\r\n\r\n"]

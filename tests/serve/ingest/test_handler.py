@@ -65,12 +65,12 @@ class TestBinaryMode:
         assert (await broker.send(HEADERS)).status == 202
         assert (await broker.stored())[0].data_bytes is None
 
-    async def test_octets_are_kept_as_they_are(self, broker: Broker) -> None:
+    async def test_binary_data_is_stored_unchanged(self, broker: Broker) -> None:
         body = bytes(range(256)) * 100
         assert (await broker.send(HEADERS | {"content-type": "image/png"}, body)).status == 202
         assert (await broker.stored())[0].data_bytes == body
 
-    async def test_a_chunked_body_is_the_same_as_one_with_a_length(self, broker: Broker) -> None:
+    async def test_a_chunked_body_is_stored_as_one_with_a_length(self, broker: Broker) -> None:
         async def chunks() -> AsyncIterator[bytes]:
             for number in range(20):
                 yield bytes([number]) * 10_000
@@ -85,14 +85,14 @@ class TestBinaryMode:
             assert repr(missing.removeprefix("ce-")) in answer.detail
         assert await broker.stored() == []
 
-    async def test_what_is_no_event_at_all_is_415(self, broker: Broker) -> None:
+    async def test_a_request_without_an_event_is_415(self, broker: Broker) -> None:
         answer = await broker.send({"content-type": "application/json"}, b"{}")
         assert answer.status == 415
         assert "Not a CloudEvent" in answer.detail
 
 
 class TestStructuredMode:
-    async def test_data_is_kept_as_its_very_text(self, broker: Broker) -> None:
+    async def test_json_data_keeps_its_exact_text(self, broker: Broker) -> None:
         body = (
             b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":  {"n":1.00, "long":12345678901234567890} }'
         )
@@ -131,18 +131,18 @@ class TestStructuredMode:
         ),
     ]
 
-    async def test_what_is_no_event_is_400_and_says_why(self, broker: Broker) -> None:
+    async def test_an_invalid_event_is_400_and_the_detail_says_why(self, broker: Broker) -> None:
         for body, said in self.NO_EVENTS:
             answer = await broker.send(STRUCTURED, body)
             assert answer.status == 400, body[:100]
             assert said in answer.detail
         assert await broker.stored() == []
 
-    async def test_a_batch_with_a_byte_order_mark_is_400_and_says_so(self, broker: Broker) -> None:
+    async def test_a_batch_with_a_byte_order_mark_is_400_and_the_detail_says_so(self, broker: Broker) -> None:
         answer = await broker.send({"content-type": "application/cloudevents-batch+json"}, b"\xef\xbb\xbf[]")
         assert (answer.status, "byte order mark (BOM)" in answer.detail) == (400, True)
 
-    async def test_another_format_is_415(self, broker: Broker) -> None:
+    async def test_an_event_format_other_than_json_is_415(self, broker: Broker) -> None:
         for name in (
             "application/cloudevents+xml",
             "application/cloudevents+protobuf",
@@ -159,24 +159,24 @@ class TestBatchMode:
         assert (await broker.send(BATCH, body)).status == 202
         assert [event.id for event in await broker.stored()] == [str(number) for number in range(100)]
 
-    async def test_an_empty_batch_is_taken(self, broker: Broker) -> None:
+    async def test_an_empty_batch_is_accepted(self, broker: Broker) -> None:
         assert (await broker.send(BATCH, b" [ ] ")).status == 202
         assert await broker.stored() == []
 
-    async def test_one_bad_event_refuses_all_and_is_named_by_its_index(self, broker: Broker) -> None:
+    async def test_one_bad_event_refuses_the_batch_and_is_named_by_its_index(self, broker: Broker) -> None:
         answer = await broker.send(BATCH, b'[%b, %b, {"specversion":"1.0","id":"bad"}]' % (envelope(1), envelope(2)))
         assert answer.status == 400
         assert "index 2" in answer.detail
         assert "'bad'" in answer.detail
         assert await broker.stored() == []
 
-    async def test_what_is_no_batch_is_400(self, broker: Broker) -> None:
+    async def test_an_invalid_batch_is_400(self, broker: Broker) -> None:
         for body in (b"", b"{}", b"[", b"[{}]", b"[1]", b'[""]', b"[] x", b"[,]"):
             assert (await broker.send(BATCH, body)).status == 400, body
 
 
 class TestLimits:
-    async def test_an_event_of_the_limit_passes_in_every_mode_and_one_more_byte_is_413(self, database: str) -> None:
+    async def test_an_event_at_the_size_limit_passes_in_every_mode_and_a_larger_one_is_413(self, database: str) -> None:
         async with serving(database) as broker:
             fits = b"\xff" * ((1 << 20) - 1000)
             large = b"\xff" * ((1 << 20) + 1)
@@ -205,7 +205,7 @@ class TestLimits:
         assert (await broker.send(STRUCTURED, envelope(subject="x" * 60_000))).status == 202
         assert len(await broker.stored()) == 1
 
-    async def test_a_length_that_is_too_large_is_refused_before_the_body_is_sent(self, broker: Broker) -> None:
+    async def test_a_content_length_beyond_the_limit_is_refused_before_the_body_is_sent(self, broker: Broker) -> None:
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: 100-continue\r\n"
         head += b"Content-Length: 99999999\r\n\r\n"
         assert (await broker.talk(head)).startswith(b"HTTP/1.1 413 ")
@@ -223,25 +223,25 @@ class TestLimits:
                 sent += 65_536
         assert answered.result().startswith(b"HTTP/1.1 413 ")
         assert sent < 16 << 20
-        # What is still on its way is thrown away, and the connection is good for another request.
+        # The rest of the body is dropped, and the connection can be used for another request.
         writer.write(b"0\r\n\r\n" + b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n" + headers + b"\r\n")
         await reader.readuntil(b"}")
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
         writer.close()
 
-    async def test_a_batch_has_limits_of_its_own(self, database: str) -> None:
+    async def test_a_batch_has_its_own_limits(self, database: str) -> None:
         async with serving(database, limits=Limits(batch_bytes=1000, batch_events=3)) as broker:
             three = b"[%b]" % b",".join([envelope()] * 3)
             assert (await broker.send(BATCH, three)).status == 202
             answer = await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 4))
             assert (answer.status, "too many events" in answer.detail) == (413, True)
-            # What stands behind those that there may be is not even read.
+            # The rest of the batch is not even parsed.
             assert (await broker.send(BATCH, b"[%b" % b",".join([envelope()] * 4 + [b"]"]))).status == 413
             assert (await broker.send(BATCH, three + b" " * 1000)).status == 413
             assert len(await broker.stored()) == 3
 
-    async def test_an_event_of_a_batch_that_is_too_large_is_not_parsed_to_its_end(self, broker: Broker) -> None:
-        """Each `[]` takes twenty times its bytes."""
+    async def test_parsing_stops_at_an_event_of_a_batch_that_is_too_large(self, broker: Broker) -> None:
+        """Each `[]` takes twenty times its bytes of memory."""
         start = b'[%b,{"specversion":"1.0","id":"big","source":"/shop","type":"order","data":[%b' % (
             envelope(1), b"[]," * 1_000_000,
         )  # fmt: skip
@@ -253,14 +253,14 @@ class TestLimits:
         assert (answer.status, "Not JSON" in answer.detail) == (400, True)
         assert await broker.stored() == []
 
-    async def test_a_batch_holds_what_its_events_take_in_memory(self, database: str) -> None:
+    async def test_a_batch_holds_the_memory_of_its_parsed_events(self, database: str) -> None:
         async with serving(database, limits=Limits(held_bytes=1_000_000)) as broker:
             for count, status in ((2000, 503), (500, 202), (2000, 503), (500, 202)):
                 answer = await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * count))
                 assert answer.status == status
             assert len(await broker.stored()) == 1000
 
-    async def test_a_large_batch_leaves_others_their_turns(
+    async def test_other_requests_get_turns_while_a_large_batch_is_parsed(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         others: list[str] = []
@@ -278,7 +278,7 @@ class TestLimits:
         assert (await broker.send(BATCH, b"[%b]" % b",".join([envelope()] * 3))).status == 202
         assert seen == [0, 1, 2]
 
-    async def test_all_requests_together_hold_a_bounded_number_of_bytes(self, database: str) -> None:
+    async def test_all_bodies_together_are_bounded(self, database: str) -> None:
         """Slow clients that each stay below the limit of one request cannot exhaust memory together."""
         async with serving(database, limits=Limits(held_bytes=2_000_000)) as broker:
             head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000\r\n"
@@ -301,7 +301,7 @@ class TestLimits:
 
 
 class TestOtherRequests:
-    async def test_only_the_very_path_leads_to_what_is_told(self, database: str) -> None:
+    async def test_only_the_exact_paths_are_answered(self, database: str) -> None:
         """A proxy that keeps strangers from /metrics may compare what they ask for as it stands."""
         with Metrics() as metrics:
             async with serving(database, metrics=metrics) as broker:
@@ -326,7 +326,7 @@ class TestOtherRequests:
                     )
                     assert answer.startswith(b"HTTP/1.1 %d " % status), (target, answer)
 
-    async def test_an_endless_accept_header_is_not_read_to_its_end(
+    async def test_only_the_beginning_of_a_long_accept_header_is_read(
         self, database: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[str] = []
@@ -365,11 +365,11 @@ class TestOtherRequests:
         assert '"405"' not in text
         assert (await broker.request("HEAD", "/metrics")).body == b""
 
-    async def test_there_is_nothing_else_to_read(self, broker: Broker) -> None:
+    async def test_other_paths_are_404(self, broker: Broker) -> None:
         for path in ("/", "/healthz/x", "/metrics/"):
             assert (await broker.request("GET", path)).status == 404
 
-    async def test_other_methods_are_told_what_is_allowed(self, broker: Broker) -> None:
+    async def test_other_methods_are_405_with_the_allowed_ones(self, broker: Broker) -> None:
         for path, allowed in (("/", "OPTIONS, POST"), ("/readyz", "GET, HEAD, OPTIONS, POST")):
             for method in ("PUT", "DELETE", "PATCH", "TRACE"):
                 answer = await broker.request(method, path)
@@ -379,7 +379,7 @@ class TestOtherRequests:
             assert (answer.status, answer.headers["allow"], answer.body) == (200, allowed, b"")
             assert "webhook-allowed-origin" not in answer.headers
 
-    async def test_an_encoded_body_is_not_stored_as_if_it_were_plain(self, broker: Broker) -> None:
+    async def test_an_encoded_body_is_refused(self, broker: Broker) -> None:
         answer = await broker.send(HEADERS | {"content-encoding": "gzip"}, b"\x1f\x8b")
         assert answer.status == 415
         assert (await broker.send(HEADERS | {"content-encoding": "identity"}, b"x")).status == 202
@@ -392,14 +392,14 @@ class TestAuthorization:
     def basic(text: str) -> dict[str, str]:
         return HEADERS | {"authorization": "Basic " + base64.b64encode(text.encode()).decode()}
 
-    async def test_who_knows_a_secret_may_send(self, database: str) -> None:
+    async def test_a_client_with_a_secret_may_send(self, database: str) -> None:
         async with serving(database, config=self.CONFIG) as broker:
             assert (await broker.send(self.basic("shöp:p:w"))).status == 202
             for scheme in ("Bearer", "bearer", "BEARER "):
                 assert (await broker.send(HEADERS | {"authorization": f"{scheme} tök"})).status == 202
             assert (await broker.send(HEADERS, path="/?access_token=t%C3%B6k")).status == 202
 
-    async def test_nobody_else_may(self, database: str) -> None:
+    async def test_a_client_without_the_secret_may_not_send(self, database: str) -> None:
         async with serving(database, config=self.CONFIG) as broker:
             tries = [HEADERS] + [self.basic(text) for text in ("shöp:", "shöp:p", "shöp", ":p:w", "", "x:p:w", "tök")]
             tries += [
@@ -419,7 +419,7 @@ class TestAuthorization:
             assert (await broker.send(HEADERS, path="/?my_access_token=t%C3%B6k")).status == 401
             assert await broker.stored() == []
 
-    def test_a_query_of_many_names_costs_little_before_it_is_refused(self) -> None:
+    def test_refusing_a_long_query_costs_little(self) -> None:
         authorize = authorizer(load("ingest: {token: t}", origin="test").ingest)
         assert authorize is not None
 
@@ -444,7 +444,7 @@ class TestAuthorization:
             assert (await broker.send(HEADERS, path="/?access_token=p")).status == 401
             assert (await broker.send(HEADERS | {"authorization": "Bearer "})).status == 401
 
-    async def test_after_a_reload_the_next_request_is_asked_for_the_new_secret(self, database: str) -> None:
+    async def test_a_reloaded_secret_counts_from_the_next_request_on(self, database: str) -> None:
         async with serving(database, config="ingest: {token: old}") as broker:
             old, new = ({"authorization": f"Bearer {token}"} | HEADERS for token in ("old", "new"))
             assert [(await broker.send(headers)).status for headers in (old, new, HEADERS)] == [202, 401, 401]
@@ -459,7 +459,7 @@ class TestAuthorization:
             assert (await broker.request("GET", "/readyz")).status == 200
 
 
-class TestWhenPostgresqlIsInTheWay:
+class TestOutages:
     async def test_202_comes_only_after_the_commit(self, broker: Broker) -> None:
         blocker = await asyncpg.connect(broker.dsn)
         try:
@@ -476,9 +476,7 @@ class TestWhenPostgresqlIsInTheWay:
         finally:
             await blocker.close()
 
-    async def test_a_wait_that_is_too_long_is_503_and_stores_nothing_or_says_that_it_may_have(
-        self, database: str
-    ) -> None:
+    async def test_a_blocked_commit_is_503_and_the_detail_says_what_is_known(self, database: str) -> None:
         async with serving(database, produce_timeout=0.5) as broker:
             blocker = await asyncpg.connect(broker.dsn)
             try:
@@ -491,7 +489,7 @@ class TestWhenPostgresqlIsInTheWay:
             finally:
                 await blocker.close()
 
-    async def test_without_postgresql_events_are_refused_until_it_is_back(self, database: str) -> None:
+    async def test_events_are_refused_while_postgresql_is_away(self, database: str) -> None:
         async with Proxy(database) as proxy, serving(proxy.dsn, produce_timeout=4.0) as broker:
             assert (await broker.send(HEADERS | {"ce-id": "before"})).status == 202
             proxy.cut()
@@ -511,7 +509,7 @@ class TestWhenPostgresqlIsInTheWay:
             await eventually("it is ready", ready)
             assert {event.id for event in await broker.stored()} == {"before", "after"}
 
-    async def test_while_postgresql_is_silent_every_client_gets_its_503_in_time(self, database: str) -> None:
+    async def test_every_client_gets_a_503_in_time_while_postgresql_is_silent(self, database: str) -> None:
         async with Proxy(database) as proxy, serving(proxy.dsn, produce_timeout=1.0) as broker:
 
             async def accepted() -> bool:
@@ -534,7 +532,7 @@ class TestWhenPostgresqlIsInTheWay:
             proxy.restore()
             await eventually("PostgreSQL answers again", accepted)
 
-    async def test_a_commit_whose_answer_was_lost_is_said_to_be_uncertain(self, database: str) -> None:
+    async def test_the_outcome_is_unknown_if_the_reply_to_a_commit_is_lost(self, database: str) -> None:
         async with Proxy(database) as proxy, serving(proxy.dsn) as broker:
             proxy.lose_reply_to(b"uncertain")
             answer = await broker.send(HEADERS | {"ce-id": "uncertain"})
@@ -555,7 +553,7 @@ class TestWhenPostgresqlIsInTheWay:
             (RuntimeError("a bug"), 500, "The broker failed"),
         ],
     )
-    async def test_each_outcome_has_its_answer(
+    async def test_each_error_of_produce_has_its_answer(
         self, error: Exception, status: int, said: str, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def failing(*_: object) -> None:
@@ -574,7 +572,7 @@ class TestWhenPostgresqlIsInTheWay:
 
 
 class TestReadiness:
-    async def test_it_says_what_is_wrong(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_readyz_says_what_is_wrong(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         async def failing(*_: object) -> None:
             raise PgBackendError("the log is upside down")
 
@@ -585,7 +583,7 @@ class TestReadiness:
         assert answer.headers["retry-after"] == "1"
         assert (await broker.request("GET", "/healthz")).status == 200
 
-    async def test_however_many_ask_postgresql_is_asked_once_a_second(
+    async def test_postgresql_is_probed_at_most_once_a_second(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         probe, asked_at = Backend.probe, []
@@ -605,7 +603,7 @@ class TestReadiness:
         await eventually("PostgreSQL is asked again", asked_again)
         assert all(later - earlier >= 1 for earlier, later in pairwise(asked_at))
 
-    async def test_a_silent_postgresql_is_not_waited_for_and_the_broker_is_still_alive(
+    async def test_readyz_answers_although_postgresql_is_silent(
         self, database: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(probes, "TIMEOUT", 0.3)
@@ -617,7 +615,7 @@ class TestReadiness:
             assert (await broker.request("GET", "/healthz")).status == 200
             proxy.restore()
 
-    async def test_who_hangs_up_does_not_take_the_answer_from_the_others(
+    async def test_a_client_that_disconnects_leaves_the_probe_to_others(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked, answered = asyncio.Event(), asyncio.Event()
@@ -640,7 +638,7 @@ class TestReadiness:
 class TestWebhookHandshake:
     ORIGIN: ClassVar = {"WebHook-Request-Origin": "eventemitter.example.com"}
 
-    async def test_whoever_asks_may_send_as_fast_as_it_likes(self, broker: Broker) -> None:
+    async def test_every_origin_may_send_at_any_rate(self, broker: Broker) -> None:
         callback = {"WebHook-Request-Callback": "http://127.0.0.1:1/never-called"}
         for more in ({}, {"WebHook-Request-Rate": "120"}, {"WebHook-Request-Rate": " *"}, callback):
             answer = await broker.request("OPTIONS", "/a?b", headers=self.ORIGIN | more)
@@ -649,13 +647,13 @@ class TestWebhookHandshake:
             assert answer.headers["webhook-allowed-rate"] == "*"
             assert "POST" in answer.headers["allow"]
 
-    async def test_a_rate_that_is_none_is_a_mistake(self, broker: Broker) -> None:
+    async def test_an_invalid_rate_is_400(self, broker: Broker) -> None:
         for rate in ("0", "-5", "fast", "1.5", ""):
             answer = await broker.request("OPTIONS", headers=self.ORIGIN | {"WebHook-Request-Rate": rate})
             assert answer.status == 400, rate
             assert "WebHook-Request-Rate" in answer.detail
 
-    async def test_nobody_has_to_say_a_secret_before_it_knows_whether_it_may_send(self, database: str) -> None:
+    async def test_the_handshake_needs_no_secret(self, database: str) -> None:
         async with serving(database, config=TestAuthorization.CONFIG) as broker:
             answer = await broker.request("OPTIONS", headers=self.ORIGIN)
             assert (answer.status, answer.headers["webhook-allowed-origin"]) == (200, "*")
@@ -663,9 +661,9 @@ class TestWebhookHandshake:
 
 
 class TestWholeRequests:
-    """An event that arrives in one piece takes a short way, which must not lead elsewhere."""
+    """`Ingest.take_whole` and `Ingest.__call__` must store, and refuse, the same requests."""
 
-    async def test_however_a_request_is_cut_it_is_stored_or_refused_alike(self, broker: Broker) -> None:
+    async def test_a_request_is_stored_or_refused_alike_however_it_is_cut(self, broker: Broker) -> None:
         head = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in HEADERS.items())
         length = b"Content-Length: 4\r\n\r\nbody"
         chunked = b"\r\n4\r\nbody\r\n0\r\n\r\n"
@@ -730,7 +728,7 @@ class TestWholeRequests:
             assert all(row == rows[0] for row in rows)
             total += len(rows)
 
-    async def test_a_bug_is_told_as_one(
+    async def test_a_bug_is_500_and_logged(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def buggy(*_: object) -> None:
@@ -744,11 +742,11 @@ class TestWholeRequests:
 
 
 async def talk_in_two(broker: Broker, first: bytes, second: bytes) -> bytes:
-    """What comes back when the broker has read `first` before `second` is sent."""
+    """The answers if the broker has read `first` before `second` is sent."""
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(first)
     await writer.drain()
-    await broker.request("GET", "/healthz")  # on another connection, answered later than the first part was read
+    await broker.request("GET", "/healthz")  # answered after the first part was read
     writer.write(second)
     try:
         return await reader.read()

@@ -1,4 +1,4 @@
-"""The Host header: it must be there, once, and name this broker where web pages could otherwise reach it."""
+"""The Host header: required, unique, and one of the broker's own names on a loopback address."""
 
 import asyncio
 from collections.abc import Sequence
@@ -73,10 +73,10 @@ OTHERS = [
 ]  # fmt: skip
 
 
-async def test_a_broker_on_a_loopback_address_takes_only_its_own_hosts(broker: Broker) -> None:
+async def test_a_broker_on_a_loopback_address_accepts_only_its_own_hosts(broker: Broker) -> None:
     for host in OWN:
         assert status(await broker.talk(post(host))) == 202, host
-        # A target that is a whole URL counts instead of the header.
+        # The host of a target that is a whole URL counts instead of the header.
         target = b"HTTP://" + host.strip().rstrip(b":") + b"/x?y=http://evil.example/"
         assert status(await broker.talk(post(b"evil.example", target=target))) == 202, host
     stored = len(await broker.stored())
@@ -92,19 +92,19 @@ async def test_a_broker_on_a_loopback_address_takes_only_its_own_hosts(broker: B
     assert len(await broker.stored()) == stored
 
 
-async def test_old_clients_need_no_host(broker: Broker) -> None:
+async def test_http_1_0_clients_need_no_host(broker: Broker) -> None:
     assert status(await broker.talk(post(version=b"1.0"))) == 202
     assert status(await broker.talk(post(b"evil.example", version=b"1.0"))) == 421
 
 
-async def test_the_host_of_a_second_request_is_looked_at_too(broker: Broker) -> None:
+async def test_the_host_of_each_request_is_checked(broker: Broker) -> None:
     keep = post(b"localhost").replace(b"Connection: close\r\n", b"")
     answer = await broker.talk(keep + keep + post(b"evil.example"))
     assert answer.count(b"HTTP/1.1 202 ") == 2
     assert len(await broker.stored()) == 2
 
 
-async def test_a_host_that_did_not_count_is_looked_at_when_it_does(broker: Broker) -> None:
+async def test_a_host_that_a_url_overrode_is_checked_in_the_next_request(broker: Broker) -> None:
     keep = post(b"evil.example", target=b"http://localhost/").replace(b"Connection: close\r\n", b"")
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     for sent, expected in ((keep, 202), (keep, 202), (post(b"evil.example"), 421)):
@@ -113,7 +113,7 @@ async def test_a_host_that_did_not_count_is_looked_at_when_it_does(broker: Broke
     writer.close()
 
 
-async def test_an_offer_to_upgrade_hides_no_host(broker: Broker) -> None:
+async def test_the_host_is_checked_if_the_request_offers_an_upgrade(broker: Broker) -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
     for host, expected in ((b"localhost", 202), (b"evil.example", 421)):
         sent = post(host).replace(b"Connection: close\r\n", b"Connection: Upgrade, close\r\n" + upgrade)
@@ -146,12 +146,12 @@ def test_hosts_are_compared_without_case_dots_and_ports(
 
 
 @pytest.mark.parametrize("text", ["", "http://x", "x:80", "a b", "[::1]:80", "x/", "me@x", "[x", "x" * 300])
-def test_an_allowed_host_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_allowed_host_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="Allowed host"):
         checked_host(text)
 
 
-async def test_allowed_hosts_are_options_and_their_mistakes_wrong_usage(database: str) -> None:
+async def test_allowed_hosts_come_from_options_and_invalid_ones_are_wrong_usage(database: str) -> None:
     arguments = ("--dsn", database, "--port", "0", "--admin-port", "0")
     environment = {"PGBACKEND_ALLOWED_HOST": "broker.example other.example"}
     async with running(*arguments, env=environment) as serve:

@@ -1,4 +1,4 @@
-"""Where the broker listens, and how it stops: who is in the middle gets an answer, and nobody is waited for in vain."""
+"""How a listener drains: requests in progress are answered, and no client is waited for in vain."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-async def test_a_stopping_broker_does_not_say_of_a_request_that_is_being_committed_that_nothing_was_stored(
+async def test_a_draining_broker_answers_a_request_that_is_being_committed(
     broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "GRACE", 0.2)
@@ -35,17 +35,17 @@ async def test_a_stopping_broker_does_not_say_of_a_request_that_is_being_committ
     (connection,) = broker.connections()
     broker.begin_to_drain()
 
-    async def given_up() -> bool:
+    async def abandoned() -> bool:
         return connection.parser is None
 
-    await eventually("the second one is given up", given_up)
+    await eventually("the second request is abandoned", abandoned)
     commits.go_on()
     assert (await reader.read()).startswith(b"HTTP/1.1 202 ")
     writer.close()
     assert len(await broker.stored()) == 1
 
 
-async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_those_that_never_arrive(
+async def test_draining_finishes_requests_in_progress_and_abandons_incomplete_ones(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "GRACE", 0.5)
@@ -63,7 +63,7 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
     async def has_begun() -> bool:
         return any(connection.arrival.body_bytes == 5 for connection in broker.connections())
 
-    await eventually("half a request is there", has_begun)
+    await eventually("half of the body has arrived", has_begun)
     broker.begin_to_drain()
     assert (await talking).startswith(b"HTTP/1.1 503 ")
     release[0]()
@@ -71,7 +71,7 @@ async def test_stopping_finishes_requests_in_progress_and_does_not_wait_for_thos
     assert len(await broker.stored()) == 1
 
 
-async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_closes_their_connections(
+async def test_a_draining_broker_takes_one_more_request_of_each_idle_client(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "LINGER", 4.0)
@@ -97,9 +97,7 @@ async def test_a_stopping_broker_takes_what_idle_clients_are_just_sending_and_cl
     assert len(await broker.stored()) == 4
 
 
-async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_later_requests_to_a_draining_broker_get_503(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LINGER", 0.1)
     idle, late = [await asyncio.open_connection(broker.host, broker.port) for _ in range(2)]
     late[1].write(HEAD)
@@ -116,7 +114,7 @@ async def test_what_comes_later_while_the_broker_stops_is_told_to_come_back(
     assert await broker.stored() == []
 
 
-async def test_a_stopped_broker_is_alive_until_it_ends(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_healthz_answers_until_the_broker_has_drained(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LINGER", 2.0)
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -136,7 +134,7 @@ def test_a_port_in_use_is_one_clear_line() -> None:
     assert str(caught.value) == f"Cannot listen on port {port} of 127.0.0.1: it is in use. Choose another with --port."
 
 
-def test_a_host_that_is_not_here_is_one_clear_line() -> None:
+def test_a_host_of_another_machine_is_one_clear_line() -> None:
     with pytest.raises(
         ConfigError, match=r"^Host '192\.0\.2\.1' is not an address of this machine\. Choose another with --host\.$"
     ):

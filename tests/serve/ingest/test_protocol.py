@@ -1,4 +1,4 @@
-"""Clients that do not speak HTTP, or not to the end: each gets a 4xx or is cut off, and nobody else notices."""
+"""Malformed, incomplete and excessive requests: each gets its 4xx or is cut off, and other clients notice nothing."""
 
 import asyncio
 import logging
@@ -47,7 +47,7 @@ NOT_HTTP = [
 ]
 
 
-async def test_what_is_not_http_is_400(broker: Broker) -> None:
+async def test_malformed_http_is_400(broker: Broker) -> None:
     for sent in NOT_HTTP:
         answer = await broker.talk(sent)
         assert answer.startswith(b"HTTP/1.1 400 "), (sent, answer)
@@ -69,7 +69,7 @@ NO_ATTRIBUTES = [
 ]
 
 
-async def test_headers_that_are_no_attributes_are_400(broker: Broker) -> None:
+async def test_invalid_attributes_in_headers_are_400(broker: Broker) -> None:
     for header, said in NO_ATTRIBUTES:
         answer = await broker.talk(HEAD + b"Connection: close\r\n" + header + b"\r\nContent-Length: 0\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 400 "), (header, answer)
@@ -88,14 +88,14 @@ async def test_headers_that_are_no_attributes_are_400(broker: Broker) -> None:
     ],
     ids=["a header without end", "a path without end", "headers without end", "a large header", "trailers"],
 )
-async def test_headers_that_are_too_large_are_refused(sent: bytes, broker: Broker) -> None:
+async def test_headers_that_are_too_large_are_431(sent: bytes, broker: Broker) -> None:
     answer = await broker.talk(*(sent[at : at + 10_000] for at in range(0, len(sent), 10_000)))
     # A client that is still sending may be cut off before it reads.
     assert answer == b"" or answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")), answer
 
 
-async def test_headers_that_are_too_many_are_refused_however_small_they_are(broker: Broker) -> None:
-    # Also those of a request that is not all there.
+async def test_more_than_500_headers_are_431_however_small(broker: Broker) -> None:
+    # In a complete request, and in one that is not.
     for end in (b"Content-Length: 0\r\n\r\n", b""):
         answer = await broker.talk(HEAD + b"a:\r\n" * 501 + end)
         assert answer.startswith(b"HTTP/1.1 431 "), answer
@@ -114,7 +114,7 @@ async def test_a_large_body_does_not_count_as_headers(broker: Broker) -> None:
     [b"", b"POST / HT", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"],
     ids=["nothing", "line", "head", "body"],
 )
-async def test_who_sends_too_slowly_is_told_and_cut_off(
+async def test_a_request_that_takes_too_long_to_arrive_is_408(
     sent: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "PATIENCE", 0.5)
@@ -123,9 +123,7 @@ async def test_who_sends_too_slowly_is_told_and_cut_off(
     assert await broker.stored() == []
 
 
-async def test_a_connection_between_requests_is_not_cut_off_for_slowness(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_idle_connection_is_not_cut_off_as_slow(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     request = HEAD + b"Content-Length: 0\r\n\r\n"
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(request)
@@ -140,7 +138,7 @@ async def test_a_connection_between_requests_is_not_cut_off_for_slowness(
     writer.close()
 
 
-async def test_who_goes_away_in_the_middle_leaves_nothing_behind(broker: Broker) -> None:
+async def test_a_client_that_disconnects_in_a_request_stores_nothing(broker: Broker) -> None:
     for sent in (b"", b"PO", HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"):
         _, writer = await asyncio.open_connection(broker.host, broker.port)
         writer.write(sent)
@@ -155,7 +153,7 @@ async def test_who_goes_away_in_the_middle_leaves_nothing_behind(broker: Broker)
     [HEAD + b"Content-Length: 0\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"],
     ids=["in one piece", "in chunks"],
 )
-async def test_who_sends_no_more_after_a_request_gets_its_answer_as_the_last(
+async def test_a_half_closed_connection_gets_its_answer_as_the_last(
     sent: bytes, broker: Broker, commits: Commits
 ) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
@@ -177,9 +175,7 @@ async def test_who_sends_no_more_after_a_request_gets_its_answer_as_the_last(
     await _is_forgotten(broker)
 
 
-async def test_who_sends_no_more_after_several_requests_gets_all_their_answers(
-    broker: Broker, commits: Commits
-) -> None:
+async def test_a_half_closed_connection_gets_the_answers_to_all_its_requests(broker: Broker, commits: Commits) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write((HEAD + b"Content-Length: 0\r\n\r\n") * 5)
     writer.write_eof()
@@ -192,7 +188,7 @@ async def test_who_sends_no_more_after_several_requests_gets_all_their_answers(
     await _is_forgotten(broker)
 
 
-async def test_who_sends_no_more_between_requests_or_in_the_middle_of_one_is_not_waited_for(broker: Broker) -> None:
+async def test_a_half_closed_connection_without_a_complete_request_is_closed(broker: Broker) -> None:
     request = HEAD + b"Content-Length: 0\r\n\r\n"
     for sent in (b"", request, HEAD, HEAD + b"Content-Length: 10\r\n\r\n12345"):
         reader, writer = await asyncio.open_connection(broker.host, broker.port)
@@ -212,7 +208,7 @@ async def test_who_sends_no_more_between_requests_or_in_the_middle_of_one_is_not
     ids=["line", "head", "body", "chunk"],
 )
 @pytest.mark.parametrize("whole", [1, 5])
-async def test_who_sends_no_more_in_the_middle_of_a_request_gets_the_answers_to_those_before_it(
+async def test_a_half_closed_connection_gets_the_answers_before_an_incomplete_request(
     whole: int, half: bytes, broker: Broker, commits: Commits
 ) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
@@ -228,9 +224,7 @@ async def test_who_sends_no_more_in_the_middle_of_a_request_gets_the_answers_to_
     assert broker.listener.state.heads.held == 0
 
 
-async def test_who_goes_away_while_its_event_is_stored_is_forgotten_after_that(
-    broker: Broker, commits: Commits
-) -> None:
+async def test_an_event_is_stored_even_if_its_client_disconnects_meanwhile(broker: Broker, commits: Commits) -> None:
     _, writer = await asyncio.open_connection(broker.host, broker.port)
     writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
     await commits.reached.wait()
@@ -247,7 +241,7 @@ async def _is_forgotten(broker: Broker) -> None:
     await eventually("no connection is left", gone)
 
 
-async def test_more_connections_than_there_may_be_are_told_to_come_back(broker: Broker) -> None:
+async def test_connections_beyond_the_limit_get_503(broker: Broker) -> None:
     broker.listener.state.places.total = 4
     idle = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
     answer = await broker.talk()
@@ -270,7 +264,7 @@ async def test_pipelined_requests_are_answered_in_order(broker: Broker) -> None:
     assert [event.id for event in await broker.stored()] == [str(number) for number in range(10)]
 
 
-async def test_a_good_request_before_garbage_gets_its_own_answer(broker: Broker) -> None:
+async def test_a_good_request_before_garbage_gets_its_answer(broker: Broker) -> None:
     answer = await broker.talk(HEAD + b"Content-Length: 1\r\n\r\nx" + b"GARBAGE\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 202 ")
     assert len(await broker.stored()) == 1
@@ -286,7 +280,7 @@ async def test_a_good_request_before_garbage_gets_its_own_answer(broker: Broker)
     ],
     ids=["a body that is none", "a large header", "half a body", "half a head"],
 )
-async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_it(
+async def test_a_refusal_is_not_the_answer_to_the_request_before_it(
     sent: bytes, broker: Broker, commits: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
@@ -296,10 +290,10 @@ async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_
     writer.write(sent)
     (connection,) = broker.connections()
 
-    async def given_up() -> bool:
+    async def abandoned() -> bool:
         return connection.parser is None
 
-    await eventually("the second one is given up", given_up)
+    await eventually("the second request is abandoned", abandoned)
     commits.go_on()
     answer = await reader.read()
     assert answer.startswith(b"HTTP/1.1 202 ")
@@ -317,7 +311,7 @@ async def test_what_is_wrong_with_a_request_is_not_the_answer_to_the_one_before_
     ],
     ids=["half a body", "half a body that is too large", "a body that is none"],
 )
-async def test_a_request_that_was_answered_before_its_end_is_not_answered_again(
+async def test_a_request_answered_before_its_end_is_not_answered_again(
     sent: bytes, answered: bytes, later: bytes, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
@@ -330,9 +324,7 @@ async def test_a_request_that_was_answered_before_its_end_is_not_answered_again(
     writer.close()
 
 
-async def test_the_rest_of_a_request_that_was_not_taken_does_not_become_part_of_another(
-    broker: Broker, commits: Commits
-) -> None:
+async def test_the_rest_of_a_refused_request_does_not_become_part_of_another(broker: Broker, commits: Commits) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     request = HEAD + b"Content-Length: 1\r\n\r\nx"
     writer.write(request)
@@ -343,7 +335,7 @@ async def test_the_rest_of_a_request_that_was_not_taken_does_not_become_part_of_
     async def one_too_many() -> bool:
         return len(connection.pipeline) == 100
 
-    await eventually("there are so many that one is not taken", one_too_many)
+    await eventually("100 requests wait, and one was refused", one_too_many)
     writer.write(b"rest")
     commits.go_on()
     answer = await reader.read()
@@ -352,7 +344,7 @@ async def test_the_rest_of_a_request_that_was_not_taken_does_not_become_part_of_
     assert {event.data_bytes for event in await broker.stored()} == {b"x"}
 
 
-async def test_an_offer_to_upgrade_is_declined_and_the_event_is_taken(broker: Broker) -> None:
+async def test_an_upgrade_is_declined_and_the_event_is_stored(broker: Broker) -> None:
     """Java's client offers HTTP/2 with its first request."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
@@ -367,7 +359,7 @@ async def test_an_offer_to_upgrade_is_declined_and_the_event_is_taken(broker: Br
     assert [event.data_bytes for event in await broker.stored()] == [b"hello"] * 4
 
 
-async def test_what_follows_a_body_is_no_header(broker: Broker) -> None:
+async def test_trailers_are_not_headers(broker: Broker) -> None:
     answer = await broker.talk(
         HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nce-subject: late\r\n\r\n"
     )
@@ -382,7 +374,7 @@ async def test_chunks_may_be_small(broker: Broker) -> None:
     assert (await broker.stored())[0].data_bytes == b"x" * 100_000
 
 
-async def test_a_length_may_have_any_number_of_zeros_before_it(broker: Broker) -> None:
+async def test_a_content_length_may_have_any_number_of_leading_zeros(broker: Broker) -> None:
     for zeros in (1, 20, 5_000, 60_000):
         for body in ((b"x",), (b"", b"x")):
             head = HEAD + b"Connection: close\r\nContent-Length: " + b"0" * zeros + b"1\r\n\r\n"
@@ -395,12 +387,12 @@ async def test_a_length_may_have_any_number_of_zeros_before_it(broker: Broker) -
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer
 
 
-async def test_a_client_of_http_1_0_is_not_told_to_continue(broker: Broker) -> None:
+async def test_an_http_1_0_client_gets_no_100_continue(broker: Broker) -> None:
     head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\nContent-Length: 7\r\n\r\n"
     assert (await broker.talk(head, b"careful")).startswith(b"HTTP/1.1 202 ")
 
 
-async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
+async def test_http_1_0_and_expect_100_continue_are_served(broker: Broker) -> None:
     old = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: 3\r\n\r\nold"
     assert (await broker.talk(old)).startswith(b"HTTP/1.1 202 ")
 
@@ -415,22 +407,22 @@ async def test_old_clients_and_careful_ones_are_served(broker: Broker) -> None:
 
 @pytest.mark.parametrize("body", [(b"x",), (b"", b"x")], ids=["in one piece", "with a body that comes later"])
 @pytest.mark.parametrize("target", [b"http://localhost", b"HTTP://localhost:80?a=b", b"http://localhost/path"])
-async def test_a_target_that_is_a_whole_url_is_understood(
-    target: bytes, body: tuple[bytes, ...], broker: Broker
-) -> None:
+async def test_a_target_may_be_a_whole_url(target: bytes, body: tuple[bytes, ...], broker: Broker) -> None:
     head = HEAD.replace(b"POST /", b"POST " + target, 1) + b"Connection: close\r\nContent-Length: 1\r\n\r\n"
     answer = await broker.talk(head + body[0], *body[1:])
     assert answer.startswith(b"HTTP/1.1 202 "), answer
     assert [event.data_bytes for event in await broker.stored()] == [b"x"]
 
 
-async def test_it_is_no_proxy(broker: Broker) -> None:
+async def test_connect_is_405(broker: Broker) -> None:
     answer = await broker.talk(b"CONNECT example.com:443 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 405 ")
     assert b"\r\nallow: OPTIONS, POST\r\n" in answer
 
 
-async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_read_its_answers_is_cut_off(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(limits, "PATIENCE", 1.0)
     monkeypatch.setattr(Problem, "body", lambda _: b"x" * 1_000_000)
 
@@ -445,7 +437,7 @@ async def test_who_does_not_read_its_answers_is_cut_off(broker: Broker, monkeypa
     assert (await broker.send(HEADERS)).status == 202
 
 
-async def test_who_does_not_read_its_last_answer_is_cut_off(
+async def test_a_client_that_does_not_read_its_last_answer_is_cut_off(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(limits, "PATIENCE", 1.0)
@@ -461,7 +453,9 @@ async def test_who_does_not_read_its_last_answer_is_cut_off(
     connection.close()
 
 
-async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_connection_is_closed_after_the_keep_alive(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     for request in (HEAD + b"Content-Length: 0\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         writer.write(request)
@@ -472,13 +466,13 @@ async def test_an_idle_connection_is_closed_in_the_end(broker: Broker, monkeypat
     writer.close()
 
 
-async def test_too_many_requests_ahead_of_their_answers_are_not_taken_and_the_rest_is_answered(broker: Broker) -> None:
+async def test_only_100_requests_are_taken_ahead_of_their_answers(broker: Broker) -> None:
     answer = await broker.talk(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
     assert 100 <= answer.count(b"HTTP/1.1 404 ") < 200
     assert answer.rpartition(b"HTTP/1.1 ")[2].lower().count(b"connection: close") == 1
 
 
-async def test_all_connections_together_hold_a_bounded_number_of_requests_that_were_sent_ahead(
+async def test_waiting_requests_of_all_connections_together_are_bounded(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker.listener.state.heads.total = 1_000_000
@@ -513,9 +507,7 @@ async def test_all_connections_together_hold_a_bounded_number_of_requests_that_w
     await eventually("nothing is queued", nothing_queued)
 
 
-async def test_requests_ahead_of_their_answers_are_counted_whatever_comes_behind_them(
-    broker: Broker, commits: Commits
-) -> None:
+async def test_waiting_requests_are_counted_even_if_garbage_follows(broker: Broker, commits: Commits) -> None:
     reader, writer = await asyncio.open_connection(broker.host, broker.port)
     request = HEAD + b"Content-Length: 1000\r\n\r\n" + b"x" * 1000
     writer.write(request)
@@ -533,7 +525,7 @@ async def test_requests_ahead_of_their_answers_are_counted_whatever_comes_behind
     writer.close()
 
 
-async def test_who_goes_away_with_requests_ahead_of_their_answers_leaves_nothing_behind(broker: Broker) -> None:
+async def test_a_client_that_disconnects_with_waiting_requests_holds_nothing(broker: Broker) -> None:
     for method in (b"GET /readyz", b"POST /?long=way"):
         _, writer = await asyncio.open_connection(broker.host, broker.port)
         writer.write(HEAD.replace(b"POST /", method, 1) + b"\r\n")

@@ -1,4 +1,4 @@
-"""TLS and client certificates, over real sockets: who gets in, who does not, and certificates that are renewed."""
+"""TLS and client certificates over real sockets: accepted and refused clients, and renewed certificates."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ class Files:
         issued.private_key_pem.write_to_path(self.key)
 
     def client(self, *, known_by: trustme.CA | None = None) -> ssl.SSLContext:
-        """What a client knows; `known_by` issues it a certificate."""
+        """A client's context; `known_by` issues its certificate."""
         context = ssl.create_default_context()
         self.authority.configure_trust(context)
         if known_by is not None:
@@ -81,7 +81,7 @@ async def ask(broker: Broker, context: ssl.SSLContext, request: bytes = REQUEST)
 
 
 async def is_refused(broker: Broker, context: ssl.SSLContext) -> bool:
-    """With TLS 1.3 a client believes that it is in until the first answer, which then does not come."""
+    """Whether the client gets no answer. With TLS 1.3 its handshake succeeds before the server has checked it."""
     try:
         return await ask(broker, context) == b""
     except (ssl.SSLError, ConnectionError):
@@ -89,7 +89,7 @@ async def is_refused(broker: Broker, context: ssl.SSLContext) -> bool:
 
 
 async def shown(broker: Broker, context: ssl.SSLContext) -> bytes:
-    """The certificate that the broker shows now."""
+    """The certificate that the broker presents now."""
     _, writer = await asyncio.open_connection(broker.host, broker.port, ssl=context)
     connection: ssl.SSLObject = writer.get_extra_info("ssl_object")
     shown = connection.getpeercert(binary_form=True)
@@ -98,19 +98,19 @@ async def shown(broker: Broker, context: ssl.SSLContext) -> bytes:
     return shown
 
 
-class TestWhoGetsIn:
-    async def test_whoever_trusts_the_server_where_no_client_ca_is_given(self, database: str, files: Files) -> None:
+class TestClients:
+    async def test_any_client_is_accepted_without_a_client_ca(self, database: str, files: Files) -> None:
         async with serving(database, tls=TLS(files.cert, files.key)) as broker:
             assert (await ask(broker, files.client())).startswith(b"HTTP/1.1 202 ")
             with pytest.raises(ssl.SSLCertVerificationError):
                 await ask(broker, ssl.create_default_context())
             assert [event.data_bytes for event in await broker.stored()] == [b"body"]
 
-    async def test_who_has_a_certificate_of_the_client_ca(self, broker: Broker, files: Files) -> None:
+    async def test_a_client_with_a_certificate_of_the_client_ca_is_accepted(self, broker: Broker, files: Files) -> None:
         assert (await ask(broker, files.client(known_by=files.clients))).startswith(b"HTTP/1.1 202 ")
         assert len(await broker.stored()) == 1
 
-    async def test_nobody_with_another_certificate_or_none(self, broker: Broker, files: Files) -> None:
+    async def test_a_client_without_such_a_certificate_is_refused(self, broker: Broker, files: Files) -> None:
         with Recorder() as recorder:
             for known_by in (None, trustme.CA(), files.authority):
                 assert await is_refused(broker, files.client(known_by=known_by))
@@ -118,7 +118,7 @@ class TestWhoGetsIn:
             assert "CERTIFICATE" in str(told["last"]).upper()
         assert await broker.stored() == []
 
-    async def test_one_file_may_hold_certificate_and_key(self, database: str, files: Files, tmp_path: Path) -> None:
+    async def test_certificate_and_key_may_be_in_one_file(self, database: str, files: Files, tmp_path: Path) -> None:
         both = tmp_path / "both.pem"
         both.write_bytes(files.cert.read_bytes() + files.key.read_bytes())
         async with serving(database, tls=TLS(both)) as broker:
@@ -142,21 +142,21 @@ class TestProtocol:
         weak.set_ciphers("AES256-SHA:AES128-GCM-SHA256")  # without forward secrecy
         assert await is_refused(broker, weak)
 
-    async def test_http_1_1_is_what_is_agreed_on(self, broker: Broker, files: Files) -> None:
+    async def test_alpn_agrees_on_http_1_1(self, broker: Broker, files: Files) -> None:
         context = files.client(known_by=files.clients)
         context.set_alpn_protocols(["h2", "http/1.1"])
         _, writer = await asyncio.open_connection(broker.host, broker.port, ssl=context)
         assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
         writer.close()
 
-    async def test_plain_http_is_cut_off_and_leaves_no_trace(self, broker: Broker, files: Files) -> None:
+    async def test_plain_http_is_cut_off(self, broker: Broker, files: Files) -> None:
         assert b"HTTP" not in await broker.talk(REQUEST)
         assert (await ask(broker, files.client(known_by=files.clients))).startswith(b"HTTP/1.1 202 ")
 
-    async def test_who_sends_no_more_is_cut_off_and_leaves_no_trace(
+    async def test_a_half_closed_connection_is_cut_off_without_a_warning(
         self, broker: Broker, files: Files, commits: Commits, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Unlike without TLS: a loop keeps no such connection, and would warn of each that it is asked to keep."""
+        """Unlike plain HTTP: the event loop cannot keep such a connection, and warns if it is asked to."""
         plain = socket.create_connection((broker.host, broker.port), timeout=10)
         context = files.client(known_by=files.clients)
         connection = await asyncio.to_thread(context.wrap_socket, plain, server_hostname=broker.host)
@@ -172,7 +172,7 @@ class TestProtocol:
         (await ending).close()
         assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
-    async def test_a_large_event_in_one_connection_after_another(self, broker: Broker, files: Files) -> None:
+    async def test_large_events_arrive_over_several_connections(self, broker: Broker, files: Files) -> None:
         body = b"x" * 1_000_000
         request = REQUEST.replace(b"Content-Length: 4", b"Content-Length: 1000000")[:-4] + body
         context = files.client(known_by=files.clients)
@@ -182,7 +182,7 @@ class TestProtocol:
 
 
 class TestSlowClients:
-    async def test_a_handshake_that_does_not_end_is_ended_and_holds_up_nobody(
+    async def test_an_unfinished_handshake_times_out_and_delays_no_other_client(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(limits, "HANDSHAKE", 2.0)
@@ -202,24 +202,24 @@ class TestSlowClients:
                 assert await reader.read() == b""
                 writer.close()
 
-    async def test_handshakes_count_among_the_connections(self, broker: Broker, files: Files) -> None:
+    async def test_handshakes_count_as_connections(self, broker: Broker, files: Files) -> None:
         broker.listener.state.places.total = 6
         with Recorder() as recorder:
             silent = [await asyncio.open_connection(broker.host, broker.port) for _ in range(3)]
             assert await is_refused(broker, files.client(known_by=files.clients))
             refused = await recorder.wait("connections refused")
-        assert (refused["connected"], refused["limit"]) == (3, 6)  # a half: its address has no more
+        assert (refused["connected"], refused["limit"]) == (3, 6)  # one address gets a half
         for _, writer in silent:
             writer.close()
 
-    async def test_a_request_has_to_arrive_in_time_over_tls_too(
+    async def test_a_request_over_tls_must_arrive_in_time(
         self, broker: Broker, files: Files, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(limits, "PATIENCE", 0.5)
         answer = await ask(broker, files.client(known_by=files.clients), REQUEST[:-1])
         assert answer.startswith(b"HTTP/1.1 408 ")
 
-    async def test_stopping_does_not_wait_for_handshakes(self, database: str, files: Files) -> None:
+    async def test_draining_does_not_wait_for_handshakes(self, database: str, files: Files) -> None:
         async with serving(database, tls=TLS(files.cert, files.key)) as broker:
             _, writer = await asyncio.open_connection(broker.host, broker.port)
             writer.write(first_hello()[:10])
@@ -237,7 +237,7 @@ def first_hello() -> bytes:
 
 
 class TestRenewal:
-    async def test_new_connections_get_the_new_certificate_and_old_ones_go_on(
+    async def test_new_connections_get_a_renewed_certificate_and_old_ones_go_on(
         self, database: str, files: Files
     ) -> None:
         tls = TLS(files.cert, files.key, files.client_ca)
@@ -256,7 +256,7 @@ class TestRenewal:
             assert (await reader.read()).startswith(b"HTTP/1.1 202 ")
             writer.close()
 
-    async def test_another_client_ca_counts_from_then_on(self, database: str, files: Files) -> None:
+    async def test_a_changed_client_ca_counts_from_the_reload_on(self, database: str, files: Files) -> None:
         tls = TLS(files.cert, files.key, files.client_ca)
         async with serving(database, tls=tls) as broker:
             successor = trustme.CA()
@@ -265,7 +265,7 @@ class TestRenewal:
             assert (await ask(broker, files.client(known_by=successor))).startswith(b"HTTP/1.1 202 ")
             assert await is_refused(broker, files.client(known_by=files.clients))
 
-    async def test_a_mistake_changes_nothing_and_is_told(self, database: str, files: Files) -> None:
+    async def test_an_invalid_file_changes_nothing_and_is_logged(self, database: str, files: Files) -> None:
         tls = TLS(files.cert, files.key)
         async with serving(database, tls=tls) as broker:
             before = await shown(broker, files.client())
@@ -277,10 +277,10 @@ class TestRenewal:
             assert await shown(broker, files.client()) == before
 
 
-class TestMistakes:
+class TestInvalidFiles:
     """Each is one clear line, before anything is bound."""
 
-    def test_a_file_that_is_not_there(self, files: Files, tmp_path: Path) -> None:
+    def test_a_missing_file(self, files: Files, tmp_path: Path) -> None:
         nowhere = tmp_path / "nowhere"
         for arguments in ((nowhere, files.key), (files.cert, nowhere), (files.cert, files.key, nowhere)):
             with pytest.raises(ConfigError, match=r"nowhere cannot be read: No such file or directory\."):
@@ -288,7 +288,7 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
             TLS(tmp_path, files.key)
 
-    def test_a_file_that_holds_something_else(self, files: Files, tmp_path: Path) -> None:
+    def test_a_file_with_other_contents(self, files: Files, tmp_path: Path) -> None:
         other = tmp_path / "other"
         for content in (b"", b"other", b"\x00\xff" * 1000):
             other.write_bytes(content)
@@ -301,14 +301,14 @@ class TestMistakes:
             with pytest.raises(ConfigError, match=r"PEM form( \([A-Z_ ]+\))?\.$"):
                 TLS(other, files.key)
 
-    def test_a_key_that_is_missing_or_belongs_to_another_certificate(self, files: Files) -> None:
+    def test_a_key_that_is_missing_or_does_not_match(self, files: Files) -> None:
         with pytest.raises(ConfigError, match=r"tls\.crt has no private key\. Give one with --tls-key\."):
             TLS(files.cert)
         files.authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(files.key)
         with pytest.raises(ConfigError, match=r"tls\.key does not match the first certificate in .*tls\.crt"):
             TLS(files.cert, files.key)
 
-    def test_a_key_that_is_encrypted_is_not_asked_for_at_the_terminal(self, files: Files, tmp_path: Path) -> None:
+    def test_an_encrypted_key_is_refused_without_asking_for_its_password(self, files: Files, tmp_path: Path) -> None:
         locked = tmp_path / "locked.key"
         encrypt = ["openssl", "pkey", "-in", str(files.key), "-aes256", "-passout", "pass:secret", "-out", str(locked)]
         subprocess.run(encrypt, check=True)
@@ -316,7 +316,7 @@ class TestMistakes:
             TLS(files.cert, locked)
 
 
-async def test_a_connection_that_dies_in_its_handshake_is_forgotten(broker: Broker, files: Files) -> None:
+async def test_a_connection_reset_in_its_handshake_is_forgotten(broker: Broker, files: Files) -> None:
     for _ in range(10):
         connection = socket.create_connection((broker.host, broker.port))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")

@@ -1,4 +1,4 @@
-"""What the broker's log looks like, and what cannot be done to it."""
+"""The format of log lines, and that no event, client or target can break it."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Literal
 
 import pytest
 
@@ -25,7 +24,7 @@ HOSTILE = 'x\n2026-01-01T00:00:00Z [error    ] forged\r\x1b[2J\x1b]0;t\x07\u2028
 
 @pytest.fixture
 def log(request: pytest.FixtureRequest) -> Iterator[Lines]:
-    """The lines that come out in the format of the test's parameter."""
+    """The lines logged so far, in the format of the test's parameter."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logs.formatter(request.param))
@@ -79,14 +78,14 @@ def test_no_text_makes_a_long_line(log: Lines) -> None:
 
 @in_json
 class TestJson:
-    def test_what_was_cut_says_how_long_it_was(self, log: Lines) -> None:
+    def test_cut_texts_and_lists_say_how_long_they_were(self, log: Lines) -> None:
         facts.emit("failed", error="x" * 1001, events=["x"] * 21, details={str(n): "x" for n in range(21)})
         said = json.loads(log()[0])
         assert said["error"] == "x" * 1000 + "… (1001 characters)"
         assert said["events"] == ["x"] * 20 + ["… (21 items)"]
         assert said["details"] == {str(n): "x" for n in range(20)} | {"…": "21 items"}
 
-    def test_a_password_is_not_shown_because_its_text_was_cut(self, log: Lines) -> None:
+    def test_a_password_at_the_cut_is_not_shown(self, log: Lines) -> None:
         facts.emit("failed", error="x" * 980 + " postgresql://me:secret-secret-secret-secret@db/x")
         assert "secret" not in log()[0]
 
@@ -110,7 +109,7 @@ class TestJson:
         assert said.endswith("Z")
         assert len(said) == len("2026-01-01T00:00:00.000000Z")
 
-    def test_libraries_records_come_out_alike(self, log: Lines) -> None:
+    def test_records_of_libraries_have_the_same_fields(self, log: Lines) -> None:
         logging.getLogger("aiohttp.client").warning("%s is %d", "this", 7)
         said = json.loads(log()[0])
         assert (said["event"], said["logger"], said["level"]) == ("this is 7", "aiohttp.client", "warning")
@@ -124,7 +123,7 @@ class TestJson:
         assert said["exception"]["message"] == "'missing'"
         assert said["exception"]["stacktrace"].startswith("Traceback (most recent call last):\n")
 
-    def test_whatever_fields_are_they_are_written(self, log: Lines) -> None:
+    def test_fields_of_any_type_are_written(self, log: Lines) -> None:
         class Odd:
             def __str__(self) -> str:
                 raise RuntimeError("no")
@@ -139,7 +138,7 @@ class TestJson:
         assert said["listed"] == [1, "(Odd that cannot be shown)", {"a": [2]}]
         assert (said["none"], said["yes"], said["large"]) == (None, True, 2**80)
 
-    def test_a_field_cannot_pose_as_something_else(self, log: Lines) -> None:
+    def test_a_field_cannot_replace_the_record_itself(self, log: Lines) -> None:
         facts.emit("true", timestamp="never", event="false", exception="none", logger="root", process=1, _record="x")
         said = json.loads(log()[0])
         assert said["event"] == "true"
@@ -148,7 +147,7 @@ class TestJson:
         assert said["process"] == os.getpid()
         assert "exception" not in said
 
-    def test_what_a_stranger_writes_stays_in_its_value(self, log: Lines) -> None:
+    def test_hostile_text_stays_in_its_value(self, log: Lines) -> None:
         facts.emit("dispatch failed", event_id=HOSTILE)
         logging.getLogger("aiohttp").error("It said %s", HOSTILE)
         first, second = log()
@@ -167,7 +166,7 @@ class TestConsole:
         assert line.endswith(" subscription=billing error='no answer' delay=0.3")
         assert "\x1b" not in line
 
-    def test_libraries_records_name_their_logger(self, log: Lines) -> None:
+    def test_records_of_libraries_name_their_logger(self, log: Lines) -> None:
         logging.getLogger("aiohttp.client").warning("%s is %d", "this", 7)
         assert "this is 7" in log()[0]
         assert "[aiohttp.client]" in log()[0]
@@ -180,14 +179,14 @@ class TestConsole:
         assert all(line.startswith("    ") for line in rest)
         assert all(line.isprintable() for line in rest)
 
-    def test_what_a_stranger_writes_stays_in_its_line(self, log: Lines) -> None:
+    def test_hostile_text_stays_in_its_line(self, log: Lines) -> None:
         facts.emit("dispatch failed", event_id=HOSTILE, details={HOSTILE: HOSTILE}, many=[HOSTILE])
         logging.getLogger("aiohttp").error("It said %s", HOSTILE)
         lines = log()
         assert len(lines) == 2
         assert all(line.isprintable() for line in lines)
 
-    def test_an_id_cannot_pose_as_another_field(self, log: Lines) -> None:
+    def test_an_id_cannot_look_like_another_field(self, log: Lines) -> None:
         facts.emit("dispatch failed", event_id="7 attempt=9", attempt=1)
         assert log()[0].endswith("event_id='7 attempt=9' attempt=1")
 
@@ -223,7 +222,7 @@ def run(program: str, stderr: int = subprocess.PIPE, **environment: str) -> subp
 
 
 class TestConfigure:
-    def test_below_its_level_nothing_is_shown_and_of_libraries_only_warnings(self) -> None:
+    def test_records_below_the_level_and_infos_of_libraries_are_hidden(self) -> None:
         done = run(
             "logs.configure('json', 'info')\n"
             "facts.emit('shown'); facts.emit('hidden', level=logging.DEBUG)\n"
@@ -235,7 +234,7 @@ class TestConfigure:
         assert lines[2]["logger"] == "py.warnings"
         assert "hidden" not in done.stderr
 
-    def test_again_it_starts_anew(self) -> None:
+    def test_a_second_call_replaces_the_first(self) -> None:
         done = run("logs.configure('json', 'debug'); logs.configure('console', 'error')\nfacts.emit('no')\n"
                    "facts.emit('yes', level=logging.ERROR)\n")  # fmt: skip
         [line] = done.stderr.splitlines()
@@ -246,7 +245,7 @@ class TestConfigure:
         with pytest.raises(ValueError, match="expected debug, info, warning or error"):
             logs.configure("json", level)
 
-    def test_what_fails_for_every_event_is_told_a_few_times_a_second(self) -> None:
+    def test_a_text_is_logged_ten_times_a_second_for_each_trigger(self) -> None:
         done = run(
             "second, factory = 1.0, logging.getLogRecordFactory()\n"
             "def made(*args, **options):\n"
@@ -272,13 +271,13 @@ class TestConfigure:
         assert len([text for text in told if text.startswith("odd ")]) == 10
         assert told.count("lease claimed") == 100
 
-    def test_texts_that_are_always_new_are_not_remembered_for_ever(self) -> None:
+    def test_old_texts_are_forgotten(self) -> None:
         flood = logs._Flood()
         for number in range(5000):
             assert flood.filter(logging.makeLogRecord({"msg": f"text {number}", "created": float(number)}))
         assert len(flood._seen) <= 1001
 
-    def test_a_bad_second_of_very_many_triggers_is_limited_for_each(self) -> None:
+    def test_the_limit_holds_for_each_of_very_many_triggers(self) -> None:
         flood = logs._Flood()
 
         def shown(second: float) -> list[logging.LogRecord]:
@@ -294,13 +293,13 @@ class TestConfigure:
         assert len(again) == 15_000
         assert all(vars(record)["fields"]["not_shown"] == 2 for record in again[:1500])
 
-    def test_debug_tells_everything(self) -> None:
+    def test_debug_drops_nothing(self) -> None:
         done = run(
             "logs.configure('json', 'debug')\nfor n in range(100): facts.emit('event buried', event_id=str(n))\n"
         )
         assert len(done.stderr.splitlines()) == 100
 
-    def test_a_log_that_nobody_reads_stops_nobody(self) -> None:
+    def test_a_broken_pipe_stops_nothing(self) -> None:
         reading, writing = os.pipe()
         os.close(reading)
         try:
@@ -314,22 +313,21 @@ class TestConfigure:
             os.close(writing)
         assert done.stdout == "alive\n"
 
-    @pytest.mark.parametrize("format_", ["json", "console"])
-    def test_a_log_that_is_closed_stops_nobody(self, format_: Literal["json", "console"]) -> None:
+    @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/null", "2>/dev/full"])
+    def test_a_closed_or_full_log_stops_nothing(self, redirect: str) -> None:
         code = (
-            "from pgbackend import facts; from pgbackend.serve.operations import logs\n"
-            f"logs.configure('{format_}', 'info'); facts.emit('told')\n"
-            "import sys; sys.stderr and sys.stderr.close(); facts.emit('told'); print('alive')"
+            "import sys; from pgbackend import facts; from pgbackend.serve.operations import logs\n"
+            "for format_ in ('json', 'console'): logs.configure(format_, 'info'); facts.emit('logged')\n"
+            "sys.stderr and sys.stderr.close(); facts.emit('logged'); print('alive')"
         )
-        for redirect in ("2>&-", "2>/dev/null", "2>/dev/full"):
-            done = subprocess.run(
-                ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code],
-                stdout=subprocess.PIPE, text=True, check=False, timeout=60,
-            )  # fmt: skip
-            assert done.stdout == "alive\n", redirect
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code],
+            stdout=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.stdout == "alive\n"
 
     @pytest.mark.parametrize(("no_color", "colourful"), [("", True), ("1", False)])
-    def test_colours_are_for_terminals_only(self, no_color: str, colourful: bool) -> None:
+    def test_only_terminals_get_colours(self, no_color: str, colourful: bool) -> None:
         ours, theirs = pty.openpty()
         try:
             run(

@@ -1,4 +1,4 @@
-"""What Prometheus reads: names and formats, bounded labels, and the sums of several processes."""
+"""The text that Prometheus reads: names, formats, bounded labels, and the sums of several processes."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ async def scrape(metrics: Metrics) -> dict[str, Metric]:
 
 
 async def value(metrics: Metrics, sample: str, **labels: str) -> float | None:
-    """The sum of the samples of that name which have these labels; None when there is none."""
+    """The sum of the samples with this name and these labels; None if there are none."""
     found = [
         one.value
         for family in (await scrape(metrics)).values()
@@ -75,7 +75,7 @@ class TestCounting:
         assert await value(metrics, f"{name}_bucket", le="0.0025") == 0
         assert await value(metrics, f"{name}_bucket", le="0.25") == 2
 
-    async def test_a_duration_on_a_bound_is_in_its_bucket_and_one_beyond_all_is_counted(self, metrics: Metrics) -> None:
+    async def test_bucket_bounds_are_inclusive_and_the_last_bucket_has_none(self, metrics: Metrics) -> None:
         metrics.ingested(1, 0.005)
         metrics.ingested(1, 1e6)
         name = "messaging_client_operation_duration_seconds_bucket"
@@ -83,7 +83,7 @@ class TestCounting:
         assert await value(metrics, name, le="300.0") == 1
         assert await value(metrics, name, le="+Inf") == 2
 
-    async def test_attempts_are_counted_by_trigger_and_how_they_ended(self, metrics: Metrics) -> None:
+    async def test_attempts_are_counted_by_trigger_and_outcome(self, metrics: Metrics) -> None:
         billing, audit = metrics.trigger("billing"), metrics.trigger("audit")
         billing.delivered(0.02)
         billing.failed(0.5, 503)
@@ -103,7 +103,7 @@ class TestCounting:
         assert await value(metrics, "pgbackend_reply_events_total", **{TRIGGER: "billing"}) == 2
         assert await value(metrics, "pgbackend_ingest_refused_requests_total", http_response_status_code="413") == 2
 
-    def test_a_trigger_is_one_object(self, metrics: Metrics) -> None:
+    def test_a_trigger_has_one_metrics_object(self, metrics: Metrics) -> None:
         assert metrics.trigger("billing") is metrics.trigger("billing")
 
     async def test_a_trigger_begins_with_zeros(self, metrics: Metrics) -> None:
@@ -111,7 +111,7 @@ class TestCounting:
         for name in ("messaging_client_consumed_messages_total", "pgbackend_retries_scheduled_total"):
             assert await value(metrics, name, **{TRIGGER: "billing"}) == 0
 
-    async def test_a_trigger_that_is_gone_is_not_shown(self, metrics: Metrics) -> None:
+    async def test_a_forgotten_trigger_is_not_shown(self, metrics: Metrics) -> None:
         metrics.trigger("billing").delivered(0.1)
         metrics.trigger("audit").failed(0.1, 500)
         metrics.forget("billing")
@@ -119,7 +119,7 @@ class TestCounting:
         assert b"billing" not in text
         assert b"audit" in text
 
-    async def test_two_brokers_of_one_process_count_apart(self, metrics: Metrics) -> None:
+    async def test_two_brokers_in_one_process_count_separately(self, metrics: Metrics) -> None:
         metrics.ingested(1, 0.1)
         assert await value(Metrics(), "messaging_client_sent_messages_total") == 0
 
@@ -135,9 +135,7 @@ class TestFacts:
             ("subscription paused", "pgbackend_subscription_paused", {}),
         ],
     )
-    async def test_what_facts_say_is_counted(
-        self, fact: str, sample: str, labels: dict[str, str], metrics: Metrics
-    ) -> None:
+    async def test_facts_change_metrics(self, fact: str, sample: str, labels: dict[str, str], metrics: Metrics) -> None:
         metrics.trigger("audit")
         facts.emit(fact, level=logging.DEBUG, subscription="billing")
         assert await value(metrics, sample, **labels, **{TRIGGER: "billing"}) == 1
@@ -153,18 +151,20 @@ class TestFacts:
             ("subscription paused", "pgbackend_subscription_paused", "lease released"),
         ],
     )
-    async def test_a_trouble_ends(self, trouble: str, sample: str, end: str, metrics: Metrics) -> None:
+    async def test_down_and_paused_end_with_their_facts(
+        self, trouble: str, sample: str, end: str, metrics: Metrics
+    ) -> None:
         facts.emit(trouble, level=logging.DEBUG, subscription="billing")
         facts.emit(end, level=logging.DEBUG, subscription="billing")
         assert await value(metrics, sample, **{TRIGGER: "billing"}) == 0
 
-    def test_each_fact_that_is_listened_for_is_told_somewhere(self) -> None:
+    def test_each_fact_that_changes_a_metric_is_emitted_somewhere(self) -> None:
         sources = "".join(file.read_text() for file in Path(pgbackend.__file__).parent.rglob("*.py"))
         for fact in (*CHANGES, "trigger added"):
             # Here, and where it is emitted.
             assert sources.count(f'"{fact}"') >= 2, fact
 
-    async def test_reloads_are_counted_and_the_last_one_is_known(self, metrics: Metrics) -> None:
+    async def test_reloads_are_counted_and_the_last_one_is_shown(self, metrics: Metrics) -> None:
         when = "pgbackend_config_last_reload_success_timestamp_seconds"
         began = await value(metrics, when)
         assert began
@@ -181,7 +181,7 @@ class TestFacts:
         facts.emit("trigger added", level=logging.DEBUG, trigger="archive")
         assert await value(metrics, "messaging_client_consumed_messages_total", **{TRIGGER: "archive"}) == 0
 
-    async def test_facts_are_not_heard_before_and_after(self) -> None:
+    async def test_facts_count_only_while_metrics_are_open(self) -> None:
         metrics = Metrics()
         facts.emit("event buried", level=logging.DEBUG, subscription="billing")
         with metrics:
@@ -190,8 +190,8 @@ class TestFacts:
         assert await value(metrics, "pgbackend_dead_lettered_events_total") is None
 
 
-class TestStrangers:
-    async def test_whatever_targets_answer_labels_are_bounded(self, metrics: Metrics) -> None:
+class TestLabels:
+    async def test_labels_are_bounded_whatever_targets_answer(self, metrics: Metrics) -> None:
         billing = metrics.trigger("billing")
         for status in [*range(-5, 1200), 10**9]:
             billing.failed(0.1, status)
@@ -232,7 +232,9 @@ class TestExposition:
             ("application/openmetrics-text; q=0.5, text/plain; q=0.9", "text/plain; version=0.0.4"),
         ],
     )
-    async def test_the_format_is_what_was_asked_for(self, accept: str | None, expected: str, metrics: Metrics) -> None:
+    async def test_the_accept_header_decides_the_format(
+        self, accept: str | None, expected: str, metrics: Metrics
+    ) -> None:
         metrics.trigger("billing").delivered(0.1)
         body, content_type = await metrics.exposition(accept)
         assert content_type.startswith(expected)
@@ -256,7 +258,7 @@ class TestExposition:
                 assert family.type != "counter" or sample.name == f"{family.name}_total"
                 assert all(re.fullmatch("[a-z][a-z0-9_]*", label) for label in sample.labels)
 
-    async def test_what_is_documented_is_what_there_is(self, database: str) -> None:
+    async def test_docs_list_exactly_the_metrics_that_exist(self, database: str) -> None:
         families = await everything(database)
         said = {}
         for line in DOCUMENTED.read_text().splitlines():
@@ -272,7 +274,7 @@ class TestExposition:
         }
         assert said == there
 
-    async def test_what_examples_ask_for_is_there(self, database: str) -> None:
+    async def test_examples_in_the_docs_use_existing_metrics(self, database: str) -> None:
         documented = DOCUMENTED.read_text()
         names = {sample.name for family in (await everything(database)).values() for sample in family.samples}
         examples = "".join(re.findall(r"```(?:yaml|promql)\n(.*?)```", documented, re.DOTALL))
@@ -285,7 +287,7 @@ class TestExposition:
 
 
 async def everything(database: str) -> dict[str, Metric]:
-    """Every family that there can be."""
+    """Every metric family."""
     async with Backend(database) as backend:
         await backend.subscribe("billing", lambda event: None)
         with Metrics(backend) as metrics:
@@ -296,7 +298,7 @@ async def everything(database: str) -> dict[str, Metric]:
 
 
 class TestTheLog:
-    async def test_the_log_tells_where_each_subscription_stands(self, database: str) -> None:
+    async def test_lag_and_head_come_from_the_log(self, database: str) -> None:
         async with Backend(database) as backend:
             with Metrics(backend) as metrics:
                 metrics.trigger("billing")
@@ -337,7 +339,7 @@ class TestTheLog:
                 await asyncio.gather(*(metrics.exposition(None) for _ in range(20)))
             assert asked == 1
 
-    async def test_a_scraper_that_hangs_up_does_not_take_the_answer_from_the_others(self, database: str) -> None:
+    async def test_a_cancelled_scrape_leaves_the_answer_to_others(self, database: str) -> None:
         async with Backend(database) as backend:
             with Metrics(backend) as metrics:
                 first = asyncio.create_task(metrics.exposition(None))
@@ -348,7 +350,7 @@ class TestTheLog:
                 assert first.cancelled()
                 assert b"pgbackend_postgresql_up 1.0" in text
 
-    async def test_without_postgresql_the_process_answers_for_itself(self, database: str) -> None:
+    async def test_own_counts_are_shown_without_postgresql(self, database: str) -> None:
         async with Proxy(database) as proxy, Backend(proxy.dsn) as backend:
             with Metrics(backend) as metrics:
                 metrics.ingested(1, 0.1)
@@ -365,14 +367,14 @@ class TestTheLog:
 
                 await eventually("PostgreSQL is up", up)
 
-    async def test_of_a_backend_that_is_stopped_nothing_is_asked(self, database: str) -> None:
+    async def test_a_backend_that_is_not_running_counts_as_down(self, database: str) -> None:
         backend = Backend(database)
         with Metrics(backend) as metrics:
             assert await value(metrics, "pgbackend_postgresql_up") == 0
 
 
-class TestOfABroker:
-    async def test_what_a_broker_does_is_seen_at_its_metrics(self, database: str, target: Target) -> None:
+class TestBroker:
+    async def test_a_broker_shows_what_it_did(self, database: str, target: Target) -> None:
         answers = iter([204, 503, 204, 400])
         target.answer = lambda request: web.Response(status=next(answers))
         options = {"backoffDelay": "PT0.01S", "retry": 2}
@@ -403,7 +405,7 @@ class TestOfABroker:
         assert samples["pgbackend_dead_lettered_events_total", "table"] == 1
         assert samples["pgbackend_ingest_refused_requests_total", ""] == 1
 
-    async def test_nothing_that_a_client_sends_becomes_a_series(self, database: str) -> None:
+    async def test_no_text_of_a_client_becomes_a_series(self, database: str) -> None:
         with Metrics() as metrics:
             async with serving(database, metrics=metrics) as broker:
 
@@ -428,7 +430,7 @@ class TestOfABroker:
 
 
 class Process:
-    """A process that counts what it is told to, and shows what it would answer."""
+    """A process whose metrics the test controls."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -478,7 +480,7 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def process(directory: Path) -> AsyncIterator[Process]:
-    """One of several that share the directory."""
+    """One of several processes that share the directory."""
     running = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -513,7 +515,7 @@ class TestSeveralProcesses:
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
         return tmp_path
 
-    async def test_any_process_answers_for_all(self, directory: Path) -> None:
+    async def test_any_process_shows_the_sums_of_all(self, directory: Path) -> None:
         async with process(directory) as one, process(directory) as other:
             await one.do("metrics.ingested(3, 0.1)")
             await other.do("metrics.ingested(4, 0.1)")
@@ -561,10 +563,10 @@ class TestSeveralProcesses:
             assert shown[DOWN] == 0
             assert len(list(directory.glob("counter_*.db"))) == 2
 
-    async def test_counts_that_are_being_moved_are_not_seen_twice(
+    async def test_a_scrape_during_a_merge_counts_nothing_twice(
         self, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nor would Prometheus forgive it: a count that falls looks like a restart, and is added as a whole again."""
+        """To Prometheus, a counter that falls looks like a restart, and its whole value is added again."""
         async with process(directory) as staying, process(directory) as going:
             await going.do("metrics.ingested(10, 0.1)")
             await going.end()
@@ -581,13 +583,13 @@ class TestSeveralProcesses:
             moving = asyncio.create_task(asyncio.to_thread(merge_ended, going.process.pid))
             await asyncio.to_thread(copied.wait, 60)
             looking = asyncio.create_task(staying.samples())
-            # As long as it may take who does not wait for the other.
+            # Long enough for a scrape that does not wait for the merge.
             await asyncio.wait({looking}, timeout=0.5)
             go_on.set()
             assert (await looking)[SENT] == 10
             await moving
 
-    async def test_a_trigger_that_is_gone_is_not_shown(self, directory: Path) -> None:
+    async def test_a_trigger_that_one_process_forgot_is_not_shown_by_it(self, directory: Path) -> None:
         async with process(directory) as one, process(directory) as other:
             await one.do("metrics.trigger('audit').delivered(0.1)")
             await one.do("(await metrics.exposition(None))[1]")

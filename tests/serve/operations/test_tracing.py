@@ -1,4 +1,4 @@
-"""One trace from a client's request through the log to the target, and everything else without it."""
+"""One trace from a client's request through the log to the target; and a broker without traces."""
 
 import asyncio
 import json
@@ -95,7 +95,7 @@ class Collector:
 
 @pytest.fixture
 async def collector(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
-    """A collector, and an environment that asks for traces to be sent there."""
+    """A collector to which the environment sends traces."""
     running = Collector()
     application = web.Application(client_max_size=1 << 26)
     application.router.add_post("/{path:.*}", running._take)
@@ -169,7 +169,7 @@ class TestThroughTheLog:
         assert not commit.failed
         assert not attempt.failed
 
-    async def test_an_event_keeps_the_context_that_it_brings(
+    async def test_an_event_keeps_its_own_context(
         self, sent: Sending, database: str, target: Target, collector: Collector
     ) -> None:
         brought = {"traceparent": OTHER, "tracestate": "its=own"}
@@ -189,7 +189,7 @@ class TestThroughTheLog:
         assert request.header("tracestate") == "its=own"
         assert request.event().attributes_text.items() >= brought.items()
 
-    async def test_without_a_header_the_events_own_context_is_the_parent(
+    async def test_the_context_of_an_event_is_the_parent_without_a_header(
         self, sent: Sending, database: str, target: Target, collector: Collector
     ) -> None:
         async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
@@ -198,7 +198,7 @@ class TestThroughTheLog:
             [commit] = await collector.wait("send")
         assert (commit.trace, commit.parent) == (OTHER[3:35], OTHER[36:52])
 
-    async def test_a_trace_begins_here_where_there_is_none(
+    async def test_an_event_without_a_trace_starts_one(
         self, sent: Sending, database: str, target: Target, collector: Collector
     ) -> None:
         async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
@@ -211,7 +211,7 @@ class TestThroughTheLog:
         assert attempt.trace == commit.trace
 
     @pytest.mark.parametrize("nonsense", NONSENSE)
-    async def test_a_context_that_is_none_is_kept_and_not_believed(
+    async def test_a_malformed_context_is_kept_and_ignored(
         self, nonsense: str, sent: Sending, database: str, target: Target, collector: Collector
     ) -> None:
         async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
@@ -243,7 +243,7 @@ class TestSpans:
         parents = {attempt.attributes["messaging.message.id"]: attempt.parent for attempt in attempts}
         assert parents == {"1": commit.id, "2": OTHER[36:52], "3": commit.id}
 
-    async def test_spans_say_what_the_conventions_ask_for(
+    async def test_spans_have_the_attributes_of_the_conventions(
         self, database: str, target: Target, collector: Collector
     ) -> None:
         async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
@@ -274,7 +274,7 @@ class TestSpans:
             "http.response.status_code": 204,
         }  # fmt: skip
 
-    async def test_each_attempt_is_a_span_and_says_why_it_failed(
+    async def test_each_attempt_is_a_span_with_the_reason_of_its_failure(
         self, database: str, target: Target, collector: Collector
     ) -> None:
         answers = iter([503, 400])
@@ -296,7 +296,7 @@ class TestSpans:
             assert attempt.attributes["messaging.pgbackend.message.delivery_attempt"] == number
             assert str(status) in attempt.exceptions[0]["exception.message"]
 
-    async def test_a_reply_goes_on_with_the_trace(self, database: str, target: Target, collector: Collector) -> None:
+    async def test_a_reply_continues_the_trace(self, database: str, target: Target, collector: Collector) -> None:
         def answer(request: Request) -> web.Response:
             if request.event().id != "7":
                 return web.Response(status=204)
@@ -337,7 +337,7 @@ class TestSpans:
         assert attempt.attributes["error.type"] == "TargetError"
         assert "http.response.status_code" not in attempt.attributes
 
-    async def test_secrets_of_a_target_are_in_no_span(
+    async def test_no_span_has_the_secrets_of_a_target(
         self, database: str, target: Target, collector: Collector
     ) -> None:
         target.answer = lambda request: web.Response(status=400)
@@ -348,7 +348,7 @@ class TestSpans:
             [attempt] = await collector.wait("process")
         assert "hunter2" not in repr(vars(attempt))
 
-    async def test_what_the_sampler_leaves_out_still_goes_through(
+    async def test_an_event_that_is_not_sampled_keeps_its_trace(
         self, database: str, target: Target, collector: Collector
     ) -> None:
         async with traces() as traced, serving(database, config=config(target), tracing=traced) as broker:
@@ -359,14 +359,16 @@ class TestSpans:
         assert header.endswith("-00")
         assert collector.spans == []
 
-    async def test_a_refused_request_makes_no_event_and_no_span(self, database: str, collector: Collector) -> None:
+    async def test_a_refused_request_makes_no_span(self, database: str, collector: Collector) -> None:
         async with traces() as traced, serving(database, tracing=traced) as broker:
             assert (await broker.send({**HEADERS, "ce-id": "", "traceparent": PARENT})).status == 400
             assert (await broker.send(HEADERS)).status == 202
             [commit] = await collector.wait("send")
         assert commit.trace != TRACE
 
-    async def test_a_large_event_is_taken_as_it_is(self, database: str, collector: Collector) -> None:
+    async def test_an_event_at_the_size_limit_is_stored_without_a_context(
+        self, database: str, collector: Collector
+    ) -> None:
         """Its `traceparent` would be too much for the log."""
         data = b"x" * ((1 << 20) - 40)
         async with traces() as traced, serving(database, tracing=traced) as broker:
@@ -376,7 +378,9 @@ class TestSpans:
         assert stored.attribute("traceparent") is None
         assert stored.data_bytes == data
 
-    async def test_an_event_with_large_attributes_is_taken_as_it_is(self, database: str, collector: Collector) -> None:
+    async def test_an_event_with_full_attributes_is_stored_without_a_context(
+        self, database: str, collector: Collector
+    ) -> None:
         subject = "x" * (ATTRIBUTES_BYTES - 80)
         async with traces() as traced, serving(database, tracing=traced) as broker:
             assert (await broker.send(STRUCTURED, envelope(subject=subject))).status == 202
@@ -399,7 +403,7 @@ class TestSpans:
         ("traceparent", "tracestate"),
         [("x" * 4000, ""), (PARENT, "x" * 9000), (PARENT, "no pair"), (PARENT, ",".join(f"a{n}=b" for n in range(40)))],
     )
-    async def test_strangers_cannot_fill_the_log(
+    async def test_malformed_contexts_are_not_logged(
         self, traceparent: str, tracestate: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         async with traces() as traced:
@@ -408,7 +412,7 @@ class TestSpans:
                 assert stored.attribute("tracestate") is None
         assert not caplog.records
 
-    async def test_of_two_headers_none_is_believed(self, collector: Collector) -> None:
+    async def test_duplicate_headers_are_ignored(self, collector: Collector) -> None:
         async with traces() as traced:
             headers = [(b"traceparent", PARENT.encode()), (b"traceparent", OTHER.encode())]
             with traced.receive([order()], headers):
@@ -416,7 +420,7 @@ class TestSpans:
             [commit] = await collector.wait("send")
         assert commit.parent == ""
 
-    async def test_a_span_that_is_current_here_is_not_the_parent(self, collector: Collector) -> None:
+    async def test_the_current_span_is_not_the_parent_of_a_request(self, collector: Collector) -> None:
         """Nor does what the broker does become part of a user's trace."""
         async with traces() as traced:
             with traced.receive([order()], []), traced.receive([order()], []):
@@ -427,7 +431,7 @@ class TestSpans:
 
 
 class TestEnvironment:
-    async def test_the_service_is_pgbackend_unless_it_is_named(
+    async def test_the_service_is_pgbackend_unless_the_environment_names_it(
         self, collector: Collector, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("pgbackend", "orders"):
@@ -450,7 +454,7 @@ class TestEnvironment:
             {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://localhost:1", "OTEL_TRACES_EXPORTER": "none"},
         ],
     )
-    def test_nobody_traces_who_was_not_asked(
+    def test_traces_are_off_unless_the_environment_asks_for_them(
         self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name, value in environment.items():
@@ -458,15 +462,13 @@ class TestEnvironment:
         assert tracing.from_environment() is None
 
     @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
-    def test_another_protocol_is_refused(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_protocols_other_than_http_are_refused(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:1")
         monkeypatch.setenv(name, "grpc")
         with pytest.raises(ConfigError, match=r"by http/protobuf, not by 'grpc'"):
             tracing.from_environment()
 
-    async def test_spans_that_ended_are_exported_when_it_shuts_down(
-        self, collector: Collector, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_shutdown_exports_ended_spans(self, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
         async with traces() as traced:
             with traced.receive([order()], []):
@@ -474,9 +476,7 @@ class TestEnvironment:
             assert collector.spans == []
         assert len(collector.spans) == 1
 
-    def test_a_collector_that_is_silent_delays_the_end_by_the_timeout_only(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_silent_collector_delays_shutdown_by_the_timeout_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
@@ -522,17 +522,17 @@ except ConfigError as error:
         )  # fmt: skip
         return done.stdout.strip()
 
-    def test_everything_else_works(self) -> None:
+    def test_the_broker_works_without_opentelemetry(self) -> None:
         assert self.run() == "None"
 
-    def test_who_asks_for_traces_is_told_what_to_install(self) -> None:
+    def test_asking_for_traces_names_the_missing_package(self) -> None:
         said = self.run(OTEL_EXPORTER_OTLP_ENDPOINT="http://localhost:4318")
         assert said == (
             "OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, but a package is missing (No module named "
             "'opentelemetry'). Install `pgbackend[otel]`, or set OTEL_SDK_DISABLED=true."
         )
 
-    def test_nothing_of_it_is_imported_where_nobody_asked(self) -> None:
+    def test_opentelemetry_is_not_imported_unless_asked_for(self) -> None:
         program = (
             "import sys; from pgbackend.serve import app; from pgbackend.serve.operations import tracing\n"
             "assert tracing.from_environment() is None\n"
