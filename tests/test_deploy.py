@@ -1,4 +1,4 @@
-"""What deploy/ says fits what the command line knows. There is no container engine and no systemd to try it with."""
+"""The files in deploy/ fit the command line. They run in neither containers nor systemd here."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_the_image_copies_files_that_exist_and_that_docker_may_see() -> None:
     copied = [source for line in _instructions("COPY") if "--from" not in line for source in line.split()[:-1]]
     assert sorted(copied) == sorted(allowed)
     assert all((ROOT / source).exists() for source in copied)
-    # All that pyproject.toml needs for the wheel.
+    # The files that pyproject.toml needs for the wheel.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = [*wheel["packages"], *wheel["force-include"], project["project"]["readme"], "pyproject.toml"]
@@ -89,7 +89,7 @@ def test_the_health_check_asks_the_right_port() -> None:
     assert (program, flag) == ("python", "-c")
     assert "/healthz" in code
     asked = []
-    link = "tcp://10.0.171.239:8080"  # as Kubernetes has it for a Service `pgbackend`
+    link = "tcp://10.0.171.239:8080"  # Kubernetes sets this for a Service called `pgbackend`
     for port, admin in ((None, None), ("9090", None), (link, None), ("9090", "9091"), (link, "9091"), ("9090", link)):
         given = {"PGBACKEND_PORT": port, "PGBACKEND_ADMIN_PORT": admin}
         environment = {name: value for name, value in given.items() if value is not None}

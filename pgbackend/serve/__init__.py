@@ -1,6 +1,11 @@
 """The broker behind `pgbackend serve`: CloudEvents over HTTP in, triggers from a file, HTTP delivery out.
 
-It is a user of `Backend` like any other and needs nothing private of it. `config` reads the file, `operations` logs,
-measures and traces, `ingest` takes events in, `egress` delivers them, `app` puts them together, and `supervisor` runs
-several broker processes. Imports go in that order.
+It uses only the public interface of `Backend`. Its parts, in the order of their imports:
+
+- `config` reads the configuration file, `options` holds the command line's options, `process` handles signals
+- `operations` logs, measures and traces
+- `ingest` accepts events, `egress` dispatches them to targets
+- `reloader` applies changed files, `announcement` tells people that the broker serves
+- `broker` starts and drains the parts of one process in order, `app` puts them together
+- `supervisor` runs several such processes
 """

@@ -1,4 +1,4 @@
-"""Targets to deliver to, and brokers in this process and in one of their own."""
+"""Targets and brokers as fixtures."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -13,7 +13,7 @@ from tests.serve.support.target import Target, listening
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The broker runs on uvloop, whose connections differ from asyncio's, so its tests do as well."""
+    """Run serve's tests on uvloop, as the broker does: its connections differ from asyncio's."""
     return {"uvloop": uvloop.new_event_loop}
 
 
@@ -31,7 +31,7 @@ async def other_target() -> AsyncIterator[Target]:
 
 @pytest.fixture
 async def broker(database: str) -> AsyncIterator[Broker]:
-    """A broker that takes events in and has no trigger."""
+    """A broker without triggers."""
     async with serving(database) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""What docs/broker.md shows is what the broker takes."""
+"""The examples in docs/broker.md are valid."""
 
 import re
 from pathlib import Path

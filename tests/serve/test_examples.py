@@ -1,4 +1,4 @@
-"""The examples run as they stand there."""
+"""The examples run."""
 
 import asyncio
 import random
@@ -38,7 +38,7 @@ def test_the_example_configuration_is_valid() -> None:
 
 
 def unasked_port() -> int:
-    """A port that is free, and that nobody gets who asks for any: the system gives those from 32,768 on."""
+    """A free port below those that the system gives to programs that ask for any (from 32,768)."""
     while True:
         port = random.randrange(20_000, 30_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):

@@ -1,1 +1,1 @@
-"""The configuration file."""
+"""Reads the configuration file and follows its changes."""

@@ -1,1 +1,1 @@
-"""CloudEvents out, over HTTP."""
+"""Dispatches events to the HTTP targets of the configuration's triggers."""

@@ -1,4 +1,4 @@
-"""The JSON Schema for editors: current, right about what the broker takes, and about what it does not."""
+"""The JSON Schema for editors is current, and agrees with the broker about valid and invalid files."""
 
 import json
 import re
@@ -23,7 +23,7 @@ VALIDATOR = Draft202012Validator(json_schema())
 
 
 class _Editor(yaml.SafeLoader):
-    """Reads YAML as editors do: numbers and booleans are such, dates are text."""
+    """Reads YAML as editors do: numbers and booleans have their types, dates are text."""
 
 
 _Editor.yaml_implicit_resolvers = {
@@ -91,7 +91,7 @@ def test_a_file_that_the_broker_accepts_is_valid_for_an_editor(text: str, monkey
     VALIDATOR.validate(seen(text))
 
 
-# What a schema cannot know: secrets, how two values belong together, doubled keys, HTTP's own names, parts of URLs.
+# A schema cannot check these: secrets, relations of two values, duplicate keys, reserved headers, parts of URLs.
 BEYOND = re.compile(
     r"NOT_SET|/not/there|/dev/zero|strict, shards: 2|start: 5, end|ingest: {password: x}|'a:b'|Order: none|x: 1, X: 2"
     r"|ce-id|Content-Length|PgBackend-Attempt|99999|02-30|a: {}, a: {}|cesql|{data: x}|retry: 5\.0"
@@ -108,7 +108,7 @@ def _readable(text: str) -> bool:
 
 
 def test_a_file_that_the_broker_refuses_is_invalid_for_an_editor() -> None:
-    # In the test, not among its parameters: reading the largest of them takes a second, for every worker of xdist.
+    # Check this here: as a filter of the parameters it would cost a second in every worker of xdist.
     texts = [text for text, _ in MISTAKES if not BEYOND.search(text) and _readable(text)]
     assert len(texts) > 30
     assert [text for text in texts if VALIDATOR.is_valid(seen(text))] == []
@@ -131,7 +131,7 @@ SHAPES = {name: section["properties"] for name, section in json_schema()["$defs"
 
 @st.composite
 def section(draw: st.DrawFn, name: str = "Configuration", depth: int = 0) -> Any:
-    """Mostly as it should be: the keys of this section, and below them what may stand there, or something else."""
+    """A mostly valid section: its own keys, with valid values or others."""
     found: dict[str, Any] = {}
     shape = SHAPES[name]
     keys = st.sampled_from(sorted(shape))

@@ -1,4 +1,4 @@
-"""What a configuration file may say, what it means, and how its mistakes are named."""
+"""The meaning of a configuration file, and the messages about its mistakes."""
 
 import os
 import textwrap
@@ -50,7 +50,7 @@ def loaded(text: str) -> Configuration:
 
 
 def trigger(body: str) -> Trigger:
-    """The only trigger of a file, of which `body` is given."""
+    """The trigger with this body."""
     return loaded(f"triggers: {{only: {{{body}}}}}").triggers["only"]
 
 
@@ -135,7 +135,7 @@ def test_keys_match_in_any_case() -> None:
 
 
 class TestFilesOfTriggerMesh:
-    """The shapes that the documentation of its brokers shows."""
+    """The files in the documentation of TriggerMesh's brokers."""
 
     def test_delivery_options_beside_the_target(self) -> None:
         only = loaded("""
@@ -357,7 +357,7 @@ class TestSecrets:
         said += complaint("triggers: {a: {target: {url: 'http://me:hunter2@/'}}}")
         said += complaint("triggers: {a: {target: {url: 'http://me:hunter2?x@h/'}}}")
         said += complaint("ingest: {user: u, password: {hunter2: x}}")
-        # Nobody quoted what YAML has a meaning for.
+        # These secrets lack quotes, and begin with a character that YAML interprets.
         said += complaint("ingest: {user: u, password: *hunter2}")
         said += complaint("ingest: {user: u, password: !hunter2 }")
         said += complaint("ingest: {user: u, password: !hunter2!x }")
@@ -574,7 +574,7 @@ def test_an_unknown_key_gets_a_suggestion(text: str, suggested: str) -> None:
 
 
 def test_ten_thousand_mistakes_are_found_quickly() -> None:
-    """Looking through all of them for each took a minute, where a second is enough."""
+    """Finding each line by a search through the whole file would take a minute."""
     began = time.process_time()
     said = complaint("triggers:\n" + "".join(f"  t{number}: {{concurrency: x}}\n" for number in range(10_000)))
     assert time.process_time() - began < 30
@@ -605,7 +605,7 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    """What was meant is another one: a dump, a device that has no end."""
+    """It may be a dump of a database, or a device without an end."""
     large = tmp_path / "large.yaml"
     large.write_bytes(b"triggers: {}\n#" + b"x" * (8 << 20))
     for path in (large, Path("/dev/zero")):

@@ -1,4 +1,4 @@
-"""A configuration file that changes, in all the ways in which files do."""
+"""A configuration file is followed, however it changes."""
 
 import asyncio
 import os
@@ -7,7 +7,6 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from time import monotonic
 
-import aiohttp
 import pytest
 
 from pgbackend.facts import Recorder
@@ -15,8 +14,8 @@ from pgbackend.serve.config import watch
 from pgbackend.serve.config.load import load_file
 from pgbackend.serve.config.models import Configuration
 from pgbackend.serve.config.reload import ConfigurationFile
-from tests.serve.support.broker import HEADERS
-from tests.serve.support.process import running
+from tests.serve.support.mounted import Mounted
+from tests.serve.support.process import post, running
 from tests.serve.support.target import Target
 from tests.support.polling import eventually
 
@@ -28,7 +27,7 @@ def naming(*triggers: str, secret: str = "") -> str:
 
 
 class Follower:
-    """The configurations that a file yields, as they come."""
+    """Collects the configurations that a file yields."""
 
     def __init__(self, file: ConfigurationFile) -> None:
         self._file = file
@@ -95,7 +94,7 @@ async def test_a_changed_file_is_read_within_a_second(file: Path, change: object
             began = monotonic()
             assert await follower.names() == [f"t{number}"]
             took.append(monotonic() - began)
-    # Not each of them: a machine may stand still for a moment.
+    # The fastest one: a busy machine may delay some of them.
     assert min(took) < 1.5
 
 
@@ -106,39 +105,10 @@ async def test_a_change_before_the_watch_began_is_seen(file: Path) -> None:
         assert await follower.names() == ["second"]
 
 
-class Mounted:
-    """A directory as Kubernetes mounts a ConfigMap or a Secret: the files are links through `..data`."""
-
-    def __init__(self, directory: Path, **files: str) -> None:
-        directory.mkdir()
-        self.directory = directory
-        self._version = 0
-        self.swap(**files)
-        for name in files:
-            (directory / name).symlink_to(Path("..data") / name)
-
-    def swap(self, **files: str) -> None:
-        """Other contents, all at once."""
-        self._version += 1
-        version = self.directory / f"..{self._version}"
-        version.mkdir()
-        for name, text in files.items():
-            (version / name).write_text(text)
-        link = self.directory / "..data_tmp"
-        link.symlink_to(version.name)
-        old = self.directory / "..data"
-        before = old.readlink() if old.is_symlink() else None
-        link.rename(old)
-        if before is not None:
-            for file in (self.directory / before).iterdir():
-                file.unlink()
-            (self.directory / before).rmdir()
-
-
 async def test_a_swapped_link_is_followed(tmp_path: Path) -> None:
     mounted = Mounted(tmp_path / "etc", broker=naming("first"))
     took = []
-    async with following(mounted.directory / "broker") as follower:
+    async with following(mounted.path("broker")) as follower:
         for number in range(4):
             mounted.swap(broker=naming(f"t{number}"))
             began = monotonic()
@@ -148,7 +118,7 @@ async def test_a_swapped_link_is_followed(tmp_path: Path) -> None:
 
 
 async def test_every_link_on_the_way_to_the_file_is_followed(tmp_path: Path) -> None:
-    """The link itself, a directory on the way that is one, and the file at its end."""
+    """The link itself, a directory that is a link, and the file at the end."""
     for release in ("one", "two"):
         (tmp_path / "releases" / release).mkdir(parents=True)
         (tmp_path / "releases" / release / "broker.yaml").write_text(naming(release))
@@ -328,7 +298,7 @@ async def test_without_watches_a_change_takes_a_second(file: Path, monkeypatch: 
 
 
 class TestOfABroker:
-    """The same, with all that comes behind it."""
+    """The same with a whole broker."""
 
     async def test_rotated_secrets_apply_to_senders_and_targets(
         self, database: str, target: Target, tmp_path: Path
@@ -341,15 +311,15 @@ class TestOfABroker:
         )
         async with running("--dsn", database, "--port", "0", "--config", str(file)) as serve:
             url = await serve.listening()
-            assert await sent(url, "old-token") == 202
+            assert await post(url, token="old-token") == 202
             await target.wait(1)
             secrets.swap(token="new-token", key="new-key")
 
             async def in_force() -> bool:
-                return await sent(url, "new-token") == 202
+                return await post(url, token="new-token") == 202
 
             await eventually("the new token lets in", in_force)
-            assert await sent(url, "old-token") == 401
+            assert await post(url, token="old-token") == 401
             await target.wait(2)
         assert [request.header("x-key") for request in target.requests] == ["old-key", "new-key"]
 
@@ -365,20 +335,14 @@ class TestOfABroker:
             [refused] = await serve.complains("configuration refused")
             assert "broker.yaml:2: triggers.a.order" in refused
             assert "broker.yaml:3: triggers.b.url" in refused
-            assert await sent(url, "") == 202
+            assert await post(url) == 202
             await target.wait(1)
             file.write_text(f"triggers: {{b: {{{body}}}, a: {{{body}, shards: 2}}}}")
 
             async def both() -> bool:
                 before = len(target.requests)
-                assert await sent(url, "") == 202
+                assert await post(url) == 202
                 await target.wait(before + 1)
                 return len(target.requests) > before + 1
 
             await eventually("both triggers deliver", both)
-
-
-async def sent(url: str, token: str) -> int:
-    headers = HEADERS | {"Authorization": f"Bearer {token}"}
-    async with aiohttp.ClientSession() as client, client.post(url, headers=headers, data=b"x") as answer:
-        return answer.status

@@ -1,4 +1,4 @@
-"""A broker whose configuration changes five times a second under load: nothing is lost, repeated or reordered."""
+"""A configuration that changes five times a second under load loses, repeats and reorders nothing."""
 
 import asyncio
 import json
@@ -10,13 +10,14 @@ from time import monotonic
 from typing import Any
 
 import aiohttp
-import asyncpg
 import pytest
 from aiohttp import web
 
 from tests.serve.support.broker import BATCH, envelope
+from tests.serve.support.mounted import Mounted
 from tests.serve.support.process import Process, running
 from tests.serve.support.target import Request, Target
+from tests.support.databases import query_rows
 from tests.support.polling import eventually
 
 PERMANENT = ("none", "key", "strict", "altered")
@@ -26,9 +27,9 @@ FILTERS: list[list[dict[str, Any]]] = [
     [{"not": {"exact": {"type": "never"}}}, {"suffix": {"type": "der"}}],
     [{"any": [{"exact": {"type": "never"}}, {"cesql": "type = 'order' AND EXISTS partitionkey"}]}],
 ]
-"""All of them let everything through, each in its own way."""
+"""Different filters that all pass every event."""
 PACE = 0.2
-"""Seconds from one change to the next."""
+"""Seconds between two changes."""
 
 
 def of(numbers: int, *choices: Any) -> Any:
@@ -36,7 +37,7 @@ def of(numbers: int, *choices: Any) -> Any:
 
 
 def configuration(version: int, url: str) -> str:
-    """A file in which everything that can change about a trigger has changed since the version before."""
+    """A file in which everything that may change differs from the version before."""
 
     def trigger(name: str, order: str) -> dict[str, Any]:
         turn = version + len(name)
@@ -64,58 +65,32 @@ def configuration(version: int, url: str) -> str:
     return json.dumps({"triggers": triggers})
 
 
-class Mounted:
-    """A configuration file as Kubernetes mounts it, behind two links, and every way to change it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.file = directory / "broker.yaml"
-        self._directory = directory
-        self._versions = count()
-        self.swap("{}")
-        self.file.symlink_to("..data/broker.yaml")
-
-    def write(self, text: str) -> None:
-        """In place."""
-        self.file.write_text(text)
-
-    def rename(self, text: str) -> None:
-        """Over the file."""
-        new = self._directory / "..data" / "new"
-        new.write_text(text)
-        new.rename(self._directory / "..data" / "broker.yaml")
-
-    def swap(self, text: str) -> None:
-        """The directory in which it is, for another one."""
-        version = self._directory / f"..{next(self._versions)}"
-        version.mkdir()
-        (version / "broker.yaml").write_text(text)
-        link = self._directory / "..new"
-        link.symlink_to(version.name)
-        link.rename(self._directory / "..data")
-
-    def remove(self) -> None:
-        (self._directory / "..data" / "broker.yaml").unlink()
-
-
 async def change_for(seconds: float, mounted: Mounted, url: str, in_force: Callable[[int], Awaitable[None]]) -> int:
-    """How many versions there were, one each 200 ms; in between there are files that are not valid, and none at all.
+    """Write a version each 200 ms, and invalid or no files in between; return the number of versions.
 
-    Each eighth stays until it is in force: a busy machine may see none that stands still for the moment it takes.
+    Each eighth version stays until it is in force: a busy machine may not see any that holds still long enough.
     """
+
+    def write(text: str) -> None:
+        mounted.path("broker").write_text(text)
+
+    def rename_over(text: str) -> None:
+        mounted.rename_over("broker", text)
+
+    def swap(text: str) -> None:
+        mounted.swap(broker=text)
+
     end = monotonic() + seconds
-    ways: list[Callable[[str], None]] = [mounted.write, mounted.rename, mounted.swap]
     for version in count(1):
         if monotonic() > end:
             return version - 1
         if version % 5 == 0:
-            of(version, mounted.write, mounted.swap)(
-                of(version, "", "triggers: [", '{"triggers": {"none": {"url": 1}}}')
-            )
+            of(version, write, swap)(of(version, "", "triggers: [", '{"triggers": {"none": {"url": 1}}}'))
             await asyncio.sleep(of(version, PACE, PACE / 4))
         if version % 7 == 0:
-            mounted.remove()
+            mounted.remove("broker")
             await asyncio.sleep(PACE / 4)
-        of(version, *ways)(configuration(version, url))
+        of(version, write, rename_over, swap)(configuration(version, url))
         if version % 8:
             await asyncio.sleep(PACE)
         else:
@@ -124,7 +99,7 @@ async def change_for(seconds: float, mounted: Mounted, url: str, in_force: Calla
 
 
 async def produce(url: str, name: str, stop: asyncio.Event, produced: list[str]) -> None:
-    """Events one by one and in batches, some 50 a second, until told to stop."""
+    """Produce some 50 events a second until `stop` is set."""
     numbers = count()
     async with aiohttp.ClientSession() as client:
         while not stop.is_set():
@@ -137,7 +112,7 @@ async def produce(url: str, name: str, stop: asyncio.Event, produced: list[str])
 
 
 class Arrivals:
-    """The ids that each path of a target has taken, in order. Each 20th event fails at its first attempt."""
+    """The ids that arrived at each path of a target, in order. Each 20th event fails at its first attempt."""
 
     def __init__(self) -> None:
         self.taken: defaultdict[str, list[str]] = defaultdict(list)
@@ -152,7 +127,7 @@ class Arrivals:
         return web.Response(status=204)
 
     async def in_version(self, version: int) -> None:
-        """Return once events came as it says, of three triggers that it does not create or alter."""
+        """Return once events have arrived from the three permanent triggers in this version."""
 
         async def all_came() -> bool:
             return all(str(version) in self.versions[name] for name in PERMANENT[:3])
@@ -161,7 +136,7 @@ class Arrivals:
 
 
 async def listen(serve: Process) -> None:
-    """What the process says must be read, or it waits."""
+    """Read standard error, which would block the process when its pipe is full."""
     assert serve.process.stderr
     while await serve.process.stderr.readline():
         pass
@@ -175,9 +150,8 @@ async def test_a_reload_every_200_ms_under_load_loses_repeats_and_reorders_nothi
     seconds = 30.0 if long else 6.0
     arrivals = Arrivals()
     target.answer = arrivals.answer
-    mounted = Mounted(tmp_path)
-    mounted.write(configuration(0, target.url))
-    async with running("--dsn", database, "--port", "0", "--config", str(mounted.file)) as serve:
+    mounted = Mounted(tmp_path / "etc", broker=configuration(0, target.url))
+    async with running("--dsn", database, "--port", "0", "--config", str(mounted.path("broker"))) as serve:
         url = await serve.listening()
         listening = asyncio.create_task(listen(serve))
         produced: list[str] = []
@@ -214,10 +188,4 @@ async def test_a_reload_every_200_ms_under_load_loses_repeats_and_reorders_nothi
 
 
 async def in_log_order(dsn: str) -> list[str]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return [
-            str(record["id"]) for record in await connection.fetch("select id from pgbackend.events order by position")
-        ]
-    finally:
-        await connection.close()
+    return [str(id_) for (id_,) in await query_rows(dsn, "SELECT id FROM pgbackend.events ORDER BY position")]

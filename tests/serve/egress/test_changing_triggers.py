@@ -1,4 +1,4 @@
-"""Triggers that are added, removed and changed while events flow, and from one start of the broker to the next."""
+"""Triggers are added, removed and changed, while events flow and between two starts of the broker."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ from tests.support.polling import eventually
 
 
 async def are_running(broker: Broker, *names: str) -> None:
-    """These run here, and no other."""
+    """Return once exactly these triggers run."""
 
     async def they_are() -> bool:
         status = await broker.backend.status()
@@ -67,7 +67,7 @@ class TestAddingAndRemoving:
                 await send(broker, 2)
                 await other_target.wait(1)
                 assert not recorder.all("trigger removed")
-                # Nor does it hold up the change after that.
+                # It does not delay the next change either.
                 await broker.triggers.apply(load(triggers(third=to(other_target)), origin="test"))
                 released.set()
                 await recorder.wait("trigger removed", trigger="billing")
@@ -101,7 +101,7 @@ class TestAddingAndRemoving:
             began = monotonic()
             await broker.configure("{}")
             assert 0.4 < monotonic() - began < 20
-            # Nobody has settled it: it is dispatched again where the trigger is told to go next.
+            # The event is not settled, so it is dispatched again to the next target.
             await broker.configure(config(other_target))
             await other_target.wait(1)
             await settled(broker.backend)
@@ -136,7 +136,7 @@ class TestChanging:
     async def test_an_unchanged_trigger_is_not_touched(
         self, database: str, target: Target, other_target: Target
     ) -> None:
-        """Its connection stays, and so does its pause."""
+        """It keeps its connection, and its pause."""
         other_target.answer = lambda request: web.Response(status=410)
         same = {"billing": to(target), "gone": to(other_target)}
         async with serving(database, config=triggers(**same)) as broker:
@@ -239,7 +239,7 @@ class TestChanging:
     async def test_two_processes_that_change_together_lose_and_repeat_nothing(
         self, database: str, target: Target
     ) -> None:
-        """As the workers of one broker do, whose file changes for all of them: altered once, moved once."""
+        """The processes of one broker see the same change. The rows must be altered once, and moved once."""
         before = config(target, "order: key, shards: 2")
         async with serving(database, config=before) as one, serving(database, config=before) as other:
             await send(one, *range(1, 21))
@@ -270,7 +270,7 @@ class TestChanging:
     async def test_metrics_count_a_trigger_until_it_is_removed(
         self, database: str, target: Target, other_target: Target
     ) -> None:
-        """By its target: what goes to the dead-letter URL is no delivery."""
+        """Dispatches to the dead-letter URL do not count as those of the trigger."""
         failing(target, 400, times=1)
         with Metrics() as metrics:
             options = f"deliveryOptions: {{deadLetterURL: '{other_target.url}'}}"
@@ -290,7 +290,7 @@ class TestShards:
     async def test_the_number_of_shards_can_change_while_events_are_delivered(
         self, database: str, target: Target
     ) -> None:
-        """Also in two processes, which are told at about the same time."""
+        """Two processes see each change at about the same time."""
         before = config(target, "order: key")
         async with serving(database, config=before) as one, serving(database, config=before) as other:
             count = 0
@@ -333,7 +333,7 @@ class TestBounds:
 class TestFailing:
     async def test_a_failed_change_delays_no_other_and_is_tried_again(self, database: str, target: Target) -> None:
         async with serving(database) as broker:
-            await broker.backend.subscribe("billing", print)  # by somebody else in this process
+            await broker.backend.subscribe("billing", print)  # takes the name in this process
             with Recorder() as recorder:
                 file = load(triggers(billing=to(target), other=to(target)), origin="test")
                 await asyncio.wait_for(broker.triggers.apply(file), 30)
@@ -358,7 +358,7 @@ class TestRestarting:
             assert len(await dead_letters(broker.backend)) == 1
             head = (await broker.backend.status()).head
         options = f"order: strict, bounds: {{byId: {{start: {head - 2}, end: {head + 2}}}}}"
-        for _ in range(2):  # the second time it is the same, and no seek
+        for _ in range(2):  # the second time the start is the same, so nothing moves
             async with serving(database, config=config(other_target, options)) as broker:
                 await other_target.wait(2)
                 await settled(broker.backend)
@@ -374,7 +374,7 @@ class TestWithoutPostgres:
     async def test_a_change_waits_until_postgresql_is_back(
         self, database: str, target: Target, other_target: Target
     ) -> None:
-        """In the middle: what was to go is gone, what was to come is not there yet."""
+        """PostgreSQL goes away in the middle of the change, once with triggers removed and not yet added."""
         async with Proxy(database) as proxy:
             before = triggers(old=to(target), same=to(target), moved=to(target))
             async with serving(proxy.dsn, config=before) as broker:
@@ -391,7 +391,7 @@ class TestWithoutPostgres:
                     await broker.triggers.converged()
                     proxy.cut()
                     applying = asyncio.create_task(broker.triggers.apply(load(before, origin="test")))
-                    # It is somewhere in the middle when the connection comes and goes.
+                    # The connection comes and goes at various points of the change.
                     for _ in range(6):
                         proxy.restore()
                         await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Whom the broker connects to, and what becomes of its connections."""
+"""The addresses that the broker connects to, and the reuse of its connections."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,12 +27,12 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, name: str, *answers: list[str]) -> None:
-    """The name has these addresses, each time the next ones."""
+    """Each lookup of the name returns the next of these answers."""
     loop = asyncio.get_running_loop()
     real, turns = loop.getaddrinfo, iter(answers)
 
     async def getaddrinfo(host: str, port: int, **options: Any) -> list[tuple[Any, ...]]:
-        # uvloop asks for addresses, too, just before it connects to them.
+        # uvloop looks up literal addresses as well, just before it connects to them.
         found = next(turns) if host == name else [host]
         return [info for address in found for info in await real(address, port, **options)]
 
@@ -62,9 +62,9 @@ class TestDenyPrivateTargets:
     async def test_dns_rebinding_does_not_help(
         self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """DNS rebinding: a public address for whoever checks the name, this machine's for whoever connects."""
+        """The name resolves to a public address when it is checked, and to this machine when it is used."""
         resolving(monkeypatch, "rebinding.example", ["93.184.215.14"], ["127.0.0.1"])
-        await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # the check that this goes around
+        await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # a check of the name
         url = URL(target.url).with_host("rebinding.example")
         with pytest.raises(TargetError, match=r"127\.0\.0\.1 is not a public address"):
             await dispatcher_to(session, url)(ORDER)
@@ -73,7 +73,7 @@ class TestDenyPrivateTargets:
     async def test_private_addresses_among_several_are_skipped(
         self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """127.0.0.2 stands for a public address here: the check is told so."""
+        """127.0.0.2 stands for a public address here."""
         port = URL(target.url).port
         taken = asyncio.Event()
 
@@ -98,7 +98,7 @@ class TestDenyPrivateTargets:
 
 class TestConnections:
     async def test_an_idle_connection_is_closed(self) -> None:
-        """Of targets that a reload has removed, nothing is kept."""
+        """Nothing is kept of targets that a reload has removed."""
         closed = asyncio.Event()
 
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""One attempt at a real HTTP target: what goes over the wire, and what each answer means."""
+"""Dispatching to real HTTP targets: the request on the wire, and the outcome of each answer."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ class TestOnTheWire:
 
         plain, padded = target.requests
         assert plain.header("ce-subject") == "100% é"
-        assert padded.event().attribute("note") == "é "  # no header keeps that: it came in structured mode
+        assert padded.event().attribute("note") == "é "  # in structured mode: no header can carry the space
 
     async def test_structured_mode_keeps_the_text_of_json_data(self, target: Target, dispatcher: Maker) -> None:
         await dispatcher(target.url, mode="structured")(ORDER)
@@ -155,7 +155,7 @@ class TestOnTheWire:
         assert json.loads(target.requests[1].body)["no name"] == "x"
 
     async def test_no_attribute_breaks_out_of_its_header(self, target: Target, dispatcher: Maker) -> None:
-        """Plain SQL can put into the log what no producer's API lets through."""
+        """Plain SQL can store attributes that the API refuses."""
         broken = "t\r\nX-Injected: yes"
         for row in (
             ("1.0", broken, "/", "t", broken, None, None, None, broken, "{}", b"1", None),
@@ -203,11 +203,11 @@ async def test_the_answer_decides_what_becomes_of_the_event(
 class TestTroubleOnTheWay:
     async def test_a_refused_connection_is_retried(self, dispatcher: Maker) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))  # and does not listen
+            free.bind(("127.0.0.1", 0))  # without listening
             port = free.getsockname()[1]
             with pytest.raises(TargetError, match=f"http://127.0.0.1:{port}/: .*onnect") as caught:
                 await dispatcher(f"http://127.0.0.1:{port}/")(ORDER)
-        # As Knative has it where no status arrived.
+        # Knative reports this code when no status arrived.
         assert caught.value.details["knativeerrorcode"] == "500"
         assert b64decode(caught.value.details["knativeerrordata"]).startswith(b"dispatch error: ")
 
@@ -306,7 +306,7 @@ class TestTroubleOnTheWay:
 
         async def answer_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
-            writer.transport.pause_reading()  # type: ignore[attr-defined]  # of a socket it can
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket's transport can
             writer.write(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status)
             await done.wait()
 
@@ -339,7 +339,7 @@ class TestTroubleOnTheWay:
                 await dispatcher(f"https://127.0.0.1:{port}/", timeout=30.0)(ORDER)
 
     async def test_a_stale_connection_costs_no_attempt(self, dispatcher: Maker) -> None:
-        """The target closes after its answer without having said so; the next request meets the closing."""
+        """The target closes its connection after the answer, without notice, and the next request uses it."""
         connections = 0
 
         async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -358,7 +358,7 @@ class TestTroubleOnTheWay:
         assert connections == 2
 
     async def test_several_stale_connections_cost_no_attempt(self, dispatcher: Maker) -> None:
-        """The target was restarted behind a balancer, and none of its connections leads anywhere any more."""
+        """The target was restarted behind a load balancer, so all idle connections are stale."""
         connections = closed = 0
         meeting = asyncio.Barrier(8)
 
@@ -380,7 +380,7 @@ class TestTroubleOnTheWay:
         assert (connections, closed) == (9, 1)
 
     async def test_an_event_that_kills_its_target_is_sent_twice_at_most(self, dispatcher: Maker) -> None:
-        """Behind each is another of its processes."""
+        """Behind each connection is another process of the target."""
         deaths = 0
         meeting = asyncio.Barrier(8)
         poison = wire.parse_structured(envelope("poison"))
@@ -459,7 +459,7 @@ class TestDeadLetters:
     async def test_an_event_with_invalid_names_is_not_sent_as_a_dead_letter(
         self, target: Target, dispatcher: Maker
     ) -> None:
-        """From plain SQL: `dead_letters` takes it as it is."""
+        """Plain SQL can store such names; `dead_letters` keeps the event as it is."""
         event = Event((*ORDER.row[:9], '{"no name": "x"}', b"1", None))
         failure = Failure(error="Reject: no", attempts=1, details={"knativeerrorcode": "403"})
         with pytest.raises(Reject, match="no name"):
@@ -486,7 +486,7 @@ class TestSlots:
 
         target.answer = slow
         billing = dispatcher(target.url, connections=2, timeout=2.5)
-        # In all it takes 3 s: more than a request may.
+        # All requests together take 3 s, longer than the timeout.
         await asyncio.gather(*(billing(ORDER) for _ in range(40)))
         assert most == 2
 

@@ -1,4 +1,4 @@
-"""Targets that misbehave in every way harm only their own trigger (I7): a neighbour's events come, and do not wait."""
+"""Misbehaving targets harm only their own trigger (I7): the events of other triggers do not wait."""
 
 import asyncio
 import resource
@@ -60,7 +60,7 @@ async def triggers(backend: Backend, bad: Mapping[str, str], *, good: str, retry
 
 
 async def pass_by(backend: Backend, target: Target, *, size: int = 10) -> None:
-    """Produce `EVENTS` events, and wait until each has come to the good target, once."""
+    """Produce `EVENTS` events, and wait until the good target has got each of them once."""
     for n in range(EVENTS):
         await backend.produce(event(n, size))
     requests = await target.wait(EVENTS)
@@ -68,7 +68,7 @@ async def pass_by(backend: Backend, target: Target, *, size: int = 10) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """The resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -129,7 +129,7 @@ async def test_a_bad_target_harms_only_its_own_trigger(
 
 async def test_a_target_that_was_down_gets_everything_when_it_is_back(backend: Backend, target: Target) -> None:
     with socket.socket() as bound, Recorder() as recorder:
-        bound.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens there yet
+        bound.bind(("127.0.0.1", 0))  # reserves the port without listening
         bad = f"http://127.0.0.1:{bound.getsockname()[1]}/"
         async with triggers(backend, {"bad": bad}, good=target.url, retry=Retry(attempts=20)):
             await pass_by(backend, target)
@@ -236,7 +236,7 @@ async def test_a_head_may_come_byte_by_byte(session: aiohttp.ClientSession) -> N
 
 
 async def test_an_unrequested_answer_is_not_the_answer_to_the_next_request(session: aiohttp.ClientSession) -> None:
-    """As a proxy sends it on a connection that has been idle too long for it: 408, and then it closes."""
+    """A proxy may send 408 on an idle connection before it closes it."""
     requests: list[bytes] = []
     unasked = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""What each answer of a target means for its event."""
+"""The outcome of each answer of a target."""
 
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""What targets reply: which responses carry events, what becomes of them, and where chains of them end."""
+"""Replies of targets: which responses carry events, how they are stored, and where chains of them end."""
 
 import asyncio
 import gzip
@@ -31,7 +31,7 @@ ORDER = wire.parse_structured(envelope("order"))
 
 
 class Log:
-    """Takes replies in, unless it is told to fail."""
+    """Stores replies, unless `fails` is set."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -140,7 +140,7 @@ class TestWhatIsAReply:
         assert log.events == []
 
     async def test_a_dead_letter_target_may_reply_as_well(self, target: Target, dispatcher: Maker, log: Log) -> None:
-        """As with TriggerMesh's brokers."""
+        """TriggerMesh's brokers accept these replies as well."""
         replying(target, envelope("reply"), STRUCTURED)
         failed = ORDER.with_delivery(failure=Failure(error="Reject: no", attempts=1, details={}))
         await DeadLetterDispatcher(dispatcher(target.url))(failed)
@@ -185,7 +185,7 @@ class TestWhenItCannotBeStored:
     async def test_a_reply_that_is_compressed_fails(
         self, headers: dict[str, str], target: Target, dispatcher: Maker, log: Log
     ) -> None:
-        """Nobody asked for that, and as it is its data would not be what its type says."""
+        """Stored compressed, its data would not match its content type."""
         replying(target, gzip.compress(b"{}"), headers | {"content-encoding": "gzip"})
         with pytest.raises(TargetError, match="answered 200, but its reply has the Content-Encoding 'gzip'") as caught:
             await dispatcher(target.url)(ORDER)
@@ -227,7 +227,7 @@ class TestWhenItCannotBeStored:
 
 
 class Counts:
-    """What is counted of a trigger."""
+    """Records what a dispatcher counts."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int | None]] = []
@@ -274,7 +274,7 @@ class TestMemory:
         replying(target, b"[%b]" % b",".join([envelope()] * replies.BATCH_EVENTS), BATCH)
         await dispatcher(target.url)(ORDER)
         assert len(log.events) == replies.BATCH_EVENTS
-        # What stands behind those that there may be is not even read.
+        # The rest of a batch that is too long is not parsed.
         replying(target, b"[%b,]" % b",".join([envelope()] * (replies.BATCH_EVENTS + 1)), BATCH)
         with pytest.raises(TargetError, match="its reply has more than 100 events") as caught:
             await dispatcher(target.url)(ORDER)
@@ -284,7 +284,7 @@ class TestMemory:
     async def test_endless_replies_take_only_the_share_of_their_trigger(
         self, session: aiohttp.ClientSession, target: Target, log: Log
     ) -> None:
-        """Of two targets, one holds its replies; the other's large ones come through meanwhile, one after the other."""
+        """One target never ends its replies; meanwhile the large replies of another are stored."""
         budget = replies.ReplyBudget(8 << 20)
         begun = 0
 
@@ -315,7 +315,7 @@ class TestMemory:
     async def test_replies_of_all_triggers_stay_within_the_budget(
         self, session: aiohttp.ClientSession, target: Target
     ) -> None:
-        # Each may take four times its bytes in memory.
+        # A reply reserves four times its size.
         fit = (4 << 20) // 800_000
         storing = 0
         full = asyncio.Event()
@@ -355,14 +355,14 @@ class TestHops:
     @pytest.mark.parametrize(
         ("delivered", "own", "expected"),
         [
-            (None, None, 254),  # counting begins
+            (None, None, 254),  # the count begins
             (17, None, 16),
-            ("17", None, 16),  # as text, as from binary mode
-            (17, 3, 3),  # the smaller one
+            ("17", None, 16),  # text, as binary mode has it
+            (17, 3, 3),  # the smaller counter wins
             (17, "99", 16),
             (None, 2_000_000_000, 254),
-            (2_000_000_000, None, 254),  # nobody may count from higher than the broker does
-            ("junk", None, 254),  # none
+            (2_000_000_000, None, 254),  # the broker's limit wins
+            ("junk", None, 254),  # invalid counters count as none
             (True, None, 254),
             ("", None, 254),
             ("٣", None, 254),
@@ -396,7 +396,7 @@ class TestHops:
 
 
 async def test_a_loop_of_replies_ends(backend: Backend, target: Target, session: aiohttp.ClientSession) -> None:
-    """Two triggers, of which each answers what the other said: three hops, and silence."""
+    """Two triggers reply to each other's replies, until three hops are used up."""
     target.answer = lambda request: web.Response(body=envelope(f"after {request.event().id}"), headers=STRUCTURED)
     for name in ("ping", "pong"):
         dispatcher = dispatcher_to(session, target.url + name, trigger=name, store=backend.produce_many, max_hops=3)
@@ -404,7 +404,7 @@ async def test_a_loop_of_replies_ends(backend: Backend, target: Target, session:
     running = asyncio.create_task(backend.start())
     with Recorder() as recorder:
         await backend.produce(ORDER)
-        # 1 event makes 2, these 4: of the last 4 each is delivered twice, and none of the 8 replies goes on.
+        # 1 event causes 2 replies, and these cause 4. Each of the 4 is delivered twice; its 8 replies are dropped.
         await recorder.wait("reply dropped after too many hops", count=8)
         assert len(await target.wait(14)) == 14
     await backend.stop()
@@ -472,7 +472,7 @@ async def test_a_reply_during_the_drain_is_stored(
 async def test_a_reply_that_is_too_large_for_the_log_fails(
     backend: Backend, target: Target, session: aiohttp.ClientSession
 ) -> None:
-    """Within what is read of a structured reply, beyond what the log takes."""
+    """A structured reply may be larger than an event in the log."""
     replying(target, envelope("large", data="x" * (replies.EVENT_BYTES + 1000)), STRUCTURED)
     billing = dispatcher_to(session, target.url, trigger="billing", store=backend.produce_many)
     with pytest.raises(TargetError, match="max_event_bytes") as caught:

@@ -48,7 +48,7 @@ async def test_events_of_every_mode_arrive_unchanged_and_in_log_order(
         assert binary.body == (kept.data_bytes or b"")
         expected = kept.attributes_text
         assert structured.event().attributes_text == expected
-        # Data without a content type that is JSON says so where there is no envelope to imply it.
+        # In binary mode, JSON data without a content type gets one, because no envelope implies it.
         if kept.row[11] == "json":
             expected.setdefault("datacontenttype", "application/json")
         assert binary.event().attributes_text == expected
@@ -90,7 +90,7 @@ class TestRetries:
         waits = [later - earlier for earlier, later in pairwise(times)]
         meant = [fact["delay"] for fact in recorder.all("retry scheduled")]
         for wait, delay, least in zip(waits, meant, (0.3, 0.6, 1.2), strict=True):
-            # What is meant, since a busy machine adds to that.
+            # Check the scheduled delay: a busy machine adds to the real one.
             assert least <= cast("float", delay) <= least * 1.1
             assert wait >= least - 0.01
 
@@ -323,7 +323,7 @@ async def _clock(broker: Broker) -> str:
 
 
 async def test_a_dead_target_harms_only_its_own_trigger(database: str, target: Target, other_target: Target) -> None:
-    """Both on one machine: connections are not shared in a way that one could use up the other's."""
+    """Both targets are on one machine, but neither can use up the connections of the other."""
     released = asyncio.Event()
 
     async def hang(request: Request) -> web.Response:

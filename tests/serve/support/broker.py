@@ -1,4 +1,4 @@
-"""A broker for tests: with a real PostgreSQL, behind a real socket, in this process."""
+"""A broker in this process, on a real PostgreSQL and behind a real socket; and messages to send it."""
 
 import asyncio
 import io
@@ -30,12 +30,12 @@ from pgbackend.serve.operations.metrics import Metrics
 from pgbackend.serve.operations.tracing import Tracing
 
 HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/shop", "ce-type": "order"}
-"""Of a valid event in binary mode."""
+"""The headers of a valid event in binary mode."""
 
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
     f"{name}: {value}\r\n".encode() for name, value in HEADERS.items()
 )
-"""A request with them, but for its last lines."""
+"""The head of a request with these headers, without its last lines."""
 
 STRUCTURED = {"content-type": "application/cloudevents+json"}
 BATCH = {"content-type": "application/cloudevents-batch+json"}
@@ -47,7 +47,7 @@ def envelope(id_: object = "1", **members: object) -> bytes:
 
 
 class Answer(NamedTuple):
-    """What a client got."""
+    """The answer that a client got."""
 
     status: int
     headers: Mapping[str, str]
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
 
     @property
     def detail(self) -> str:
-        """What a problem says."""
+        """The detail of a problem."""
         assert self.headers["content-type"] == "application/problem+json"
         problem = json.loads(self.body)
         assert problem["status"] == self.status
@@ -64,7 +64,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broker:
-    """A running one."""
+    """A running broker."""
 
     host: str
     port: int
@@ -84,7 +84,7 @@ class Broker:
         self, method: str, path: str = "/", *, headers: Mapping[str, str] | None = None, body: object = None
     ) -> Answer:
         """The answer to one request; `body` may be anything that aiohttp can send."""
-        body = io.BytesIO(body) if isinstance(body, bytes) else body  # of larger bytes aiohttp warns
+        body = io.BytesIO(body) if isinstance(body, bytes) else body  # aiohttp warns of large bodies as bytes
         async with self.client.request(
             method, self.url.rstrip("/") + path, headers=headers, data=body, skip_auto_headers=("Content-Type",)
         ) as response:
@@ -95,9 +95,9 @@ class Broker:
         return await self.request("POST", path, headers=headers, body=body)
 
     async def talk(self, *parts: bytes, timeout: float = 30.0) -> bytes:
-        """What comes back on a connection of its own until the broker closes it, after these bytes were sent.
+        """Send these bytes on a new connection; everything that comes back until the broker closes it.
 
-        Empty when the broker closed without an answer.
+        Empty when the broker closed it without an answer.
         """
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
@@ -121,12 +121,12 @@ class Broker:
         return cast("list[Connection]", list(self.listener.state.connections))
 
     async def configure(self, config: str) -> None:
-        """From now on its triggers are these."""
+        """The broker has this configuration's triggers."""
         await self.triggers.apply(load(config, origin="test"))
         await self.triggers.converged()
 
     async def stored(self) -> list[Event]:
-        """The events of the log, in its order."""
+        """The events in the log, in order."""
         connection = await asyncpg.connect(self.dsn)
         try:
             columns = ", ".join(COLUMNS)
@@ -146,7 +146,7 @@ _produce_soon = Backend.produce_soon
 
 
 class Commits:
-    """Those of requests that are taken in one piece: they wait until they may go on."""
+    """Holds the commits of requests that arrive in one piece, until `go_on()`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached = asyncio.Event()

@@ -4,7 +4,7 @@ from tests.serve.support.target import Target
 
 
 def triggers(**bodies: str) -> str:
-    """A configuration with these triggers; each body is what stands within its braces."""
+    """A configuration with these triggers, each given as the text between its braces."""
     return "triggers: {" + ", ".join(f"{name}: {{{body}}}" for name, body in bodies.items()) + "}"
 
 

@@ -1,4 +1,4 @@
-"""Dispatchers to HTTP targets, with as little around them as a test needs."""
+"""Dispatchers to HTTP targets, without a backend."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -107,7 +107,7 @@ def _pour(conversation: socket.socket, data: bytes) -> None:
 
 
 def _read_request(conversation: socket.socket) -> bytes:
-    """One request, or nothing when the other side has closed."""
+    """One request; empty when the client has closed the connection."""
     received = b""
     while b"\r\n\r\n" not in received:
         if not (some := conversation.recv(1 << 16)):

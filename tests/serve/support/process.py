@@ -1,4 +1,4 @@
-"""`pgbackend serve` as a process of its own, and what is done to one in tests."""
+"""`pgbackend serve` as a process of its own."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tests.serve.support.broker import HEADERS
 INFORMED = ("--log-level", "info")
 
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PGBACKEND_")} | {
-    "PGBACKEND_LOG_LEVEL": "warning"  # what a test looks at is what went wrong
+    "PGBACKEND_LOG_LEVEL": "warning"  # most tests look for problems only
 }
 
 
@@ -31,7 +31,7 @@ class Process:
         self._complaints: list[str] = []
 
     async def listening(self, timeout: float = 120.0) -> str:
-        """The URL, once it listens and has said all that it says then."""
+        """The URL of the broker, once it listens and has printed its whole announcement."""
         assert self.process.stdout
         async with asyncio.timeout(timeout):
             while "Try: " not in self.said:
@@ -43,13 +43,13 @@ class Process:
         return found[1]
 
     async def complaint(self) -> str:
-        """All of standard error, once the process has ended."""
+        """The whole standard error, once the process has ended."""
         assert self.process.stderr
         self._complaints += (await self.process.stderr.read()).decode().splitlines(keepends=True)
         return "".join(self._complaints)
 
     async def complains(self, text: str, *, count: int = 1, timeout: float = 120.0) -> list[str]:
-        """The first `count` lines of standard error that have `text` in them, once they are there."""
+        """The first `count` lines of standard error that contain `text`, once they are there."""
         assert self.process.stderr
         try:
             async with asyncio.timeout(timeout):
@@ -90,7 +90,7 @@ async def running(
     finally:
         if process.returncode is None:
             process.kill()
-        # What is left of its output, too: a pipe that is not read to its end leaves a transport behind.
+        # Read the rest of the output: an unread pipe leaves a transport behind.
         await process.communicate()
 
 
@@ -103,7 +103,7 @@ async def post(
     ca: Path | None = None,
     cert: Path | None = None,
 ) -> int:
-    """The status of the answer. `ca` and `cert`: whom to trust, and what to show, where it is HTTPS."""
+    """The status of the answer. For HTTPS, `ca` is the authority to trust and `cert` the client's certificate."""
     headers = HEADERS | {"ce-id": id_} | ({} if token is None else {"authorization": f"Bearer {token}"})
     tls = True if ca is None else ssl.create_default_context(cafile=ca)
     if isinstance(tls, ssl.SSLContext) and cert is not None:
@@ -113,7 +113,7 @@ async def post(
 
 
 async def refused(url: str, timeout: float = 120.0) -> None:
-    """Return once nobody listens there any more."""
+    """Return once connections to the URL are refused."""
     parts = urlsplit(url)
     async with asyncio.timeout(timeout):
         while True:
@@ -122,7 +122,7 @@ async def refused(url: str, timeout: float = 120.0) -> None:
             except ConnectionRefusedError:
                 return
             except ConnectionResetError:
-                # It stopped listening before this one was accepted.
+                # The listener closed before it accepted this connection.
                 continue
             writer.close()
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A receiving target for tests: a real HTTP server that keeps what it got and answers what it is told to."""
+"""Targets: real HTTP servers that keep their requests, and answer as a test tells them."""
 
 import asyncio
 import socket
@@ -15,23 +15,23 @@ from pgbackend.codec.event import Event
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request as it came in."""
+    """One request, as it arrived."""
 
     path: str
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
     port: int
-    """The sender's: that of its connection."""
+    """The sender's port, which identifies its connection."""
     at: float = field(default_factory=monotonic)
 
     def header(self, name: str) -> str | None:
-        """The only header of that name; None without one."""
+        """The header of that name; None without one. There must not be two."""
         found = [value for key, value in self.headers if key.lower() == name.lower().encode()]
-        assert len(found) <= 1, f"{name} stands there {len(found)} times"
+        assert len(found) <= 1, f"{name} occurs {len(found)} times"
         return found[0].decode() if found else None
 
     def event(self) -> Event:
-        """Its event, whatever the mode."""
+        """The event in the request, in either mode."""
         if wire.mode_of(self.header("content-type")) == "structured":
             return wire.parse_structured(self.body)
         return wire.parse_binary(self.headers, self.body)
@@ -96,7 +96,7 @@ def holding(target: Target) -> asyncio.Event:
 
 @asynccontextmanager
 async def listening(bound: socket.socket | None = None) -> AsyncIterator[Target]:
-    """A target that listens on a port of this machine: on any, or on this one, which it closes in the end."""
+    """A target that listens on any port of this machine, or on the socket `bound`, which it closes."""
     target = Target()
     application = web.Application(client_max_size=1 << 26)
     application.router.add_route("*", "/{path:.*}", target._take)
@@ -115,7 +115,7 @@ async def listening(bound: socket.socket | None = None) -> AsyncIterator[Target]
 async def raw_server(
     talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[str]:
-    """The URL of a server that talks to each connection as `talk` does: not like HTTP, or not to the end."""
+    """The URL of a server whose connections `talk` handles byte by byte, for answers that are not proper HTTP."""
     conversations: set[asyncio.Task[None]] = set()
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -125,7 +125,7 @@ async def raw_server(
         try:
             await talk(reader, writer)
         except (ConnectionError, EOFError, asyncio.CancelledError):
-            pass  # the other side is done with us, or the test is
+            pass  # the client has closed the connection, or the test has ended
         finally:
             conversations.discard(task)
             writer.close()
