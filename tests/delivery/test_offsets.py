@@ -110,7 +110,7 @@ async def test_a_mark_is_committed_with_what_is_pending_below_it(ask: Ask, datab
         assert await ask(OFFSET) == [(4, "{[2,4)}")]
 
 
-async def test_a_row_that_was_moved_by_another_version_of_itself_is_found_by_its_key(ask: Ask, database: str) -> None:
+async def test_a_row_with_a_new_ctid_is_found_by_its_key(ask: Ask, database: str) -> None:
     async with owning(database) as owner:
         (shard,) = await owner.claim()
         await ask("UPDATE pgbackend.offsets SET shards = shards")
@@ -119,7 +119,7 @@ async def test_a_row_that_was_moved_by_another_version_of_itself_is_found_by_its
         assert await ask(OFFSET) == [(1, "{}")]
         assert not shard.lost
 
-        # From then on by its new place again.
+        # From then on by its ctid again.
         owner.settle(shard, 2)
         await owner.commit()
         assert await ask(OFFSET) == [(2, "{}")]
@@ -175,7 +175,7 @@ async def test_a_position_is_never_lowered(ask: Ask, database: str) -> None:
         assert await ask(OFFSET) == [(7, "{}")]
 
 
-async def test_in_another_life_of_the_server_nothing_is_committed(ask: Ask, database: str) -> None:
+async def test_nothing_is_committed_in_another_incarnation(ask: Ask, database: str) -> None:
     async with owning(database) as owner:
         (shard,) = await owner.claim()
         await ask("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
@@ -186,9 +186,7 @@ async def test_in_another_life_of_the_server_nothing_is_committed(ask: Ask, data
         assert await ask(OFFSET) == [(0, "{}")]
 
 
-async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it_belongs_to(
-    ask: Ask, database: str
-) -> None:
+async def test_outcomes_are_committed_with_the_offset_that_they_belong_to(ask: Ask, database: str) -> None:
     failure = Failure(error="no such customer", attempts=5, details={"customer": "17", "note": 'quote " and \\ 🦆'})
     async with owning(database) as owner:
         (shard,) = await owner.claim()
@@ -213,9 +211,7 @@ async def test_what_became_of_failed_events_is_committed_with_the_offset_that_it
 
 
 @pytest.mark.parametrize("reached", [False, True], ids=["refused", "answer lost"])
-async def test_a_commit_that_failed_is_made_up_for_with_all_its_outcomes(
-    ask: Ask, database: str, reached: bool
-) -> None:
+async def test_a_commit_that_failed_is_repeated_with_all_its_outcomes(ask: Ask, database: str, reached: bool) -> None:
     async with Proxy(database) as proxy, owning(proxy.dsn) as owner:
         (shard,) = await owner.claim()
         owner.settle(shard, 1, 2)
@@ -237,7 +233,7 @@ async def test_a_commit_that_failed_is_made_up_for_with_all_its_outcomes(
         assert not shard.lost
 
 
-async def test_all_shards_of_a_process_are_committed_together_and_one_that_is_lost_costs_the_others_nothing(
+async def test_all_shards_are_committed_together_and_a_lost_one_costs_the_others_nothing(
     backend: Backend, ask: Ask, database: str
 ) -> None:
     await backend.subscribe("many", print, start="earliest", shards=5)
@@ -257,9 +253,7 @@ async def test_all_shards_of_a_process_are_committed_together_and_one_that_is_lo
         ) == [(0, 1), (1, 1), (2, 0), (3, 1), (4, 1)]
 
 
-async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
-    ask: Ask, backend: Backend, database: str
-) -> None:
+async def test_a_refused_mark_does_not_hold_up_the_other_shards(ask: Ask, backend: Backend, database: str) -> None:
     await backend.subscribe("other", print)
     async with owning(database) as owner:
         shards = {shard.lease.subscription: shard for shard in await owner.claim("s", "other")}
@@ -281,7 +275,7 @@ async def test_what_postgresql_refuses_of_one_shard_does_not_hold_up_the_others(
         assert list(shards["s"].outcomes) == [("event", 3)]
 
 
-async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: str) -> None:
+async def test_completion_is_stored_once_and_keeps_its_date(ask: Ask, database: str) -> None:
     async with owning(database) as owner:
         (shard,) = await owner.claim()
         shard.complete = True
@@ -295,7 +289,7 @@ async def test_completion_is_noted_once_and_keeps_its_date(ask: Ask, database: s
         assert await ask("SELECT completed_at FROM pgbackend.offsets") == first
 
 
-async def test_a_range_set_of_a_thousand_holes_is_committed(ask: Ask, database: str) -> None:
+async def test_a_thousand_pending_ranges_are_committed(ask: Ask, database: str) -> None:
     async with owning(database) as owner:
         (shard,) = await owner.claim()
         shard.window.add_hole((1, 2))

@@ -1,4 +1,4 @@
-"""`Backend.alter_subscription`: another order, end or start, with nothing lost and nothing repeated."""
+"""`Backend.alter_subscription`: a new order, end or start loses and repeats nothing."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -47,7 +47,7 @@ async def clock(dsn: str) -> datetime:
 
 
 class Flaky:
-    """Fails on the first attempt of some; notes every attempt, and refuses to be asked twice for what it handled."""
+    """Fails for `bad` events before attempt `until`, records every attempt, and accepts no event twice."""
 
     def __init__(self, *bad: str, until: int = 2) -> None:
         self.bad = bad
@@ -57,14 +57,16 @@ class Flaky:
 
     async def __call__(self, event: Event) -> None:
         self.attempts.setdefault(event.id, []).append(event.attempt)
-        assert event.id not in self.handled, "it was handled before"
+        assert event.id not in self.handled, "the event was handled twice"
         if event.id in self.bad and event.attempt < self.until:
             raise RuntimeError("not yet")
         self.handled.append(event.id)
 
 
 @pytest.mark.parametrize("order", ["key", "strict"])
-async def test_a_failed_event_keeps_its_attempts_and_from_then_on_holds_up_its_key(database: str, order: Any) -> None:
+async def test_after_none_to_ordered_a_failed_event_keeps_its_attempts_and_blocks_its_key(
+    database: str, order: Any
+) -> None:
     flaky = Flaky("bad")
     async with running(database) as backend:
         await backend.subscribe("s", flaky, retry=Retry(delay=LATER))
@@ -81,10 +83,10 @@ async def test_a_failed_event_keeps_its_attempts_and_from_then_on_holds_up_its_k
 
 @pytest.mark.parametrize("order", ["key", "strict"])
 @pytest.mark.parametrize("shards", [1, 3])
-async def test_a_failed_event_keeps_its_attempts_and_holds_nobody_up_any_more(
+async def test_after_ordered_to_none_a_failed_event_keeps_its_attempts_and_blocks_nothing(
     database: str, order: Any, shards: int
 ) -> None:
-    """The first of them may lie above the offset, and the others behind it there."""
+    """The failed event may be above the offset, with the others behind it."""
     shards = 1 if order == "strict" else shards
     flaky = Flaky("bad")
     async with running(database) as backend:
@@ -97,7 +99,7 @@ async def test_a_failed_event_keeps_its_attempts_and_holds_nobody_up_any_more(
         async def has_overtaken() -> bool:
             return {"a", "b"} <= set(flaky.handled)
 
-        await eventually("those behind it are handled", has_overtaken, interval=0.005)
+        await eventually("the events behind the failed one are handled", has_overtaken, interval=0.005)
         assert "bad" not in flaky.handled
         await settled(backend)
 
@@ -105,7 +107,7 @@ async def test_a_failed_event_keeps_its_attempts_and_holds_nobody_up_any_more(
     assert flaky.attempts["bad"] == [1, 2]
 
 
-async def test_failed_events_of_one_key_wait_side_by_side_and_not_one_after_another(database: str) -> None:
+async def test_after_none_to_key_failed_events_of_one_key_wait_at_the_same_time(database: str) -> None:
     flaky = Flaky(*"abcdefgh")
     async with running(database) as backend:
         await backend.subscribe("s", flaky, retry=Retry(delay=LATER))
@@ -119,7 +121,7 @@ async def test_failed_events_of_one_key_wait_side_by_side_and_not_one_after_anot
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-async def test_there_and_back_again_with_many_failures_loses_and_repeats_nothing(database: str, shards: int) -> None:
+async def test_changing_the_order_back_and_forth_loses_and_repeats_no_failed_event(database: str, shards: int) -> None:
     ids = [str(number) for number in range(200)]
     flaky = Flaky(*ids[::8], until=1_000_000)
     async with running(database) as backend:
@@ -136,7 +138,7 @@ async def test_there_and_back_again_with_many_failures_loses_and_repeats_nothing
     assert all(attempts == list(range(1, len(attempts) + 1)) for attempts in flaky.attempts.values())
 
 
-async def test_what_was_given_up_and_is_on_its_way_to_the_dead_letter_dispatcher_stays_so(database: str) -> None:
+async def test_an_event_on_its_way_to_the_dead_letter_dispatcher_stays_on_it(database: str) -> None:
     got: list[tuple[str, int]] = []
 
     async def dead(event: Event) -> None:
@@ -155,7 +157,7 @@ async def test_what_was_given_up_and_is_on_its_way_to_the_dead_letter_dispatcher
         async def was_tried() -> bool:
             return bool(got)
 
-        await eventually("its dispatcher has failed", was_tried)
+        await eventually("the dead-letter dispatcher has failed", was_tried)
         await failed(backend)
         await alter(backend, order="key")
         await settled(backend)
@@ -163,7 +165,7 @@ async def test_what_was_given_up_and_is_on_its_way_to_the_dead_letter_dispatcher
     assert got == [("a", 1), ("a", 2)]
 
 
-async def test_what_is_at_work_ends_first_and_nothing_else_begins(database: str) -> None:
+async def test_running_dispatches_end_first_and_no_other_starts(database: str) -> None:
     gate = Gate()
     async with running(database) as backend:
         await backend.subscribe("s", gate, concurrency=2)
@@ -180,8 +182,8 @@ async def test_what_is_at_work_ends_first_and_nothing_else_begins(database: str)
     assert sorted(gate.handled) == ["a", "b", "c"]
 
 
-async def test_a_commit_that_comes_between_is_not_overlooked(database: str) -> None:
-    """The owner's last commit schedules a failure while the alteration waits for its row: what that had read is old."""
+async def test_a_failure_committed_while_the_alteration_waits_is_not_overlooked(database: str) -> None:
+    """The commit holds the row's lock and schedules a redelivery, so the alteration must read again."""
     owner = await asyncpg.connect(database)
     async with running(database) as backend:
         await backend.subscribe("s", Catch(), start="earliest")
@@ -199,7 +201,7 @@ async def test_a_commit_that_comes_between_is_not_overlooked(database: str) -> N
         async def waits() -> bool:
             return bool(await query_rows(database, "SELECT FROM pg_locks WHERE NOT granted"))
 
-        await eventually("it waits for the row", waits)
+        await eventually("the alteration waits for the row", waits)
         await owner.execute("COMMIT")
         await altering
         flaky = Flaky()
@@ -210,8 +212,8 @@ async def test_a_commit_that_comes_between_is_not_overlooked(database: str) -> N
     assert flaky.attempts == {"a": [2]}
 
 
-async def test_a_deadlock_with_a_commit_is_one_more_try(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An owner that does not let go commits its shards in an order of its own."""
+async def test_a_deadlock_with_a_commit_is_retried(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit of a worker that keeps its shards locks them in another order."""
     fetch, victims = Database.fetch, 1
 
     async def sometimes_the_victim(self: Database, statement: str, *args: Any, **options: Any) -> Any:
@@ -239,20 +241,20 @@ async def test_strict_with_several_shards_is_refused(database: str) -> None:
 
 
 @pytest.mark.parametrize("terms", [{"order": "fifo"}, {"end": 0}, {"end": datetime(2026, 1, 1)}, {"start": "now"}])  # noqa: DTZ001 - the point
-async def test_what_cannot_be_is_refused(database: str, terms: dict[str, Any]) -> None:
+async def test_invalid_terms_are_refused(database: str, terms: dict[str, Any]) -> None:
     async with running(database) as backend:
         await backend.subscribe("s", Catch())
         with pytest.raises(ConfigError):
             await alter(backend, **terms)
 
 
-async def test_an_unknown_one_is_refused(database: str) -> None:
+async def test_an_unknown_subscription_is_refused(database: str) -> None:
     async with running(database) as backend:
         with pytest.raises(SubscriptionNotFoundError):
             await alter(backend)
 
 
-async def test_the_same_terms_disturb_nobody(database: str) -> None:
+async def test_the_same_terms_change_nothing_and_no_shard_is_released(database: str) -> None:
     end = datetime(2100, 1, 1, tzinfo=UTC)
     with Recorder() as recorder:
         async with running(database) as backend:
@@ -265,7 +267,7 @@ async def test_the_same_terms_disturb_nobody(database: str) -> None:
         assert not recorder.all("subscription altered")
 
 
-async def test_the_message_about_a_mismatch_says_how_to_alter_it(database: str) -> None:
+async def test_the_error_about_a_mismatch_names_alter_subscription(database: str) -> None:
     async with running(database) as backend:
         await backend.subscribe("s", Catch())
         await backend.unsubscribe("s")
@@ -276,7 +278,7 @@ async def test_the_message_about_a_mismatch_says_how_to_alter_it(database: str) 
 # End.
 
 
-async def test_a_later_end_has_a_complete_subscription_go_on(database: str) -> None:
+async def test_a_complete_subscription_goes_on_when_its_end_is_moved_back(database: str) -> None:
     catch = Catch()
     async with running(database) as backend:
         await backend.subscribe("s", catch, start="earliest", end=4, order="strict")
@@ -295,10 +297,10 @@ async def test_a_later_end_has_a_complete_subscription_go_on(database: str) -> N
 
 @pytest.mark.parametrize("order", ["none", "key"])
 @pytest.mark.parametrize("shards", [1, 3])
-async def test_what_was_recorded_behind_an_end_date_comes_when_the_end_is_later(
+async def test_events_recorded_after_an_end_date_are_delivered_once_the_end_is_later(
     database: str, order: Any, shards: int
 ) -> None:
-    """The clock reaches the end while the log goes on: nothing from behind it may count as passed."""
+    """The clock reaches the end while events are appended. None of those may count as settled."""
     catch = Catch()
     first, second = [f"a{number}" for number in range(20)], [f"b{number}" for number in range(40)]
     async with running(database) as backend:
@@ -316,7 +318,7 @@ async def test_what_was_recorded_behind_an_end_date_comes_when_the_end_is_later(
         await complete(backend)
         assert sorted(catch.ids) == sorted(first)
         await backend.produce_many([make_event(id_, key=id_) for id_ in ("c", "d")])
-        # Others run it meanwhile, and it is complete for them as well.
+        # A new owner finds the subscription complete, too.
         await backend.unsubscribe("s")
         await backend.subscribe("s", catch, order=order, shards=shards, end=end)
         await complete(backend)
@@ -330,8 +332,8 @@ async def test_what_was_recorded_behind_an_end_date_comes_when_the_end_is_later(
     assert sorted(catch.ids) == sorted([*first, *second, "open", "c", "d", "e"])
 
 
-async def test_what_lies_behind_an_end_date_is_one_range_however_much_it_is(database: str) -> None:
-    """Also with rolled-back positions between, and those of other shards."""
+async def test_everything_behind_an_end_date_is_one_pending_range(database: str) -> None:
+    """Also with rolled-back positions and events of other shards in between."""
     async with running(database) as backend:
         end = await clock(database)
         await backend.subscribe("s", Catch(), start="earliest", shards=3, end=end + timedelta(seconds=1.0))
@@ -356,8 +358,8 @@ async def test_what_lies_behind_an_end_date_is_one_range_however_much_it_is(data
     assert all(count == 1 for (count,) in pending)
 
 
-async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -> None:
-    """Nor is anything else once all up to the end is here, however long that takes to be settled."""
+async def test_pending_events_behind_an_earlier_end_are_not_read(database: str) -> None:
+    """Once everything up to the end is read, reading stops, however long settling takes."""
     async with running(database) as backend:
         await backend.subscribe("s", Flaky("before", "behind"), order="key", retry=FAR)
         await backend.produce_many([make_event(id_, key=id_) for id_ in ("before", "behind", "good")])
@@ -368,7 +370,7 @@ async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -
             worker = worker_of(backend)
             return bool(worker.pumps) and not worker.pumps._tail._streams
 
-        await eventually("nothing is read for it", reads_no_more)
+        await eventually("no stream is open", reads_no_more)
         (status,) = (await backend.status()).subscriptions
 
     assert not status.complete
@@ -376,7 +378,7 @@ async def test_what_waits_behind_an_earlier_end_is_not_read_for(database: str) -
 
 
 @pytest.mark.parametrize("order", ["none", "key"])
-async def test_an_earlier_end_completes_it_and_what_it_owes_behind_that_comes_when_the_end_is_later(
+async def test_an_earlier_end_completes_the_subscription_and_keeps_what_it_owes_behind_it(
     database: str, order: Any
 ) -> None:
     gate, catch = Gate(), Catch()
@@ -390,7 +392,7 @@ async def test_an_earlier_end_completes_it_and_what_it_owes_behind_that_comes_wh
         async def nothing_more_begins() -> bool:
             return all(pump.gate.halted for pump in worker_of(backend).pumps)
 
-        await eventually("nothing more begins", nothing_more_begins)
+        await eventually("no dispatch starts", nothing_more_begins)
         gate.open()
         await altering
         await complete(backend)
@@ -406,7 +408,7 @@ async def test_an_earlier_end_completes_it_and_what_it_owes_behind_that_comes_wh
     assert sorted([*before, *catch.ids], key=int) == ids
 
 
-async def test_a_complete_subscription_with_failures_goes_on_with_them_in_another_order(database: str) -> None:
+async def test_a_complete_subscription_retries_its_failed_events_in_another_order(database: str) -> None:
     flaky = Flaky("1")
     async with running(database) as backend:
         await backend.subscribe("s", flaky, start="earliest", end=3, retry=Retry(delay=0.5))
@@ -417,7 +419,7 @@ async def test_a_complete_subscription_with_failures_goes_on_with_them_in_anothe
         async def is_handled() -> bool:
             return "1" in flaky.handled
 
-        await eventually("the failed one is handled", is_handled)
+        await eventually("the failed event is handled", is_handled)
         await complete(backend)
 
     assert flaky.attempts == {"1": [1, 2], "2": [1]}
@@ -426,7 +428,7 @@ async def test_a_complete_subscription_with_failures_goes_on_with_them_in_anothe
 # Start.
 
 
-async def test_another_start_moves_it_there_and_the_same_one_again_does_not(database: str) -> None:
+async def test_another_start_moves_the_subscription_once(database: str) -> None:
     catch = Catch()
     async with running(database) as backend:
         await backend.subscribe("s", catch, start="earliest", order="strict")
@@ -445,17 +447,17 @@ async def test_another_start_moves_it_there_and_the_same_one_again_does_not(data
         for _ in range(2):
             await alter(backend, order="strict", start=date)
             await settled(backend)
-        # As somebody else may write the same moment.
+        # The same moment in another time zone.
         await alter(backend, order="strict", start=date.astimezone())
         await settled(backend)
 
     assert catch.ids[7:] == ["5", "5"]
 
 
-async def test_who_alters_and_then_reconfigures_gives_the_old_dispatcher_nothing_of_the_new_start(
+async def test_after_alter_and_reconfigure_the_old_dispatcher_gets_nothing_of_the_new_start(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long it takes to tell the other processes in between."""
+    """Even if notifying the other processes in between takes long."""
     notify = Notifier.notify_leases
 
     async def slowly(self: Notifier) -> None:
@@ -476,7 +478,7 @@ async def test_who_alters_and_then_reconfigures_gives_the_old_dispatcher_nothing
     assert new.ids == ["2", "3"]
 
 
-async def test_the_start_it_was_created_with_moves_nothing_nor_undoes_a_seek(database: str) -> None:
+async def test_the_start_of_the_creation_moves_nothing_and_does_not_undo_a_seek(database: str) -> None:
     catch = Catch()
     async with running(database) as backend:
         await produce(backend, "1", "2", "3")
@@ -485,21 +487,6 @@ async def test_the_start_it_was_created_with_moves_nothing_nor_undoes_a_seek(dat
         await backend.seek("s", 2)
         await settled(backend)
         await alter(backend, order="strict", start=1)
-        await settled(backend)
-
-    assert catch.ids == ["2", "3", "3"]
-
-
-async def test_a_subscription_older_than_start_bounds_is_taken_at_its_word(database: str) -> None:
-    catch = Catch()
-    async with running(database) as backend:
-        await produce(backend, "1", "2", "3")
-        await backend.subscribe("s", catch, start=1, order="strict")
-        await settled(backend)
-        await query_rows(database, "UPDATE pgbackend.subscriptions SET start_bound = 'unknown'")
-        await alter(backend, order="strict", start=1)
-        assert catch.ids == ["2", "3"]
-        await alter(backend, order="strict", start=2)
         await settled(backend)
 
     assert catch.ids == ["2", "3", "3"]
@@ -516,7 +503,7 @@ async def test_a_start_ahead_of_the_log_is_waited_for(database: str) -> None:
     assert catch.ids == ["3", "4"]
 
 
-async def test_what_waited_to_be_tried_again_is_dropped_with_the_place_it_came_from(database: str) -> None:
+async def test_another_start_drops_the_redeliveries(database: str) -> None:
     flaky = Flaky("1", until=100)
     async with running(database) as backend:
         await backend.subscribe("s", flaky, start="earliest", retry=FAR)
@@ -531,7 +518,7 @@ async def test_what_waited_to_be_tried_again_is_dropped_with_the_place_it_came_f
 # Several processes.
 
 
-async def test_many_that_make_the_same_call_at_once_alter_it_once(database: str) -> None:
+async def test_equal_calls_of_many_processes_alter_the_subscription_once(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
         async with running(database) as one, running(database) as two, running(database) as three:
@@ -550,13 +537,13 @@ async def test_many_that_make_the_same_call_at_once_alter_it_once(database: str)
 
 
 @pytest.mark.direct
-async def test_a_process_whose_own_idea_is_older_follows_what_is_stored(database: str) -> None:
+async def test_a_process_that_subscribed_with_the_old_order_follows_the_stored_one(database: str) -> None:
     flaky = Flaky("bad")
     async with running(database, drain_timeout=0.2) as owner, running(database, drain_timeout=0.2) as other:
         await owner.subscribe("s", flaky, retry=Retry(delay=0.6))
         await produce(owner, "x")
         await settled(owner)
-        # It does not run it, and it is not answered by the one that does.
+        # The caller does not run the subscription itself.
         await alter(other, order="key")
         await produce(owner, "bad", "behind", key="k")
         await settled(owner)
@@ -564,7 +551,7 @@ async def test_a_process_whose_own_idea_is_older_follows_what_is_stored(database
     assert flaky.handled == ["x", "bad", "behind"]
 
 
-async def test_shards_that_run_elsewhere_are_waited_for(database: str) -> None:
+async def test_running_dispatches_of_another_process_end_first(database: str) -> None:
     gate, catch = Gate(), Catch()
     async with running(database) as owner, running(database) as other:
         await owner.subscribe("s", gate)
@@ -582,14 +569,14 @@ async def test_shards_that_run_elsewhere_are_waited_for(database: str) -> None:
     assert (gate.handled, catch.ids) == (["a"], ["b"])
 
 
-async def test_whoever_runs_it_elsewhere_gives_it_up_for_that(database: str) -> None:
+async def test_another_process_releases_its_shard_and_does_not_lose_it(database: str) -> None:
     with Recorder() as recorder:
         async with running(database) as owner, running(database) as other:
             catch = Catch()
             await owner.subscribe("s", catch)
             await produce(owner, "a")
             await catch.has("a")
-            # Sooner than it would be taken away.
+            # Before the lease could end.
             async with asyncio.timeout(20):
                 await alter(other, order="key")
             await produce(other, "b")
@@ -599,7 +586,7 @@ async def test_whoever_runs_it_elsewhere_gives_it_up_for_that(database: str) -> 
     assert catch.attempts == ["a", "b"]
 
 
-async def test_a_subscription_that_nobody_runs_is_altered(database: str) -> None:
+async def test_a_subscription_that_no_worker_runs_is_altered(database: str) -> None:
     backend = Backend(database)
     await backend.init()
     await backend.subscribe("s", print)

@@ -35,13 +35,13 @@ async def clock(dsn: str) -> datetime:
     return now
 
 
-# Where one begins.
+# Starting.
 
 
 @pytest.mark.parametrize(
     ("start", "expected"), [("earliest", range(11)), ("latest", [10]), (0, range(11)), (7, range(7, 11)), (10, [10])]
 )
-async def test_a_subscription_begins_where_it_is_told(log: Backend, start: Any, expected: Any) -> None:
+async def test_a_subscription_starts_at_the_given_place(log: Backend, start: Any, expected: Any) -> None:
     catch = Catch()
     await log.subscribe("s", catch, start=start, order="strict")
     await produce(log, "10")
@@ -50,7 +50,7 @@ async def test_a_subscription_begins_where_it_is_told(log: Backend, start: Any, 
     assert catch.ids == [str(number) for number in expected]
 
 
-async def test_a_subscription_begins_behind_a_date(log: Backend, database: str) -> None:
+async def test_a_subscription_starts_behind_a_date(log: Backend, database: str) -> None:
     date = await clock(database)
     await produce(log, "10", "11")
     catch = Catch()
@@ -61,7 +61,9 @@ async def test_a_subscription_begins_behind_a_date(log: Backend, database: str) 
     assert catch.ids == ["10", "11", "12"]
 
 
-async def test_a_date_before_the_log_is_its_beginning_and_one_ahead_waits_for_it(log: Backend, database: str) -> None:
+async def test_a_date_before_the_log_means_its_beginning_and_a_future_one_is_waited_for(
+    log: Backend, database: str
+) -> None:
     early, late = Catch(), Catch()
     await log.subscribe("early", early, start=datetime(2000, 1, 1, tzinfo=UTC), order="strict")
     soon = await clock(database) + timedelta(seconds=2.5)
@@ -92,7 +94,7 @@ async def test_a_start_position_ahead_of_the_log_is_waited_for(log: Backend, sha
     assert sorted(catch.ids) == ["12", "13"]
 
 
-async def test_a_seek_ahead_of_the_log_counts_until_the_next_one(log: Backend) -> None:
+async def test_a_seek_ahead_of_the_log_counts_until_the_next_seek(log: Backend) -> None:
     catch = Catch()
     await log.subscribe("s", catch, order="strict")
     await log.seek("s", 11)
@@ -104,13 +106,13 @@ async def test_a_seek_ahead_of_the_log_counts_until_the_next_one(log: Backend) -
     assert catch.ids == ["11", "9", "10", "11"]
 
 
-async def test_a_position_that_no_log_has_is_refused(log: Backend) -> None:
+async def test_a_position_beyond_a_bigint_is_refused(log: Backend) -> None:
     with pytest.raises(ConfigError, match=r"expected .*, a position"):
         await log.subscribe("s", print, start=1 << 63)
     assert (await log.status()).subscriptions == ()
 
 
-async def test_an_existing_subscription_goes_on_wherever_it_is_told_to_begin(log: Backend) -> None:
+async def test_the_start_of_an_existing_subscription_is_ignored(log: Backend) -> None:
     first, second = Catch(), Catch()
     await log.subscribe("s", first, start="earliest")
     await settled(log)
@@ -123,7 +125,7 @@ async def test_an_existing_subscription_goes_on_wherever_it_is_told_to_begin(log
 
 
 @pytest.mark.parametrize("commits", [True, False])
-async def test_latest_beside_an_open_appender_gets_its_event_and_nothing_older(
+async def test_latest_beside_an_open_appender_delivers_its_event_and_nothing_older(
     log: Backend, database: str, commits: bool
 ) -> None:
     producer = await asyncpg.connect(database)
@@ -141,7 +143,7 @@ async def test_latest_beside_an_open_appender_gets_its_event_and_nothing_older(
     assert sorted(catch.ids) == (["newer", "open"] if commits else ["newer"])
 
 
-async def test_latest_waits_for_appenders_that_are_only_brief(log: Backend, database: str) -> None:
+async def test_latest_waits_for_an_appender_that_commits_soon(log: Backend, database: str) -> None:
     """The event is acknowledged before `subscribe()` returns, so it is older than the subscription."""
     backend = Backend(database, hole_wait=30.0)
     await backend.init()
@@ -160,7 +162,7 @@ async def test_latest_waits_for_appenders_that_are_only_brief(log: Backend, data
     assert status.lag == 0
 
 
-async def test_latest_beside_an_appender_that_is_prepared_meanwhile_gets_its_event(log: Backend, database: str) -> None:
+async def test_latest_delivers_the_event_of_an_appender_that_is_prepared_meanwhile(log: Backend, database: str) -> None:
     producer = await asyncpg.connect(database)
     if await producer.fetchval("SHOW max_prepared_transactions") == "0":
         await producer.close()
@@ -176,7 +178,7 @@ async def test_latest_beside_an_appender_that_is_prepared_meanwhile_gets_its_eve
     await producer.close()
 
 
-# Where one ends.
+# Ending.
 
 
 async def test_an_end_position_is_exclusive_and_completes_the_subscription(log: Backend) -> None:
@@ -191,7 +193,7 @@ async def test_an_end_position_is_exclusive_and_completes_the_subscription(log: 
     assert status.shards[0].position == 5
 
 
-async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_memory(log: Backend) -> None:
+async def test_a_subscription_past_its_end_position_reads_nothing_more(log: Backend) -> None:
     await log.subscribe("s", Catch(), start="earliest", end=6)
     await complete(log)
 
@@ -199,12 +201,12 @@ async def test_a_subscription_past_its_end_position_keeps_nothing_of_the_log_in_
         tail = worker_of(log).pumps._tail
         return tail is not None and not tail._streams
 
-    await eventually("nothing is read for it", reads_no_more)
+    await eventually("no stream is open", reads_no_more)
 
 
 @pytest.mark.parametrize("key", ["h", "k"])
-async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database: str, key: str) -> None:
-    """Whichever of the two it is."""
+async def test_a_subscription_with_one_complete_shard_is_not_complete(database: str, key: str) -> None:
+    """Whichever of the two shards it is."""
     gate = Gate()
     async with Backend(database, commit_interval=0.01, poll_interval=0.1) as backend:
         await backend.subscribe("s", gate, shards=2, end=2)
@@ -213,7 +215,7 @@ async def test_a_shard_that_is_complete_says_nothing_of_one_that_is_not(database
         async def one_is_complete() -> bool:
             return any(pump.shard.complete for pump in worker_of(backend).pumps)
 
-        await eventually("one of them is complete", one_is_complete)
+        await eventually("one shard is complete", one_is_complete)
         (status,) = (await backend.status()).subscriptions
         gate.open()
         await complete(backend)
@@ -249,7 +251,7 @@ async def test_an_end_date_is_reached_by_the_clock_on_a_quiet_log(log: Backend, 
     assert sorted(catch.ids, key=int) == [str(number) for number in range(10)]
 
 
-async def test_the_clock_is_not_asked_all_the_time_for_an_end_that_is_far(
+async def test_a_distant_end_date_is_compared_with_the_clock_once(
     log: Backend, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetchval, asked = Database.fetchval, 0
@@ -289,7 +291,7 @@ async def test_completion_waits_for_an_open_appender_below_the_end(log: Backend,
     assert catch.ids == ["12", "open"]
 
 
-async def test_a_complete_subscription_stays_complete_until_it_is_moved(log: Backend) -> None:
+async def test_a_complete_subscription_stays_complete_until_a_seek(log: Backend) -> None:
     first, second = Catch(), Catch()
     await log.subscribe("s", first, start="earliest", end=4)
     await complete(log)
@@ -314,7 +316,7 @@ async def test_a_complete_subscription_stays_complete_until_it_is_moved(log: Bac
         ({"end": datetime(2100, 1, 1, tzinfo=UTC)}, "end date"),
     ],
 )  # fmt: skip
-async def test_another_order_shard_count_or_end_than_the_stored_one_is_an_error(
+async def test_subscribing_with_another_order_shard_count_or_end_is_refused(
     log: Backend, options: dict[str, Any], word: str
 ) -> None:
     await log.subscribe("s", print)
@@ -325,7 +327,7 @@ async def test_another_order_shard_count_or_end_than_the_stored_one_is_an_error(
     await log.subscribe("s", print)
 
 
-async def test_many_backends_that_subscribe_at_once_make_one_subscription(log: Backend, database: str) -> None:
+async def test_many_backends_that_subscribe_at_once_create_one_subscription(log: Backend, database: str) -> None:
     backends = [Backend(database) for _ in range(4)]
     await asyncio.gather(*(backend.init() for backend in backends))
     await asyncio.gather(*(backend.subscribe("s", print, start=index) for index, backend in enumerate(backends)))
@@ -348,14 +350,14 @@ async def test_shards_divide_the_events_and_keys_stay_together(log: Backend) -> 
         assert mine == sorted(mine, key=lambda id_: int(id_.split("-")[0]))
 
 
-async def test_deleting_forgets_everything_and_the_name_begins_anew(log: Backend, database: str) -> None:
+async def test_deleting_removes_everything_and_frees_the_name(log: Backend, database: str) -> None:
     failing = Catch(fails=lambda _: True)
     await log.subscribe("s", failing, start=8)
 
     async def has_failed() -> bool:
         return bool((await log.status()).subscriptions[0].redeliveries)
 
-    await eventually("something waits to be tried again", has_failed)
+    await eventually("a redelivery is scheduled", has_failed)
     await log.delete_subscription("s")
     assert (await log.status()).subscriptions == ()
     catch = Catch()
@@ -366,21 +368,21 @@ async def test_deleting_forgets_everything_and_the_name_begins_anew(log: Backend
     assert catch.ids == ["10"]
 
 
-async def test_deleting_waits_for_a_commit_elsewhere_and_does_not_lock_itself_with_it(
+async def test_deleting_waits_for_a_commit_of_another_process_without_a_deadlock(
     backend: Backend, database: str
 ) -> None:
-    """A commit holds the offset's row when it comes to refer to the subscription's, in its redeliveries."""
+    """A commit locks the offset first and refers to the subscription afterwards, by its redeliveries."""
     await backend.subscribe("s", Catch())
     await backend.produce(make_event("a"))
     commit, other = await asyncpg.connect(database), await asyncpg.connect(database)
 
-    async def somebody_waits() -> bool:
+    async def a_lock_is_awaited() -> bool:
         return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
     async with commit.transaction():
         await commit.execute("UPDATE pgbackend.offsets SET position = 1")
         deleting = asyncio.create_task(backend.delete_subscription("s"))
-        await eventually("the deletion waits for the commit", somebody_waits)
+        await eventually("the deletion waits for the commit", a_lock_is_awaited)
         await commit.execute(
             "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error) "
             "VALUES ('s', 1, 0, 1, now(), 'failed')"
@@ -392,7 +394,7 @@ async def test_deleting_waits_for_a_commit_elsewhere_and_does_not_lock_itself_wi
     assert (await backend.status()).subscriptions == ()
 
 
-async def test_deleting_what_runs_elsewhere_ends_it_there(log: Backend, database: str) -> None:
+async def test_deleting_ends_the_subscription_in_other_processes(log: Backend, database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
         async with Backend(database, **SETTINGS) as other:
@@ -407,11 +409,11 @@ async def test_deleting_what_runs_elsewhere_ends_it_there(log: Backend, database
     assert catch.ids == []
 
 
-# Moving.
+# Seeking.
 
 
 @pytest.mark.parametrize("started", [True, False])
-async def test_after_seek_the_next_event_is_the_first_behind_the_place(
+async def test_after_a_seek_the_next_event_is_the_first_behind_the_place(
     log: Backend, database: str, started: bool
 ) -> None:
     catch = Catch()
@@ -444,14 +446,14 @@ async def test_after_seek_the_next_event_is_the_first_behind_the_place(
     assert catch.ids == ["12"]
 
 
-async def test_seek_works_wherever_the_subscription_runs_and_its_date_counts_there(log: Backend, database: str) -> None:
+async def test_a_seek_reaches_the_process_that_runs_the_subscription_with_its_date(log: Backend, database: str) -> None:
     catch = Catch()
     async with Backend(database, **SETTINGS) as other:
         date = await clock(database)
         await other.subscribe("s", catch, start=date)
         await produce(log, "10")
         await catch.has("10")
-        # From here on events before the date are wanted: the date must be gone where it runs, too.
+        # Events before the date are wanted now, so the owner must drop the date, too.
         await log.seek("s", 5)
         await catch.has("5", "6", "7", "8", "9")
         now = await clock(database)
@@ -465,7 +467,7 @@ async def test_seek_works_wherever_the_subscription_runs_and_its_date_counts_the
     assert catch.ids == ["10"]
 
 
-async def test_nothing_of_the_old_place_comes_after_seek(database: str) -> None:
+async def test_after_a_seek_nothing_is_dispatched_from_the_old_place(database: str) -> None:
     async with Backend(database, **SETTINGS) as backend:
         await backend.produce_many([make_event(str(number)) for number in range(500)])
         catch = Catch()
@@ -478,7 +480,7 @@ async def test_nothing_of_the_old_place_comes_after_seek(database: str) -> None:
     assert catch.ids[before:] == [str(number) for number in range(490, 500)]
 
 
-async def test_seek_drops_what_was_to_be_tried_again(log: Backend) -> None:
+async def test_a_seek_drops_the_redeliveries(log: Backend) -> None:
     catch = Catch(fails=lambda event: event.id == "10")
     await log.subscribe("s", catch)
     await produce(log, "10")
@@ -486,14 +488,14 @@ async def test_seek_drops_what_was_to_be_tried_again(log: Backend) -> None:
     async def has_failed() -> bool:
         return (await log.status()).subscriptions[0].redeliveries == 1
 
-    await eventually("10 waits to be tried again", has_failed)
+    await eventually("a redelivery is scheduled", has_failed)
     await log.seek("s", "latest")
 
     assert (await log.status()).subscriptions[0].redeliveries == 0
 
 
-async def test_seek_overlooks_no_failure_that_is_committed_while_it_waits(log: Backend, database: str) -> None:
-    """The owner elsewhere has scheduled it, and its commit is under way: what seek had read of it is old."""
+async def test_a_seek_drops_a_redelivery_that_is_committed_while_it_waits(log: Backend, database: str) -> None:
+    """The commit holds the row's lock and schedules redeliveries, so the seek must not rely on an old snapshot."""
     await log.subscribe("s", Catch())
     await log.unsubscribe("s")
     owner, other = await asyncpg.connect(database), await asyncpg.connect(database)
@@ -508,7 +510,7 @@ async def test_seek_overlooks_no_failure_that_is_committed_while_it_waits(log: B
     async def waits() -> bool:
         return bool(await other.fetch("SELECT FROM pg_locks WHERE NOT granted"))
 
-    await eventually("it waits for the row", waits)
+    await eventually("the seek waits for the row", waits)
     await owner.execute("COMMIT")
     await owner.close()
     await other.close()
@@ -544,14 +546,14 @@ async def test_a_backend_that_is_not_started_subscribes_and_seeks_after_a_crash_
     await backend.stop()
 
 
-# A failover in the middle.
+# Failing over in the middle.
 
 
 @pytest.mark.parametrize("verb", ["subscribe", "seek", "alter"])
-async def test_a_place_that_was_found_before_a_failover_is_not_stored_after_it(
+async def test_a_place_found_before_a_failover_is_not_stored_after_it(
     backend: Backend, database: str, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """The log may be shorter then: what is produced next would get positions at or below the offset, and be skipped."""
+    """The log may be shorter then, so new events would get positions at or below the offset, and be skipped."""
     await backend.produce_many([make_event(str(number)) for number in range(10)])
     if verb != "subscribe":
         await backend.subscribe("s", print, start="earliest")

@@ -26,7 +26,7 @@ from tests.support.polling import eventually
 from tests.support.worker import Worker
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.2, "lease_timeout": 90.0}
-"""Nobody takes over because a lease is over, unless a test says so."""
+"""Leases do not time out, unless a test says so."""
 REGISTER = """
     INSERT INTO pgbackend.workers (id, name, backend_pid, backend_start, lease_timeout, heartbeat_at)
     VALUES ($1, 'somebody', $2, $3, '15 s', clock_timestamp() - $4 * interval '1 s')"""
@@ -53,7 +53,7 @@ async def owner_of(dsn: str, name: str = "s") -> Any:
 
 
 async def terminate(dsn: str, condition: str) -> int:
-    """Backends of this database that `condition` is about are gone, one by one."""
+    """Terminate the backends of this database that meet the condition; how many."""
     connection = await asyncpg.connect(dsn)
     try:
         return len(
@@ -72,10 +72,10 @@ PRESENCE = "pid IN (SELECT backend_pid FROM pgbackend.workers)"
 # Claiming.
 
 
-async def test_of_workers_that_claim_at_once_each_shard_goes_to_one_and_stays_there(
+async def test_workers_that_claim_at_once_share_the_shards_without_taking_any_from_each_other(
     backend: Backend, database: str
 ) -> None:
-    """Each claims what it saw free; what another took in between must not look like a dead worker's."""
+    """A shard that another worker claimed after the survey must not look like a dead worker's."""
     await backend.subscribe("s", Catch(), shards=4)
     connection = await asyncpg.connect(database)
     workers = [uuid4() for _ in range(6)]
@@ -87,7 +87,7 @@ async def test_of_workers_that_claim_at_once_each_shard_goes_to_one_and_stays_th
         for _ in range(40):
             claims = await asyncio.gather(*(claim_free(claimer, "s") for claimer in claimers))
             taken = [(lease.shard, lease.epoch) for leases in claims for lease in leases]
-            assert sorted(shard for shard, _ in taken) == [0, 1, 2, 3], "a shard was taken from whoever had just got it"
+            assert sorted(shard for shard, _ in taken) == [0, 1, 2, 3], "a shard was claimed twice"
             await connection.execute("UPDATE pgbackend.offsets SET owner = NULL")
     await connection.close()
 
@@ -95,7 +95,7 @@ async def test_of_workers_that_claim_at_once_each_shard_goes_to_one_and_stays_th
 @pytest.mark.parametrize(
     ("pid", "silent_for", "is_free"),
     [(None, 0.0, False), (None, 20.0, True), (999_999_999, 0.0, True)],
-    ids=["alive", "silent for longer than its lease", "its backend is gone"],
+    ids=["alive", "silent for longer than its lease", "the backend is gone"],
 )
 async def test_a_shard_is_free_when_its_owner_is_dead(
     backend: Backend, database: str, pid: int | None, silent_for: float, is_free: bool
@@ -112,8 +112,8 @@ async def test_a_shard_is_free_when_its_owner_is_dead(
     assert bool(leases) == is_free
 
 
-async def test_who_leaves_has_not_died_with_what_it_had_just_claimed(backend: Backend, database: str) -> None:
-    """It may be told to end between the claim and its answer; of one that died the next owner is careful."""
+async def test_a_worker_that_leaves_right_after_a_claim_counts_as_no_crash(backend: Backend, database: str) -> None:
+    """The worker may be stopped before the claim is answered. After a crash the next owner would be careful."""
     await backend.subscribe("s", Catch(), shards=2)
     worker = uuid4()
     connection = await asyncpg.connect(database)
@@ -129,7 +129,7 @@ async def test_who_leaves_has_not_died_with_what_it_had_just_claimed(backend: Ba
 
 
 @pytest.mark.owner
-async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Backend, database: str) -> None:
+async def test_a_pid_reused_by_another_backend_is_no_sign_of_life(backend: Backend, database: str) -> None:
     await backend.subscribe("s", Catch())
     connection = await asyncpg.connect(database)
     other, pid = uuid4(), await connection.fetchval("SELECT pg_backend_pid()")
@@ -144,10 +144,10 @@ async def test_a_pid_that_another_backend_has_now_is_no_sign_of_life(backend: Ba
     await connection.close()
 
 
-async def test_a_worker_that_could_not_see_its_own_start_lives_as_long_as_its_backend(
+async def test_a_worker_whose_backend_start_is_masked_lives_as_long_as_its_backend(
     backend: Backend, database: str
 ) -> None:
-    """After SET ROLE, PostgreSQL masks even one's own."""
+    """After SET ROLE, PostgreSQL masks even the start of the session's own backend."""
     await backend.subscribe("s", Catch())
     connection, sign = await asyncpg.connect(database), await asyncpg.connect(database)
     other, pid = uuid4(), sign.get_server_pid()
@@ -161,7 +161,7 @@ async def test_a_worker_that_could_not_see_its_own_start_lives_as_long_as_its_ba
         async def is_free() -> bool:
             return bool(await claim_free(claimer, "s"))
 
-        await eventually("its backend is gone", is_free)
+        await eventually("the backend is gone", is_free)
     await connection.close()
 
 
@@ -180,14 +180,14 @@ async def test_no_row_can_make_a_lease_endless(backend: Backend, database: str) 
         await connection.close()
 
 
-async def test_nothing_can_be_claimed_in_another_life_of_the_server(backend: Backend, database: str) -> None:
+async def test_nothing_can_be_claimed_in_another_incarnation(backend: Backend, database: str) -> None:
     await backend.subscribe("s", Catch())
     async with opened(database) as log:
         await log.database.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
         assert await claim_free(Leases(log, schema="pgbackend", worker=uuid4()), "s") == []
 
 
-async def test_a_worker_without_shards_notices_another_life_of_the_server(database: str) -> None:
+async def test_a_worker_without_shards_notices_another_incarnation(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
         async with Backend(database, **SETTINGS) as owner:
@@ -196,7 +196,7 @@ async def test_a_worker_without_shards_notices_another_life_of_the_server(databa
             async with Backend(database, **SETTINGS) as idle:
                 await idle.subscribe("s", catch)
                 await recorder.wait("worker started", count=2)
-                # As a crash does: the table is empty.
+                # A crash empties the table.
                 connection = await asyncpg.connect(database)
                 await connection.execute("TRUNCATE pgbackend.incarnation")
                 await connection.close()
@@ -238,11 +238,11 @@ async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_p
             await backend.subscribe("s", catch)
             worker.kill()
             await backend.produce(make_event("a"))
-            # Not after its lease: its backend is gone.
+            # Before the lease could time out, because the backend is gone.
             await catch.has("a")
 
 
-async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_does_nothing_when_it_wakes(
+async def test_another_worker_takes_over_from_a_frozen_process_which_then_dispatches_nothing(
     database: str, tmp_path: Path
 ) -> None:
     import os
@@ -251,7 +251,7 @@ async def test_another_worker_takes_over_from_a_process_that_is_frozen_and_it_do
     ledger = Ledger(tmp_path / "ledger")
     async with (
         Worker(database, ledger, subscription="s", settings={**SETTINGS, "lease_timeout": 1.0}) as worker,
-        # Patient: a machine that stands still for a second must not give the shard back.
+        # A long lease: a pause of this machine must not give the shard back.
         Backend(database, **SETTINGS) as backend,
     ):
 
@@ -306,7 +306,7 @@ async def test_a_dispatcher_that_blocks_the_event_loop_does_not_cost_the_lease(d
 
 
 @pytest.mark.direct
-async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_registered_again(database: str) -> None:
+async def test_a_worker_whose_connection_is_cut_starts_nothing_until_it_is_registered_again(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
         async with Backend(database, **SETTINGS) as backend:
@@ -314,19 +314,19 @@ async def test_a_worker_whose_connection_is_cut_begins_nothing_until_it_is_regis
             await recorder.wait("lease claimed")
             tenure = worker_of(backend).pumps.tenure
             assert await terminate(database, PRESENCE)
-            # At once, not when the next heartbeat fails in thirty seconds: others may take over from now on.
+            # At once, not when the next heartbeat fails in 30 s: others may take over from now on.
             await recorder.wait("presence lost", timeout=20)
 
             async def is_registered() -> bool:
                 return tenure.valid_until > time.monotonic()
 
-            await eventually("it is registered again", is_registered)
+            await eventually("the worker is registered again", is_registered)
             await backend.produce(make_event("a"))
             await catch.has("a")
 
 
-async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(database: str) -> None:
-    """Telling may take long: a log is a pipe, and whoever reads it may be slow. Others can take over meanwhile."""
+async def test_the_tenure_is_void_before_the_loss_of_the_connection_is_logged(database: str) -> None:
+    """Logging may block on a slow reader, and others can take over meanwhile."""
     tenures: list[float] = []
 
     def hear(name: str, _: object) -> None:
@@ -343,7 +343,7 @@ async def test_a_worker_that_lost_its_connection_is_in_doubt_before_it_says_so(d
     assert tenures[0] == 0.0
 
 
-async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_its_way_back(database: str) -> None:
+async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_recovers(database: str) -> None:
     catch = Catch()
     async with Proxy(database) as proxy, Backend(proxy.dsn, **{**SETTINGS, "lease_timeout": 1.0}) as backend:
         await backend.subscribe("s", catch)
@@ -351,11 +351,11 @@ async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_
         await catch.has("a")
         proxy.stall()
 
-        # Not a fact: on a busy machine it may have lost it before, for a moment.
+        # Poll instead of waiting for a fact: a busy machine may have emitted it before.
         async def is_over() -> bool:
             return worker_of(backend).pumps.tenure.valid_until < time.monotonic()
 
-        await eventually("its tenure is over", is_over)
+        await eventually("the tenure is over", is_over)
         proxy.cut()
         proxy.restore()
         async with Backend(database) as producer:
@@ -364,7 +364,7 @@ async def test_a_worker_that_cannot_reach_the_server_loses_its_tenure_and_finds_
 
 
 @pytest.mark.direct
-async def test_a_former_owner_that_comes_back_does_not_dispatch_what_is_not_its_own_any_more(database: str) -> None:
+async def test_a_former_owner_that_comes_back_dispatches_nothing_of_its_lost_shard(database: str) -> None:
     first, second = Catch(), Catch()
     async with Proxy(database) as proxy:
         with Recorder() as recorder:
@@ -383,10 +383,10 @@ async def test_a_former_owner_that_comes_back_does_not_dispatch_what_is_not_its_
     assert first.ids == []
 
 
-async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on(
+async def test_a_claim_answered_after_a_lapse_of_the_tenure_is_not_used(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen just then, for longer than its lease: another worker has the shard when the answer is read."""
+    """The process was frozen for longer than its lease, so another worker may have the shard already."""
     claim, claimed, answer = Leases.claim, asyncio.Event(), asyncio.Event()
     stale: list[int] = []
 
@@ -406,7 +406,7 @@ async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on
             await backend.subscribe("s", catch)
             async with asyncio.timeout(10):
                 await claimed.wait()
-            # Somebody takes it over, and gives it up again; in between this worker is told that it has nothing.
+            # Another worker takes the shard over and releases it. In between this worker learns that it has nothing.
             await observer.execute("UPDATE pgbackend.offsets SET owner = NULL, epoch = nextval('pgbackend.epochs')")
             worker_of(backend)._on_held(frozenset())
             answer.set()
@@ -417,7 +417,7 @@ async def test_a_claim_whose_answer_comes_after_a_time_of_doubt_is_not_relied_on
     assert not set(stale) & {fields["epoch"] for fields in recorder.all("lease claimed")}
 
 
-async def test_presence_reports_what_its_first_connection_met(database: str) -> None:
+async def test_starting_raises_the_error_of_the_first_connection(database: str) -> None:
     def presence(dsn: str) -> Presence:
         return Presence(
             Database(dsn),
@@ -442,7 +442,7 @@ async def test_presence_reports_what_its_first_connection_met(database: str) -> 
 
 
 @pytest.mark.direct
-async def test_hints_reach_a_worker_whose_loop_was_busy(database: str) -> None:
+async def test_a_wakeup_reaches_the_worker_long_before_it_polls(database: str) -> None:
     catch = Catch()
     with Recorder() as recorder:
         async with Backend(database, **{**SETTINGS, "poll_interval": 30.0}) as backend:

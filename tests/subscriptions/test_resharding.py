@@ -1,4 +1,4 @@
-"""`Backend.reshard`: another number of shards for a subscription that is running, with nothing lost or repeated."""
+"""`Backend.reshard`: a running subscription gets another number of shards and loses and repeats nothing."""
 
 import asyncio
 import os
@@ -42,7 +42,7 @@ async def settled(observer: "asyncpg.Connection[asyncpg.Record]", position: int,
 
 
 @pytest.mark.parametrize("order", ["none", "key"])
-async def test_the_number_goes_up_and_down_under_load(database: str, order: Any) -> None:
+async def test_the_number_of_shards_goes_up_and_down_under_load(database: str, order: Any) -> None:
     observer = await asyncpg.connect(database)
     handled: list[tuple[str, int]] = []
 
@@ -61,7 +61,7 @@ async def test_the_number_goes_up_and_down_under_load(database: str, order: Any)
             count += 300
             await two.reshard("s", shards)
             await producing
-            # The next change may come before the new shards have begun.
+            # The next change may come before the new shards have started.
         await settled(observer, count, 1)
     await observer.close()
 
@@ -73,7 +73,7 @@ async def test_the_number_goes_up_and_down_under_load(database: str, order: Any)
             assert positions == sorted(positions)
 
 
-async def test_several_who_want_different_numbers_each_get_theirs_in_turn(database: str) -> None:
+async def test_calls_at_once_for_different_numbers_succeed_one_after_another(database: str) -> None:
     observer = await asyncpg.connect(database)
     handled: list[str] = []
 
@@ -95,7 +95,7 @@ async def test_several_who_want_different_numbers_each_get_theirs_in_turn(databa
     assert sorted(handled) == sorted(str(number) for number in range(300))
 
 
-async def test_shards_that_lag_go_on_to_where_the_farthest_one_is(database: str) -> None:
+async def test_lagging_shards_go_on_to_the_barrier(database: str) -> None:
     observer = await asyncpg.connect(database)
     producer = Backend(database)
     await producer.init()
@@ -106,7 +106,7 @@ async def test_shards_that_lag_go_on_to_where_the_farthest_one_is(database: str)
 
     await producer.subscribe("s", handle, start="earliest", shards=2)
     await producer.produce_many([make_event(str(number), key=str(number)) for number in range(100)])
-    # As if one process had run the one shard, and nobody the other.
+    # As if only one of the shards had been run.
     of_one = [
         row["id"]
         for row in await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 1 AND position <= 80")
@@ -127,7 +127,7 @@ async def test_shards_that_lag_go_on_to_where_the_farthest_one_is(database: str)
     assert sorted(handled + of_one) == sorted(str(number) for number in range(100))
 
 
-async def test_the_number_can_be_changed_again_before_the_old_shards_are_over(database: str) -> None:
+async def test_the_number_can_be_changed_again_before_the_old_shards_have_finished(database: str) -> None:
     observer = await asyncpg.connect(database)
     backend = Backend(database, **SETTINGS)
     await backend.init()
@@ -159,7 +159,7 @@ async def test_the_number_can_be_changed_again_before_the_old_shards_are_over(da
     assert sorted(catch.ids + gone) == sorted(ids)
 
 
-async def test_an_open_appender_does_not_hold_the_change_up_and_its_event_is_handled_once(database: str) -> None:
+async def test_an_open_appender_does_not_delay_the_change_and_its_event_is_handled_once(database: str) -> None:
     observer, appender = await asyncpg.connect(database), await asyncpg.connect(database)
     catch = Catch()
     async with Backend(database, **SETTINGS) as backend:
@@ -173,13 +173,13 @@ async def test_an_open_appender_does_not_hold_the_change_up_and_its_event_is_han
         async def is_pending() -> bool:
             return all(row[3:] == (21, "{[1,2)}") for row in await rows(observer))
 
-        await eventually("its hole is pending in both shards", is_pending)
+        await eventually("the hole is pending in both shards", is_pending)
         await backend.reshard("s", 5)
 
         async def has_new_shards() -> bool:
             return [row[:3] for row in await rows(observer)] == [(5, shard, None) for shard in range(5)]
 
-        await eventually("the new shards have begun", has_new_shards)
+        await eventually("the new shards are there", has_new_shards)
         await transaction.commit()
         await catch.has("late")
         await settled(observer, 21, 5)
@@ -189,7 +189,7 @@ async def test_an_open_appender_does_not_hold_the_change_up_and_its_event_is_han
     assert Counter(catch.ids).most_common(1)[0][1] == 1
 
 
-async def test_what_is_left_goes_to_the_shard_that_it_is_for_now(database: str) -> None:
+async def test_pending_events_go_to_the_new_shard_of_their_key(database: str) -> None:
     observer = await asyncpg.connect(database)
     backend = Backend(database)
     await backend.init()
@@ -199,7 +199,7 @@ async def test_what_is_left_goes_to_the_shard_that_it_is_for_now(database: str) 
         row["position"]: row["key_hash"]
         for row in await observer.fetch("SELECT position, key_hash FROM pgbackend.events")
     }
-    # Each has handled every third event only, and waits for one that is not there yet.
+    # Each shard has handled every third event, and a hole is open.
     hole = 61
     owed = {position for position in hashes if position % 3}
     for shard in range(2):
@@ -241,14 +241,14 @@ async def test_failed_events_keep_their_attempts_and_their_key_waits_for_them(da
         async def have_failed() -> bool:
             return bool(await observer.fetchval("SELECT count(*) = 4 FROM pgbackend.redeliveries"))
 
-        await eventually("they have failed once", have_failed)
+        await eventually("the bad events have failed once", have_failed)
         await backend.reshard("s", 3)
         await settled(observer, 8, 3)
 
         async def nothing_is_due() -> bool:
             return not await observer.fetchval("SELECT count(*) FROM pgbackend.redeliveries")
 
-        await eventually("nothing is to be tried again", nothing_is_due)
+        await eventually("no redelivery is left", nothing_is_due)
     await observer.close()
 
     for number in range(4):
@@ -256,10 +256,10 @@ async def test_failed_events_keep_their_attempts_and_their_key_waits_for_them(da
         of_bad = [attempt for id_, attempt in attempts if id_.startswith("bad")]
         assert of_bad == [1, 2, 3]
         if order == "key":
-            assert attempts[-1] == (str(number), 1), "it overtook the failed event of its key"
+            assert attempts[-1] == (str(number), 1), "an event overtook the failed one of its key"
 
 
-async def test_what_is_at_work_in_another_process_ends_first(database: str) -> None:
+async def test_running_dispatches_of_another_process_end_before_the_change(database: str) -> None:
     observer = await asyncpg.connect(database)
     gate = Gate()
     caller = Backend(database, drain_timeout=20.0)
@@ -271,10 +271,10 @@ async def test_what_is_at_work_in_another_process_ends_first(database: str) -> N
         with Recorder() as recorder:
             resharding = asyncio.create_task(caller.reshard("s", 4))
 
-            async def rests() -> bool:
+            async def is_draining() -> bool:
                 return bool(await observer.fetchval("SELECT draining_until IS NOT NULL FROM pgbackend.subscriptions"))
 
-            await eventually("the subscription is to rest", rests)
+            await eventually("a drain is requested", is_draining)
             assert len(await rows(observer)) == 1
             gate.open()
             await resharding
@@ -287,7 +287,7 @@ async def test_what_is_at_work_in_another_process_ends_first(database: str) -> N
 
 
 @pytest.mark.slow
-async def test_a_process_that_hangs_is_waited_for_no_longer_than_its_lease(database: str, tmp_path: Any) -> None:
+async def test_a_frozen_process_delays_the_change_no_longer_than_its_lease(database: str, tmp_path: Any) -> None:
     ledger = Ledger(tmp_path / "ledger")
     observer = await asyncpg.connect(database)
     caller = Backend(database)
@@ -297,7 +297,7 @@ async def test_a_process_that_hangs_is_waited_for_no_longer_than_its_lease(datab
         async def is_owned() -> bool:
             return bool(await observer.fetchval("SELECT count(owner) FROM pgbackend.offsets"))
 
-        await eventually("it has its shard", is_owned)
+        await eventually("the worker has its shard", is_owned)
         worker.freeze()
         await caller.reshard("s", 2)
         assert [row[:2] for row in await rows(observer)] == [(2, 0), (2, 1)]
@@ -312,7 +312,7 @@ async def test_a_process_that_hangs_is_waited_for_no_longer_than_its_lease(datab
     assert ledger.doubled() == {}
 
 
-async def test_a_worker_that_does_not_let_go_is_named_and_goes_on(
+async def test_a_worker_that_does_not_release_its_shard_is_named_and_goes_on(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pgbackend.delivery.changes._HANDOVER", 0.0)
@@ -335,7 +335,7 @@ async def test_a_worker_that_does_not_let_go_is_named_and_goes_on(
     assert gate.handled == ["a", "b"]
 
 
-async def test_a_caller_that_gives_up_leaves_the_subscription_running(database: str) -> None:
+async def test_a_cancelled_call_leaves_the_subscription_running(database: str) -> None:
     gate, observer = Gate(), await asyncpg.connect(database)
     caller = Backend(database)
     await caller.init()
@@ -345,13 +345,13 @@ async def test_a_caller_that_gives_up_leaves_the_subscription_running(database: 
         await gate.holds(1)
         resharding = asyncio.create_task(caller.reshard("s", 4))
 
-        async def rests() -> bool:
+        async def is_draining() -> bool:
             return bool(await observer.fetchval("SELECT draining_until IS NOT NULL FROM pgbackend.subscriptions"))
 
-        await eventually("the subscription is to rest", rests)
+        await eventually("a drain is requested", is_draining)
         resharding.cancel()
         await asyncio.wait({resharding})
-        assert not await rests()
+        assert not await is_draining()
         gate.open()
         await backend.produce(make_event("b"))
         await settled(observer, 2, 1)
@@ -361,7 +361,7 @@ async def test_a_caller_that_gives_up_leaves_the_subscription_running(database: 
     assert gate.handled == ["a", "b"]
 
 
-async def test_a_subscription_that_is_complete_stays_so(database: str) -> None:
+async def test_a_complete_subscription_stays_complete(database: str) -> None:
     observer = await asyncpg.connect(database)
     catch = Catch()
     async with Backend(database, **SETTINGS) as backend:
@@ -372,16 +372,16 @@ async def test_a_subscription_that_is_complete_stays_so(database: str) -> None:
             (status,) = (await backend.status()).subscriptions
             return status.complete
 
-        await eventually("it is complete", is_complete)
+        await eventually("the subscription is complete", is_complete)
         await backend.reshard("s", 3)
-        await eventually("it is complete with three shards", is_complete)
+        await eventually("the subscription is complete with three shards", is_complete)
         assert len(await rows(observer)) == 3
     await observer.close()
 
     assert sorted(catch.ids) == ["0", "1", "2", "3", "4"]
 
 
-async def test_a_seek_and_another_order_end_what_is_changing(database: str) -> None:
+async def test_a_seek_ends_a_change_of_the_number_and_an_alteration_does_not(database: str) -> None:
     observer = await asyncpg.connect(database)
     catch = Catch()
     backend = Backend(database, **SETTINGS)
@@ -407,7 +407,7 @@ async def test_a_seek_and_another_order_end_what_is_changing(database: str) -> N
     assert sorted(catch.ids) == ["8", "9"]
 
 
-async def test_what_cannot_be_is_refused(database: str) -> None:
+async def test_invalid_terms_are_refused(database: str) -> None:
     backend = Backend(database)
     await backend.init()
     await backend.subscribe("s", Catch(), order="strict")
@@ -421,8 +421,8 @@ async def test_what_cannot_be_is_refused(database: str) -> None:
     await backend.stop()
 
 
-async def test_what_lies_behind_an_end_that_came_earlier_is_there_for_a_later_one(database: str) -> None:
-    """An old shard that lags is over at that end, and never gets to where the new ones begin."""
+async def test_events_between_an_earlier_end_and_the_barrier_are_kept_for_a_later_end(database: str) -> None:
+    """A lagging old shard is finished at the earlier end, and never reads up to the barrier."""
     observer = await asyncpg.connect(database)
     catch = Catch()
     backend = Backend(database, **SETTINGS)
@@ -451,7 +451,7 @@ async def test_what_lies_behind_an_end_that_came_earlier_is_there_for_a_later_on
     assert sorted([*catch.ids, *(row["id"] for row in gone)], key=int) == [str(number) for number in range(30)]
 
 
-async def test_back_to_the_old_number_waits_for_what_is_at_work_in_the_old_shards(database: str) -> None:
+async def test_going_back_to_the_old_number_waits_for_running_dispatches_of_old_shards(database: str) -> None:
     observer = await asyncpg.connect(database)
     gate = Gate()
     caller = Backend(database, drain_timeout=20.0)
@@ -461,7 +461,7 @@ async def test_back_to_the_old_number_waits_for_what_is_at_work_in_the_old_shard
         await backend.subscribe("s", Catch(), start="earliest", shards=2)
         await settled(observer, 20, 2)
         await backend.unsubscribe("s")
-        # As if one of them had fallen behind.
+        # As if one shard had fallen behind.
         await observer.execute("UPDATE pgbackend.offsets SET position = 0 WHERE shard = 0")
         lagging = await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 0 ORDER BY position")
         await caller.reshard("s", 3)
@@ -470,10 +470,10 @@ async def test_back_to_the_old_number_waits_for_what_is_at_work_in_the_old_shard
         with Recorder() as recorder:
             resharding = asyncio.create_task(caller.reshard("s", 2))
 
-            async def rests() -> bool:
+            async def is_draining() -> bool:
                 return bool(await observer.fetchval("SELECT draining_until IS NOT NULL FROM pgbackend.subscriptions"))
 
-            await eventually("the subscription is to rest", rests)
+            await eventually("a drain is requested", is_draining)
             gate.open()
             await resharding
             assert not recorder.all("lease lost")
@@ -484,7 +484,7 @@ async def test_back_to_the_old_number_waits_for_what_is_at_work_in_the_old_shard
     assert Counter(gate.handled) == Counter(row["id"] for row in lagging)
 
 
-async def test_what_failed_in_order_above_where_old_shards_end_is_not_there_twice(database: str) -> None:
+async def test_an_event_that_failed_in_order_above_the_barrier_is_not_delivered_twice(database: str) -> None:
     observer = await asyncpg.connect(database)
     catch = Catch()
     backend = Backend(database, **SETTINGS)
@@ -493,7 +493,7 @@ async def test_what_failed_in_order_above_where_old_shards_end_is_not_there_twic
     await backend.produce_many([make_event(str(number), key=str(number)) for number in range(20)])
     gone = await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 1 AND position <= 10")
     await observer.execute("UPDATE pgbackend.offsets SET position = 10 WHERE shard = 1")
-    # One that the farthest shard has tried, first of what is above its offset; and one that the other has tried.
+    # One failed in the farthest shard, above its offset, and one in the other shard.
     await observer.execute(
         """
         INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
@@ -514,7 +514,7 @@ async def test_what_failed_in_order_above_where_old_shards_end_is_not_there_twic
     async def nothing_is_due() -> bool:
         return not await observer.fetchval("SELECT count(*) FROM pgbackend.redeliveries")
 
-    await eventually("nothing is to be tried again", nothing_is_due)
+    await eventually("no redelivery is left", nothing_is_due)
     await backend.stop()
     await running
     await observer.close()

@@ -1,4 +1,4 @@
-"""The fair share: even where it can be, the same for all, and at rest once it is reached."""
+"""The fair share: even where possible, the same for all workers, and stable."""
 
 from collections import Counter
 from random import Random
@@ -25,25 +25,25 @@ def loads(plan: dict[ShardKey, UUID]) -> dict[UUID, int]:
     return dict(Counter(plan.values()))
 
 
-def test_free_shards_go_to_all_alike() -> None:
+def test_free_shards_are_shared_evenly() -> None:
     assert loads(share(shards(8), [peer(A), peer(B), peer(C)])) == {A: 3, B: 3, C: 2}
 
 
-def test_single_shards_of_many_subscriptions_are_shared_as_well() -> None:
+def test_single_shards_of_many_subscriptions_are_shared_evenly() -> None:
     names = [f"s{number}" for number in range(6)]
     free = {key: owner for name in names for key, owner in shards(1, name).items()}
     assert loads(share(free, [peer(A, *names), peer(B, *names)])) == {A: 3, B: 3}
 
 
-def test_who_joins_gets_its_share_and_the_others_keep_theirs() -> None:
+def test_a_worker_that_joins_gets_its_share_with_the_fewest_moves() -> None:
     plan = share(shards(8, owner=A), [peer(A), peer(B)])
     assert loads(plan) == {A: 4, B: 4}
     again = share({**plan}, [peer(A), peer(B), peer(C)])
     assert loads(again) == {A: 3, B: 3, C: 2}
-    assert sum(plan[key] != again[key] for key in plan) == 2, "a shard moved that need not have"
+    assert sum(plan[key] != again[key] for key in plan) == 2, "a shard moved without need"
 
 
-def test_what_a_dead_worker_had_is_shared_out() -> None:
+def test_the_shards_of_a_dead_worker_are_shared_evenly() -> None:
     plan: dict[ShardKey, UUID | None] = dict(share(shards(9), [peer(A), peer(B), peer(C)]))
     left = {key: None if owner == C else owner for key, owner in plan.items()}
     after = share(left, [peer(A), peer(B)])
@@ -51,7 +51,7 @@ def test_what_a_dead_worker_had_is_shared_out() -> None:
     assert all(after[key] == owner for key, owner in plan.items() if owner != C)
 
 
-def test_nothing_is_given_to_who_does_not_ask() -> None:
+def test_a_worker_that_does_not_ask_gets_no_owned_shard() -> None:
     assert loads(share(shards(4, owner=A), [peer(A), peer(B, asks=False)])) == {A: 4}
 
 
@@ -60,20 +60,20 @@ def test_a_difference_of_one_is_fair() -> None:
     assert share(owned, [peer(A), peer(B)]) == owned
 
 
-def test_nobody_gets_what_it_cannot_run() -> None:
+def test_no_worker_gets_a_shard_that_it_cannot_run() -> None:
     free = {**shards(4, "s"), **shards(2, "t"), **shards(1, "unknown")}
     plan = share(free, [peer(A, "s"), peer(B, "t")])
     assert plan == {**dict.fromkeys(shards(4, "s"), A), **dict.fromkeys(shards(2, "t"), B)}
 
 
-def test_a_shard_comes_by_way_of_a_third() -> None:
-    """A and C have no subscription in common; B runs what both do."""
+def test_two_workers_without_a_common_subscription_balance_by_way_of_a_third() -> None:
+    """A and C have no subscription in common. B runs those of both."""
     owned = {**shards(2, "s", A), **shards(1, "t", B)}
     peers = [peer(A, "s"), peer(B, "s", "t", asks=False), peer(C, "t")]
     assert loads(share(owned, peers)) == {A: 1, B: 1, C: 1}
 
 
-def test_what_a_worker_has_that_tells_nothing_stays_with_it() -> None:
+def test_the_shards_of_an_unknown_owner_stay_with_it() -> None:
     owned = shards(4, owner=D)
     assert share(owned, [peer(A), peer(B)]) == owned
 
@@ -90,7 +90,7 @@ def _situations(draw: st.DrawFn) -> tuple[dict[ShardKey, UUID | None], list[Peer
 
 
 @given(_situations(), st.randoms())
-def test_a_plan_is_the_same_for_all_and_at_rest_and_even(
+def test_a_plan_is_deterministic_stable_and_even(
     situation: tuple[dict[ShardKey, UUID | None], list[Peer]], random: Random
 ) -> None:
     owners, peers = situation
@@ -115,7 +115,7 @@ def test_a_plan_is_the_same_for_all_and_at_rest_and_even(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7, 50])
-def test_many_shards_are_shared_out_evenly_in_one_go(workers: int) -> None:
+def test_many_shards_are_shared_evenly_at_once(workers: int) -> None:
     peers = [peer(UUID(int=number + 1)) for number in range(workers)]
     counts = loads(share(shards(1000, owner=peers[0].id), peers)).values()
     assert max(counts) - min(counts) <= 1
