@@ -278,7 +278,7 @@ def positions(ranges: RangeSet) -> list[int]:
 
 TestSubscription = Subscription.TestCase
 TestSubscription.settings = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=25,
     # Shrinking takes minutes.
     phases=[Phase.explicit, Phase.reuse, Phase.generate],

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -36,3 +37,9 @@ async def query_rows(dsn: str, query: str, *args: object) -> list[tuple[Any, ...
     """All rows, as tuples that a test can compare."""
     async with connected(dsn) as connection:
         return [tuple(row) for row in await connection.fetch(query, *args)]
+
+
+async def clock(dsn: str) -> datetime:
+    """The time by the server's clock."""
+    now: datetime = await query_value(dsn, "SELECT clock_timestamp()")
+    return now
