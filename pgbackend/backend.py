@@ -5,17 +5,17 @@ Each verb checks its arguments and hands over to one function elsewhere. `lifecy
 
 From `produce()` to the committed offset, one function a step:
 
-| # | call                                    | statement             | what is true afterwards                        |
-|---|-----------------------------------------|-----------------------|------------------------------------------------|
-| 1 | `Backend.produce` → `encode`            |                       | the event is valid and frozen as bytes         |
-| 2 | `Appender.append`                       | `append_one`, or COPY | it is committed, with its whole batch          |
-| 3 | `Wakeup.wake`, `Notifier.notify`        | `notify`              | readers may know; nothing depends on it        |
-| 4 | `Stream.run` → `Reader.read`            | `read_page`           | it is in a page, in log order                  |
-| 5 | `Fence.apply_evidence`                  | `take_evidence`       | missing positions are dead, pending or awaited |
-| 6 | `Feed._admit` → `Window.open`           |                       | it is in flight and in the backlog             |
-| 7 | `Pump._step` → `Deliverer.dispatch`     |                       | the dispatcher ran, without a transaction      |
-| 8 | `Window.settle`, `Settlement.failed`    |                       | it is settled, or will be retried or given up  |
-| 9 | `Committer.run_once` → `Offsets.commit` | `commit_offsets`      | that is durable, under the shard's epoch       |
+| # | call                                      | statement             | what is true afterwards                   |
+|---|-------------------------------------------|-----------------------|-------------------------------------------|
+| 1 | `Backend.produce` → `encode`              |                       | the event is valid, and bytes             |
+| 2 | `Appender.append`                         | `append_one`, or COPY | it is committed, with its whole batch     |
+| 3 | `Wakeup.wake`, `Notifier.notify`          | `notify`              | readers may know; nothing depends on it   |
+| 4 | `Stream.run` → `Reader.read`              | `read_page`           | it is in a page, in log order             |
+| 5 | `Fence.apply_evidence`                    | `take_evidence`       | a gap is dead, pending or awaited         |
+| 6 | `Feed._admit` → `Window.open`             |                       | it is in flight and in the backlog        |
+| 7 | `Dispatching.step` → `Deliverer.dispatch` |                       | the dispatcher ran, in no transaction     |
+| 8 | `Window.settle`, `Settlement.failed`      |                       | it is settled, to be retried, or given up |
+| 9 | `Committer.run_once` → `Offsets.commit`   | `commit_offsets`      | that is durable, under the shard's epoch  |
 
 Shutdown goes the same way: stop reading (4), finish 7 and 8, commit (9), release the shards, close the appender.
 """
