@@ -227,7 +227,7 @@ class Appender:
             return
         if self._writer.unconfirmed:
             self._answer(batch, ProduceUncertainError(
-                "PostgreSQL committed without its synchronous standby's word: the event is lost if it fails over now."
+                "PostgreSQL committed without waiting for its synchronous standby: a failover now may lose the event."
             ))  # fmt: skip
         else:
             # Answer after the next batch was sent: PostgreSQL commits that one meanwhile. Answering a batch of HTTP

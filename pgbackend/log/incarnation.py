@@ -72,14 +72,14 @@ class Incarnation:
         """The highest position that this process knows to have been given out."""
         return self._highest_seen
 
-    async def enter(self) -> str:
-        """Work in the server's present incarnation, named now if it has no name yet. Returns its identity."""
+    async def enter(self) -> None:
+        """Work in the server's present incarnation, which is named now if it has no name yet. Raises DatabaseError."""
         while True:
             found = await self._database.fetchval(self._sql.find_incarnation)
             if isinstance(found, str):
                 if found != self._id:
                     self._id, self._highest_seen, self._landmarks = found, 0, {}
-                return found
+                return
             await self._database.execute(self._sql.begin_incarnation)
 
     async def verify(self, since: str | None = None) -> None:

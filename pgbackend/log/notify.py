@@ -17,7 +17,7 @@ from pgbackend.postgres.sql.statements import LogSql
 
 LEASES = "leases"
 """The payload of a notification about shards, not about events."""
-NOTIFY_PATIENCE = "500ms"
+_NOTIFY_PATIENCE = "500ms"
 """How long a NOTIFY may wait for its turn."""
 _INTERVALS = (0.005, 0.05)
 """Seconds between two NOTIFYs: the first value after a quiet time, doubled up to the second while more are due.
@@ -114,7 +114,7 @@ class Notifier:
     async def _send(self, payload: str) -> bool:
         """Whether it was sent. A failure costs only a hint, because the others poll."""
         try:
-            await self._database.execute(self._sql.notify, self._channel, payload, NOTIFY_PATIENCE)
+            await self._database.execute(self._sql.notify, self._channel, payload, _NOTIFY_PATIENCE)
         except DatabaseError as error:
             is_full = error.sqlstate == _QUEUE_FULL
             facts.emit(
