@@ -185,6 +185,14 @@ def test_evidence_proves_nothing_about_positions_drawn_after_it() -> None:
     assert fence.remove_dead() == [(3, 7)]
 
 
+def test_evidence_proves_nothing_about_adopted_holes_above_it() -> None:
+    fence = Fence([(5, 9)])
+    fence.apply_evidence(Evidence(7, frozenset(), None))
+
+    assert fence.remove_dead() == []
+    assert fence.needs_evidence
+
+
 def test_evidence_covers_pages_that_are_read_after_it() -> None:
     fence = Fence()
     fence.apply_evidence(Evidence(9, frozenset({"3/1"}), None))

@@ -19,9 +19,9 @@ EVENT_BYTES = 700
 
 
 @asynccontextmanager
-async def tail_of(log: SimulatedLog, *, buffer_events: int = 10) -> AsyncIterator[Tail]:
+async def tail_of(log: SimulatedLog, *, buffer_events: int = 10, poll_interval: float = 0.001) -> AsyncIterator[Tail]:
     """A tail that runs."""
-    tail = Tail(cast("Log", log), Wakeup(), poll_interval=0.001, buffer_bytes=buffer_events * EVENT_BYTES)
+    tail = Tail(cast("Log", log), Wakeup(), poll_interval=poll_interval, buffer_bytes=buffer_events * EVENT_BYTES)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(tail.run())
         try:
@@ -159,6 +159,30 @@ async def test_a_cursor_with_holes_does_not_join_where_the_rest_of_a_transaction
         while not {1, 4} <= set(second.account.seen):
             await second.take()
         assert second.account.seen == [1, 4]
+        first.cursor.close()
+        second.cursor.close()
+
+
+async def test_a_strict_cursor_with_holes_waits_for_them_before_later_events() -> None:
+    log = SimulatedLog(step=lambda: asyncio.sleep(0))
+    late = log.open_appender()
+    log.append()
+    async with tail_of(log, poll_interval=60.0) as tail, asyncio.TaskGroup() as tasks, asyncio.timeout(30):
+        first = Taker(tail, log, after=2, holes=RangeSet(), strict=True)
+        second = Taker(tail, log, after=2, holes=RangeSet([(1, 2)]), strict=True)
+        taking = [tasks.create_task(first.take(), name="first")]
+        for _ in range(20):
+            await asyncio.sleep(0)  # its stream has read, and waits at position 2
+        taking.append(tasks.create_task(second.take(), name="second"))
+        await asyncio.sleep(0)
+        log.append()
+        tail.wakeup.wake()
+        await taking[0]
+        assert first.account.seen == [3]
+        log.commit_and_unlock(late)
+        await taking[1]
+        while second.account.seen != [1, 3]:
+            await second.take()
         first.cursor.close()
         second.cursor.close()
 
