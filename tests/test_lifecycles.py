@@ -19,6 +19,7 @@ from pgbackend.log.requirements import Requirements
 from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
 from pgbackend.postgres.pool import Database
+from pgbackend.subscriptions.presence import Presence, Tenure
 from tests.support import lifecycle
 from tests.support.backends import SOON
 from tests.support.databases import connected
@@ -124,6 +125,42 @@ def committer(world: World) -> Lifecycle:
     return Lifecycle(make, use)
 
 
+class RunPresence:
+    """A worker's presence from its start to its stop."""
+
+    def __init__(self, world: World) -> None:
+        self.registered = asyncio.Event()
+        self.presence = Presence(
+            world.database,
+            schema="pgbackend",
+            worker=uuid4(),
+            name="test",
+            lease_timeout=15.0,
+            channel=channel("pgbackend"),
+            notify=world.log.sql.notify,
+            tenure=Tenure(),
+            on_hint=lambda payload: None,
+            on_held=lambda epochs: None,
+        )
+
+    async def run(self) -> None:
+        try:
+            await self.presence.start()
+            self.registered.set()
+            await self.presence.watch()
+        finally:
+            await self.presence.stop()
+
+
+def presence(world: World) -> Lifecycle:
+    # A cancelled `stop()` only stops waiting for the thread, so wait for it again.
+    return Lifecycle(
+        lambda: RunPresence(world),
+        lambda running: running.registered.wait(),
+        end=lambda running: running.presence.stop(),
+    )
+
+
 class RunBackend:
     """A backend's whole life in one `run()`."""
 
@@ -161,6 +198,7 @@ ACTORS: dict[str, Callable[[World], Lifecycle]] = {
     "tail": tail,
     "maintenance": maintenance,
     "committer": committer,
+    "presence": presence,
     "backend": backend,
 }
 DRAINED = ("appender", "backend")

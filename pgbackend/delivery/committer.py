@@ -47,7 +47,7 @@ class Committer:
         Raises DatabaseError when the pass could not commit all of it; the next pass tries again.
         """
         if self._ended:
-            raise DatabaseError("The worker ended before this could be committed.")
+            raise _not_committed()
         if self._flush is None:
             self._flush = asyncio.get_running_loop().create_future()
             self._wake.set()
@@ -61,6 +61,7 @@ class Committer:
         """Commit until cancelled. Raises IncarnationChanged and SchemaError: the worker cannot go on after them."""
         delay = GrowingDelay(self._offsets.database)
         before = 0.0
+        self._ended = False
         try:
             while True:
                 await self._wake.wait()
@@ -76,7 +77,8 @@ class Committer:
                 before = took
         finally:
             self._ended = True
-            _answer(self._flush, DatabaseError("The worker ended before this could be committed."))
+            flush, self._flush = self._flush, None
+            _answer(flush, _not_committed())
 
     async def run_once(self) -> Committed:
         """Commit everything that is queued. What was not committed is queued again."""
@@ -86,7 +88,7 @@ class Committer:
         try:
             committed = await self._offsets.commit(shards)
         except BaseException:
-            _answer(flush, DatabaseError("The worker ended before this could be committed."))
+            _answer(flush, _not_committed())
             raise
         for shard in committed.kept:
             self.queue(shard)
@@ -107,3 +109,7 @@ class Committer:
 def _answer(flush: "asyncio.Future[DatabaseError | None] | None", error: DatabaseError | None) -> None:
     if flush is not None and not flush.done():
         flush.set_result(error)
+
+
+def _not_committed() -> DatabaseError:
+    return DatabaseError("The worker ended before this could be committed.")
