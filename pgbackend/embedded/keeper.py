@@ -1,36 +1,36 @@
-"""Keep one PostgreSQL alive while a process uses it. A program that `server.py` starts, one for each user.
+"""The keeper: a program that keeps one PostgreSQL alive while a process uses it. `server.py` starts one for each user.
 
-A keeper is its user's child, in a session of its own. One of the keepers in a home is active: it is the server's
-parent, starts it again when it died, and stops it after the last user. The others wait to take over. The promise: while
-a user lives there is a server, and after the last one there is none. No kill blocks the next start or loses committed
+A keeper is its user's child, in a session of its own. One of a home's keepers is active: it is the server's parent,
+starts the server again when it died, and stops it after the last user. The others wait to take over. The promise: while
+a user lives there is a server, and after the last user there is none. No kill blocks the next start or loses committed
 data.
 
-Locks tell who lives, and process ids do not: they come again. The kernel frees a lock when its owner is gone.
+Locks tell who lives. The kernel frees a lock when its owner is gone. Process ids cannot tell, since they are reused.
 
-    users     shared, by the keeper of each user; exclusive, by an active keeper that found no user, until it ends
-    active    exclusive, by the active keeper
-    ready     exclusive, by the active keeper, while the server accepts connections
-    server    exclusive, by all processes of a server or an initdb together: free when none of them is left
+    users     shared by the keepers of all users; exclusive while an active keeper without users stops the server
+    active    exclusive: the active keeper
+    ready     exclusive: the active keeper, while the server accepts connections
+    server    exclusive: all processes of a server or an initdb together. It is free when none of them is left
 
-The first three are fcntl locks on bytes of the file `keepers`. They belong to one process; its children have no part in
-them. The last one is an flock, which PostgreSQL's processes inherit from the active keeper. A keeper's states:
+The first three are fcntl locks on bytes of the file `keepers`. An fcntl lock belongs to one process, and children have
+no part in it. The last one is an flock, which PostgreSQL's processes inherit from the active keeper.
 
     join users ─▶ wait ──active is free──▶ end former server ─▶ start ─▶ keep ──no user left──▶ stop server ─▶ exit
                    │                                              ▲        │
                    └──our user left, others did not──▶ exit       └────────┘ the server died
 
-A start that fails ends the keeper with the reason on standard output. What each kill leads to, in any combination:
+A keeper whose server does not start prints the reason and exits with status 1. Each kill, in any combination:
 
-    a user               its keeper has another parent now and leaves; after the last user the server is stopped
+    a user               its keeper sees another parent and leaves. After the last user the server is stopped
     the server           the active keeper ends processes that outlived it, and starts it again
-    a keeper             its user starts another one. If it was active, a waiting one restarts the server
-    keepers and users    Linux tells the server to shut down when its parent dies. Elsewhere the next start does so
-    during initdb        a database appears by one rename; the next active keeper deletes what has another name
-    everything, power    all locks are free, so `postmaster.pid` is a remnant, even if its number is in use again
-    home deleted         the active keeper stops the server; users report it and make no new database
-    disk full            PostgreSQL stops and does not start; users start keepers until one succeeds
+    a keeper             its user starts another one. If it was active, a waiting keeper restarts the server
+    keepers and users    Linux tells the server to shut down when its parent dies. Elsewhere the next start ends it
+    during initdb        a database appears by one rename. The next active keeper deletes unfinished ones
+    everything, power    all locks are free, so the next start deletes `postmaster.pid`, even if its number is in use
+    home deleted         the active keeper stops the server. Users report it, and no new database is made for them
+    disk full            the server may not start. Users report it and start keepers until one succeeds
 
-It needs only the standard library, without site-packages: it stays small and starts fast.
+The program imports the standard library only, without site-packages: it stays small and starts fast.
 """
 
 import fcntl
@@ -57,15 +57,15 @@ try:
     import ctypes
 
     _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-except ImportError:  # a small build of Python
+except ImportError:  # Python may be built without it
     _prctl = None
 
 TICK = 0.05
-"""Seconds between two looks at the users and the server."""
+"""Seconds between two checks of the users and the server."""
 PATIENCE = 60.0
-"""Seconds that an orderly stop may take. After that the server is stopped as by a crash, which loses nothing."""
+"""Seconds that an orderly stop may take. After that the server is killed, which loses nothing that is committed."""
 LOG_BYTES = 8 << 20
-"""The server's log begins anew at this size; one older part is kept."""
+"""A log of this size becomes postgresql.log.1, and a new one begins."""
 USERS, ACTIVE, READY = range(3)
 
 _NOTE = DATA / "postmaster.pid"
@@ -74,11 +74,11 @@ _LOG = Path("postgresql.log")
 _SERVER = Path("server")
 _SOCKET = ".s.PGSQL.5432"
 _SOCKET_PATH_BYTES = 103
-"""What the address of a Unix socket holds on macOS; on Linux it is four more."""
+"""The longest path that a Unix socket may have on macOS. Linux allows four bytes more."""
 
 
 class Plan(TypedDict):
-    """What the user wants."""
+    """What a user asks its keeper for."""
 
     directory: str
     """Absolute path without links."""
@@ -92,7 +92,7 @@ class Plan(TypedDict):
 
 
 class Keeper:
-    """One keeper's life. Paths are relative to the current directory, which is the home."""
+    """The current directory is the home, and paths are relative to it."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -106,11 +106,11 @@ class Keeper:
         self._told_to_leave = False
 
     def leave(self, *_: object) -> None:
-        """Our user is none any more, and can be told when it is so."""
+        """Handle SIGUSR1: our user leaves, and waits to hear that it has left."""
         self._told_to_leave = True
 
     def run(self) -> None:
-        """Return when our user has left, and the server with the last one. Raises Failure when it does not start."""
+        """Return when our user has left and, if it was the last, the server has ended. Raises Failure."""
         while not _lock(self._locks, USERS, fcntl.LOCK_SH):
             time.sleep(TICK)
         while not _lock(self._locks, ACTIVE, fcntl.LOCK_EX):
@@ -130,11 +130,11 @@ class Keeper:
         finally:
             _unlock(self._locks, READY)
             self._end_server()
-            if not self._is_used():  # else their DSN must stay true
+            if not self._is_used():  # the DSN of other users must stay valid
                 _delete_far_sockets()
 
     def _has_left(self) -> bool:
-        """Whether our user is none any more. Then it is not counted."""
+        """Whether our user has left. If so, we no longer share the lock `users`."""
         parent = self._plan["parent"]
         if parent and (self._told_to_leave or os.getppid() != parent):
             self._plan["parent"] = 0
@@ -142,7 +142,7 @@ class Keeper:
         return not self._plan["parent"]
 
     def _is_used(self) -> bool:
-        """Whether a user is left. When none is, none can come before this process has ended."""
+        """Whether a user is left. If not, no user can join before this process has ended."""
         if not self._has_left():
             return True
         if _lock(self._locks, USERS, fcntl.LOCK_EX):
@@ -153,14 +153,14 @@ class Keeper:
         return True
 
     def _report(self, *, ready: bool) -> None:
-        """Our user hears of a server that is ready, each time that it was not before."""
+        """Tell our user the DSN each time the server becomes ready."""
         if ready and not self._is_ready:
             _tell(f"ready postgresql://postgres@/postgres?host={_sockets(self._home)}&port=5432")
             self._was_ready = True
         self._is_ready = ready
 
     def _end_server(self) -> None:
-        """No process of a server or an initdb is left, and we have the lock `server`. Raises Failure."""
+        """No process of a server or an initdb is left, and the lock `server` is ours. Raises Failure."""
         for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
             if self._is_server_gone():
                 break
@@ -169,13 +169,15 @@ class Keeper:
             while not self._is_server_gone() and time.monotonic() < deadline:
                 time.sleep(0.02)
         if not self._is_server_gone():
-            raise Failure(f"a former server does not end: processes {signalled or 'of another container'}.")
+            raise Failure(
+                f"the former server does not end: processes {signalled or 'of another container'}. Kill them."
+            )
         if self._server:
             self._server.wait()
 
     def _signal_server(self, number: signal.Signals) -> list[int]:
-        """Its processes have the signal; SIGINT only a postmaster that can stop in order: others are orphans."""
-        with home.acting_as(os.getuid()):  # an initdb may be another account's
+        """Send the signal to the server's processes, and return them. SIGINT is only for a postmaster with its data."""
+        with home.acting_as(os.getuid()):  # initdb may run as another account
             processes = _processes_at(_SERVER, self._server_lock)
             if number == signal.SIGINT:
                 leader = self._server.pid if self._server and self._server.poll() is None else _noted_pid()
@@ -194,7 +196,7 @@ class Keeper:
         return True
 
     def _start(self) -> None:
-        """The server accepts connections, unless no user is left. Raises Failure when it does not."""
+        """The server accepts connections, or no user is left. Raises Failure when the server ended."""
         self._end_server()
         if not CLUSTER.exists():
             if self._was_ready or not self._plan["create"]:
@@ -215,14 +217,14 @@ class Keeper:
             time.sleep(0.01)
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        """A new server, with nothing left of a former one."""
+        """A new server, with nothing left of the former one. Raises Failure."""
         sockets = _make_sockets(self._home)
         if _NOTE.exists() and (strangers := _processes_at(DATA, of="postgres")):
             raise Failure(
                 f"a PostgreSQL that pgbackend did not start uses {self._home / DATA}: "
                 f"processes {strangers}. Stop it with pg_ctl."
             )
-        # PostgreSQL takes any living process with that number for a postmaster, and in a container numbers repeat.
+        # PostgreSQL takes any living process with that id for a postmaster, and containers reuse ids at once.
         for remnant in (_NOTE, sockets / _SOCKET, sockets / f"{_SOCKET}.lock"):
             remnant.unlink(missing_ok=True)
         settings = {
@@ -230,7 +232,7 @@ class Keeper:
             "logging_collector": "off",
             "log_destination": "stderr",
             **self._plan["settings"],
-            # Not for others to choose: the DSN says so.
+            # The DSN depends on these.
             "port": "5432",
             "unix_socket_directories": str(sockets),
             "unix_socket_permissions": "0700",
@@ -249,20 +251,20 @@ class Keeper:
             pass_fds=(self._server_lock,),
             preexec_fn=self._bind,  # noqa: PLW1509 - there is one thread
         )
-        # The server has the lock now. A descriptor of ours that shares it would hide the server's end.
+        # The server has the lock now. Our copy of the descriptor would keep it after the server's end.
         os.close(self._server_lock)
         self._server_lock = _open_lock(_SERVER)
         return server
 
     def _bind(self) -> None:
-        """What the server does first: it asks the kernel for an orderly end when this process is gone. Linux only."""
+        """In the child, on Linux: ask the kernel for SIGINT, an orderly stop, when this process dies."""
         if _prctl is not None:
             _prctl(1, signal.SIGINT, 0, 0, 0)  # PR_SET_PDEATHSIG
-            if os.getppid() != self._pid:  # it was too late to ask
+            if os.getppid() != self._pid:  # it died before we asked
                 os._exit(1)
 
     def _keep(self) -> None:
-        """The server has ended, or no user is left. Raises Failure when the database was deleted."""
+        """Return when the server has ended or no user is left. Raises Failure when the database was deleted."""
         _lock(self._locks, READY, fcntl.LOCK_EX)
         self._report(ready=True)
         while self._is_used():
@@ -271,7 +273,7 @@ class Keeper:
                 break
             if not CLUSTER.exists():
                 raise Failure(f"the database in {self._home} was deleted.")
-            # Copied and cut: the server appends, wherever the end is.
+            # Copy and truncate: the server keeps the file open, and appends.
             if os.fstat(self._log).st_size > LOG_BYTES:
                 shutil.copyfile(_LOG, f"{_LOG}.1")
                 os.ftruncate(self._log, 0)
@@ -286,7 +288,7 @@ class Keeper:
 
 
 def _tell(text: str) -> None:
-    """Our user can read it."""
+    """Write a line to our user."""
     with suppress(BrokenPipeError):
         os.write(1, text.encode() + b"\n")
 
@@ -296,7 +298,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _lock(fd: int, which: int, how: int) -> bool:
-    """Whether this process has that lock now. Its children never have it."""
+    """Whether this process has the lock now. Its children never have it."""
     try:
         fcntl.lockf(fd, how | fcntl.LOCK_NB, 1, which)
     except (BlockingIOError, PermissionError):
@@ -309,7 +311,8 @@ def _unlock(fd: int, which: int) -> None:
 
 
 def _other_lock(fd: int, which: int) -> int:
-    """What another process has of that lock: F_RDLCK when it is shared, F_WRLCK, or F_UNLCK for nothing."""
+    """How another process has the lock: F_RDLCK (shared), F_WRLCK (exclusive) or F_UNLCK (not at all)."""
+    # The order of the fields in `struct flock`.
     if sys.platform == "darwin":
         form, asked, place = "qqihh", (which, 1, 0, fcntl.F_WRLCK, os.SEEK_SET), 3
     else:
@@ -330,15 +333,15 @@ def _noted_pid() -> int:
 
 
 def _processes_at(path: Path, fd: int | None = None, *, of: str = "") -> list[int]:
-    """Other processes, of this program if given, that have a file open or work in a directory, as far as we see.
+    """Other processes that have the file open or work in the directory, as far as we may see.
 
-    `fd` is a descriptor of the file, in case that the path is gone.
+    `of` selects those of one program. `fd` is a descriptor of the file, in case its path is gone.
     """
     if home.PROC.exists():
         found = set()
         wanted = path.stat() if fd is None else os.fstat(fd)
         for link in chain(Path("/proc").glob("[0-9]*/fd/*"), Path("/proc").glob("[0-9]*/cwd")):
-            with suppress(OSError):  # gone, or somebody else's
+            with suppress(OSError):  # the process has ended, or we may not look at it
                 process = link.parts[2]
                 if os.path.samestat(link.stat(), wanted) and of in Path(f"/proc/{process}/comm").read_text():
                     found.add(int(process))
@@ -350,14 +353,14 @@ def _processes_at(path: Path, fd: int | None = None, *, of: str = "") -> list[in
 
 
 def _sockets(at: Path) -> Path:
-    """The directory of the server's socket, of the home at that path."""
+    """The socket's directory, in the home at that path or far from it."""
     return _RUN.readlink() if _RUN.is_symlink() else at / _RUN
 
 
 def _make_sockets(at: Path) -> Path:
-    """A directory 0700 of ours for the socket, which `run` is or points to. It stays the same while users live."""
+    """Make the socket's directory, with mode 0700, which `run` is or links to. It stays the same while users live."""
     path = f"{at / _RUN}/{_SOCKET}"
-    # What may be special to the server or in a URL is not worth quoting.
+    # Other characters may be special to the server or in a URL.
     near = len(path) <= _SOCKET_PATH_BYTES and re.fullmatch(r"[\w./-]+", path, re.ASCII)
     with suppress(OSError):
         if near:
@@ -373,7 +376,7 @@ def _make_sockets(at: Path) -> Path:
 
 
 def _delete_far_sockets() -> None:
-    """A socket's directory far from home is not left behind; the next active keeper makes another."""
+    """Leave no directory in /tmp. The next active keeper makes another."""
     with suppress(OSError):
         if _RUN.is_symlink():
             _RUN.readlink().rmdir()
@@ -381,16 +384,16 @@ def _delete_far_sockets() -> None:
 
 
 def main() -> NoReturn:
-    """Keep the server of the plan, in JSON, that is the last argument. Exit with status 1 and a reason if it fails."""
+    """Carry out the plan, which is the last argument, in JSON. Exit with status 1 and print the reason if it fails."""
     plan: Plan = json.loads(sys.argv[-1])
-    # A service manager that ends all processes of a service at once would take the server away from users that still
-    # drain. We end when they have. A function and not SIG_IGN, which the server would inherit.
+    # A service manager may signal all processes of a service at once, while users still drain. We end after them.
+    # A function and not SIG_IGN, which the server would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         home.enter(Path(plan["directory"]), create=plan["create"])
-        if CLUSTER.exists():  # else root may be needed to make one
+        if CLUSTER.exists():  # making a database may need root
             home.become_owner()
         os.umask(0o077)
         keeper = Keeper(plan)

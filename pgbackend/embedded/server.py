@@ -1,13 +1,13 @@
-"""A PostgreSQL of one's own: a directory becomes a DSN, as long as a process uses it.
+"""An embedded PostgreSQL: a directory becomes a DSN while a process uses it.
 
-`EmbeddedServer` runs the PostgreSQL that `binaries.py` finds, reachable by a Unix socket only. Any number of processes
-may use one directory; the first starts the server, the last to leave stops it. The promise: whatever is killed, be it
-users, the server or their keepers, the next start is not blocked, no committed data is lost, and no server is left that
-nobody stops. While a user lives, a server that died is started again under the same DSN.
+`EmbeddedServer` runs the PostgreSQL that `binaries.py` finds, and only a Unix socket leads to it. Many processes may
+use one directory: the first starts the server, and the last to leave stops it. The promise holds whatever is killed,
+users, servers or keepers: the next start is not blocked, no committed data is lost, and no server stays without a user.
+While a user lives, a server that died is started again under the same DSN.
 
-All of that is the work of `keeper.py`, a program that each user starts for itself. This end starts it, waits for its
-word, and starts another one when it was killed. It does so in a thread and not in a task: it must outlive
-`asyncio.run(server.start())` and an event loop that is blocked.
+`keeper.py` is the program that does this. This module starts one for each user, waits for its messages, and starts
+another when one was killed. It does so in a thread, which outlives `asyncio.run(server.start())` and goes on while the
+event loop is blocked.
 """
 
 import asyncio
@@ -31,42 +31,42 @@ from pgbackend.errors import EmbeddedServerError, NotRunningError
 from pgbackend.postgres.sockets import in_thread
 
 RETRY_INTERVAL = 10.0
-"""Seconds between two tries to start a server that does not start any more."""
+"""Seconds between two attempts to start a server that no longer starts."""
 STOP_TIMEOUT = 90.0
-"""Seconds that `stop()` waits for the server to end: longer than the keeper takes, whatever happens."""
+"""Seconds that `stop()` waits for the server to end. The keeper takes 80 at most."""
 
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from embedded import keeper; keeper.main()"
-"""The keeper, without the rest of pgbackend and what that needs."""
+"""Run the keeper without importing the rest of pgbackend."""
 
 
 def default_directory() -> Path:
-    """Where a server's data is unless somebody says: the user's data directory; root's /var/lib/pgbackend/default."""
+    """The directory of a server that names none: in the user's data directory; root's is /var/lib/pgbackend/default."""
     if os.geteuid() == 0:
         return binaries.ROOT_DIRECTORY / "default"
     try:
-        import platformdirs  # noqa: PLC0415 - comes with the wheel, which not everybody has
+        import platformdirs  # noqa: PLC0415 - comes with the extra
     except ImportError:
         raise binaries.not_installed() from None
     with suppress(RuntimeError):  # neither HOME nor a line in the password file
         directory = platformdirs.user_data_path("pgbackend", appauthor=False)
         if directory.is_absolute():
             return directory
-    raise EmbeddedServerError("This user has no home directory. Say where the embedded PostgreSQL keeps its data.")
+    raise EmbeddedServerError("This user has no home directory. Name the directory of the embedded PostgreSQL.")
 
 
 class EmbeddedServer:
-    """PostgreSQL on a directory of its own.
+    """PostgreSQL in a directory of its own.
 
         server = EmbeddedServer("./pgdata")
         dsn = await server.start()
         …
         await server.stop()
 
-    `programs` is the directory of another PostgreSQL's `postgres` and `initdb`, default the wheel's. `settings` are
-    values for postgresql.conf, used if this process is the one that starts the server. `start_timeout` seconds must be
-    enough for recovery after a crash.
+    `programs` is the directory of another PostgreSQL's `postgres` and `initdb`; the default is the wheel's. `settings`
+    are values for postgresql.conf. They apply if this process starts the server. `start_timeout` is in seconds and must
+    be enough for recovery after a crash.
 
-    A process that ends without `stop()` has left as well. After a fork the child is no user until it calls `start()`.
+    A process that ends without `stop()` has left too. A forked child is no user until it calls `start()`.
     """
 
     def __init__(
@@ -103,15 +103,15 @@ class EmbeddedServer:
 
         Raises EmbeddedServerError, after which this process does not use the server.
         """
-        if self._process != os.getpid():  # forked: what the parent has is not ours
+        if self._process != os.getpid():  # after a fork the keeper is the parent's
             self._process, self._mutex, self._starts, self._keeper = os.getpid(), threading.Lock(), 0, None
         abandoned = threading.Event()
         starting = asyncio.create_task(in_thread(lambda: self._enter(abandoned), name="start the embedded server"))
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The thread cannot be cancelled, but looks at this again and again. Not to wait for it would leave this
-            # process a user that nobody knows of.
+            # The thread cannot be cancelled, but it checks this event. Wait for it: if it succeeds, this process is a
+            # user and must leave.
             abandoned.set()
             await asyncio.wait([starting])
             if not starting.cancelled() and starting.exception() is None:
@@ -119,7 +119,7 @@ class EmbeddedServer:
             raise
 
     async def stop(self) -> None:
-        """Return once this process does not use the server, and when it was the last, once the server is stopped."""
+        """Return once this process does not use the server. If it was the last user, the server has stopped."""
         if self._process == os.getpid():
             await in_thread(self._leave, name="leave the embedded server")
 
@@ -150,7 +150,7 @@ class EmbeddedServer:
 
 
 class _Keeper:
-    """The keepers of one user, one after the other: the next one replaces one that was killed."""
+    """The user's end of its keeper. A keeper that is killed is replaced."""
 
     def __init__(self, directory: Path, programs: Path, settings: Mapping[str, str]) -> None:
         self.dsn = ""
@@ -169,7 +169,7 @@ class _Keeper:
         self._thread = threading.Thread(target=self._follow, name=f"keep {directory}", daemon=True)
 
     def start(self, timeout: float, abandoned: threading.Event) -> None:
-        """The server accepts connections, and will until `stop()`. Raises EmbeddedServerError."""
+        """Return once the server accepts connections. Raises EmbeddedServerError."""
         deadline = time.monotonic() + timeout
         self._thread.start()
         while not self._started.wait(0.02) and self._thread.is_alive():
@@ -183,7 +183,7 @@ class _Keeper:
             raise self._error
 
     def stop(self) -> None:
-        """This process is no user, and the server is stopped if no other process is."""
+        """Return once this process is no user and, if it was the last, the server has stopped."""
         self._leave()
         self._thread.join(STOP_TIMEOUT)
         if self._thread.is_alive():
@@ -195,16 +195,18 @@ class _Keeper:
             self._process.send_signal(signal.SIGUSR1)
 
     def _follow(self) -> None:
-        """In a thread: while this process is a user it has a keeper, and with it a server."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a new keeper gets it once it can handle it
+        """In a thread: run keepers, one after the other, until this process leaves."""
+        # A new keeper inherits this, and unblocks the signal once it can handle it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         while not self._error:
             try:
                 status, said = self._run()
             except OSError as refusal:
                 status, said = 1, f"{sys.executable!r} cannot be run to keep it: {refusal}"
-            if status == 0:
+            if status == 0 and self._leaving.is_set():
                 return
-            if status < 0:  # it was killed; when we are leaving, the next one stops what this one left
+            if status <= 0:  # it was killed. The next one is needed even to leave: it stops a server that was left
+                self._leaving.wait(0.1)
                 continue
             error = EmbeddedServerError(f"The embedded PostgreSQL in {self._directory} does not run: {said}")
             if not self._started.is_set():
@@ -215,11 +217,11 @@ class _Keeper:
                     return
 
     def _run(self) -> tuple[int, str]:
-        """A keeper came and went. Returns its status, 0 also if it only keeps for others now, and why it failed."""
+        """Run a keeper until it ends or we have left it. Returns its status (0: we have left) and its error."""
         news, level = "embedded server used", logging.INFO
         if self._started.is_set():
             news, level = "embedded keeper replaced", logging.WARNING
-        with _no_fork:  # a child that is forked meanwhile would keep the pipe open
+        with _no_fork:  # a child forked meanwhile would keep the pipe open after the keeper's end
             process = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-I", "-S", "-c", _PROGRAM, str(Path(__file__).parents[1]), json.dumps(self._plan)],
                 cwd="/",
@@ -241,7 +243,7 @@ class _Keeper:
                     return 0, ""
                 if line.startswith(b"ready "):
                     self.dsn = line[6:].decode().strip()
-                    self._plan["create"] = False  # a database that is missing from now on was deleted
+                    self._plan["create"] = False  # if the database is missing later, it was deleted
                     facts.emit(news, level=level, directory=self._directory)
                     news, level = "embedded server restarted", logging.WARNING
                     self._started.set()
@@ -251,6 +253,6 @@ class _Keeper:
 
 
 _all: list[subprocess.Popen[bytes]] = []
-"""Keepers that we must reap: some live on for other users."""
+"""Our child processes, to be reaped. A keeper may live on for other users after we have left it."""
 _no_fork = threading.Lock()
 os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release)

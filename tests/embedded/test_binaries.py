@@ -28,7 +28,7 @@ def test_roots_copy_is_made_once_and_readable_for_others(tmp_path: Path, monkeyp
     assert binaries.programs() == programs
     assert subprocess.run([programs / "postgres", "--version"], capture_output=True, check=True).stdout
     tmp_path.chmod(0o777)
-    with pytest.raises(EmbeddedServerError, match="Others than root can change"):
+    with pytest.raises(EmbeddedServerError, match="Users other than root can change"):
         binaries.programs()
 
 

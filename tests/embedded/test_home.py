@@ -17,6 +17,7 @@ from tests.support.databases import execute, query_value
 from tests.support.embedded_user import active_keeper, fast_server, nothing_is_left, postmaster, processes
 from tests.support.polling import eventually
 
+pytestmark = pytest.mark.slow
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="is about what root does")
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="is about what others than root do")
 
@@ -243,5 +244,5 @@ async def test_a_directory_of_somebody_else_is_refused() -> None:
 
 def test_without_proc_a_directory_out_of_reach_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "PROC", tmp_path / "none")
-    with pytest.raises(home.Failure, match="does not reach"):
+    with pytest.raises(home.Failure, match="cannot reach"):
         home.name_of(tmp_path / "moved", Path())

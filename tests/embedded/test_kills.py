@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -33,7 +34,11 @@ from tests.support.polling import eventually
 
 pytestmark = needs_proc
 
-ORDERS = [order for count in (1, 2, 3) for order in permutations(("user", "keeper", "server"), count)]
+
+def _orders(*, quick: tuple[str, ...]) -> list[Any]:
+    """All orders of one to three kills. One of them is for the quick tests."""
+    orders = [order for count in (1, 2, 3) for order in permutations(("user", "keeper", "server"), count)]
+    return [pytest.param(order, marks=[] if order == quick else pytest.mark.slow) for order in orders]
 
 
 async def _write(dsn: str) -> None:
@@ -86,7 +91,7 @@ async def _another(kind: Callable[[Path], int], directory: Path, former: int) ->
     await eventually("another one", lambda: kind(directory) not in (0, former), 60)
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+@pytest.mark.parametrize("order", _orders(quick=("keeper", "server")), ids=" ".join)
 async def test_the_only_user_keeps_its_server_or_leaves_nothing(directory: Path, order: tuple[str, ...]) -> None:
     async with EmbeddedUser(directory) as user:
         await _write(user.dsn)
@@ -100,7 +105,7 @@ async def test_the_only_user_keeps_its_server_or_leaves_nothing(directory: Path,
         assert await _count(server.dsn) == 1
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+@pytest.mark.parametrize("order", _orders(quick=("user", "keeper", "server")), ids=" ".join)
 async def test_another_user_keeps_the_server_under_the_same_dsn(directory: Path, order: tuple[str, ...]) -> None:
     async with EmbeddedUser(directory) as user:
         await _write(user.dsn)
@@ -111,6 +116,7 @@ async def test_another_user_keeps_the_server_under_the_same_dsn(directory: Path,
     await nothing_is_left(directory)
 
 
+@pytest.mark.slow
 async def test_a_killed_user_takes_the_server_from_nobody(directory: Path) -> None:
     async with EmbeddedUser(directory) as killed, fast_server(directory) as server, connected(server.dsn) as connection:
         killed.kill()
@@ -119,6 +125,7 @@ async def test_a_killed_user_takes_the_server_from_nobody(directory: Path) -> No
         assert await connection.fetchval("select 1") == 1
 
 
+@pytest.mark.slow
 async def test_the_next_start_waits_for_a_server_that_is_being_stopped(directory: Path) -> None:
     async with EmbeddedUser(directory) as user:
         await _write(user.dsn)
@@ -128,6 +135,7 @@ async def test_the_next_start_waits_for_a_server_that_is_being_stopped(directory
             assert await _count(server.dsn) == 1
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_killed_again_and_again_comes_back(directory: Path) -> None:
     with Recorder() as facts:
         async with fast_server(directory) as server:
@@ -139,6 +147,7 @@ async def test_a_server_that_is_killed_again_and_again_comes_back(directory: Pat
             await facts.wait("embedded server restarted", 60.0)
 
 
+@pytest.mark.slow
 async def test_a_server_is_started_again_although_a_backend_outlives_it(directory: Path) -> None:
     """A backend in a long computation does not see that its postmaster is gone, and keeps its memory in use."""
     async with fast_server(directory) as server:
@@ -156,6 +165,7 @@ async def test_a_server_is_started_again_although_a_backend_outlives_it(director
         assert backend not in processes(directory)
 
 
+@pytest.mark.slow
 async def test_of_many_keepers_one_takes_over(directory: Path) -> None:
     async with EmbeddedUser(directory), EmbeddedUser(directory), fast_server(directory) as server:
         for _ in range(2):
@@ -166,6 +176,7 @@ async def test_of_many_keepers_one_takes_over(directory: Path) -> None:
         await eventually("all users have keepers", lambda: len(keepers(directory)) == 3)
 
 
+@pytest.mark.slow
 def test_a_killed_keeper_is_replaced_without_an_event_loop(directory: Path) -> None:
     server = fast_server(directory)
     dsn = asyncio.run(server.start())
@@ -180,6 +191,7 @@ def test_a_killed_keeper_is_replaced_without_an_event_loop(directory: Path) -> N
     assert not processes(directory)
 
 
+@pytest.mark.slow
 async def test_a_reused_process_id_does_not_block_the_next_start(directory: Path) -> None:
     """PostgreSQL takes any process of its own user with the noted number for a postmaster."""
     home = directory / "postgresql"
@@ -195,6 +207,7 @@ async def test_a_reused_process_id_does_not_block_the_next_start(directory: Path
         stranger.wait()
 
 
+@pytest.mark.slow
 async def test_a_server_that_somebody_else_runs_there_is_left_alone(directory: Path) -> None:
     home = directory / "postgresql"
     owner = home.stat().st_uid if os.geteuid() == 0 else None
@@ -217,6 +230,7 @@ async def test_a_server_that_somebody_else_runs_there_is_left_alone(directory: P
         assert await query_value(server.dsn, "select 1") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["keeper", "user", "both"])
 async def test_an_initialization_that_was_killed_is_begun_anew(tmp_path: Path, victim: str) -> None:
     at = tmp_path / "postgresql"
@@ -237,6 +251,7 @@ async def test_an_initialization_that_was_killed_is_begun_anew(tmp_path: Path, v
     await nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
 async def test_a_directory_that_is_deleted_takes_its_server_along(directory: Path) -> None:
     with Recorder() as facts:
         server = fast_server(directory)
@@ -251,6 +266,7 @@ async def test_a_directory_that_is_deleted_takes_its_server_along(directory: Pat
         assert await query_value(server.dsn, "select 1") == 1
 
 
+@pytest.mark.slow
 async def test_a_server_that_cannot_start_for_a_while_comes_back(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +284,7 @@ async def test_a_server_that_cannot_start_for_a_while_comes_back(
     await nothing_is_left(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proc", [True, False], ids=["proc", "lsof"])
 def test_processes_are_found_by_a_file_that_they_have_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, proc: bool

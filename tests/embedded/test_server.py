@@ -33,6 +33,7 @@ from tests.support.embedded_user import (
 from tests.support.polling import eventually
 
 
+@pytest.mark.slow
 async def test_data_survives_a_restart(tmp_path: Path) -> None:
     async with fast_server(tmp_path) as server:
         await execute(server.dsn, "create table kept (value int)")
@@ -56,6 +57,7 @@ async def test_fsync_is_on_and_nothing_listens_on_tcp(directory: Path) -> None:
         assert await query_value(server.dsn, "show data_checksums") == "on"
 
 
+@pytest.mark.slow
 async def test_a_server_runs_the_programs_that_it_is_given(tmp_path: Path, pg_programs: Path) -> None:
     async with EmbeddedServer(tmp_path, programs=pg_programs, settings={"fsync": "off"}) as server:
         version = subprocess.run([pg_programs / "postgres", "--version"], capture_output=True, check=True, text=True)
@@ -84,6 +86,7 @@ async def test_each_start_needs_a_stop(directory: Path) -> None:
     await nothing_is_left(directory)
 
 
+@pytest.mark.slow
 @needs_proc
 async def test_processes_share_a_server_until_the_last_leaves(directory: Path) -> None:
     async with EmbeddedUser(directory) as first, EmbeddedUser(directory) as second:
@@ -98,6 +101,7 @@ async def test_processes_share_a_server_until_the_last_leaves(directory: Path) -
         assert not keepers(directory)
 
 
+@pytest.mark.slow
 @needs_proc
 async def test_a_process_that_ends_without_stop_has_left(directory: Path) -> None:
     program = f"""
@@ -113,6 +117,7 @@ asyncio.run(EmbeddedServer({str(directory)!r}).start())
     await nothing_is_left(directory)
 
 
+@pytest.mark.slow
 @needs_proc
 async def test_interrupting_a_user_leaves_the_server_alone(directory: Path) -> None:
     async with EmbeddedUser(directory) as user, connected(user.dsn) as connection:
@@ -125,6 +130,7 @@ async def test_interrupting_a_user_leaves_the_server_alone(directory: Path) -> N
         assert postmaster(directory) == before
 
 
+@pytest.mark.slow
 async def test_a_cancelled_start_leaves_nothing(directory: Path) -> None:
     starting = asyncio.create_task(fast_server(directory).start())
     await eventually("it has begun", lambda: bool(keepers(directory)) or starting.done())
@@ -137,6 +143,7 @@ async def test_a_cancelled_start_leaves_nothing(directory: Path) -> None:
         assert await query_value(server.dsn, "select 1") == 1
 
 
+@pytest.mark.slow
 async def test_a_start_that_fails_says_why_and_uses_nothing(directory: Path) -> None:
     server = EmbeddedServer(directory, settings={"fsync": "off", "shared_buffers": "many"})
     with pytest.raises(EmbeddedServerError, match='invalid value for parameter "shared_buffers"'):
@@ -159,6 +166,7 @@ async def test_what_is_not_a_database_is_not_touched(directory: Path) -> None:
         await fast_server(directory).start()
 
 
+@pytest.mark.slow
 async def test_a_child_of_a_fork_is_no_user(directory: Path) -> None:
     server = fast_server(directory)
     await server.start()
@@ -174,6 +182,7 @@ async def test_a_child_of_a_fork_is_no_user(directory: Path) -> None:
         await asyncio.to_thread(child.join)
 
 
+@pytest.mark.slow
 @needs_proc
 async def test_a_killed_keeper_is_noticed_though_children_were_forked_at_any_moment(directory: Path) -> None:
     """A child of a fork would hold the pipe to the keeper open, if it was made at the wrong moment."""
@@ -222,6 +231,7 @@ async def test_by_tcp_nobody_comes_in_without_a_password(directory: Path) -> Non
         assert int.from_bytes(answer[5:9], "big") == 10  # a password is asked for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x" * 100, "a, b größer quote'd\" 50%", "-k"], ids=["long", "special", "option"])
 async def test_any_path_will_do(blank: Path, tmp_path: Path, name: str) -> None:
     directory = tmp_path / name
@@ -235,6 +245,7 @@ async def test_any_path_will_do(blank: Path, tmp_path: Path, name: str) -> None:
     assert (directory / "postgresql/run").is_dir() or not sockets.exists()
 
 
+@pytest.mark.slow
 async def test_the_log_does_not_grow_without_bound(directory: Path) -> None:
     log = directory / "postgresql" / "postgresql.log"
     async with fast_server(directory) as server:
