@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -59,6 +60,8 @@ def torture(
     if only_plan:
         click.echo(str(plan))
         return
+    if sys.platform != "linux":
+        raise click.UsageError("pgbackend torture finds processes in /proc, which only Linux has. Run it there.")
     report = asyncio.run(run(plan, dsn=dsn, keep=keep, progress=lambda text: click.echo(f"… {text}", err=True)))
     click.echo(report.text())
     if page is not None:

@@ -27,6 +27,13 @@ async def test_a_database_that_does_not_answer_is_one_line_that_says_so(run: Run
     assert "cannot be reached" in result.stderr
 
 
+async def test_a_system_without_proc_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgbackend.cli.torture.sys.platform", "darwin")
+    result = await run("torture")
+    assert result.exit_code == 2
+    assert "only Linux has" in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_everything_goes_wrong_at_once_and_every_promise_is_kept(run: Run, tmp_path: Path, long: bool) -> None:
