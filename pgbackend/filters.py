@@ -189,7 +189,7 @@ class CESQL:
     _evaluate: cesql.Evaluate = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        expression = cesql.compiled(self.text, _value)
+        expression = cesql.compile_expression(self.text, _value)
         if expression.mistake is not None:
             facts.emit("filter cannot match", level=logging.WARNING, mistake=expression.mistake)
         object.__setattr__(self, "mistake", expression.mistake)
