@@ -7,7 +7,7 @@ from cloudevents.core.v03.event import CloudEvent as CloudEvent03
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgbackend.codec import wire
+from pgbackend.codec import binary_mode
 from pgbackend.codec.event import Event
 from pgbackend.codec.wire import (
     ContentTypeError,
@@ -325,10 +325,10 @@ def outcome(headers: list[tuple[bytes, bytes]], body: bytes) -> object:
 
 def test_most_headers_go_the_short_way() -> None:
     usual = [(b"host", b"x"), (b"ce-specversion", b"1.0"), (b"ce-id", b"1"), (b"ce-source", b"/"), (b"ce-type", b"t")]
-    assert wire._plain_row(usual, b"") is not None
+    assert binary_mode._plain_row(usual, b"") is not None
     usual += [(b"ce-time", b"2026-01-02T03:04:05.678Z"), (b"content-type", b"text/plain; charset=utf-8")]
     usual += [(b"ce-partitionkey", b"eu"), (b"ce-traceparent", b"00-4bf9-00f0-01")]
-    assert wire._plain_row(usual, b"x") is not None
+    assert binary_mode._plain_row(usual, b"x") is not None
 
 
 @given(st.binary() | st.text().map(str.encode) | json_text.map(str.encode))

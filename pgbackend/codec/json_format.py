@@ -1,0 +1,299 @@
+"""The JSON format of CloudEvents: one event, or a batch.
+
+A body is read by hand, member by member, because the text of the member `data` must be kept as it is; the values are
+left to Python's decoder. The promise: attribute texts and the text of `data` come out as they went in, and arbitrary
+bytes raise nothing but `EventError`.
+"""
+
+import codecs
+import json
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import count
+from json.encoder import encode_basestring
+
+from pgbackend.codec.attributes import COLUMNS, COLUMNS_03, Row, checked_row, excerpt, label_from, read_extensions
+from pgbackend.codec.data import decoder, encoder, kind_of, refuse_constant
+from pgbackend.codec.event import Event
+from pgbackend.errors import EventError
+
+
+class TooLargeError(EventError):
+    """An event of a batch has more characters than the caller allows. HTTP answers it with 413."""
+
+
+def parse_structured(body: bytes | bytearray) -> Event:
+    """The event of a structured message. Raises `EventError`."""
+    text = _utf8_text(body)
+    row, end = _read_event(text, _skip(text, 0))
+    _end_of(text, end)
+    return Event(row)
+
+
+def parse_batch(body: bytes | bytearray, *, max_characters: int | None = None) -> Iterator[Event]:
+    """The events of a batch, one by one, so that the caller can stop.
+
+    Raises `EventError` at the first bad event; the error names its index in the batch. Raises `TooLargeError` for an
+    event of more than `max_characters`, without parsing all of it: its objects could take fifty times its memory.
+    """
+    text = _utf8_text(body)
+    pos = _skip(text, 0)
+    if not text.startswith("[", pos):
+        raise EventError("The batch is not a JSON array of events.")
+    pos = _skip(text, pos + 1)
+    if text.startswith("]", pos):
+        _end_of(text, pos + 1)
+        return
+    for index in count():
+        try:
+            row, pos = _read_event(text, pos, max_characters)
+        except EventError as error:
+            raise type(error)(f"Batch, index {index}: {error}") from error.__cause__
+        yield Event(row)
+        pos = _skip(text, pos)
+        if text.startswith("]", pos):
+            _end_of(text, pos + 1)
+            return
+        if not text.startswith(",", pos):
+            raise EventError(f"Not JSON: expected ',' or ']' at character {pos}, after index {index}.")
+        pos = _skip(text, pos + 1)
+
+
+_SPACE = r"[ \t\n\r]*+"
+# One member. Nearly all attributes are strings without escapes: then one match reads name and value.
+_member = re.compile(rf'{_SPACE}"([^"\\\x00-\x1f]*+)"{_SPACE}:{_SPACE}(?:"([^"\\\x00-\x1f]*+)"{_SPACE}([,}}]))?').match
+_colon = re.compile(rf"{_SPACE}:{_SPACE}").match
+_stop = re.compile(rf"{_SPACE}([,}}])").match
+_space = re.compile(_SPACE).match
+
+
+def _read_event(text: str, pos: int, most: int | None = None) -> tuple[Row, int]:
+    """The row of the event whose JSON object begins at `pos`, and where the object ends."""
+    if not text.startswith("{", pos):
+        raise EventError("The event is not a JSON object.")
+    limit = None if most is None else pos + most
+    members, pos = _read_head(text, pos)
+    data, pos = _read_members(text, pos, members, limit)
+    try:
+        encoded, encoding = _data_of(members, data)
+    except EventError as error:
+        raise EventError(f"{label_from(members)}: {error}") from None
+    return checked_row(members, encoded, encoding), pos
+
+
+def _read_head(text: str, pos: int) -> tuple[dict[str, object], int]:
+    """The members before `data`, read in one step (measured: 34 → 14 µs an event), and where the next member begins.
+
+    Reads nothing when the event is not written as most senders write it. The text before `"data"`, with a `}` after it,
+    must be a JSON object: then `"data"` is the name of a member and not part of a string.
+    """
+    at = text.find('"data"', pos, pos + 4096)
+    head = text[pos:at].rstrip(" \t\n\r") if at > 0 else ""
+    if head.endswith(","):
+        try:
+            members, end = _head_decoder.raw_decode(head[:-1] + "}")
+        except (ValueError, RecursionError):
+            return {}, pos + 1  # reading the members one by one finds the error again and describes it
+        if end == len(head):
+            return members, at
+    return {}, pos + 1
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("duplicate member")
+    return members
+
+
+_head_decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=_distinct)
+
+
+def _read_members(text: str, pos: int, members: dict[str, object], limit: int | None) -> tuple[str, int]:
+    """The text of the member `data`, or "", and where the object ends. Adds all members from `pos` on to `members`.
+
+    Raises `TooLargeError` when the object does not end before `limit`.
+    """
+    data = ""
+    if not members and (end := _skip(text, pos)) and text.startswith("}", end):
+        return data, end + 1
+    stop = ","
+    while stop == ",":
+        if limit is not None and pos > limit:
+            raise _too_large(members)
+        match = _member(text, pos)
+        if match is None:
+            name, start = _escaped_name(text, pos, members, limit)
+            stop = ""
+        else:
+            name, value, stop = match.groups()
+            start = match.end()
+        if name in members:
+            raise EventError(f"{label_from(members)}: duplicate member {excerpt(name)}.")
+        if match is not None and stop:
+            members[name], pos = value, start
+            if name == "data":
+                data = text[match.start(2) - 1 : match.end(2) + 1]
+            continue
+        members[name], pos = _value(text, start, members, limit)
+        if name == "data":
+            data = text[start:pos]
+        if (after := _stop(text, pos)) is None:
+            raise EventError(f"Not JSON: expected ',' or '}}' at character {pos}, after member {excerpt(name)}.")
+        stop, pos = after[1], after.end()
+    return data, pos
+
+
+def _escaped_name(text: str, pos: int, members: Mapping[str, object], limit: int | None) -> tuple[str, int]:
+    name, end = _value(text, _skip(text, pos), members, limit)
+    colon = _colon(text, end)
+    if not isinstance(name, str) or colon is None:
+        raise EventError(f"Not JSON: expected a member name and ':' at character {pos}.")
+    return name, colon.end()
+
+
+def _value(text: str, pos: int, members: Mapping[str, object], limit: int | None) -> tuple[object, int]:
+    """The value at `pos`, and where it ends. `members` are those before it; they name the event in errors."""
+    if limit is not None and limit < len(text):
+        return _bounded_value(text, pos, members, limit)
+    try:
+        return decoder.raw_decode(text, pos)
+    except RecursionError:
+        raise EventError("The JSON is nested too deeply.") from None
+    except json.JSONDecodeError as error:
+        raise EventError(f"Not JSON: {error.msg} at character {error.pos}.") from None
+    except ValueError as error:  # NaN, or an integer of thousands of digits
+        raise EventError(f"The JSON cannot be stored: {error}") from None
+
+
+def _bounded_value(text: str, pos: int, members: Mapping[str, object], limit: int) -> tuple[object, int]:
+    """Like `_value`, but reads nothing beyond `limit`."""
+    # Try a small slice first: most values are small, and a batch may have thousands of them.
+    for end in (min(pos + _SLICE, limit), limit):
+        part = text[pos:end]
+        try:
+            value, length = decoder.raw_decode(part)
+        except RecursionError:
+            raise EventError("The JSON is nested too deeply.") from None
+        except json.JSONDecodeError as error:
+            # An error near the end of the slice, or in a string, may only mean that the slice cut the value off.
+            if error.pos < len(part) - _LONGEST_TOKEN and not error.msg.startswith("Unterminated string"):
+                raise EventError(f"Not JSON: {error.msg} at character {pos + error.pos}.") from None
+        except ValueError as error:
+            raise EventError(f"The JSON cannot be stored: {error}") from None
+        else:
+            if length < len(part):
+                return value, pos + length
+            # A number may continue beyond the slice.
+    raise _too_large(members)
+
+
+_SLICE = 4096
+_LONGEST_TOKEN = 16
+"""Characters. Longer than any escape or constant."""
+
+
+def _too_large(members: Mapping[str, object]) -> TooLargeError:
+    return TooLargeError(f"{label_from(members)} is too large.")
+
+
+def _data_of(members: dict[str, object], text: str) -> tuple[bytes | None, str | None]:
+    """Remove the data members; return data and its encoding. `text` is the JSON text of the member `data`, or ""."""
+    octets = members.pop("data_base64", None) if members.get("specversion") != "0.3" else None
+    if not text:
+        return (None, None) if octets is None else (_octets(octets, "data_base64"), "base64")
+    value = members.pop("data")
+    if octets is not None:
+        raise EventError("both data and data_base64 are present. Send only one of them.")
+    if members.get("datacontentencoding") == "base64" and members.get("specversion") == "0.3":
+        return _octets(value, "data"), "base64"
+    content_type = members.get("datacontenttype")
+    try:
+        if isinstance(value, str) and isinstance(content_type, str) and kind_of(content_type) != "json":
+            return value.encode(), "text"
+        return text.encode(), "json"
+    except UnicodeEncodeError:
+        raise EventError("data has a lone surrogate, which UTF-8 cannot encode.") from None
+
+
+def _octets(text: object, name: str) -> bytes:
+    try:
+        if isinstance(text, str):
+            return b64decode(text, validate=True)
+    except ValueError:
+        pass
+    raise EventError(f"{name} is not base64.")
+
+
+_BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""The BOM of little-endian UTF-32 begins with the one of UTF-16."""
+
+
+def _utf8_text(body: bytes | bytearray) -> str:
+    if body.startswith(_BOMS):
+        # RFC 8259, 8.1: it must not be there, and some parsers skip it while others fail.
+        raise EventError("The JSON begins with a byte order mark (BOM). Send it as UTF-8 without one.")
+    try:
+        return str(body, "utf-8")
+    except UnicodeDecodeError as error:
+        raise EventError(f"Not UTF-8 at byte {error.start}. Send JSON as UTF-8.") from None
+
+
+def _skip(text: str, pos: int) -> int:
+    match = _space(text, pos)
+    return match.end() if match else pos
+
+
+def _end_of(text: str, pos: int) -> None:
+    if _skip(text, pos) != len(text):
+        raise EventError(f"Not JSON: extra text at character {pos}, after the end.")
+
+
+def write_structured(event: Event) -> bytes:
+    """The event in the JSON format. JSON data is the very text that came in.
+
+    >>> write_structured(parse_structured(b'{"specversion":"1.0","id":"1","source":"/","type":"t","data": 1.00 }'))
+    b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":1.00}'
+    """
+    row = event.row
+    names = COLUMNS if row[0] != "0.3" else COLUMNS_03
+    parts = [
+        f'"{name}":{encode_basestring(text)}' for name, text in zip(names[:9], row[:9], strict=True) if text is not None
+    ]
+    data, encoding, extensions = row[10], row[11], row[9].strip()[1:-1].strip()
+    if row[0] == "0.3" and encoding in (None, "base64"):
+        data, encoding, extensions = _octets_of_03(row)
+    if extensions:
+        parts.append(extensions)
+    if data is not None:
+        parts.append(_write_data(row, data, encoding))
+    return ("{" + ",".join(parts) + "}").encode()
+
+
+def _octets_of_03(row: Row) -> tuple[bytes | None, str | None, str]:
+    """Data, its encoding, and the extensions without `datacontentencoding`: `_write_data` adds that one if needed."""
+    data, encoding, extensions = row[10], row[11], read_extensions(row[9])
+    if extensions.pop("datacontentencoding", None) == "base64" and data is not None and encoding is None:
+        # A binary-mode body: some senders encode it, others only say so.
+        encoding = "base64"
+        with suppress(ValueError):
+            data = b64decode(data, validate=True)
+    return data, encoding, encoder.encode(extensions)[1:-1]
+
+
+def _write_data(row: Row, data: bytes, encoding: str | None) -> str:
+    kind = encoding or kind_of(row[6])
+    try:
+        if kind == "json":
+            text = data.decode()
+            # A body, or plain SQL, may not be the JSON that it claims to be, and could break or forge the envelope.
+            decoder.decode(text)
+            return f'"data":{text}'
+        if kind == "text":
+            return f'"data":{encode_basestring(data.decode())}'
+    except (ValueError, RecursionError):
+        pass  # not what its content type says, so it is written as octets
+    octets = b64encode(data).decode()
+    return f'"data_base64":"{octets}"' if row[0] != "0.3" else f'"datacontentencoding":"base64","data":"{octets}"'
