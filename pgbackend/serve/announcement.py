@@ -1,4 +1,4 @@
-"""What the broker tells the person, or the systemd, that started it."""
+"""Announces to people, and to systemd, that the broker serves."""
 
 import os
 import shlex

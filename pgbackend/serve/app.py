@@ -1,7 +1,7 @@
 """Wires one broker process: its backend, its triggers, its HTTP server, and what follows their files.
 
-`serve()` is the whole of `pgbackend serve` in one process; `run()` is the broker on ports that somebody else has bound,
-as each process of `supervisor` runs it. The order in which the parts start and drain is that of `broker`.
+`serve()` is all of `pgbackend serve` in one process; `run()` is a broker on ports that are bound already, as each
+process under `supervisor` runs it. `broker` starts and drains the parts in order.
 """
 
 import asyncio

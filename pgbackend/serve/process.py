@@ -1,4 +1,4 @@
-"""What the broker needs of its process: signals, a larger thread pool, and less garbage collection."""
+"""Sets up the process of a broker: signals, a larger thread pool, and less garbage collection."""
 
 import asyncio
 import gc
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What a running broker was asked to do."""
+    """The requests that signals make of a running broker."""
 
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Finish what is in progress, and end."""
@@ -24,8 +24,8 @@ class Signals:
 def handling_signals(*, before_exit: Callable[[], None] = lambda: None) -> Iterator[Signals]:
     """SIGTERM and SIGINT set `stop`, SIGHUP sets `reload`. A SIGINT after `stop` ends the process at once.
 
-    `before_exit` is called just before that. When the terminal of the broker is closed, its SIGHUP sets `stop`: the
-    broker would otherwise go on with nobody in control of it.
+    `before_exit` is called just before that. The SIGHUP of a closed terminal sets `stop`: without its terminal, nobody
+    would find the broker again.
     """
     signals = Signals()
     loop = asyncio.get_running_loop()

@@ -58,7 +58,7 @@ class _Section(BaseModel):
     )
     key_noun: ClassVar[str] = "key"
     replacements: ClassVar[Mapping[str, str]] = {}
-    """What to write instead of keys that older files have, by their lower-case names."""
+    """The replacements for keys of older files, by their lower-case names."""
 
     @model_validator(mode="before")
     @classmethod

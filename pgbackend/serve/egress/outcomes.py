@@ -46,7 +46,7 @@ Failure = TargetError | RetryAfter | Reject | Pause
 
 
 class Answer(NamedTuple):
-    """What a target answered."""
+    """The answer of a target."""
 
     status: int
     body: bytes = b""

@@ -1,7 +1,7 @@
 """One connection to a target: aiohttp's protocol class with bounds on what a target may send.
 
-aiohttp bounds neither interim answers nor framing, and takes bytes that nobody asked for as the answer to the next
-request. The promise: a connection gives each request its own answer or an error, and a hostile answer costs little.
+aiohttp bounds neither interim answers nor framing, and takes unrequested bytes as the answer to the next request. The
+promise: a connection gives each request its own answer or an error, and a hostile answer costs little.
 """
 
 import re

@@ -159,6 +159,6 @@ def _report_delay(name: str, error: Exception) -> None:
 
 
 def _terms(trigger: Trigger) -> tuple[str, int, int | datetime | None, int | datetime | None]:
-    """What the log stores of a trigger: its order, its shards, its end and its bound at the start."""
+    """The part of a trigger that the log stores: its order, its shards, its end and its bound at the start."""
     start = trigger.start if isinstance(trigger.start, int | datetime) else None
     return trigger.order, trigger.shards, trigger.end, start

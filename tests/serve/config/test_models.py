@@ -573,12 +573,12 @@ def test_an_unknown_key_gets_a_suggestion(text: str, suggested: str) -> None:
     assert complaint(text).endswith(f"; did you mean {suggested}?")
 
 
-def test_ten_thousand_mistakes_are_found_quickly() -> None:
-    """Finding each line by a search through the whole file would take a minute."""
+def test_thousands_of_mistakes_are_found_quickly() -> None:
+    """Finding each line by a search through the whole file would take time by the square of its size."""
     began = time.process_time()
-    said = complaint("triggers:\n" + "".join(f"  t{number}: {{concurrency: x}}\n" for number in range(10_000)))
-    assert time.process_time() - began < 30
-    assert "10001: triggers.t9999.concurrency" in said
+    said = complaint("triggers:\n" + "".join(f"  t{number}: {{concurrency: x}}\n" for number in range(3000)))
+    assert time.process_time() - began < 3
+    assert "3001: triggers.t2999.concurrency" in said
 
 
 def test_a_key_like_no_other_gets_no_suggestion() -> None:
