@@ -1,6 +1,6 @@
 """Every error that pgbackend raises, and the three signals that a dispatcher may raise.
 
-Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; messages end with the next step.
+Catch `PgBackendError` for all errors, or one of its kinds. Fields have the facts; messages end with the next step.
 
     PgBackendError
     ├── ConfigError (ValueError)
@@ -17,6 +17,8 @@ Catch `PgBackendError` for all of them, or the kind. Fields carry the facts; mes
     ├── SubscriptionMismatchError
     ├── SubscriptionBusyError
     └── ProbeError
+
+`Reject`, `RetryAfter` and `Pause` are signals, not errors: a dispatcher raises them to say what to do with its event.
 """
 
 import math
@@ -29,7 +31,7 @@ _PRINTED_BITS = 128
 
 
 def shown(value: object) -> str:
-    """A value that was refused, for a message: cut, because Python does not print integers of thousands of digits.
+    """A refused value for a message, cut. Python does not print integers of thousands of digits.
 
     >>> shown("30"), shown(10**5000)
     ("'30'", 'an integer of 16610 bits')
@@ -40,7 +42,7 @@ def shown(value: object) -> str:
 
 
 def seconds_of(delay: object) -> float:
-    """A delay in any of its usual forms as seconds. Raises ConfigError for what is no finite number.
+    """A delay as seconds. Raises ConfigError when it is not a finite number, a number as text, or a timedelta.
 
     >>> seconds_of("60"), seconds_of(timedelta(minutes=1)), seconds_of(Decimal("0.5"))
     (60.0, 60.0, 0.5)
@@ -67,7 +69,7 @@ def _rebuilt(kind: type[Exception], args: tuple[object, ...], fields: dict[str, 
 
 
 def _reduce(error: Exception) -> tuple[object, ...]:
-    # By default, unpickling calls the class with `args` alone, and breaks a pool of processes where it needs keywords.
+    # Unpickling calls the class with `args` alone, which fails for a class that needs keywords.
     return _rebuilt, (type(error), error.args, error.__dict__)
 
 
@@ -78,9 +80,9 @@ class PgBackendError(Exception):
 
 
 class ConfigError(PgBackendError, ValueError):
-    """A setting, name or option is not usable. Raised before any I/O.
+    """A setting, name or option cannot be used. Raised before any I/O.
 
-    `problems` is each mistake on its own: a file may have several, and the message has a line for each.
+    `problems` has one text for each mistake, since a file may have several. The message has a line for each.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -93,11 +95,11 @@ class NotRunningError(PgBackendError):
 
 
 class EventError(PgBackendError, ValueError):
-    """An event is not a valid CloudEvent, or is too large. Nothing of its call was stored."""
+    """An event is not a valid CloudEvent, or is too large. No event of the call was stored."""
 
 
 class DatabaseError(PgBackendError):
-    """PostgreSQL refused a statement. The driver's error is the cause."""
+    """PostgreSQL refused a statement. The driver's error is its `__cause__`; `sqlstate` is PostgreSQL's code."""
 
     def __init__(self, message: str, *, sqlstate: str | None = None) -> None:
         super().__init__(message)
@@ -105,11 +107,11 @@ class DatabaseError(PgBackendError):
 
 
 class ConnectionLostError(DatabaseError, ConnectionError):
-    """PostgreSQL cannot be reached, or the connection broke before anything was changed."""
+    """PostgreSQL cannot be reached, or the connection broke before anything changed."""
 
 
 class SchemaError(DatabaseError):
-    """The log's tables are missing, behind or ahead of this version."""
+    """The log's tables are missing, or are older or newer than this version. `found` and `expected` are revisions."""
 
     def __init__(self, message: str, *, found: str | None = None, expected: str | None = None) -> None:
         super().__init__(message)
@@ -126,10 +128,10 @@ class ProduceTimeoutError(PgBackendError, TimeoutError):
 
 
 class ProduceUncertainError(PgBackendError):
-    """The connection died, or the time ran out, while PostgreSQL was committing: the event may or may not be stored.
+    """The connection broke, or the time ran out, while PostgreSQL was committing: the event may or may not be stored.
 
-    It was not sent again. Produce it again when a duplicate is better than a loss: consumers can tell
-    a duplicate by its `source` and `id`.
+    It was not sent again. Produce it again if a duplicate is better than a loss: consumers recognize a duplicate by its
+    `source` and `id`.
     """
 
 
@@ -142,11 +144,11 @@ class SubscriptionNotFoundError(PgBackendError, LookupError):
 
 
 class SubscriptionMismatchError(PgBackendError):
-    """The stored subscription has another order, shard count or end than the call asks for."""
+    """The stored subscription has a different order, shard count or end from those in the call."""
 
 
 class SubscriptionBusyError(PgBackendError):
-    """A worker that runs the subscription does not let go of it in time. `workers` names it, by host and process."""
+    """A worker does not release the subscription in time. `workers` names those that run it, by host and process."""
 
     def __init__(self, message: str, *, workers: Sequence[str]) -> None:
         super().__init__(message)
@@ -154,7 +156,7 @@ class SubscriptionBusyError(PgBackendError):
 
 
 class ProbeError(PgBackendError):
-    """The log cannot be used as it is. `checks` maps each check to "ok" or to what is wrong."""
+    """The log cannot be used. `checks` maps the name of each check to "ok" or to the problem."""
 
     def __init__(self, message: str, *, checks: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -162,9 +164,9 @@ class ProbeError(PgBackendError):
 
 
 class Reject(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a dispatcher: this event can never be handled, do not try it again.
+    """Raised by a dispatcher: this event can never be handled. Do not retry it.
 
-    It goes to the subscription's `dead_letter` dispatcher, or to `dead_letters`, at once. `details` are kept
+    The event goes to the subscription's `dead_letter` dispatcher, or to `dead_letters`, at once. `details` are kept
     with the failure.
     """
 
@@ -176,11 +178,11 @@ class Reject(Exception):  # noqa: N818 - a signal, not an error
 
 
 class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a dispatcher: failed, and not to be tried again within `delay` seconds.
+    """Raised by a dispatcher: the event failed. Do not retry it within `delay` seconds.
 
-    Counts as an attempt. The wait is the longer of `delay` and what the policy says, up to the policy's `max_delay`.
+    It counts as an attempt. The wait is the longer of `delay` and the policy's wait, up to the policy's `max_delay`.
 
-    `delay` may also be a timedelta, a Decimal, or a number as text, as a Retry-After header has it. It becomes a float.
+    `delay` may also be a timedelta, a Decimal, or a number as text, as in a Retry-After header. It becomes a float.
     Raises ConfigError for anything else.
     """
 
@@ -195,11 +197,11 @@ class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
 
 
 class Pause(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a dispatcher: dispatch nothing more to this subscription here.
+    """Raised by a dispatcher: dispatch no more events of this subscription in this process.
 
-    The event was no attempt: it waits with all others, nothing is lost and nothing buried, until the backend's
-    `reconfigure()` or until it subscribes anew. `status()` says so, with the reason. Other processes that run the
-    subscription find out by themselves. Raised by a `dead_letter` dispatcher it counts as `Reject`.
+    The dispatch does not count as an attempt. The event and all later ones wait, until `reconfigure()` or until the
+    backend subscribes again; no event is lost or becomes a dead letter. `status()` shows it, with the reason. Other
+    processes find out on their own. From a `dead_letter` dispatcher, it counts as `Reject`.
     """
 
     __reduce__ = _reduce

@@ -1,8 +1,8 @@
-"""What happened, said once: a log record for people, a call for observers such as tests.
+"""Facts: what happened, as a log record for people and a call for observers such as tests.
 
-Every module that has something to tell calls `emit()`. The text of a fact is constant and its fields are data, so that
-logs can be counted and tests can wait for what happened instead of sleeping. A fact is told per batch or rarer, never
-per event, and costs next to nothing when its level is off and nobody observes.
+Every module calls `emit()` when something happens. The name of a fact is constant and its fields are data, so that logs
+can be counted and tests can wait for a fact instead of sleeping. Facts are emitted once per batch or less often, never
+per event. They cost almost nothing when their level is off and there is no observer.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 logger = logging.getLogger("pgbackend")
 
 TEXT = 1000
-"""Characters that a text may have in a log line: what events, clients and targets say has no end of its own."""
+"""The most characters of a text in a log line: texts of events, clients and targets have no limit."""
 
 Observer = Callable[[str, Mapping[str, object]], None]
 
@@ -27,18 +27,18 @@ _observers: tuple[Observer, ...] = ()
 
 
 def emit(name: str, /, *, level: int = logging.INFO, exc_info: BaseException | None = None, **fields: object) -> None:
-    """The fact is logged as `name key=value …` and every observer has been told.
+    """The fact is in the log as `name key=value …`, and every observer was called.
 
-    The record carries `fact` (the name) and `fields` for structured handlers. A logging filter or handler that raises
-    is shown on stderr, as logging does it, and harms nothing else. An observer that raises makes this call raise:
-    observers belong to tests and metrics, which want to know.
+    The record has the attributes `fact` (the name) and `fields` for structured handlers. When a logging filter or
+    handler raises, its error goes to stderr, as in logging, and this call returns. When an observer raises, this call
+    raises, because observers belong to tests and metrics, which must notice.
     """
     if logger.isEnabledFor(level):
-        # stacklevel 2: the line that saw it happen, not this one.
+        # stacklevel 2: the record names the caller's line.
         extra = {"fact": name, "fields": fields}
         try:
             logger.log(level, name + "%s", _Fields(fields), exc_info=exc_info, stacklevel=2, extra=extra)  # noqa: G003 - a constant
-        except Exception:  # noqa: BLE001 - logging guards only what its own handlers write
+        except Exception:  # noqa: BLE001 - logging itself catches only errors of its handlers' writing
             if logging.raiseExceptions and sys.stderr:
                 traceback.print_exc()
     for observer in _observers:
@@ -47,7 +47,7 @@ def emit(name: str, /, *, level: int = logging.INFO, exc_info: BaseException | N
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """While it is open, `observer(name, fields)` is called for each fact, in the thread that emits it."""
+    """Within the context, `observer(name, fields)` is called for each fact, in the thread that emits it."""
     global _observers  # noqa: PLW0603 - process-wide by nature, like logging
     _observers = (*_observers, observer)
     try:
@@ -66,7 +66,7 @@ class Fact(NamedTuple):
 
 
 class Recorder:
-    """Keeps every fact since it was entered.
+    """Keeps every fact that is emitted within its context.
 
     >>> with Recorder() as recorder:
     ...     emit("lease claimed", level=logging.DEBUG, shard=3)
@@ -89,13 +89,13 @@ class Recorder:
         self._observing.__exit__(kind, error, traceback)
 
     def all(self, name: str, **match: object) -> list[Mapping[str, object]]:
-        """The fields of the facts of that name so far which include `match`, in order."""
+        """The fields of all facts of this name so far whose fields include `match`, in order."""
         return self._matching(name, match)
 
     async def wait(self, name: str, timeout: float = 30.0, *, count: int = 1, **match: object) -> Mapping[str, object]:
-        """The fields of fact number `count` of that name which includes `match`; at once when it has happened.
+        """The fields of fact number `count` of this name whose fields include `match`. At once if it has happened.
 
-        Raises TimeoutError that names what was waited for.
+        Raises TimeoutError, which names the fact and lists the facts that happened.
         """
         happened = asyncio.Event()
         waiting = (asyncio.get_running_loop(), happened)
@@ -131,17 +131,17 @@ _containers.maxstring = _containers.maxother = TEXT
 
 
 def text_of(value: object) -> str:
-    """The text of anything: of a list or mapping no more than people read, whatever is in it. Does not raise."""
+    """The text of any object. Lists and mappings are cut to what people can read. Does not raise."""
     try:
         if isinstance(value, list | tuple | set | frozenset | dict):
             return _containers.repr(value)
         return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
-    except Exception:  # noqa: BLE001 - a user's object may fail at that, and its record is to be written all the same
+    except Exception:  # noqa: BLE001 - a user's object may raise anything, and the record must be written
         return f"({type(value).__name__} that cannot be shown)"
 
 
 def cut(text: str, most: int = TEXT) -> str:
-    """The text, or its beginning and how long it was.
+    """The text. If it has more than `most` characters: its beginning, and how long it was.
 
     >>> cut("long text", 4)
     'long… (9 characters)'
@@ -165,7 +165,7 @@ def _render(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = cut(text_of(value))
-    # Quoted when a reader, or a log shipper, could not tell where the value ends.
+    # Quoted when a person or a log shipper could not see where the value ends.
     return text if text and text.isprintable() and not set(text) & set(' "=') else repr(text)
 
 

@@ -1,4 +1,7 @@
-"""How long to wait before an event is tried again: a policy, and nothing else."""
+"""The retry policy of a subscription: how often a failed event is tried, and how long to wait before each try.
+
+Delivery asks it after each failure. It only computes; delivery schedules.
+"""
 
 import random
 from dataclasses import dataclass
@@ -7,9 +10,9 @@ from typing import Literal
 from pgbackend.errors import ConfigError, shown
 
 _MOST_ATTEMPTS = 2**31 - 1
-"""What the column `attempt` holds."""
+"""The highest value of the column `attempt`."""
 _CENTURY = 36_525 * 86_400
-"""The longest wait in seconds: every date within it is one that PostgreSQL can store."""
+"""The longest wait, in seconds. PostgreSQL can store every date within it."""
 
 Backoff = Literal["constant", "linear", "exponential"]
 
@@ -25,7 +28,7 @@ class Retry:
     """
 
     attempts: int = 5
-    """How often an event is dispatched at most, the first try included."""
+    """The most attempts of one event, the first included."""
     delay: float = 1.0
     """Seconds before the first retry."""
     backoff: Backoff = "exponential"
@@ -33,7 +36,7 @@ class Retry:
     max_delay: float = 600.0
     """The longest wait, in seconds."""
     jitter: float = 0.0
-    """Up to this share of a wait is added to it at random, so that failures do not come back in step."""
+    """A random part of the wait, up to this share, is added, so that failed events do not all come back at once."""
 
     def __post_init__(self) -> None:
         attempts = self.attempts
@@ -55,12 +58,12 @@ class Retry:
         elif self.backoff == "linear":
             wait = self.delay * retry
         else:
-            # 2¹⁰²⁴ is no float; from 2⁶⁴ on any delay has long met its limit.
+            # A float cannot hold 2¹⁰²⁴. Any delay has met its limit long before 2⁶⁴.
             wait = self.delay * 2.0 ** min(retry - 1, 64)
         return min(wait, self.max_delay)
 
     def wait_before(self, retry: int) -> float:
-        """The same with jitter: what is really waited."""
+        """Seconds before retry number `retry`, with jitter: the real wait."""
         return self.wait(retry) * (1.0 + self.jitter * random.random())  # noqa: S311 - not a secret
 
     def waits(self) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
-"""What a dispatcher or filter threw, as plain values that PostgreSQL can store: no NUL, no lone surrogate, not endless.
+"""The exception of a dispatcher or filter as plain values that PostgreSQL can store: short, without NUL.
 
-An exception is a user's: asking it for anything may raise, whatever its class. Nothing here raises, so that its event
-is accounted for like any other that failed.
+Delivery makes a `Thrown` of the exception and decides by it. The promise: nothing here raises, although any access to a
+user's exception may raise; so its event is settled or retried like any other event that failed.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from pgbackend.errors import Pause, Reject, RetryAfter, seconds_of
 
 _CHARACTERS = 2000
 _DETAILS_BYTES = 64 << 10
-"""Of all details together, in UTF-8."""
+"""The limit of all details together, in UTF-8."""
 _DETAILS = 1000
 _ENTRY_BYTES = 6
-"""What an entry of the details weighs beside its texts: quotes, colon, comma."""
-_UNREADABLE = "(its message cannot be had)"
+"""The quotes, colon and comma of one entry."""
+_UNREADABLE = "(its message cannot be read)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,20 +33,21 @@ class Thrown:
     """The message alone."""
     details: dict[str, str]
     pauses: bool
-    """Whether it was `Pause`."""
+    """Whether it is `Pause`."""
     final: bool
-    """Whether it was `Reject` or `Pause`, which more attempts do not change."""
+    """Whether it is `Reject` or `Pause`: another attempt would change nothing."""
     delay: float
-    """The least wait in seconds that `RetryAfter` asks for; 0 for all others."""
+    """The shortest wait in seconds, from `RetryAfter`. 0 for all others."""
 
     @classmethod
     def of(cls, error: BaseException) -> "Thrown":
-        # By its type: `isinstance()` would also ask the object, whose answer may raise.
+        """The plain values of this exception."""
+        # By its type: `isinstance()` would also ask the object, and that may raise.
         kind = type(error)
         return cls(
             error=describe(error),
-            reason=message_of(error),
-            details=details_of(error),
+            reason=_message_of(error),
+            details=_details_of(error),
             pauses=issubclass(kind, Pause),
             final=issubclass(kind, Reject | Pause),
             delay=_delay_of(error) if issubclass(kind, RetryAfter) else 0.0,
@@ -54,25 +55,25 @@ class Thrown:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message.
+    """The type and message of an exception, cut to what PostgreSQL can store.
 
     >>> describe(ValueError("no such customer"))
     'ValueError: no such customer'
     """
-    name, message = _name_of(type(error)), message_of(error)
+    name, message = _name_of(type(error)), _message_of(error)
     return f"{name}: {message}"[:_CHARACTERS] if message else name
 
 
-def message_of(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     try:
-        text = storable(str(error), _CHARACTERS)
+        text = _storable(str(error), _CHARACTERS)
         return text or ("its task was cancelled" if type(error) is asyncio.CancelledError else "")
     except BaseException:  # noqa: BLE001 - see above
         return _UNREADABLE
 
 
-def details_of(error: BaseException) -> dict[str, str]:
-    """What it carries in its `details`, if that is a mapping: its first entries, as many as there is room for."""
+def _details_of(error: BaseException) -> dict[str, str]:
+    """The entries of its `details`, if they are a mapping: the first ones, as many as fit."""
     kept: dict[str, str] = {}
     left = _DETAILS_BYTES
     try:
@@ -93,9 +94,9 @@ def details_of(error: BaseException) -> dict[str, str]:
 
 
 def leave_process(error: BaseException, *, subscription: str, position: int) -> None:
-    """SystemExit and KeyboardInterrupt end the process with their code: the event loop raises them next.
+    """For SystemExit and KeyboardInterrupt: the event loop raises them next, so that the process ends with their code.
 
-    Raised where they came from, they would only end a task, and asyncio would raise them again wherever it is awaited.
+    Raised in a dispatcher's task, they would end that task only.
     """
     if issubclass(type(error), SystemExit | KeyboardInterrupt):
         facts.emit(
@@ -105,21 +106,21 @@ def leave_process(error: BaseException, *, subscription: str, position: int) -> 
         asyncio.get_running_loop().call_soon(_raise, error)
 
 
-def storable(text: str, characters: int) -> str:
-    """The beginning of a text, as PostgreSQL can store it."""
-    # Methods of str itself: a subclass may have others. Cut first, so that a huge text is not copied.
+def _storable(text: str, characters: int) -> str:
+    """The beginning of a text, in a form that PostgreSQL can store."""
+    # Methods of str itself, because a subclass may override them. Cut first, so that a huge text is not copied.
     text = str.__getitem__(text, slice(characters))
     return str.replace(text, "\0", "\\0").encode("utf-8", "backslashreplace").decode()[:characters]
 
 
 def _cut(text: str, most_bytes: int) -> str:
-    return storable(text, max(most_bytes, 0)).encode()[: max(most_bytes, 0)].decode(errors="ignore")
+    return _storable(text, max(most_bytes, 0)).encode()[: max(most_bytes, 0)].decode(errors="ignore")
 
 
 def _name_of(kind: type) -> str:
     try:
-        return storable(kind.__name__, _CHARACTERS)
-    except BaseException:  # noqa: BLE001 - a metaclass may do as it likes
+        return _storable(kind.__name__, _CHARACTERS)
+    except BaseException:  # noqa: BLE001 - a metaclass may raise anything
         return "an exception"
 
 

@@ -3,7 +3,7 @@ from types import MappingProxyType
 
 import pytest
 
-from pgbackend.thrown import describe, details_of
+from pgbackend.thrown import Thrown, describe
 
 
 class Rude(Exception):  # noqa: N818 - as users name them
@@ -38,14 +38,14 @@ class Endless(Mapping[str, str]):
         (TimeoutError(), "TimeoutError"),
         (RuntimeError("no"), "RuntimeError: no"),
         (RuntimeError("nul \0 and a lone \ud800"), "RuntimeError: nul \\0 and a lone \\ud800"),
-        (Rude(), "Rude: (its message cannot be had)"),
+        (Rude(), "Rude: (its message cannot be read)"),
     ],
 )
 def test_an_exception_is_described_by_its_type_and_message(error: Exception, text: str) -> None:
     assert describe(error) == text
 
 
-def test_a_description_ends() -> None:
+def test_a_long_message_is_cut() -> None:
     assert len(describe(RuntimeError("x" * 100_000))) == 2000
 
 
@@ -61,4 +61,4 @@ def test_a_description_ends() -> None:
     ],
 )
 def test_details_are_kept_as_text_when_they_are_a_mapping(error: Exception, details: dict[str, str]) -> None:
-    assert details_of(error) == details
+    assert Thrown.of(error).details == details

@@ -1,10 +1,11 @@
-"""The attributes of an event: the columns that hold them, and what CloudEvents asks of each.
+"""The attributes of an event: the columns that hold them, and what CloudEvents demands of each.
 
-Whatever enters the log, as an object of the SDK (sdk.py) or over HTTP (wire.py), becomes a row through `checked_row`,
-or by a shorter way to the same row. The promise: each attribute keeps its text to the character,
-and what is no attribute of CloudEvents is refused with an `EventError` that names the event.
+Every event from the SDK (sdk.py) or from HTTP (wire.py) becomes a row in `checked_row`, or in a faster function that
+returns the same row. The promise: each attribute keeps its text to the character, and `checked_row` refuses what is not
+an attribute of CloudEvents with an `EventError` that names the event.
 
-Plain SQL passes by all this but for the log's constraints, so that `read_extensions` takes whatever PostgreSQL does.
+Producers in plain SQL skip these checks, except for the log's constraints. So `read_extensions` takes every JSON that
+PostgreSQL takes.
 """
 
 import json
@@ -31,10 +32,10 @@ COLUMNS = (
     "data",
     "data_encoding",
 )
-"""What producers write of an `events` row. The first nine are texts under their attribute's name."""
+"""The columns of an `events` row that producers write. The first nine are texts, named like their attributes."""
 
 COLUMNS_03 = tuple("schemaurl" if name == "dataschema" else name for name in COLUMNS)
-"""The same by the attribute names of CloudEvents 0.3."""
+"""`COLUMNS` with the attribute names of CloudEvents 0.3."""
 
 Row = tuple[
     str, str, str, str, str | None, str | None, str | None, str | None, str | None, str, bytes | None, str | None
@@ -44,11 +45,11 @@ Row = tuple[
 ExtensionValue = str | int | bool
 
 ATTRIBUTES_BYTES = 1 << 16
-"""The most that the attributes of one event have together, as `attributes_size` counts. So says the log's CHECK."""
+"""The limit for all attributes of one event, as `attributes_size` counts. A CHECK of the log enforces it, too."""
 
 
 def attributes_size(row: Row) -> int:
-    """Bytes of all attribute texts as UTF-8. The extensions count as JSON, so their names do as well."""
+    """Bytes of all attribute texts in UTF-8. Extensions count as JSON, names included."""
     return sum(len(text.encode()) for text in row[:10] if isinstance(text, str))
 
 
@@ -61,7 +62,7 @@ def event_size(row: Row) -> int:
 
 
 def checked_row(attributes: dict[str, object], data: bytes | None, encoding: str | None) -> Row:
-    """The row of these attributes, each checked; takes them out of the dict. None is absent."""
+    """The row of these attributes, each checked. Empties the dict. None means absent. Raises `EventError`."""
     id_, source = attributes.get("id"), attributes.get("source")
     try:
         return _checked(attributes, data, encoding)
@@ -77,7 +78,7 @@ def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | 
         if specversion != "0.3":
             raise EventError(f"attribute 'specversion' is {excerpt(specversion)}: expected '1.0'.")
         if attributes.get("dataschema") is not None:
-            raise EventError("attribute 'dataschema' is not one of CloudEvents 0.3. Use 'schemaurl'.")
+            raise EventError("attribute 'dataschema' does not exist in CloudEvents 0.3. Use 'schemaurl'.")
         attributes["dataschema"] = attributes.pop("schemaurl", None)
     take = attributes.pop
     id_ = _text("id", take("id", None))
@@ -101,7 +102,7 @@ def _checked(attributes: dict[str, object], data: bytes | None, encoding: str | 
 
 
 def _text(name: str, value: object) -> str:
-    """The value, if it may be the text of an attribute that is not empty."""
+    """The value, if it is a text that an attribute may have. It must not be empty."""
     if isinstance(value, str) and value and (value.isprintable() or not _forbidden(value)):
         return value
     if value is None:
@@ -114,7 +115,7 @@ def _text(name: str, value: object) -> str:
 
 
 def checked_extension(name: object, value: object) -> ExtensionValue:
-    """The value, if it may be that of an extension attribute of this name, which may be empty."""
+    """The value, if an extension attribute of this name may have it. It may be empty. Raises `EventError`."""
     if not isinstance(name, str) or not is_name(name) or name == "data":
         raise EventError(
             f"{excerpt(name)} is not an attribute name: expected lower-case letters and digits, and not 'data'."
@@ -134,8 +135,8 @@ def checked_extension(name: object, value: object) -> ExtensionValue:
 
 
 def is_uri_reference(text: str) -> bool:
-    # A producer has few sources: remembering them costs a fifth of looking again. Long ones are not kept: somebody may
-    # send thousands of different ones, of a megabyte each.
+    # Producers have few sources: a look into the cache costs a fifth of a check. Long ones are not cached: a hostile
+    # client may send thousands of them, of a megabyte each.
     return _is_known_uri_reference(text) if len(text) <= 200 else _uri_reference(text) is not None
 
 
@@ -144,21 +145,21 @@ def _is_known_uri_reference(text: str) -> bool:
     return _uri_reference(text) is not None
 
 
-# What CloudEvents forbids in a String. Whatever Python calls printable has none of it, which is the fast answer.
+# The characters that CloudEvents forbids in a String. A text that is printable to Python has none: ask that first.
 _forbidden = re.compile(
     "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
     + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
     + "]"
 ).search
 is_name = re.compile(r"[a-z0-9]+").fullmatch
-# Of RFC 3986 what costs little and catches mistakes: its excluded characters and broken escapes. IRIs pass.
+# A cheap part of RFC 3986 that catches mistakes: its excluded characters and broken escapes. IRIs pass.
 _URI_PLAIN = r"[^\s\x00-\x20\x7f<>\"\\^`{|}%]*+"
 _URI_CHARACTERS = rf"{_URI_PLAIN}(?:%[0-9A-Fa-f]{{2}}{_URI_PLAIN})*+"
 _uri_reference = re.compile(_URI_CHARACTERS).fullmatch
-# CloudEvents wants an absolute URI. A fragment alone passes too: Azure Event Grid sends "#" and the data's version.
+# CloudEvents demands an absolute URI. A fragment alone passes, too: Azure Event Grid sends "#" and the data's version.
 _schema = re.compile(rf"(?:[A-Za-z][A-Za-z0-9+.-]*+:(?!\Z)|#){_URI_CHARACTERS}").fullmatch
 is_time = re.compile(
-    r"""(?!0000)                                    # datetime has no year 0, so that a dispatcher could not read it
+    r"""(?!0000)                                    # datetime has no year 0, so a dispatcher could not read it
         (?: \d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])
           | \d{4}-(?:0[13-9]|1[0-2])-(?:29|30)
           | \d{4}-(?:0[13578]|1[02])-31
@@ -174,8 +175,8 @@ is_time = re.compile(
 
 
 def write_extensions(attributes: Mapping[str, object]) -> str:
-    """The extension attributes as a JSON object, each checked; None is absent."""
-    # By hand, because the encoder takes 3 µs to set itself up; names need no escapes.
+    """The extension attributes as a JSON object, each checked. None means absent. Raises `EventError`."""
+    # Written by hand, because the encoder needs 3 µs to start. Names need no escapes.
     parts = []
     for name, value in attributes.items():
         if value is not None:
@@ -186,11 +187,11 @@ def write_extensions(attributes: Mapping[str, object]) -> str:
 
 
 def read_extensions(text: str) -> dict[str, ExtensionValue]:
-    """The extension attributes of a row but for `partitionkey`, in a new dict.
+    """The extension attributes of a row, without `partitionkey`, in a new dict.
 
-    Takes every object that PostgreSQL takes as JSON, since filters read it, which must not raise. What has no type of
-    CloudEvents, an integer beyond 32 bits among it, is the text of its JSON; null is absent. An object that nests
-    deeper than Python can follow, about a thousand levels, is as good as empty.
+    Takes every object that PostgreSQL takes as JSON, and does not raise, because filters must not. A value without a
+    type in CloudEvents (an integer beyond 32 bits, too) becomes the text of its JSON; null means absent. An object that
+    is nested deeper than Python can follow, about a thousand levels, counts as empty.
 
     >>> read_extensions('{"a": "x", "b": 7, "c": 9876543210, "d": [true], "e": 1e999, "f": null}')
     {'a': 'x', 'b': 7, 'c': '9876543210', 'd': '[true]', 'e': '1e999'}
@@ -216,19 +217,19 @@ def _integer(digits: str) -> int | str:
     try:
         return int(digits)
     except ValueError:
-        return digits  # thousands of them, which Python refuses to read (measured: 4,301)
+        return digits  # Python refuses to read thousands of digits (measured: 4,301)
 
 
 def _float(digits: str) -> float | str:
     number = float(digits)
-    return digits if isinf(number) else number  # JSON could not write infinity again
+    return digits if isinf(number) else number  # JSON has no infinity
 
 
 _extension_decoder = json.JSONDecoder(parse_int=_integer, parse_float=_float)
 
 
 def extension_text(value: ExtensionValue) -> str:
-    """CloudEvents' text form, which for integers and booleans is JSON's."""
+    """The value in CloudEvents' canonical text form. For integers and booleans this is JSON."""
     if isinstance(value, str):
         return value
     return str(value) if type(value) is int else "true" if value else "false"
@@ -238,17 +239,17 @@ def extension_text(value: ExtensionValue) -> str:
 
 
 def label_from(attributes: Mapping[str, object]) -> str:
-    """As `event_label`, of attributes that nobody has checked."""
+    """The `event_label` of attributes that were not checked."""
     return event_label(attributes.get("id"), attributes.get("source"))
 
 
 def event_label(id_: object, source: object) -> str:
-    """How errors name an event."""
+    """The name of an event in messages."""
     return f"Event {excerpt(id_)} of {excerpt(source)}"
 
 
 def excerpt(value: object) -> str:
-    """For a message: what an attacker sends may be long, or an integer too long to print."""
+    """A value for a message. Texts are cut, and integers may be too long to print: clients may be hostile."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:80] + "…")
     return "missing" if value is None else f"of type {type(value).__name__}"

@@ -1,19 +1,19 @@
-"""The data of an event: how the log keeps it, and what its content type says that it is.
+"""The data of an event: how the log stores it, and what a content type says about it.
 
-`encode_data` takes what a producer of Python objects gave, `decode_data` gives it back; `wire.py` keeps what came over
-HTTP under the same encodings. The promise: a value that would not come back as it went in is refused.
+`encode_data` takes the Python value that a producer gave, and `decode_data` returns it to a dispatcher. wire.py stores
+data from HTTP under the same encodings. The promise: a value that would not come back unchanged is refused.
 
-What stands in a row's `data`, by its `data_encoding`:
+The column `data`, by the column `data_encoding`:
 
-    'json'    the text of a JSON value: a structured `data` member as it stood there, or an SDK event's dict, list,
-              number, bool, or str under a JSON content type
+    'json'    the text of a JSON value: the `data` member of a structured event as it was written, or an SDK event's
+              dict, list, number, bool, or str under a JSON content type
     'text'    the UTF-8 of a string that is not JSON: structured `data`, or an SDK event's str, under another type
     'base64'  octets: `data_base64`, or an SDK event's bytes
     None      a body of HTTP binary mode, or data from plain SQL: the content type says what it is
 
 White space around a structured `data` member belongs to the envelope, not to the value, and is not kept.
 
-Rejected: orjson, because it cannot hand out the text of a member.
+orjson is not used, because it cannot return the text of a member.
 """
 
 import json
@@ -25,7 +25,7 @@ from pgbackend.errors import EventError
 
 
 def encode_data(value: object, content_type: object) -> tuple[bytes | None, str | None]:
-    """The value as `data` and `data_encoding`. Raises `EventError`, without a subject, when JSON would change it."""
+    """The value as `data` and `data_encoding`. Raises `EventError` when JSON would change it."""
     if value is None:
         return None, None
     if isinstance(value, bytes | bytearray | memoryview):
@@ -36,7 +36,7 @@ def encode_data(value: object, content_type: object) -> tuple[bytes | None, str 
         _check_json(value)
         return encoder.encode(value).encode(), "json"
     except UnicodeEncodeError:
-        raise EventError("has a lone surrogate, which UTF-8 cannot hold.") from None
+        raise EventError("has a lone surrogate, which UTF-8 cannot encode.") from None
     except RecursionError:
         raise EventError("is nested too deeply, or contains itself.") from None
     except EventError:
@@ -49,7 +49,7 @@ _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
 def _check_json(value: object) -> None:
-    """Raise for what `json.dumps` would take and silently change: a tuple, a key that is not text, …."""
+    """Raise `EventError` for values that `json.dumps` would change silently: a tuple, a key that is not text, …."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -62,13 +62,13 @@ def _check_json(value: object) -> None:
                 _check_json(item)
     elif value is not None and not isinstance(value, str | int | float):
         raise EventError(
-            f"has a {type(value).__name__}, which does not come back from JSON as it went in. "
+            f"has a {type(value).__name__}, which JSON would not give back unchanged. "
             "Use dict, list, str, int, float, bool and None, or encode it to bytes."
         )
 
 
 def decode_data(data: bytes | None, encoding: str | None, content_type: str | None) -> Any:
-    """What a producer gave; read from HTTP or SQL: parsed JSON, str of `text/*`, else bytes."""
+    """The value that a producer gave. Data from HTTP or SQL: parsed JSON, str for `text/*`, else bytes."""
     if data is None or encoding == "base64":
         return data
     if encoding is None:
@@ -78,18 +78,18 @@ def decode_data(data: bytes | None, encoding: str | None, content_type: str | No
             return decoder.decode(data.decode())
         return data.decode() if encoding == "text" else data
     except (ValueError, RecursionError):
-        return data  # plain SQL, or a body that is not what its content type says
+        return data  # plain SQL, or a body that does not fit its content type
 
 
 def kind_of(content_type: str | None) -> str:
-    """What octets of this content type are: json, text (that is UTF-8), or base64 (anything); "" if it is none.
+    """The kind of data of this content type: json, text (in UTF-8) or base64 (anything). "" if it is not a media type.
 
     >>> kind_of("application/geo+json"), kind_of("text/csv"), kind_of("text/csv; charset=latin1"), kind_of("json")
     ('json', 'text', 'base64', '')
     """
     if content_type is None:
         return "base64"
-    # The cache must not keep megabytes that somebody sends as content types.
+    # The cache must not keep megabytes that a hostile client sends as content types.
     return _known_kind(content_type) if len(content_type) <= 1000 else ""
 
 
@@ -111,10 +111,10 @@ _charset = re.compile(r';\s*charset\s*=\s*"?([^";\s]*)', re.IGNORECASE).search
 
 
 def refuse_constant(constant: str) -> NoReturn:
-    """For a decoder's `parse_constant`: Python reads NaN and Infinity, which are not JSON."""
+    """The `parse_constant` of a decoder: Python reads NaN and Infinity, but they are not JSON."""
     raise ValueError(f"{constant} is not JSON.")
 
 
 decoder = json.JSONDecoder(parse_constant=refuse_constant)
-# Without the check for circles, which costs a dict entry a container: the recursion limit finds them as well.
+# Without the check for circular values, which is slow: the recursion limit finds them, too.
 encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))

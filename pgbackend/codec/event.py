@@ -1,7 +1,7 @@
-"""The event that dispatchers and filters are handed: one row of the log, read like the SDK's `CloudEvent`.
+"""The event that dispatchers and filters get: one row of the log, with the methods of the SDK's `CloudEvent`.
 
-A reader makes one of each row, and all subscriptions share it; its parts are parsed when somebody asks. The promise:
-whatever plain SQL has put into the row, a filter's look at an attribute finds a value or none, and does not raise.
+A reader makes one event of each row, and all subscriptions share it. Its parts are parsed on first use. The promise:
+whatever plain SQL has put into the row, reading an attribute returns a value or None and does not raise.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,15 +30,16 @@ _TEXT_COLUMNS = {name: index for index, name in enumerate(COLUMNS[:9])}
 
 
 class RecordLike(Protocol):
-    """A row as the database driver returns it: `COLUMNS` first, by index."""
+    """A row of the database driver: `COLUMNS` come first, by index."""
 
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class Event:
-    """One event of the log. Works wherever the SDK's `CloudEvent` does, and is never changed: subscriptions share it.
+    """One event of the log. Works wherever the SDK's `CloudEvent` does. Never changes: subscriptions share it.
 
-    It can be pickled and copied, so a dispatcher may hand it to another process.
+    It has so many methods because it mirrors the SDK: the `get_` methods are the SDK's, the properties are ours.
+    It can be pickled and copied, so a dispatcher may pass it to another process.
 
     >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order","data":{"n": 1.0}}')
@@ -54,9 +55,9 @@ class Event:
 
     _row: Row
     _extensions: dict[str, ExtensionValue] | None
-    """Parsed for the first who asked: several filters may, and the next one has its answer in 0.2 µs instead of 1."""
+    """Parsed on first use and kept: the next filter has its answer in 0.2 µs instead of 1."""
 
-    # Stores and nothing else: a reader makes more than 100,000 of these a second, most of them for a filter's glance.
+    # Only assignments: a reader makes more than 100,000 events a second, and filters skip most of them.
     def __init__(
         self,
         row: Row | RecordLike,
@@ -74,27 +75,27 @@ class Event:
 
     @property
     def position(self) -> int:
-        """Its place in the log; 0 while it has none."""
+        """Its place in the log. 0 before it is stored."""
         return self._position
 
     @property
     def recorded_at(self) -> datetime | None:
-        """When the database took it in, by the database's clock."""
+        """When the database stored it, by the database's clock."""
         return self._recorded_at
 
     @property
     def attempt(self) -> int:
-        """Which dispatch this is, counted from 1."""
+        """The number of this dispatch. The first is 1."""
         return self._attempt
 
     @property
     def failure(self) -> "Failure | None":
-        """Why it was given up, for a `dead_letter` dispatcher; None otherwise."""
+        """For a `dead_letter` dispatcher, why the event became a dead letter. Otherwise None."""
         return self._failure
 
     @property
     def specversion(self) -> str:
-        """The version of CloudEvents that it follows: `1.0` or `0.3`."""
+        """Its version of CloudEvents: `1.0` or `0.3`."""
         return self._row[0]
 
     @property
@@ -119,7 +120,7 @@ class Event:
 
     @property
     def data_bytes(self) -> bytes | None:
-        """Its data as bytes, as they came in; None when it has none."""
+        """Its data as bytes, as they came in. None without data."""
         return self._row[10]
 
     @property
@@ -129,7 +130,7 @@ class Event:
 
     @property
     def key(self) -> tuple[str, str] | None:
-        """What orders it under `order="key"`: its partition key, else its subject within its source; None without."""
+        """Its key under `order="key"`: its partition key, else its source and subject. None when it has neither."""
         row = self._row
         if row[8] is not None:
             return ("partitionkey", row[8])
@@ -137,41 +138,41 @@ class Event:
 
     @property
     def key_hash(self) -> int:
-        """What shards are cut by. Only for events that were read from the log: the database works it out."""
+        """The hash that decides its shard. Only for events read from the log: the database computes it."""
         row: RecordLike = self._row
         return int(row[14])
 
     @property
     def weight(self) -> int:
-        """The bytes that it takes in memory at most. Only for events that were read from the log: SQL works it out."""
+        """The most bytes of memory that it takes. Only for events read from the log: the database computes it."""
         row: RecordLike = self._row
         weight: int = row[15]
         return weight
 
     @property
     def attributes_text(self) -> dict[str, str]:
-        """Every attribute as the text that came in; integers and booleans in CloudEvents' canonical text form."""
+        """Every attribute as the text that came in. Integers and booleans are in CloudEvents' canonical text form."""
         texts = {name: text for name, text in self._core() if text is not None}
         texts.update((name, extension_text(value)) for name, value in self._parsed_extensions().items())
         return texts
 
     def attribute(self, name: str) -> str | None:
-        """The text of one attribute as in `attributes_text`; None when it is absent."""
+        """The text of one attribute, as in `attributes_text`. None when it is absent."""
         value = self.value(name)
         return value if value is None or isinstance(value, str) else extension_text(value)
 
     def value(self, name: str) -> ExtensionValue | None:
-        """The same with its type: an extension may be an integer or a boolean. Beyond 32 bits, it is text."""
+        """One attribute with its type: an extension may be an int or a bool. An integer beyond 32 bits is text."""
         row = self._row
         index = _TEXT_COLUMNS.get(name)
         if index is not None and (index != 7 or row[0] != "0.3"):
             return row[index]  # type: ignore[return-value]  # the first nine are text
         if name == "schemaurl" and row[0] == "0.3":
             return row[7]
-        return self._parsed_extensions().get(name) if row[9] != "{}" else None  # not even a dict for the many without
+        return self._parsed_extensions().get(name) if row[9] != "{}" else None  # most events have none
 
     def with_delivery(self, *, attempt: int | None = None, failure: "Failure | None" = None) -> "Event":
-        """A copy with this attempt and this failure; what is not given stays."""
+        """A copy with this attempt and this failure. An argument that is not given stays as it is."""
         return Event(
             self._row,
             self._position,
@@ -181,44 +182,44 @@ class Event:
         )
 
     def get_id(self) -> str:
-        """As the SDK's."""
+        """As in the SDK."""
         return self._row[1]
 
     def get_source(self) -> str:
-        """As the SDK's."""
+        """As in the SDK."""
         return self._row[2]
 
     def get_type(self) -> str:
-        """As the SDK's."""
+        """As in the SDK."""
         return self._row[3]
 
     def get_specversion(self) -> str:
-        """As the SDK's."""
+        """As in the SDK."""
         return self._row[0]
 
     def get_datacontenttype(self) -> str | None:
-        """As the SDK's."""
+        """As in the SDK."""
         return self._row[6]
 
     def get_dataschema(self) -> str | None:
-        """As the SDK's: `schemaurl` of a 0.3 event."""
+        """As in the SDK: the `schemaurl` of a 0.3 event."""
         return self._row[7]
 
     def get_subject(self) -> str | None:
-        """As the SDK's."""
+        """As in the SDK."""
         return self._row[4]
 
     def get_time(self) -> datetime | None:
-        """Its time as far as a datetime goes: microseconds, and a leap second as :59. The full text: `attribute`."""
+        """Its time as a datetime: cut to microseconds, a leap second as :59. `attribute("time")` has the full text."""
         text = self._row[5]
         return None if text is None else _datetime(text)
 
     def get_extension(self, extension_name: str) -> Any:
-        """Any attribute as in `get_attributes()`; None when it is absent."""
+        """Any attribute, as in `get_attributes()`. None when it is absent."""
         return self.get_time() if extension_name == "time" else self.value(extension_name)
 
     def get_attributes(self) -> dict[str, Any]:
-        """All attributes, in a dict of the caller's own: `time` a datetime, extensions str, int or bool."""
+        """All attributes, in a new dict: `time` is a datetime, extensions are str, int or bool."""
         attributes: dict[str, Any] = {name: text for name, text in self._core() if text is not None}
         if "time" in attributes:
             attributes["time"] = self.get_time()
@@ -226,9 +227,9 @@ class Event:
         return attributes
 
     def get_data(self) -> Any:
-        """What a producer gave as data; read from HTTP or SQL: parsed JSON, str of `text/*`, else bytes. None without.
+        """The data that a producer gave. From HTTP or SQL: parsed JSON, str of `text/*`, else bytes. None if empty.
 
-        Parsed anew at each call: what one subscription does to it, another does not see.
+        Parsed at each call, so that one subscription's changes to it stay its own.
         """
         row = self._row
         return decode_data(row[10], row[11], row[6])
@@ -245,7 +246,7 @@ class Event:
         return extensions
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A driver's record has no other form that pickle and copy know.
+        # pickle and copy do not know a driver's record, but a tuple.
         row = tuple(self._row)
         return type(self), (row, self._position, self._recorded_at, self._attempt, self._failure)
 
@@ -274,7 +275,7 @@ def _datetime(text: str) -> datetime:
 
 
 def attributes_with(event: Event, extra: Mapping[str, str]) -> Event:
-    """The same event with these extension attributes set. Raises `EventError` for what is no extension attribute.
+    """A copy of the event with these extension attributes set. Raises `EventError` for other attributes.
 
     >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order"}')
