@@ -1,10 +1,10 @@
-"""Which events a subscription takes: predicates on attributes, in the dialects of CloudEvents' Subscriptions API.
+"""Filters decide which events a subscription takes. They are the dialects of CloudEvents' Subscriptions API.
 
-`subscribe(filter=…)` takes one of these or any function of an `Event`; they combine. Called on their own, they take an
-event of the SDK as well, and raise `EventError` for what is no valid one. What they promise: texts are
-compared exactly, case included; integers and booleans by their canonical text (`42`, `true`), in CESQL by their type;
-`time` by the text that came in; and an attribute that an event lacks matches nothing, whatever the dialect. A filter
-that could never mean anything raises `ConfigError` when it is made.
+`subscribe(filter=…)` takes one of these, or any function of an `Event`; filters combine. A direct call also takes an
+event of the SDK, and raises `EventError` if it is not valid. The promise: texts are compared exactly, case included;
+integers and booleans by their canonical text (`42`, `true`), in CESQL by their type; `time` by the text that came in.
+An attribute that an event lacks matches nothing, in any dialect. A filter that cannot mean anything raises
+`ConfigError` when it is created.
 """
 
 import logging
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _Lookup = Callable[["Event"], str | None]
 _Matches = Callable[[Anything], bool]
-"""Of an `Event`; fails with AttributeError for an event of the SDK."""
+"""Takes an `Event`. Raises AttributeError for an event of the SDK."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Exact:
         try:
             return self._matches(event)
         except AttributeError:
-            # An event of the SDK: asking for its type first would cost each other one.
+            # An event of the SDK. A type check before would slow down all others.
             return self._matches(as_event(event))
 
     def __hash__(self) -> int:
@@ -81,7 +81,7 @@ class Prefix:
         try:
             return self._matches(event)
         except AttributeError:
-            # An event of the SDK: asking for its type first would cost each other one.
+            # An event of the SDK. A type check before would slow down all others.
             return self._matches(as_event(event))
 
     def __hash__(self) -> int:
@@ -105,7 +105,7 @@ class Suffix:
         try:
             return self._matches(event)
         except AttributeError:
-            # An event of the SDK: asking for its type first would cost each other one.
+            # An event of the SDK. A type check before would slow down all others.
             return self._matches(as_event(event))
 
     def __hash__(self) -> int:
@@ -114,7 +114,7 @@ class Suffix:
 
 @dataclass(frozen=True, slots=True)
 class All:
-    """Matches when every one of these filters does."""
+    """Matches when all of these filters match."""
 
     filters: Iterable["EventFilter"]
     _matches: "EventFilter" = field(init=False, repr=False, compare=False)
@@ -131,7 +131,7 @@ class All:
 
 @dataclass(frozen=True, slots=True)
 class Any:
-    """Matches when at least one of these filters does."""
+    """Matches when at least one of these filters matches."""
 
     filters: Iterable["EventFilter"]
     _matches: "EventFilter" = field(init=False, repr=False, compare=False)
@@ -148,7 +148,7 @@ class Any:
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """Matches when this filter does not; so also when an attribute that it names is absent.
+    """Matches when this filter does not match, for example because an attribute is absent.
 
     >>> Not(Prefix({"subject": "draft/"}))
     Not(filter=Prefix(attributes={'subject': 'draft/'}))
@@ -167,7 +167,7 @@ class Not:
 
 @dataclass(frozen=True, slots=True)
 class CESQL:
-    """Matches when this expression in CloudEvents SQL, version 1, is true; not when its evaluation fails anywhere.
+    """Matches when this expression in CloudEvents SQL, version 1, is true. If its evaluation fails, it does not match.
 
     >>> from pgbackend.codec.wire import parse_structured
     >>> event = parse_structured(b'{"specversion":"1.0","id":"1","source":"/shop","type":"order.created","items":3}')
@@ -176,16 +176,16 @@ class CESQL:
     >>> CESQL("subject != 'x'")(event), CESQL("NOT EXISTS subject OR subject != 'x'")(event)
     (False, True)
 
-    An attribute that the event lacks is an error, as are a division by zero and a text that is no number where one is
-    wanted; what AND and OR need not evaluate is none. AND and OR bind equally: use parentheses.
+    An evaluation fails when the event lacks an attribute, at a division by zero, or where a text should be a number but
+    is not. AND and OR do not evaluate an operand that they do not need. AND and OR bind equally: use parentheses.
 
-    Raises `ConfigError` with line and column when the text is no expression. A call of a function that does not exist
-    is, in the words of the specification, an error of evaluation: it is logged here, and `mistake` says it.
+    Raises `ConfigError` with line and column when the text is not an expression. By the specification, a call of an
+    unknown function is an error of evaluation: it is logged here, and `mistake` describes it.
     """
 
     text: str
     mistake: str | None = field(init=False, repr=False, compare=False)
-    """What fails with every event that the evaluation gets so far with; None when nothing is sure to."""
+    """A call of an unknown function, which fails with every event that gets that far. Otherwise None."""
     _evaluate: cesql.Evaluate = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class CESQL:
         try:
             return self._evaluate(event) is True
         except AttributeError:
-            # An event of the SDK: asking for its type first would cost each other one.
+            # An event of the SDK. A type check before would slow down all others.
             return self._evaluate(as_event(event)) is True
 
 
@@ -209,7 +209,7 @@ def _checked(dialect: str, attributes: object) -> dict[str, str]:
         raise ConfigError(f'{dialect} takes at least one attribute, as in {dialect}({{"type": "…"}}).')
     for name, text in attributes.items():
         if not isinstance(name, str) or not is_name(name) or name == "data":
-            raise ConfigError(f"{dialect}: {name!r} is no attribute name. Use lower-case letters and digits.")
+            raise ConfigError(f"{dialect}: {name!r} is not an attribute name. Use lower-case letters and digits.")
         if not isinstance(text, str) or not text:
             raise ConfigError(f"{dialect}: {name} is compared to {text!r}. Use a string that is not empty.")
     return dict(attributes)
@@ -223,10 +223,10 @@ def _members(dialect: str, filters: object) -> tuple["EventFilter", ...]:
 
 
 def _lookup(name: str) -> _Lookup:
-    """How to find an attribute's text: the way there is decided once, not for each event."""
+    """The function that finds an attribute's text. It is chosen once, not for each event."""
     if name in ("id", "source", "type", "subject", "specversion"):
         return attrgetter(name)
-    if name == "schemaurl":  # the name before 1.0, unless an event has an extension of that name
+    if name == "schemaurl":  # its name before 1.0; an extension of that name wins
         return lambda event: event.attribute(name) or event.get_dataschema()
     if name == "dataschema":
         return lambda event: event.get_dataschema()
@@ -236,7 +236,7 @@ def _lookup(name: str) -> _Lookup:
 
 
 def _value(name: str) -> "Callable[[Event], ExtensionValue | None]":
-    """How to find an attribute's value under exactly this name."""
+    """The function that finds an attribute's value under exactly this name."""
     if name in ("id", "source", "type", "subject", "specversion"):
         return attrgetter(name)
     return lambda event: event.value(name)
@@ -259,7 +259,7 @@ def _all(filters: "list[EventFilter] | tuple[EventFilter, ...]") -> "EventFilter
         return filters[0]
 
     def matches(event: "Event") -> bool:
-        for member in filters:  # noqa: SIM110 - a generator would cost more than most of what it asks
+        for member in filters:  # noqa: SIM110 - a generator would cost more than most filters
             if not member(event):
                 return False
         return True

@@ -1,4 +1,4 @@
-"""The error tree as drawn is the error tree as it is."""
+"""The errors' tree, as drawn in the docstring, and their pickling."""
 
 import copy
 import inspect
@@ -53,7 +53,7 @@ def test_signals_are_not_errors() -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_can_go_from_one_process_to_another(error: Exception) -> None:
+def test_errors_can_be_pickled_and_copied(error: Exception) -> None:
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - our own
         assert type(again) is type(error)
         assert str(again) == str(error)

@@ -1,4 +1,4 @@
-"""Facts are what logs, metrics and tests are told."""
+"""Facts reach the log, and observers such as metrics and tests."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ def test_record_reads_well_and_carries_the_fields(caplog: pytest.LogCaptureFixtu
     assert record.funcName == "test_record_reads_well_and_carries_the_fields"
 
 
-def test_a_field_that_cannot_be_shown_does_not_cost_the_record(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_field_without_text_does_not_lose_the_record(caplog: pytest.LogCaptureFixture) -> None:
     class BrokenError(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no text")
@@ -48,7 +48,7 @@ def test_nothing_is_rendered_when_nobody_listens() -> None:
     facts.emit("quiet", level=logging.DEBUG, value=Loud())
 
 
-def test_observer_hears_what_the_log_level_hides() -> None:
+def test_observers_get_facts_below_the_log_level() -> None:
     with facts.Recorder() as recorder:
         facts.emit("offset committed", level=logging.DEBUG, shard=1)
         facts.emit("offset committed", level=logging.DEBUG, shard=2)
@@ -67,13 +67,13 @@ async def test_wait_returns_the_matching_fact_of_that_number() -> None:
         assert await waiting == {"shard": 1}
 
 
-async def test_wait_hears_facts_of_other_threads() -> None:
+async def test_wait_sees_facts_of_other_threads() -> None:
     with facts.Recorder() as recorder:
         await asyncio.to_thread(facts.emit, "lease renewed", level=logging.DEBUG)
         await recorder.wait("lease renewed", 5)
 
 
-async def test_waiting_in_vain_says_what_for_and_what_was_heard() -> None:
+async def test_a_timeout_names_the_expected_and_the_seen_facts() -> None:
     with facts.Recorder() as recorder:
         facts.emit("lease claimed", level=logging.DEBUG)
         with pytest.raises(

@@ -14,7 +14,7 @@ policies = st.builds(Retry, attempts=st.integers(1, 200), delay=seconds, max_del
 
 
 @given(policies)
-def test_there_is_one_wait_between_each_two_attempts(policy: Retry) -> None:
+def test_there_is_one_wait_between_two_attempts(policy: Retry) -> None:
     assert len(policy.waits()) == policy.attempts - 1
     assert policy.waits() == tuple(policy.wait(retry) for retry in range(1, policy.attempts))
 
@@ -45,7 +45,7 @@ def test_waits_follow_the_formula(retry: int, delay: int) -> None:
 
 
 @given(st.floats(min_value=0, max_value=3e9), st.integers(1025, 10**9))
-def test_a_retry_far_out_waits_as_long_as_allowed(longest: float, retry: int) -> None:
+def test_late_retries_wait_max_delay(longest: float, retry: int) -> None:
     assert Retry(delay=1.0, max_delay=longest).wait(retry) == longest
 
 
@@ -76,7 +76,7 @@ def test_a_retry_far_out_waits_as_long_as_allowed(longest: float, retry: int) ->
         {"backoff": None},
     ],
 )
-def test_settings_that_make_no_policy_are_refused_by_name(options: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"Retry.{next(iter(options))}"):
         Retry(**options)
 

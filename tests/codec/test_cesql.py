@@ -374,7 +374,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("expression", "complaint"), REFUSED, ids=[f"{text:.40}" for text, _ in REFUSED])
-def test_a_text_that_is_no_expression_is_refused_with_the_place(expression: str, complaint: str) -> None:
+def test_an_invalid_expression_is_refused_with_line_and_column(expression: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as refused:
         CESQL(expression)
     assert complaint in str(refused.value)
@@ -392,9 +392,7 @@ def test_a_text_that_is_no_expression_is_refused_with_the_place(expression: str,
         ("CONCAT_WS()", "CONCAT_WS takes 1 or more arguments, found 0"),
     ],
 )
-def test_a_function_that_does_not_exist_is_a_mistake_that_is_told_and_matches_nothing(
-    expression: str, mistake: str
-) -> None:
+def test_an_unknown_function_is_reported_and_matches_nothing(expression: str, mistake: str) -> None:
     with facts.Recorder() as recorder:
         found = CESQL(expression)
     assert found.mistake is not None
@@ -433,16 +431,16 @@ class TestAttributes:
         assert outcome(name, self.WHOLE) == self.WHOLE.attribute(name)
         assert outcome(f"EXISTS {name.upper()}", self.WHOLE) is True
 
-    def test_data_is_not(self) -> None:
+    def test_data_is_not_an_attribute(self) -> None:
         assert outcome("EXISTS data", self.WHOLE) is False
         assert CESQL("data = 'x' OR TRUE")(self.WHOLE) is False
 
-    def test_of_an_event_in_version_0_3_the_names_are_that_versions(self) -> None:
+    def test_a_0_3_event_has_the_names_of_its_version(self) -> None:
         old = event(specversion="0.3", schemaurl="http://schema/x")
         assert outcome("schemaurl", old) == "http://schema/x"
         assert outcome("EXISTS dataschema", old) is False
 
-    def test_extensions_have_the_types_of_structured_mode_and_in_headers_are_text(self) -> None:
+    def test_extensions_keep_their_types_but_are_text_in_headers(self) -> None:
         assert same(outcome("n"), 3)
         assert same(outcome("b"), True)
         assert CESQL("b")(EVENT)
@@ -452,7 +450,7 @@ class TestAttributes:
         assert CESQL("BOOL(b)")(text)
 
     @pytest.mark.parametrize(("stored", "value"), [("1.5", "1.5"), ("2147483648", "2147483648"), ('["a"]', '["a"]')])
-    def test_what_only_plain_sql_stores_is_text(self, stored: str, value: str) -> None:
+    def test_values_that_only_plain_sql_can_store_are_text(self, stored: str, value: str) -> None:
         row = EVENT.row
         other = Event((*row[:9], f'{{"n": {stored}, "gone": null}}', *row[10:]))
         assert outcome("n", other) == value
@@ -460,7 +458,7 @@ class TestAttributes:
 
 
 class TestLimits:
-    """Whatever the text and the event are, it ends soon, in a value or in a ConfigError."""
+    """Any text and any event soon give a value or a ConfigError."""
 
     def test_long_texts_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"1,000,000 characters. Use 65,536 at most"):
@@ -500,7 +498,7 @@ class TestLimits:
             CESQL(expression)
 
     @pytest.mark.parametrize("opening", ["(", "NOT (", "1 + (", "ABS(", "id IN (", "'\\", "a ", "LEFT ", "\\", "''"])
-    def test_what_does_not_end_is_refused(self, opening: str) -> None:
+    def test_an_expression_without_an_end_is_refused(self, opening: str) -> None:
         with pytest.raises(ConfigError, match=r"line 1, column \d+: "):
             CESQL(opening * (65_000 // len(opening)))
 
@@ -510,10 +508,10 @@ class TestLimits:
         ids=["many runs", "percents", "underscores", "runs with underscores", "long run"],
     )
     @pytest.mark.timeout(20)
-    def test_like_does_not_try_twice(self, pattern: str) -> None:
+    def test_like_takes_linear_time(self, pattern: str) -> None:
         assert CESQL(f"subject LIKE '{pattern}'")(event(subject="a" * 100_000)) is False
 
-    def test_long_runs_are_refused_where_they_would_be_slow(self) -> None:
+    def test_long_runs_with_an_underscore_are_refused(self) -> None:
         assert CESQL(f"subject LIKE '%{'a' * 60_000}b%'")(event(subject="a" * 100_000)) is False
         assert CESQL(f"subject LIKE '%{'_' * 256}%'")(event(subject="a" * 256)) is True
         with pytest.raises(ConfigError, match="column 14: more than 256 characters between two '%', with '_' among"):
@@ -528,7 +526,7 @@ class TestLimits:
         assert outcome("CONCAT_WS(subject, '', '', '', '', '')", long) == Failed(FUNCTION, "")
 
 
-def test_it_is_a_value_like_other_filters() -> None:
+def test_cesql_filters_are_values() -> None:
     assert CESQL("TRUE") == CESQL("TRUE") != CESQL("true")
     assert len({CESQL("TRUE"), CESQL("TRUE"), CESQL("FALSE")}) == 2
     assert repr(CESQL("n > 2")) == "CESQL(text='n > 2')"
@@ -576,12 +574,12 @@ def test_any_text_can_be_a_literal(text: str, quote: str) -> None:
 
 
 def itself(_name: str) -> Callable[[str], str]:
-    """Where the only attribute is the event."""
+    """A lookup for events that are texts: every attribute is the text."""
     return str
 
 
 @given(st.text(alphabet="ab%_\\", max_size=12), st.text(alphabet="ab%_\\", max_size=12))
-def test_like_is_what_the_textbook_says(text: str, pattern: str) -> None:
+def test_like_agrees_with_a_textbook_matcher(text: str, pattern: str) -> None:
     pattern = pattern.rstrip("\\")  # a backslash before the quote would escape that
     reached = {0}  # how much of the text the pattern so far can have taken
     rest = pattern
@@ -595,7 +593,7 @@ def test_like_is_what_the_textbook_says(text: str, pattern: str) -> None:
 
 
 class WrongError(Exception):
-    """What ends an evaluation in the plain evaluator below."""
+    """Ends an evaluation in the plain evaluator below."""
 
 
 Tree = tuple[Any, ...]
@@ -713,7 +711,7 @@ def evaluated(tree: Tree) -> Any:
 
 
 @given(trees())
-def test_any_expression_has_the_value_that_a_plain_evaluator_finds(tree: Tree) -> None:
+def test_expressions_agree_with_a_plain_evaluator(tree: Tree) -> None:
     found = outcome(written(tree))
     try:
         expected = evaluated(tree)

@@ -53,7 +53,7 @@ for _ in range(100_000):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_data_that_json_would_change_are_refused_with_the_reason(data: object, reason: str) -> None:
+def test_data_that_json_would_change_is_refused_with_the_reason(data: object, reason: str) -> None:
     with pytest.raises(EventError, match=reason):
         encode(sdk(data), max_event_bytes=1 << 20)
     if data == "\ud800":
@@ -68,7 +68,7 @@ def test_data_that_json_would_change_are_refused_with_the_reason(data: object, r
         lambda: put(sdk("é".encode())),
     ],
 )
-def test_octets_that_happen_to_be_utf8_stay_octets(make: Callable[[], Event]) -> None:
+def test_octets_in_utf8_stay_octets(make: Callable[[], Event]) -> None:
     event = make()
     assert event.get_data() == "é".encode()
     assert json.loads(write_structured(event))["data_base64"] == "w6k="

@@ -16,7 +16,7 @@ from pgbackend.errors import EventError
 from tests.support.codec import BARE, again_binary, again_structured, put, sdk, structured
 
 
-def test_a_time_reads_as_a_datetime_as_far_as_that_goes() -> None:
+def test_a_time_reads_as_a_datetime_cut_to_microseconds() -> None:
     def read(moment: str) -> datetime | None:
         return parse_structured(structured(time=moment)).get_time()
 
@@ -26,7 +26,7 @@ def test_a_time_reads_as_a_datetime_as_far_as_that_goes() -> None:
     assert read("2026-01-02T03:04:05+01:30") == datetime(2026, 1, 2, 3, 4, 5, 0, timezone(timedelta(minutes=90)))
 
 
-def test_old_events_come_back_as_old_events() -> None:
+def test_0_3_events_come_back_as_0_3_events() -> None:
     old = CloudEvent03(
         {**BARE, "specversion": "0.3", "time": datetime(2026, 1, 2, tzinfo=UTC), "schemaurl": "urn:x"}, {"a": 1}
     )
@@ -64,7 +64,7 @@ def test_getters_agree_with_the_sdks() -> None:
         assert ours.get_extension(attribute) == theirs.get_extension(attribute)
 
 
-def test_what_one_subscription_changes_another_does_not_see() -> None:
+def test_a_subscriptions_changes_stay_its_own() -> None:
     event = put(sdk({"a": [1]}, n=1))
     event.get_data()["a"].append(2)
     event.get_attributes()["n"] = 2
@@ -75,7 +75,7 @@ def test_what_one_subscription_changes_another_does_not_see() -> None:
             setattr(event, attribute, 1)
 
 
-def test_a_database_record_is_as_good_as_a_row() -> None:
+def test_a_database_record_works_like_a_row() -> None:
     row = parse_structured(structured(n=1)).row
     event = Event((*row, 7, datetime(2026, 1, 1, tzinfo=UTC), 99), 7)
     assert event.row == row
@@ -136,7 +136,7 @@ def test_extension_attributes_can_be_added_and_replaced() -> None:
             attributes_with(event, bad)
 
 
-def test_extensions_are_parsed_for_the_first_who_asks() -> None:
+def test_extensions_are_parsed_once_on_first_use() -> None:
     event = Event(parse_structured(structured(n=1, x="y")).row)
     with patch("pgbackend.codec.event.read_extensions", wraps=read_extensions) as parse:
         assert event.id == "1"

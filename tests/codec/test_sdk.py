@@ -31,7 +31,7 @@ def test_sdk_data_come_back_as_they_were_given(values: dict[str, Any], data: Any
 
 
 class Loose:
-    """An event whose attributes nobody has checked."""
+    """An event with unchecked attributes."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self._attributes = attributes
@@ -56,16 +56,16 @@ anything = st.one_of(
         anything,
     )
 )  # fmt: skip
-def test_the_short_way_of_plain_events_says_what_the_long_way_says(values: dict[str, Any]) -> None:
+def test_the_fast_road_of_plain_events_has_the_same_result(values: dict[str, Any]) -> None:
     def outcome() -> object:
         try:
             return encode(Loose({**BARE, **values}), max_event_bytes=1 << 20)  # type: ignore[arg-type] # as good as one
         except EventError as error:
             return str(error)
 
-    short = outcome()
+    fast = outcome()
     with patch("pgbackend.codec.sdk._plain_texts", lambda _: None):
-        assert outcome() == short
+        assert outcome() == fast
 
 
 @given(st.binary(), st.none() | content_type)
@@ -148,7 +148,7 @@ def test_names_and_content_types_that_the_sdk_lets_through_are_refused(bad: str)
 
 
 @pytest.mark.parametrize("thing", [None, {}, "event", HTTPMessage({}, b""), BARE])
-def test_things_that_are_no_event_are_refused(thing: Any) -> None:
+def test_objects_that_are_not_events_are_refused(thing: Any) -> None:
     with pytest.raises(EventError, match="Expected a CloudEvent"):
         encode(thing, max_event_bytes=9999)
 

@@ -36,7 +36,7 @@ from tests.support.codec import (
 
 
 def with_member(text: str) -> bytes:
-    """A structured event with members that no JSON writer would write."""
+    """A structured event with extra members as raw text."""
     return f'{{"specversion":"1.0","id":"1","source":"/s","type":"t",{text}}}'.encode()
 
 
@@ -44,13 +44,11 @@ def canonical(values: dict[str, Any]) -> dict[str, str]:
     return {name: {True: "true", False: "false"}[v] if isinstance(v, bool) else str(v) for name, v in values.items()}
 
 
-# ── bytes and texts stay what they were ──────────────────────────────────────────────────────────────────────────────
+# ── round trips ──────────────────────────────────────────────────────────────────────────────
 
 
 @given(attributes, json_text, st.sampled_from([None, "application/json", "application/a+json"]), st.booleans())
-def test_structured_json_is_kept_as_its_very_text(
-    values: dict[str, Any], data: str, kind: str | None, first: bool
-) -> None:
+def test_structured_json_keeps_its_exact_text(values: dict[str, Any], data: str, kind: str | None, first: bool) -> None:
     if kind:
         values["datacontenttype"] = kind
     rest = json.dumps(values)[1:-1]
@@ -128,7 +126,7 @@ def test_json_that_python_would_change_passes_untouched() -> None:
     assert data in write_structured(event).decode()
 
 
-def test_octets_that_are_no_content_of_their_type_travel_as_base64() -> None:
+def test_data_that_does_not_fit_its_content_type_is_written_as_base64() -> None:
     for kind in ("application/json", "text/plain"):
         event = binary(b"\xff{", content_type=kind)
         assert event.get_data() == b"\xff{"
@@ -143,11 +141,11 @@ def test_a_body_without_content_type_is_octets_and_gets_none() -> None:
     assert "content-type" not in dict(write_binary(parse_structured(structured(data_base64="AA==")))[0])
 
 
-def test_data_without_content_type_are_said_to_be_json_in_binary_mode() -> None:
+def test_json_data_without_content_type_gets_one_in_binary_mode() -> None:
     assert dict(write_binary(parse_structured(structured(data=[1])))[0])["content-type"] == "application/json"
 
 
-def test_data_in_front_and_data_in_a_string_are_told_apart() -> None:
+def test_a_data_member_is_not_confused_with_the_text_data() -> None:
     event = parse_structured(
         b'{"data":[1],"specversion":"1.0","id":"data","source":"\\"data\\"x"}'.replace(b'\\"', b"%22").replace(
             b"}", b',"type":"data","x":"data","datax":"1"}'
@@ -161,8 +159,8 @@ def test_data_in_front_and_data_in_a_string_are_told_apart() -> None:
 
 @pytest.mark.parametrize("filler", ["[1,2]", '"\\u00e9"', '{"a": null}', "123456789", "true", "-1.5e3", '"x"'])
 @pytest.mark.parametrize("length", [4080, 4090, 4095, 4096, 4097, 4100, 9000])
-def test_events_of_a_batch_are_the_same_whatever_their_bound(filler: str, length: int) -> None:
-    """Bounded, large values are read from slices, which may end in the middle of anything."""
+def test_a_size_limit_does_not_change_the_events_of_a_batch(filler: str, length: int) -> None:
+    """With a limit, large values are read from slices, which may end anywhere."""
     for shift in range(20):
         data = "[" + " " * shift + ",".join([filler] * (length // len(filler))) + "," + "7" * 30 + "]"
         event = b'{"specversion":"1.0","id":"1","source":"/s","type":"t","data":%b}' % data.encode()
@@ -188,7 +186,7 @@ def test_events_without_data_and_with_it_share_a_batch() -> None:
     assert list(parse_batch(b"[]")) == list(parse_batch(b" [ ] ")) == []
 
 
-# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── refused messages ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -240,7 +238,7 @@ def test_events_without_data_and_with_it_share_a_batch() -> None:
         structured(subject="x").replace(b'"x"', b'"\xff"'),
     ],
 )
-def test_bodies_that_are_no_event_are_refused(body: bytes) -> None:
+def test_invalid_events_are_refused(body: bytes) -> None:
     with pytest.raises(EventError):
         parse_structured(body)
     with pytest.raises(EventError):
@@ -250,7 +248,7 @@ def test_bodies_that_are_no_event_are_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     "body", [b"{}", b"[", b"[1]", b"[]]", b"[] x", b"", structured(), b"[" + structured() + b" 1]"]
 )
-def test_batches_that_are_none_are_refused(body: bytes) -> None:
+def test_invalid_batches_are_refused(body: bytes) -> None:
     with pytest.raises(EventError):
         list(parse_batch(body))
 
@@ -308,12 +306,10 @@ message_headers = st.builds(
 
 
 @given(message_headers, st.binary(max_size=3))
-def test_the_short_way_of_plain_headers_leads_to_the_same_event_or_error(
-    headers: list[tuple[bytes, bytes]], body: bytes
-) -> None:
-    # A name in capitals is not plain.
-    the_long_way = outcome([(b"X-NAME", b""), *headers], body)
-    assert outcome(headers, body) == the_long_way
+def test_the_fast_road_of_plain_headers_has_the_same_result(headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    # A header name in capitals is not plain.
+    general_road = outcome([(b"X-NAME", b""), *headers], body)
+    assert outcome(headers, body) == general_road
 
 
 def outcome(headers: list[tuple[bytes, bytes]], body: bytes) -> object:
@@ -323,7 +319,7 @@ def outcome(headers: list[tuple[bytes, bytes]], body: bytes) -> object:
         return str(error)
 
 
-def test_most_headers_go_the_short_way() -> None:
+def test_usual_headers_take_the_fast_road() -> None:
     usual = [(b"host", b"x"), (b"ce-specversion", b"1.0"), (b"ce-id", b"1"), (b"ce-source", b"/"), (b"ce-type", b"t")]
     assert binary_mode._plain_row(usual, b"") is not None
     usual += [(b"ce-time", b"2026-01-02T03:04:05.678Z"), (b"content-type", b"text/plain; charset=utf-8")]
@@ -424,7 +420,7 @@ def test_headers_are_unquoted_then_decoded_once(octets: bytes, text: str) -> Non
 
 
 @pytest.mark.parametrize("octets", [b"%C0%A0", b"%ff", b"\xff", b"%ED%A0%80", b"%F4%90%80%80", b"a%0D%0Ab", b"%00"])
-def test_headers_that_decode_to_no_text_are_refused(octets: bytes) -> None:
+def test_headers_that_do_not_decode_to_legal_text_are_refused(octets: bytes) -> None:
     with pytest.raises(EventError, match="custom"):
         binary(custom=octets)
 
@@ -436,7 +432,7 @@ def test_headers_are_percent_coded_as_the_binding_says() -> None:
     assert (headers["ce-flag"], headers["ce-number"]) == ("true", "-5")
 
 
-def test_headers_are_not_coded_for_who_cannot_decode() -> None:
+def test_uncoded_headers_keep_their_text() -> None:
     event = parse_structured(structured(custom='100% "é" 😀'))
     assert dict(write_binary(event, coded=False)[0])["ce-custom"] == '100% "é" 😀'
     with pytest.raises(EventError, match="Use structured mode"):
@@ -457,7 +453,7 @@ def test_header_names_come_in_any_case() -> None:
 
 
 @pytest.mark.parametrize("header", [b"ce-id", b"ce-datacontenttype", b"ce-data", b"ce-data_base64", b"ce-", b"ce-\xe9"])
-def test_headers_that_no_event_has_are_refused(header: bytes) -> None:
+def test_headers_that_no_event_can_have_are_refused(header: bytes) -> None:
     headers = [(f"ce-{name}".encode(), value.encode()) for name, value in BARE.items()]
     with pytest.raises(EventError):
         parse_binary([*headers, (header, b"x/y")], b"")
@@ -470,7 +466,7 @@ def test_a_message_without_ce_headers_is_not_an_event() -> None:
         parse_binary([(b"content-type", b"application/json")], b"{}")
 
 
-def test_binary_mode_refuses_content_types_that_would_be_read_as_another_message() -> None:
+def test_binary_mode_refuses_content_types_that_change_the_message() -> None:
     event = parse_structured(structured(datacontenttype="application/cloudevents+json", data={}))
     with pytest.raises(EventError, match="structured"):
         write_binary(event)
@@ -484,7 +480,7 @@ def test_binary_mode_refuses_content_types_that_would_be_read_as_another_message
         write_binary(Event(tuple(row)))
 
 
-def test_old_octets_stand_in_data_and_say_so() -> None:
+def test_0_3_octets_are_base64_in_data() -> None:
     attributes = {**BARE, "specversion": "0.3", "datacontentencoding": "base64", "datacontenttype": "image/png"}
     event = put(CloudEvent03(dict(attributes), b"\x00\xff"))
     written = json.loads(write_structured(event))
