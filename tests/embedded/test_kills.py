@@ -32,7 +32,7 @@ from tests.support.embedded_user import (
 )
 from tests.support.polling import eventually
 
-pytestmark = needs_proc
+pytestmark = [needs_proc, pytest.mark.slow]
 
 
 def _orders(*, quick: tuple[str, ...]) -> list[Any]:

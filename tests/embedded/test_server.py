@@ -41,6 +41,7 @@ async def test_data_survives_a_restart(tmp_path: Path) -> None:
         assert await query_value(server.dsn, "select count(*) from kept") == 0
 
 
+@pytest.mark.slow
 @needs_proc
 async def test_the_server_has_ended_when_stop_returns(directory: Path) -> None:
     async with fast_server(directory):
@@ -50,6 +51,7 @@ async def test_the_server_has_ended_when_stop_returns(directory: Path) -> None:
     assert not keepers(directory)
 
 
+@pytest.mark.slow
 async def test_fsync_is_on_and_nothing_listens_on_tcp(directory: Path) -> None:
     async with EmbeddedServer(directory) as server:
         assert await query_value(server.dsn, "show fsync") == "on"
@@ -64,6 +66,7 @@ async def test_a_server_runs_the_programs_that_it_is_given(tmp_path: Path, pg_pr
         assert str(await query_value(server.dsn, "show server_version")) in version.stdout
 
 
+@pytest.mark.slow
 async def test_a_database_of_another_major_version_is_left_alone(directory: Path) -> None:
     (directory / "postgresql/data/PG_VERSION").write_text("17\n")
     with pytest.raises(EmbeddedServerError, match="initialized by PostgreSQL version 17"):
@@ -154,6 +157,7 @@ async def test_a_start_that_fails_says_why_and_uses_nothing(directory: Path) -> 
     await nothing_is_left(directory)
 
 
+@pytest.mark.slow
 async def test_a_start_that_takes_too_long_is_given_up(directory: Path) -> None:
     with pytest.raises(EmbeddedServerError, match="start_timeout"):
         await fast_server(directory, start_timeout=0.01).start()
@@ -220,6 +224,7 @@ async def test_a_killed_keeper_is_noticed_though_children_were_forked_at_any_mom
             await asyncio.to_thread(os.waitpid, child, 0)
 
 
+@pytest.mark.slow
 async def test_by_tcp_nobody_comes_in_without_a_password(directory: Path) -> None:
     address = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}.1"
     async with EmbeddedServer(directory, settings={"fsync": "off", "listen_addresses": address}):
@@ -257,6 +262,7 @@ async def test_the_log_does_not_grow_without_bound(directory: Path) -> None:
         await eventually("it goes on", lambda: "still heard" in log.read_text())
 
 
+@pytest.mark.slow
 async def test_nobody_else_reaches_data_or_socket(directory: Path) -> None:
     async with fast_server(directory) as server:
         home = directory / "postgresql"

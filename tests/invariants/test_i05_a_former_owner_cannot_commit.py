@@ -141,6 +141,7 @@ async def test_two_workers_share_the_shards_and_each_shard_has_one_owner(databas
     assert owners == 0
 
 
+@pytest.mark.slow
 @pytest.mark.direct
 async def test_an_idle_worker_notices_a_new_incarnation_and_takes_over(database: str, sql: Sql, tmp_path: Path) -> None:
     """It commits and reads nothing that would tell it of the server's crash."""

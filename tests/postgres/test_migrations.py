@@ -396,6 +396,7 @@ async def test_the_alembic_command_migrates_in_a_checkout(empty_database: str) -
         assert await schema.find_revision(connection.fetch, "by Hand") == schema.head()
 
 
+@pytest.mark.slow
 async def test_the_alembic_command_prints_sql_and_goes_back_in_a_checkout(empty_database: str) -> None:
     settings = {"PGBACKEND_DSN": empty_database, "PGBACKEND_SCHEMA": "by Hand"}
     printed = await asyncio.to_thread(alembic, "upgrade", "head", "--sql", **settings)
@@ -410,6 +411,7 @@ async def test_the_alembic_command_prints_sql_and_goes_back_in_a_checkout(empty_
         assert await schema.find_revision(connection.fetch, "by Hand") is None
 
 
+@pytest.mark.slow
 async def test_the_alembic_command_refuses_a_log_of_a_version_before_the_first_release(empty_database: str) -> None:
     await migrate(empty_database)
     async with connected(empty_database) as connection:
@@ -422,6 +424,7 @@ async def test_the_alembic_command_refuses_a_log_of_a_version_before_the_first_r
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_new_revision_is_made_from_a_template_that_runs(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
     shutil.copy(ROOT / "alembic.ini", tmp_path)
@@ -438,6 +441,7 @@ def test_a_new_revision_is_made_from_a_template_that_runs(tmp_path: Path) -> Non
     module["downgrade"](op=operations)
 
 
+@pytest.mark.slow
 def test_the_alembic_command_without_a_dsn_says_what_to_set() -> None:
     done = alembic("upgrade", "head", PGBACKEND_DSN="")
 

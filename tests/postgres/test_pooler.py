@@ -33,7 +33,7 @@ from tests.support.pooler import Pooler, needs_pgbouncer
 from tests.support.worker import Worker
 
 # These tests run a pooler of their own.
-pytestmark = [needs_pgbouncer, pytest.mark.direct]
+pytestmark = [needs_pgbouncer, pytest.mark.direct, pytest.mark.slow]
 
 
 @pytest.fixture

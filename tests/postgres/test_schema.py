@@ -61,6 +61,7 @@ async def test_migrating_at_head_changes_nothing(database: Database) -> None:
     assert await database.fetchval("SELECT count(*) FROM pgbackend.events") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.direct
 async def test_many_processes_can_migrate_at_once(database: Database, empty_database: str) -> None:
     """Two processes and this one wait for the lock. Each then sees what the one before committed, although the default

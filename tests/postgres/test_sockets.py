@@ -37,6 +37,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_a_handlers_child_does_not_keep_the_shards_of_its_dead_parent(database: str) -> None:
     catch = Catch()
     backend = Backend(database, poll_interval=0.1)

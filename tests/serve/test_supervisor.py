@@ -208,6 +208,7 @@ class TestStart:
         assert not (tmp_path / "data/postgresql/data/postmaster.pid").exists()
 
 
+@pytest.mark.slow
 class TestRestart:
     @pytest.mark.direct
     @pytest.mark.slow
@@ -260,6 +261,7 @@ def left_behind(serve: Process) -> list[Path]:
     return list(Path(tempfile.gettempdir()).glob(f"pgbackend-metrics-{serve.process.pid}-*"))
 
 
+@pytest.mark.slow
 class TestMetrics:
     @pytest.mark.slow
     async def test_any_process_reports_the_counts_of_all_including_ended_ones(self, database: str) -> None:
@@ -311,6 +313,7 @@ class TestMetrics:
                 assert await serve.ended() == 0
 
 
+@pytest.mark.slow
 class TestStop:
     @pytest.mark.slow
     async def test_stopping_delivers_each_accepted_event_once_and_exits_with_0(
@@ -412,6 +415,7 @@ class TestStop:
                 assert left_behind(successor)
 
 
+@pytest.mark.slow
 class TestLoss:
     @pytest.mark.direct
     @pytest.mark.slow

@@ -203,6 +203,7 @@ async def test_another_worker_takes_over_at_once_when_one_stops(database: str) -
     assert (first.ids, second.ids) == (["a"], ["b"])
 
 
+@pytest.mark.slow
 @pytest.mark.direct
 async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
@@ -221,6 +222,7 @@ async def test_another_worker_takes_over_when_one_is_killed(database: str, tmp_p
             await catch.has("a")
 
 
+@pytest.mark.slow
 async def test_another_worker_takes_over_from_a_frozen_process_which_then_dispatches_nothing(
     database: str, tmp_path: Path
 ) -> None:

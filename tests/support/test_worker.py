@@ -16,6 +16,7 @@ async def _produce(backend: Backend, ledger: Ledger, *ids: str) -> None:
         ledger.produced.append(id_)
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_leaves_its_notes_and_a_second_one_goes_on(
     backend: Backend, database: str, tmp_path: Path
 ) -> None:
