@@ -108,6 +108,7 @@ def js(id_: str, mode: str = "binary", *, octets: bytes | None = None, **members
 
 
 class TestJavaScriptSends:
+    @pytest.mark.slow
     async def test_binary_mode(self, broker: Broker, peer: str) -> None:
         answers = await emit(
             peer,
@@ -146,6 +147,7 @@ class TestJavaScriptSends:
         assert stored["percent"].subject == "100%"
         assert stored["percent"].attribute("half") == 'say "hi"'
 
+    @pytest.mark.slow
     async def test_structured_mode(self, broker: Broker, peer: str) -> None:
         answers = await emit(
             peer,
@@ -175,6 +177,7 @@ class TestJavaScriptSends:
         attributes = stored["attributes"].get_attributes()
         assert (attributes["count"], attributes["flag"], attributes["note"]) == (-42, True, "a\\b")
 
+    @pytest.mark.slow
     async def test_batches_sent_by_its_transport_are_stored(self, broker: Broker, peer: str) -> None:
         events = [js(str(number), data={"n": number}, subject=f"☃{number}")["event"] for number in range(50)]
         bad = {"mode": "batch", "events": [events[0], events[1] | {"time": "2026-06-30T23:59:59Z", "count": 2**31}]}
@@ -187,6 +190,7 @@ class TestJavaScriptSends:
         stored = await broker.stored()
         assert [(event.id, event.subject) for event in stored] == [(str(n), f"☃{n}") for n in range(50)]
 
+    @pytest.mark.slow
     async def test_its_headers_can_carry_a_token(self, database: str, peer: str) -> None:
         async with serving(database, config="ingest: {token: secret}") as broker:
             answers = await emit(
@@ -199,6 +203,7 @@ class TestJavaScriptSends:
             assert [answer["status"] for answer in answers] == [401, 202, 401]
             assert [event.id for event in await broker.stored()] == ["2"]
 
+    @pytest.mark.slow
     async def test_its_mistakes_are_refused_or_stored_as_sent(self, broker: Broker, peer: str) -> None:
         answers = await emit(
             peer,
@@ -249,6 +254,7 @@ def to(url: str, mode: str = "binary") -> str:
 
 
 class TestJavaScriptReceives:
+    @pytest.mark.slow
     async def test_structured_mode(self, database: str, peer: str) -> None:
         async with receiving(peer) as receiver, serving(database, config=to(receiver.url, "structured")) as broker:
             await post(broker, *SENT)
@@ -265,6 +271,7 @@ class TestJavaScriptReceives:
         assert got["time"]["time"] == "2026-01-01T00:00:00.000Z"
         assert {event["source"] for event in got.values()} == {"/shop"}
 
+    @pytest.mark.slow
     async def test_binary_mode(self, database: str, peer: str) -> None:
         async with receiving(peer) as receiver, serving(database, config=to(receiver.url)) as broker:
             await post(broker, *(one for one in SENT if b"base64" not in one[1]))  # its users' bodies are text
@@ -282,6 +289,7 @@ class TestJavaScriptReceives:
         # It does not decode header values. What has others than ASCII's visible characters is for structured mode.
         assert got["attributes"]["note"] == "a%20b"
 
+    @pytest.mark.slow
     async def test_its_reading_mistakes_are_not_in_the_delivery(self, database: str, target: Target, peer: str) -> None:
         """The same events go to a target of ours: there they are whole."""
         messages = (
@@ -307,6 +315,7 @@ class TestJavaScriptReceives:
         assert (got[2]["time"], got[2]["subject"]) == ("2026-01-01T00:00:00.123Z", "é")
         assert ours[2].attribute("time") == NANOSECONDS
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["binary", "structured"])
     async def test_its_replies_are_stored(self, mode: str, database: str, peer: str) -> None:
         async with receiving(peer) as receiver:

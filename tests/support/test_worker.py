@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend
