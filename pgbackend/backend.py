@@ -297,7 +297,8 @@ class Backend:
         a handler of this subscription, it returns once nothing else is at work, and the seek happens when that handler
         has returned and its event is committed; the log says so if it fails.
 
-        Raises SubscriptionNotFoundError when there is none.
+        Raises SubscriptionNotFoundError when there is none, SubscriptionBusyError when the workers that run it changed
+        its shards at every try for 30 s: it has not moved then.
         """
         place = checked_place(place, f"The place to seek in {name!r}")
         await self._lifecycle.opened().changes.seek(name, place)
@@ -305,9 +306,9 @@ class Backend:
     async def alter_subscription(self, name: str, *, order: Order, end: int | datetime | None, start: Place) -> None:
         """Return once the subscription is stored with this order, end and start.
 
-        Nothing is lost or repeated. The subscription rests meanwhile: every worker that runs it lets running dispatches
-        end, within its `drain_timeout`, and releases its shards. Nothing is cancelled. Where several processes make the
-        same call, one of them alters it, and the others find it done.
+        Nothing is lost or repeated. The subscription is drained first: every worker that runs it lets running
+        dispatches end, within its `drain_timeout`, and releases its shards. Nothing is cancelled. If several processes
+        make the same call, one of them alters it, and the others find it done.
 
         `order`: failed events that wait to be tried again keep their attempts. From now on they hold up the events
         behind them, or no longer do. On the way to a single shard, log order begins at the place of that shard; what
@@ -328,9 +329,9 @@ class Backend:
     async def reshard(self, name: str, shards: int) -> None:
         """Return once the subscription has that many shards. It goes on wherever it runs, without a restart.
 
-        Nothing is lost or repeated, and events of one key stay in their order. The subscription rests for a moment:
-        every worker that runs it lets running dispatches end, within its `drain_timeout`, and releases its shards. Old
-        shards that lag behind first go on to where the farthest one stands; then the new ones begin. From then on
+        Nothing is lost or repeated, and events of one key stay in their order. The subscription is drained first: every
+        worker that runs it lets running dispatches end, within its `drain_timeout`, and releases its shards. Old shards
+        that lag behind then go on to where the farthest one stands, before the new ones start. From then on
         `subscribe()` wants the new number.
 
         Raises SubscriptionNotFoundError when there is none, ConfigError for a number out of its bounds,

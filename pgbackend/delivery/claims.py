@@ -159,7 +159,7 @@ class Claims:
                 await self._notifier.notify_leases()
 
     def _must_leave(self, survey: Survey) -> list[int]:
-        """The shards that this worker gives up whoever gets them: a call wants them at rest, or they are over."""
+        """The shards that this worker gives up whoever gets them: a call drains them, or they are finished."""
         draining = {shard.epoch for shard in survey.shards if shard.draining}
         return [
             pump.shard.lease.epoch for pump in self._pumps if pump.shard.lease.epoch in draining or pump.shard.is_over
