@@ -9,12 +9,14 @@ import asyncio
 import logging
 import socket
 import time
+from contextlib import suppress
 from email.utils import formatdate
 from typing import cast
 
 import uvicorn
 
 from pgbackend import facts
+from pgbackend.errors import PgBackendError
 from pgbackend.serve.ingest import limits
 from pgbackend.serve.ingest.clients import Holding, address_of
 from pgbackend.serve.ingest.hosts import Hosts
@@ -68,6 +70,8 @@ class Listener:
         )
         self._beginning: set[asyncio.Task[None]] = set()
         """Clients that are accepted and not connected yet; TLS handshakes take a while."""
+        self._unclaimed: set[socket.socket] = set()
+        """Sockets of accepted clients whose tasks have not begun."""
         self._handshakes = _FailedHandshakes()
         self._started = asyncio.Event()
         self._draining = asyncio.Event()
@@ -75,10 +79,12 @@ class Listener:
         self._ended.set()
 
     async def run(self) -> None:
-        """Serve clients until `drain` is called and done, or until cancelled, which cuts them off. Not to be repeated.
+        """Serve clients until `drain` is called and done, or until cancelled, which cuts them off.
 
-        Raises ConfigError if another process has begun to listen on the port.
+        Raises ConfigError if another process has begun to listen on the port, and PgBackendError in a second run.
         """
+        if self._socket.fileno() == -1:
+            raise PgBackendError("A listener closes its socket when it ends. Make a new one.")
         self._listen()
         self._ended.clear()
         try:
@@ -94,6 +100,8 @@ class Listener:
                     # Before the group cancels what is in progress: a client that is cut off gets no answer.
                     self._cut_off()
         finally:
+            for client in self._unclaimed:
+                client.close()
             self._ended.set()
 
     async def wait_started(self) -> None:
@@ -152,6 +160,7 @@ class Listener:
             client.close()
             return True
         connection = Connection(self._config, self.state, address, place)
+        self._unclaimed.add(client)
         task = self._tasks.create_task(self._begin(client, connection, place), name="connect a client")
         self._beginning.add(task)
         task.add_done_callback(self._beginning.discard)
@@ -159,27 +168,39 @@ class Listener:
 
     async def _begin(self, client: socket.socket, connection: Connection, place: Holding) -> None:
         """The client is connected, or has gone, or failed its handshake."""
-        loop = asyncio.get_running_loop()
+        self._unclaimed.discard(client)
+        connecting = asyncio.create_task(self._connect(client, connection), name="make a connection")
         try:
-            if self._tls is None:
-                await loop.connect_accepted_socket(lambda: connection, client)
-            else:
-                await loop.connect_accepted_socket(
-                    lambda: connection,
-                    client,
-                    ssl=self._tls.context,
-                    ssl_handshake_timeout=limits.HANDSHAKE,
-                    ssl_shutdown_timeout=limits.GRACE,
-                )
+            await asyncio.shield(connecting)
         except OSError as error:  # the errors and timeouts of TLS are OSErrors
             place.release()
             if self._tls is not None:
                 self._handshakes.add(error)
         except asyncio.CancelledError:
-            # A connection that was made just before would not be told that it is lost.
+            if self._tls is not None:
+                connecting.cancel()
+            # Without TLS it ends in the next steps of the loop. If it were cancelled, the socket would stay open.
+            while not connecting.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({connecting})
             place.release()
             self.state.connections.discard(connection)
+            if connection.transport is not None:
+                connection.cut_off()
             raise
+
+    async def _connect(self, client: socket.socket, connection: Connection) -> None:
+        loop = asyncio.get_running_loop()
+        if self._tls is None:
+            await loop.connect_accepted_socket(lambda: connection, client)
+        else:
+            await loop.connect_accepted_socket(
+                lambda: connection,
+                client,
+                ssl=self._tls.context,
+                ssl_handshake_timeout=limits.HANDSHAKE,
+                ssl_shutdown_timeout=limits.GRACE,
+            )
 
     # Watching
 
@@ -256,11 +277,12 @@ class Listener:
 
     def _cut_off(self) -> None:
         """Abort what `drain` has not ended."""
+        self.state.ended = True
         if self._socket.fileno() != -1:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()
         for connection in self._connections():
-            connection.transport.abort()
+            connection.cut_off()
 
 
 class _FailedHandshakes:

@@ -92,6 +92,8 @@ class State(ServerState):
         self.refused = 0
         """Connections that found no room in `places` or `heads` since the listener logged the last ones."""
         self.stopping = False
+        self.ended = False
+        """The listener was cancelled: connections that are made from now on read nothing."""
         self.empty = asyncio.Event()
         """Set when a connection ends and no other is left."""
 
@@ -124,7 +126,10 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(transport, self.pipeline)
         self.arrival.begin(self.loop.time())
-        if not self._place.amount:
+        if self.server_state.ended:
+            # The listener aborts it. Here that would be too early: uvloop would leave the socket open.
+            self.parser = None  # type: ignore[assignment]  # as uvicorn does once a connection is lost
+        elif not self._place.amount:
             self.server_state.refused += 1
             self._refuse(unavailable("Too many connections. Try again later."))
 
@@ -367,6 +372,13 @@ class Connection(HttpToolsProtocol):
         """Refuse a request that has not arrived by now."""
         if self.arrival.receiving and not self.transport.is_closing():
             self._refuse(unavailable(STOPPING))
+
+    def cut_off(self) -> None:
+        """The listener was cancelled: abort the connection, whatever is in progress."""
+        for cycle in (self.cycle, self._answering):
+            if cycle is not None:
+                cycle.disconnected = True  # before the request's task goes on, which would take it for a bug
+        self.transport.abort()
 
     # Refusing
 

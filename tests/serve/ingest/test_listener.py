@@ -2,17 +2,22 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 import pytest
 
 from pgbackend.backend import Backend
 from pgbackend.codec.event import Event
-from pgbackend.errors import ConfigError
+from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.serve.ingest import limits
+from pgbackend.serve.ingest.listener import Listener
 from pgbackend.serve.ingest.ports import bind
+from pgbackend.serve.ingest.responses import Headers, Message, Problem, Receive, Send, respond
 from tests.serve.support.broker import HEAD, STRUCTURED, Broker, Commits, envelope
+from tests.support import lifecycle
+from tests.support.lifecycle import Lifecycle
 from tests.support.polling import eventually
 
 produce_soon = Backend.produce_soon
@@ -74,8 +79,8 @@ async def test_draining_finishes_requests_in_progress_and_abandons_incomplete_on
 async def test_a_draining_broker_takes_one_more_request_of_each_idle_client(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "LINGER", 4.0)
-    monkeypatch.setattr(limits, "GRACE", 12.0)
+    monkeypatch.setattr(limits, "LINGER", 2.0)
+    monkeypatch.setattr(limits, "GRACE", 6.0)
     request = HEAD + b"Content-Length: 0\r\n\r\n"
     connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(4)]
     for reader, writer in connections[:3]:
@@ -143,3 +148,70 @@ def test_a_host_of_another_machine_is_one_clear_line() -> None:
         ConfigError, match=r"^Host 'no-such-host\.invalid' has no address: .*\. Choose another with --host\.$"
     ):
         bind("no-such-host.invalid", 0)
+
+
+class Answering:
+    """An application that answers each request with 200."""
+
+    async def __call__(self, _scope: Message, _receive: Receive, send: Send, /) -> None:
+        await asyncio.sleep(0)
+        await respond(send, 200, b"")
+
+    def take_whole(self, _headers: Headers, _body: bytes, _answer: Callable[[Problem | None], None], /) -> bool:
+        return False
+
+    def count_refused(self, status: int) -> None:
+        pass
+
+    def retire(self) -> None:
+        pass
+
+    def stop_taking(self) -> None:
+        pass
+
+
+@pytest.fixture
+def actor() -> Iterator[Lifecycle]:
+    """Listeners on new ports."""
+    bound: list[socket.socket] = []
+
+    def make() -> Listener:
+        bound.append(bind("127.0.0.1", 0))
+        return Listener(Answering(), bound[-1])
+
+    async def use(listener: Listener) -> None:
+        await listener.wait_started()
+        try:
+            reader, writer = await asyncio.open_connection(*bound[-1].getsockname())
+            try:
+                writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+            finally:
+                writer.close()
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise PgBackendError("cut off") from error
+
+    yield Lifecycle(make, use)
+    for one in bound:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    "stress",
+    [
+        lifecycle.cancel_before_it_starts,
+        lifecycle.run_again,
+        lifecycle.drain_before_it_runs,
+        lifecycle.drain_twice,
+        lifecycle.drain_while_it_is_cancelled,
+    ],
+)
+async def test_a_listener_keeps_the_contract_of_actors(
+    stress: Callable[[Lifecycle], Awaitable[None]], actor: Lifecycle
+) -> None:
+    await stress(actor)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+async def test_a_listener_can_be_cancelled_at_every_await(actor: Lifecycle, *, again: bool) -> None:
+    assert await lifecycle.cancel_at_every_step(actor, again=again, stride=lambda step: 1) > 1
