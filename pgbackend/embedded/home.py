@@ -70,7 +70,8 @@ def _enter(home: Path, *, create: bool) -> None:
     owner = _server_user(above, found.st_uid) if root else os.geteuid()
     if root and found.st_uid == 0 and not any(Path().iterdir()):
         os.chown(".", owner, _group(owner))
-    elif found.st_uid != owner:
+    found = Path().stat()  # another keeper may have given it away meanwhile
+    if found.st_uid != owner:
         raise Failure(f"{home} belongs to user {found.st_uid}, not to {owner}. Name another directory.")
     if stat.S_IMODE(found.st_mode) & 0o077:
         raise Failure(f"{home} is open to others, who could become the database's superuser. Close it (chmod 700).")

@@ -252,6 +252,22 @@ async def test_an_initialization_that_was_killed_is_begun_anew(tmp_path: Path, v
 
 
 @pytest.mark.slow
+async def test_users_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    users = [EmbeddedUser(tmp_path) for _ in range(3)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for user in users:
+                group.create_task(user.__aenter__())
+        await _write(users[0].dsn)
+        assert [await _count(user.dsn) for user in users] == [1, 1, 1]
+        assert [file.name for file in (tmp_path / "postgresql").glob("data*")] == ["data"]
+    finally:
+        for user in users:
+            await user.__aexit__(None, None, None)
+    await nothing_is_left(tmp_path)
+
+
+@pytest.mark.slow
 async def test_a_directory_that_is_deleted_takes_its_server_along(directory: Path) -> None:
     with Recorder() as facts:
         server = fast_server(directory)
