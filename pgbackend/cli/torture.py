@@ -11,6 +11,9 @@ import click
 
 from pgbackend.torture.plan import Plan
 from pgbackend.torture.run import run
+from pgbackend.torture.verdict.rulings import Outcome
+
+_EXIT_CODES: dict[Outcome, int] = {"kept": 0, "broken": 1, "not judged": 3}
 
 
 @click.command()
@@ -47,10 +50,11 @@ def torture(
     page: TextIO | None,
     keep: Path | None,
 ) -> None:
-    """Kill, freeze and cut off producers, workers and PostgreSQL, and check every promise on what really happened.
+    """Kill, freeze and cut off producers, workers and PostgreSQL, and check every promise against what happened.
 
-    Exits with 1, and the evidence, when a promise was broken. The same --seed and --minutes give the same plan; with
-    --dsn it is another one, without restarts of PostgreSQL.
+    Exits with 1 and the evidence if a promise was broken, and with 3 if the run cannot be judged because the machine
+    stood still. The same --seed and --minutes give the same plan. With --dsn it is another one, without restarts of
+    PostgreSQL.
     """
     # Restarts of the embedded server are planned here. Do not print warnings about them.
     logging.getLogger("pgbackend").addHandler(logging.NullHandler())
@@ -66,5 +70,4 @@ def torture(
     click.echo(report.text())
     if page is not None:
         page.write(report.markdown())
-    if not report.verdict.kept:
-        context.exit(1)
+    context.exit(_EXIT_CODES[report.verdict.outcome])

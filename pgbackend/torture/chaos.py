@@ -1,8 +1,8 @@
-"""The plan carried out: each process in its place behind its proxy, and every blow at its time, written down.
+"""Carries the plan out: starts every process in its place behind its proxy, and injects every fault at its time.
 
-A blow is noted before it falls, its end before it is undone, so that whatever follows from it stands behind it. One
-that is due while the one before it, to the same target, is not over yet is skipped: the plan is the seed's, but how
-long a process takes to end, or PostgreSQL to come back, is the machine's.
+A fault is noted before it begins, and its end before it is undone, so that all its effects lie between the two. A fault
+is skipped, and noted as skipped, if an earlier one at the same target is not over: the plan follows from the seed, but
+how long a process takes to end, or PostgreSQL to come back, depends on the machine.
 """
 
 import asyncio
@@ -20,7 +20,8 @@ from pgbackend.backend import Backend
 from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.postgres.dsn import build_dsn, parse_dsn
-from pgbackend.torture.evidence import Evidence
+from pgbackend.torture import machine
+from pgbackend.torture.audit import Audit
 from pgbackend.torture.load import SUBSCRIPTIONS
 from pgbackend.torture.plan import DOWN, Plan, Step
 from pgbackend.torture.processes import Child
@@ -28,17 +29,18 @@ from pgbackend.torture.proxy import Proxy
 from pgbackend.torture.records import Notes
 from pgbackend.torture.server import restart_server
 
+PLACE = "chaos"
 PROGRAMS = {"worker": "pgbackend.torture.worker", "producer": "pgbackend.torture.producer"}
-"""What processes run: modules, or files. A test may have a broken worker."""
+"""What processes run: modules, or files. A test may replace the worker by a broken one."""
 _END_TIMEOUT = 90.0
-"""Seconds in which a process that is told to end has ended: longer than `drain_timeout` and what follows it."""
+"""Seconds in which a process that is told to end must end: more than `drain_timeout` and what follows it."""
 _START_TIMEOUT = 120.0
 _RESPITE = 3.0
 """Seconds that the server runs at least before it is restarted again."""
 
 
 class _Place:
-    """Where one process at a time runs: `worker-1`. Its proxy outlives them."""
+    """A place for one process at a time, such as `worker-1`. Its proxy outlives them."""
 
     def __init__(self, name: str, dsn: str) -> None:
         self.name = name
@@ -48,34 +50,35 @@ class _Place:
 
     @property
     def process(self) -> str:
-        """The name of the process that is there now, which its connections bear as well."""
+        """The name of the process that is there now. Its connections have it as their application name."""
         return f"{self.name}.{self.generation}"
 
 
 class Chaos:
-    """The processes of a run. Entered, their proxies stand; left, nothing of it runs any more."""
+    """The processes of a run. Their proxies run while it is entered; nothing of it runs afterwards."""
 
     def __init__(
-        self, plan: Plan, *, dsn: str, schema: str, directory: Path, server: EmbeddedServer | None, evidence: Evidence
+        self, plan: Plan, *, dsn: str, schema: str, directory: Path, server: EmbeddedServer | None, audit: Audit
     ) -> None:
-        """`server`: where the plan restarts it."""
+        """`server`: the one to restart, if the plan has restarts. `directory`: for the notes."""
         self._plan = plan
         self._dsn = dsn
         self._schema = schema
         self._directory = directory
         self._server = server
-        self._evidence = evidence
-        self._notes = Notes(directory, "chaos")
+        self._audit = audit
+        self._notes = Notes(directory, PLACE)
         self._subscriptions = [name for name, terms in SUBSCRIPTIONS.items() if not terms.midway]
         self._proxies = AsyncExitStack()
         self._places = {name: _Place(name, dsn) for name in (*plan.workers, *plan.producers)}
         self._children: list[Child] = []
-        self.ended: list[str] = []
-        """Processes that ended otherwise than they were told to."""
+        self.failures: list[str] = []
+        """Processes that ended without being told to, or otherwise than told."""
 
     async def __aenter__(self) -> Self:
         for place in self._places.values():
             await self._proxies.enter_async_context(place.proxy)
+        await self._watch_machine()
         return self
 
     async def __aexit__(
@@ -88,10 +91,10 @@ class Chaos:
         await self._proxies.aclose()
         self._notes.close()
 
-    # The way of a run.
+    # The steps of a run, in order.
 
-    async def create(self, names: Sequence[str]) -> None:
-        """These subscriptions exist. For each it is noted when that was asked for, and when it was so."""
+    async def create_subscriptions(self, names: Sequence[str]) -> None:
+        """These subscriptions exist. Notes for each when it was asked for, and when it existed."""
         backend = Backend(self._dsn, schema=self._schema)
         for name in names:
             terms = SUBSCRIPTIONS[name]
@@ -112,91 +115,91 @@ class Chaos:
             self._notes.note("created", name)
         await backend.stop()
 
-    async def begin(self, names: Sequence[str]) -> None:
-        """These places have a process that is at work."""
+    async def start_processes(self, names: Sequence[str]) -> None:
+        """Each of these places has a process that works."""
         for name in names:
             await self._start(self._places[name])
         await asyncio.gather(*(self._await_ready(self._places[name]) for name in names))
 
-    async def carry_out(self) -> None:
-        """Return once the plan is carried out, and every blow undone."""
+    async def inject_faults(self) -> None:
+        """Return once the plan is carried out and every fault is over."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._notes.note("begin")
         async with asyncio.TaskGroup() as tasks:
-            going: dict[str, tuple[Step, asyncio.Task[None]]] = {}
+            lasting: dict[str, tuple[Step, asyncio.Task[None]]] = {}
             for step in self._plan.steps:
                 await asyncio.sleep(began + step.at - loop.time())
-                self.look()
-                going = {target: entry for target, entry in going.items() if not entry[1].done()}
-                down = sum(other.kind in DOWN for other, _ in going.values())
-                if step.target in going or (step.kind in DOWN and down >= len(self._plan.workers) - 1):
-                    # Where everything takes long, nothing would be left otherwise but who is away.
+                self.check_processes()
+                lasting = {target: entry for target, entry in lasting.items() if not entry[1].done()}
+                down = sum(other.kind in DOWN for other, _ in lasting.values())
+                if step.target in lasting or (step.kind in DOWN and down >= len(self._plan.workers) - 1):
+                    # On a slow machine faults last longer than planned. Keep one worker up in any case.
                     self._notes.note("skipped", step.target)
                 else:
-                    going[step.target] = (step, tasks.create_task(self._strike(step), name=str(step)))
+                    lasting[step.target] = (step, tasks.create_task(self._inject(step), name=str(step)))
             await asyncio.sleep(began + self._plan.seconds - loop.time())
         self._notes.note("over")
 
-    async def end(self, names: Sequence[str]) -> None:
-        """These processes have left in order; who did not is noted."""
-        self.look()
+    async def end_processes(self, names: Sequence[str]) -> None:
+        """The processes of these places have ended as told. Those that did not are among the failures."""
+        self.check_processes()
         for name in names:
-            self._notes.note("leave", name)
+            self._notes.note("leave", self._places[name].process)
         await asyncio.gather(*(self._end(self._places[name], SIGTERM) for name in names))
 
-    def look(self) -> None:
-        """Who has ended though nobody told it to is noted."""
+    def check_processes(self) -> None:
+        """Processes that ended without being told to are among the failures."""
         for place in self._places.values():
             if place.child is not None and place.child.returncode is not None:
-                self.ended.append(f"{place.process} ended by itself with status {place.child.returncode}")
+                self.failures.append(f"{place.process} ended by itself with status {place.child.returncode}")
                 place.child = None
 
-    # Blows.
+    # Faults.
 
-    async def _strike(self, step: Step) -> None:
+    async def _inject(self, step: Step) -> None:
         if step.kind == "subscribe":
             await self._subscribe_midway()
         elif step.kind in ("server fast", "server immediate", "server kill"):
-            await self._restart(step.kind.split()[1])  # type: ignore[arg-type] # one of the three
+            await self._restart_server(step.kind.split()[1])  # type: ignore[arg-type] # one of the three
         else:
-            await self._strike_place(step, self._places[step.target])
+            await self._inject_in_place(step, self._places[step.target])
 
-    async def _strike_place(self, step: Step, place: _Place) -> None:
-        note, child, proxy = self._notes.note, place.child, place.proxy
+    async def _inject_in_place(self, step: Step, place: _Place) -> None:
+        note, child, proxy, process = self._notes.note, place.child, place.proxy, place.process
         match step.kind:
             case "kill" | "leave":
-                note(step.kind, place.name)
+                note(step.kind, process)
                 await self._end(place, SIGTERM if step.kind == "leave" else SIGKILL)
                 await asyncio.sleep(step.seconds)
                 await self._start(place)
-                # Not over before: another blow would find nobody, or the last one who works.
+                # The fault lasts until then: otherwise the next one could hit the last worker that works.
                 await self._await_ready(place)
             case "stop":
-                note("stop", place.name)
                 if child is not None:
+                    note("stop", process)
                     child.freeze()
                     await asyncio.sleep(step.seconds)
-                    note("continue", place.name)
+                    note("continue", process)
                     child.thaw()
             case "cut" | "stall":
-                note(step.kind, place.name)
+                note(step.kind, process)
                 proxy.cut() if step.kind == "cut" else proxy.stall()
                 await asyncio.sleep(step.seconds)
-                note("restore", place.name)
+                note("restore", process)
                 proxy.restore()
             case "terminate":
-                note("terminate", place.name)
-                # The server may be away itself.
+                note("terminate", process)
+                # The server itself may be away.
                 with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                    await self._evidence.terminate(place.process, step.detail)
+                    await self._audit.terminate(process, step.detail)
             case _:
-                note("clock", place.name, step.detail)
+                note("clock", process, step.detail)
                 if child is not None:
                     child.tell({"clock": int(step.detail)})
 
-    async def _restart(self, mode: Literal["fast", "immediate", "kill"]) -> None:
-        assert self._server is not None  # noqa: S101 - only then the plan has it
+    async def _restart_server(self, mode: Literal["fast", "immediate", "kill"]) -> None:
+        assert self._server is not None  # noqa: S101 - the plan has restarts only then
         self._notes.note("server", mode)
         await restart_server(self._server, mode)
         self._notes.note("server", "back")
@@ -204,7 +207,7 @@ class Chaos:
 
     async def _subscribe_midway(self) -> None:
         names = [name for name, terms in SUBSCRIPTIONS.items() if terms.midway]
-        await self.create(names)
+        await self.create_subscriptions(names)
         self._subscriptions += names
         for name in self._plan.workers:
             child = self._places[name].child
@@ -213,6 +216,15 @@ class Chaos:
                     child.tell({"subscribe": subscription})
 
     # Processes.
+
+    async def _watch_machine(self) -> None:
+        """A process of its own notes when the machine stands still."""
+        disk = self._directory if self._server is None else self._server.directory
+        job: dict[str, object] = {"directory": str(self._directory), "disk": str(disk / "torture.disk")}
+        command = [sys.executable, "-P", "-m", machine.__name__]
+        child = await Child.start(command, job, errors=self._directory / f"{machine.PLACE}.stderr")
+        self._children.append(child)
+        await child.ready(_START_TIMEOUT)
 
     async def _start(self, place: _Place) -> None:
         place.generation += 1
@@ -233,7 +245,7 @@ class Chaos:
         place.child = await Child.start(command, job, errors=self._directory / f"{place.name}.stderr")
         self._children.append(place.child)
         if place.name in self._plan.workers:
-            # Created while it was being started.
+            # Created while the process started.
             for name in self._subscriptions[len(known) :]:
                 place.child.tell({"subscribe": name})
 
@@ -242,9 +254,9 @@ class Chaos:
         try:
             await place.child.ready(_START_TIMEOUT)
         except TimeoutError:
-            self.ended.append(f"{place.process} was not ready within {_START_TIMEOUT:g} s")
+            self.failures.append(f"{place.process} was not ready within {_START_TIMEOUT:g} s")
         except PgBackendError:
-            self.look()
+            self.check_processes()
 
     async def _end(self, place: _Place, number: Signals) -> None:
         child, place.child = place.child, None
@@ -255,12 +267,12 @@ class Chaos:
             async with asyncio.timeout(_END_TIMEOUT):
                 code = await child.wait()
         except TimeoutError:
-            self.ended.append(f"{place.process} did not end within {_END_TIMEOUT:g} s of SIGTERM")
+            self.failures.append(f"{place.process} did not end within {_END_TIMEOUT:g} s of SIGTERM")
             child.kill()
             code = await child.wait()
-        # One that was told to end before it could listen ends by the signal.
+        # A process that is told to end before it handles signals ends by the signal.
         if code not in (0, -number):
-            self.ended.append(f"{place.process} ended with status {code} after {number.name}")
+            self.failures.append(f"{place.process} ended with status {code} after {number.name}")
         self._children.remove(child)
 
 

@@ -1,10 +1,10 @@
-"""A process whose wall clock can be set while it runs. A program that starts another one, never imported before it.
+"""Runs a program in a process whose wall clock can be set, as an operator or NTP sets it.
 
     python -P clock.py pgbackend.torture.worker
 
-`time.time()`, `datetime.now()` and their kin are exchanged before anything of ours is imported, so that nobody holds
-the true ones. They are right until somebody calls `jump()`, as when an operator or NTP sets the clock. The monotonic
-clock is left alone, as the kernel leaves its own. The process goes when its parent does, whatever state it is in.
+It replaces `time.time()`, `datetime.now()` and their kin before the program is imported, so that no module holds the
+real ones. They tell the real time until `jump()` is called. The monotonic clock stays as it is, because the kernel
+never sets its own. The process ends when its parent does, even if it is stopped.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ _offset = 0
 _PR_SET_PDEATHSIG = 1
 
 
-class _Kind(type):
-    """Whatever is a datetime is one of these, too: asyncpg makes true ones."""
+class _AnyDatetime(type):
+    """Makes each real datetime an instance too: asyncpg makes real ones."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, _RealDatetime)
@@ -34,7 +34,7 @@ class _Kind(type):
         return issubclass(subclass, _RealDatetime)
 
 
-class _Datetime(_RealDatetime, metaclass=_Kind):
+class _Datetime(_RealDatetime, metaclass=_AnyDatetime):
     """`datetime.datetime` by the clock that jumps."""
 
     __slots__ = ()
@@ -53,14 +53,14 @@ class _Datetime(_RealDatetime, metaclass=_Kind):
 
 
 def jump(seconds: int) -> None:
-    """From now on the wall clock is so much ahead of where it was."""
+    """Set the wall clock ahead by so many seconds, or back."""
     global _offset  # noqa: PLW0603 - there is one wall clock
     _offset += seconds
 
 
 def install() -> None:
-    """The wall clock is ours."""
-    # Its compiled parts want the true class, and have no use for the time of day.
+    """Replace the wall clock of this process."""
+    # Import asyncpg first: its compiled parts need the real class.
     import asyncpg  # noqa: F401, PLC0415
 
     time.time = lambda: _real_time() + _offset
@@ -69,14 +69,14 @@ def install() -> None:
 
 
 def die_with_parent() -> None:
-    """Whoever is stopped when its parent goes would be there for ever: it cannot see that its input has closed."""
+    """Have the kernel kill this process when its parent ends. A stopped process cannot see that its input closed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
     die_with_parent()
     install()
-    # The program finds this very module, whose clock is the one that counts.
+    # So that the program imports this very module, with the clock that it sets.
     sys.modules["pgbackend.torture.clock"] = sys.modules["__main__"]
     program = sys.argv[1]
     if program.endswith(".py"):

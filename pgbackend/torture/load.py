@@ -1,6 +1,6 @@
-"""What the run consists of beside its blows: the subscriptions, and which events fail in which of them. Pure.
+"""The load of a run: its subscriptions, and which events fail in which of them. Pure.
 
-Whether an event fails follows from its id alone, so that every process, and the verdict, know without asking.
+Whether an event fails follows from its id, so every process and the verdict know it without asking.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pgbackend.torture.plan import LEASE
 HOLE_WAIT = 0.3
 """Seconds: `hole_wait` of the run."""
 SETTINGS: dict[str, float] = {"lease_timeout": LEASE, "hole_wait": HOLE_WAIT, "drain_timeout": 10.0}
-"""Of the workers' backends."""
+"""Settings of the workers' backends."""
 PRODUCE_TIMEOUT = 5.0
 RETRY = Retry(attempts=4, delay=0.05, max_delay=0.2)
 REJECTED = -1
@@ -27,14 +27,14 @@ class Terms:
     shards: int
     concurrency: int
     delay: float
-    """Seconds that a dispatch takes at most; but one in a hundred takes `long`."""
+    """Seconds that a dispatch takes at most. One in a hundred takes up to `long` instead."""
     long: float = 0.0
     doomed: float = 0.0
-    """The share of events that fail each time, and become dead letters; half as many again are rejected at once."""
+    """The share of events that fail each time and become dead letters. Half as many again are rejected at once."""
     failing: float = 0.0
-    """The share of events that fail once or twice, and are handled then."""
+    """The share of events that fail once or twice before they are handled."""
     midway: bool = False
-    """Whether it is created in the middle of the run, as "latest"; the others are there before the first event."""
+    """Whether it is created in the middle of the run, as "latest". The others exist before the first event."""
 
 
 SUBSCRIPTIONS: dict[str, Terms] = {
@@ -47,7 +47,7 @@ SUBSCRIPTIONS: dict[str, Terms] = {
 
 
 def failures(subscription: str, terms: Terms, id_: str) -> int:
-    """How many attempts at an event fail, at least `RETRY.attempts` when all do; REJECTED when it is given up at once.
+    """How many attempts at an event fail; `RETRY.attempts` if all do, REJECTED if the first is a `Reject`.
 
     >>> [failures("flaky", SUBSCRIPTIONS["flaky"], f"producer-0-{n}") for n in (0, 9, 4, 3, 37)]
     [0, 1, 2, 4, -1]

@@ -1,8 +1,8 @@
-"""What is done to whom, and when: a plan, wholly determined by its seed. Pure.
+"""The plan of a run: which fault hits which target, and when. It follows from the seed alone. Pure.
 
-The blows come from decks: each deck holds every kind of blow, shuffled, so that a short run has met each kind once and
-a long one meets them in ever new neighbourhoods. Nobody is hit by a second blow while one lasts, one worker at least is
-always up, and all is over before the plan ends.
+Faults are drawn from decks. Each deck holds every kind of fault, shuffled: a short run meets each kind once, a long one
+meets them in ever new combinations. No target has two faults at once, at least one worker is always up, and every fault
+ends before the plan does.
 """
 
 import random
@@ -19,18 +19,18 @@ Kind = Literal[
 ]  # fmt: skip
 
 _PAUSE = (0.5, 1.5)
-"""Seconds from one blow to the next, least and most."""
-_CALM = 2.0
-"""Seconds before the first blow, and after the last."""
+"""Seconds from one fault to the next, least and most."""
+_MARGIN = 2.0
+"""Seconds before the first fault, and after the last."""
 _SERVER_AWAY = 6.0
-"""Seconds in which the server is left alone after a restart."""
-_BREATH = 0.5
-"""The same for everybody else, after whatever befell them."""
+"""Seconds from one restart of the server to the next, at least."""
+_RESPITE = 0.5
+"""Seconds from the end of a fault to the next one at the same target, at least."""
 
 _SHORT = (0.2 * LEASE, 0.7 * LEASE)
 _LONG = (1.3 * LEASE, 2.2 * LEASE)
 _Card = tuple[Kind, tuple[float, float]]
-"""A kind of blow, and how long it lasts, least and most."""
+"""A kind of fault, and how many seconds it lasts, least and most."""
 _DECK: tuple[_Card, ...] = (
     ("kill", (0.0, 2.0)),
     ("kill", (0.0, 0.0)),
@@ -52,23 +52,23 @@ _SERVER_DECK: tuple[_Card, ...] = (
     ("server kill", (0.0, 0.0)),
 )
 DOWN = frozenset({"kill", "stop", "leave"})
-"""Blows during which a worker does nothing."""
+"""Faults during which a worker does nothing."""
 _RESTARTS = frozenset({"server fast", "server immediate", "server kill"})
-_ANYBODY = frozenset({"cut", "stall", "terminate"})
-"""Blows that hit producers as well."""
+_ANY_PROCESS = frozenset({"cut", "stall", "terminate"})
+"""Faults that hit producers too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One blow."""
+    """One fault."""
 
     at: float
     """Seconds after the run began."""
     kind: Kind
     target: str
-    """A process, or "server", or "" for what concerns everybody."""
+    """A place, "server", or "" for what concerns all processes."""
     seconds: float = 0.0
-    """How long it lasts: until the process runs again, the network is whole again, the next one joins."""
+    """How long it lasts: until the process or the network works again, or the next process starts."""
     detail: float = 0.0
     """`clock`: seconds by which the wall clock jumps. `terminate`: which of the process's connections, from 0 to 1."""
 
@@ -83,7 +83,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All blows of a run, in order."""
+    """All faults of a run, in order."""
 
     seed: int
     seconds: float
@@ -101,25 +101,25 @@ class Plan:
         chance = random.Random(f"pgbackend torture {seed}")  # noqa: S311 - not a secret
         names = tuple(f"worker-{number}" for number in range(workers))
         callers = tuple(f"producer-{number}" for number in range(producers))
-        steps = [*_blows(chance, seconds, names, callers, server=server), Step(0.4 * seconds, "subscribe", "")]
+        steps = [*_draw_faults(chance, seconds, names, callers, server=server), Step(0.4 * seconds, "subscribe", "")]
         return cls(seed, seconds, names, callers, tuple(sorted(steps, key=lambda step: step.at)))
 
     def __str__(self) -> str:
         return "\n".join(str(step) for step in self.steps)
 
 
-def _blows(
+def _draw_faults(
     chance: random.Random, seconds: float, workers: tuple[str, ...], producers: tuple[str, ...], *, server: bool
 ) -> Iterator[Step]:
-    at, until = _CALM, seconds - _CALM
+    at, until = _MARGIN, seconds - _MARGIN
     busy = dict.fromkeys((*workers, *producers, "server"), 0.0)
     down = dict.fromkeys(workers, 0.0)
 
     def free(kind: Kind) -> list[str]:
-        """Whom such a blow may hit now."""
+        """The targets that such a fault may hit now."""
         if kind in DOWN and sum(end > at for end in down.values()) >= len(workers) - 1:
             return []
-        targets = ("server",) if kind in _RESTARTS else (*workers, *producers) if kind in _ANYBODY else workers
+        targets = ("server",) if kind in _RESTARTS else (*workers, *producers) if kind in _ANY_PROCESS else workers
         return [target for target in targets if busy[target] <= at]
 
     cards, held = _cards(chance, server=server), list[_Card]()
@@ -129,7 +129,7 @@ def _blows(
             kind, (least, most) = card
             lasts, target = chance.uniform(least, most), chance.choice(free(kind))
             if at + lasts < until:
-                busy[target] = at + max(lasts, _SERVER_AWAY if kind in _RESTARTS else _BREATH)
+                busy[target] = at + max(lasts, _SERVER_AWAY if kind in _RESTARTS else _RESPITE)
                 if kind in DOWN:
                     down[target] = at + lasts
                 detail = 0.0
@@ -142,7 +142,7 @@ def _blows(
 
 
 def _draw(cards: Iterator[_Card], held: list[_Card], free: Callable[[Kind], list[str]]) -> _Card | None:
-    """The next card for which somebody is free, if any is. Those that have to wait are the first ones next time."""
+    """The next card that has a free target, if any. Cards without one are held, and come first the next time."""
     for index, card in enumerate(held):
         if free(card[0]):
             return held.pop(index)
@@ -155,6 +155,7 @@ def _draw(cards: Iterator[_Card], held: list[_Card], free: Callable[[Kind], list
 
 
 def _cards(chance: random.Random, *, server: bool) -> Iterator[_Card]:
+    """One shuffled deck after the other, without end."""
     deck = [*_DECK, *(_SERVER_DECK if server else ())]
     while True:
         chance.shuffle(deck)

@@ -1,10 +1,10 @@
-"""A child process from its parent's end: told what to do by lines on its standard input, killed, frozen, ended.
+"""Child processes, as their parent sees them: they read commands from standard input, and can be killed and frozen.
 
     child = await Child.start([sys.executable, "-m", "a.program"], job, errors=None)
     await child.ready()
     child.freeze()
 
-A child says `ready` on its standard output. One whose parent is gone finds its standard input closed.
+A child prints `ready` once it works. When its parent is gone, its standard input is closed.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from pgbackend.errors import PgBackendError
 
 
 class Child:
-    """A process that was started."""
+    """A started process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        """Made by `start()`."""
+        """Use `start()`."""
         self.process = process
 
     @classmethod
@@ -36,7 +36,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
         directory: Path | None = None,
     ) -> Self:
-        """Return once it is started and has its job. `errors`: where its standard error is added to, if not to ours."""
+        """Start it and give it its job. `errors`: the file that its standard error is appended to; by default ours."""
         file = None if errors is None else errors.open("ab")
         try:
             process = await asyncio.create_subprocess_exec(
@@ -51,7 +51,7 @@ class Child:
             if file is not None:
                 file.close()
         child = cls(process)
-        # Not an argument: everybody can read those, and a DSN may hold a password.
+        # Not as an argument: all users can read those, and a DSN may hold a password.
         child.tell(job)
         return child
 
@@ -61,43 +61,44 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """How it ended; None while it runs."""
+        """Its exit status; None while it runs."""
         return self.process.returncode
 
     async def ready(self, timeout: float = 60.0) -> None:
-        """Return once it says that it is ready. Raises PgBackendError when it ends instead, TimeoutError when late."""
+        """Return once it has printed `ready`. Raises PgBackendError if it ends first, TimeoutError after `timeout`."""
         assert self.process.stdout  # noqa: S101 - it is a pipe
         async with asyncio.timeout(timeout):
             if await self.process.stdout.readline() != b"ready\n":
                 raise PgBackendError(f"Process {self.pid} did not start. What it wrote to stderr says why.")
 
     def tell(self, command: Mapping[str, object]) -> None:
-        """It finds this on its standard input, when it comes to read it."""
+        """Write a command to its standard input."""
         assert self.process.stdin  # noqa: S101 - it is a pipe
         self.process.stdin.write(json.dumps(command).encode() + b"\n")
 
     def signal(self, number: signal.Signals) -> None:
-        """It gets the signal, unless it is gone."""
+        """Send it a signal, unless it has ended."""
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Send kill -9. It is gone when `wait()` returns."""
+        """Send SIGKILL. It has ended when `wait()` returns."""
         self.signal(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """Its connections stay open, and it does nothing until `thaw()`."""
+        """Stop it until `thaw()`. Its connections stay open."""
         self.signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
+        """Let it run again."""
         self.signal(signal.SIGCONT)
 
     async def wait(self) -> int:
-        """How it ended, once it has."""
+        """Return its exit status once it has ended."""
         code = await self.process.wait()
         assert self.process.stdin  # noqa: S101 - they are pipes
         assert self.process.stdout  # noqa: S101
         self.process.stdin.close()
-        # To the end, so that the pipe's transport is closed with the loop still there.
+        # Read to the end, so that the pipe's transport is closed while the loop runs.
         await self.process.stdout.read()
         return code

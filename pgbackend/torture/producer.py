@@ -1,13 +1,15 @@
-"""A producer of the torture test: a process that produces in every way there is, and writes down what came of it.
+"""A producer of the torture test: a process that produces in every way there is, and notes the outcome of each event.
 
-    p n …     about to be produced
-    i n m     about to be inserted, in a transaction that began with m
-    a n …     acknowledged: committed, as far as anybody was told
-    r n …     refused: an error said that they are not stored
-    x n …     rolled back, as a whole or to a savepoint
-    u n …     uncertain: nobody said
+    start PROCESS PID
+    sent N …              will be produced now
+    inserted N M          will be inserted now, in a transaction that began with M
+    acknowledged N …      committed, and the producer was told so
+    refused N …           an error said that they are not stored
+    rolled-back N …       as a whole, or to a savepoint
+    uncertain N …         an error said that they may be stored, or COMMIT was not answered
+    end                   it ended in order
 
-The id of event n is the producer's place and n. SIGTERM ends it in order; so does the end of its standard input.
+The id of event N is the producer's place and N. It ends on SIGTERM, or when its standard input closes.
 """
 
 import asyncio
@@ -33,20 +35,20 @@ from pgbackend.torture.records import Notes
 from pgbackend.torture.worker import read_commands
 
 CALLERS = 3
-"""Tasks that produce() one event after the other, at the same time."""
+"""Tasks that call produce() for one event after the other."""
 _PAUSE = 0.12
 """Seconds between two events of a caller, at most."""
 _BATCH_PAUSE = 1.0
 _BATCH = 12
 INSERTERS = 2
-"""Tasks that insert in transactions of their own."""
+"""Tasks that insert in their own transactions."""
 _OPEN = 0.4
-"""Seconds between two statements of a transaction, at most: some are open for longer than `hole_wait`, some are not."""
+"""Seconds between two statements of a transaction, at most. Some transactions are open for longer than `hole_wait`."""
 _PARTS = 5
 _KEYS = 24
-_AGAIN = 0.1
+_RETRY_DELAY = 0.1
 _LOST = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What a statement raises whose connection goes away: the last one when it goes while another one is cancelled."""
+"""Errors of a statement whose connection breaks. The last: it broke while another statement was being cancelled."""
 
 
 class _Producer:
@@ -59,11 +61,12 @@ class _Producer:
         events = f"{quote_ident(job['schema'])}.events"
         self._insert = f"INSERT INTO {events} (id, source, type, partitionkey) VALUES ($1, $2, 'inserted', $3)"  # noqa: S608 - our own name
         self._numbers = itertools.count()
-        self._enough = asyncio.Event()
+        self._stop = asyncio.Event()
         self._seed = f"{job['seed']} {self._place}"
 
     async def run(self, commands: asyncio.StreamReader) -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._enough.set)
+        """Produce until told to end."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
         await self._backend.init(migrate=False)
         orphaned = asyncio.create_task(self._watch(commands), name="await the end")
         os.write(1, b"ready\n")
@@ -79,82 +82,82 @@ class _Producer:
 
     async def _watch(self, commands: asyncio.StreamReader) -> None:
         await commands.read()
-        self._enough.set()
+        self._stop.set()
 
-    async def _produce(self, chance: random.Random) -> None:
-        while not self._enough.is_set():
+    async def _produce(self, draws: random.Random) -> None:
+        while not self._stop.is_set():
             number = next(self._numbers)
-            self._notes.note("p", number)
+            self._notes.note("sent", number)
             try:
-                await self._backend.produce(self._event(number, chance))
+                await self._backend.produce(self._event(number, draws))
             except PgBackendError as error:
-                self._notes.note(_mark(error), number)
+                self._notes.note(_outcome(error), number)
             else:
-                self._notes.note("a", number)
-            await self._pause(chance.random() * _PAUSE)
+                self._notes.note("acknowledged", number)
+            await self._pause(draws.random() * _PAUSE)
 
-    async def _produce_many(self, chance: random.Random) -> None:
-        while not self._enough.is_set():
-            numbers = list(itertools.islice(self._numbers, chance.randint(2, _BATCH)))
-            self._notes.note("p", *numbers)
+    async def _produce_many(self, draws: random.Random) -> None:
+        while not self._stop.is_set():
+            numbers = list(itertools.islice(self._numbers, draws.randint(2, _BATCH)))
+            self._notes.note("sent", *numbers)
             try:
-                await self._backend.produce_many([self._event(number, chance) for number in numbers])
+                await self._backend.produce_many([self._event(number, draws) for number in numbers])
             except PgBackendError as error:
-                self._notes.note(_mark(error), *numbers)
+                self._notes.note(_outcome(error), *numbers)
             else:
-                self._notes.note("a", *numbers)
-            await self._pause(chance.random() * _BATCH_PAUSE)
+                self._notes.note("acknowledged", *numbers)
+            await self._pause(draws.random() * _BATCH_PAUSE)
 
-    def _event(self, number: int, chance: random.Random) -> CloudEvent:
+    def _event(self, number: int, draws: random.Random) -> CloudEvent:
         attributes = {
             "id": f"{self._place}-{number}",
             "source": "torture",
             "type": "produced",
             "datacontenttype": "text/plain",
         }
-        kind = chance.random()
+        kind = draws.random()
         if kind < 0.85:
-            attributes["partitionkey" if kind < 0.7 else "subject"] = f"key-{chance.randrange(_KEYS)}"
-        return CloudEvent(attributes, "x" * chance.randrange(600))
+            attributes["partitionkey" if kind < 0.7 else "subject"] = f"key-{draws.randrange(_KEYS)}"
+        return CloudEvent(attributes, "x" * draws.randrange(600))
 
-    async def _insert_slowly(self, chance: random.Random) -> None:
+    async def _insert_slowly(self, draws: random.Random) -> None:
         connection: asyncpg.Connection[asyncpg.Record] | None = None
-        while not self._enough.is_set():
+        while not self._stop.is_set():
             try:
                 if connection is None or connection.is_closed():
                     connection = await Database(self._dsn).connect(timeout=10)
-                await self._transact(connection, chance)
+                await self._transact(connection, draws)
             except _LOST:
                 if connection is not None:
                     connection.terminate()
                 connection = None
-                await self._pause(_AGAIN)
+                await self._pause(_RETRY_DELAY)
         if connection is not None:
             with suppress(*_LOST):
                 await connection.close(timeout=5)
 
-    async def _transact(self, connection: "asyncpg.Connection[asyncpg.Record]", chance: random.Random) -> None:
+    async def _transact(self, connection: "asyncpg.Connection[asyncpg.Record]", draws: random.Random) -> None:
         """One transaction of several inserts, some with the same key; it may roll back, as a whole or in part."""
         parts, undone = [], []
         committing = rolled_back = False
-        keys = [f"key-{chance.randrange(_KEYS)}" for _ in range(2)]
+        keys = [f"key-{draws.randrange(_KEYS)}" for _ in range(2)]
         try:
             await connection.execute("BEGIN", timeout=10)
-            for _ in range(chance.randint(1, _PARTS)):
+            for _ in range(draws.randint(1, _PARTS)):
                 number = next(self._numbers)
                 parts.append(number)
-                self._notes.note("i", number, parts[0])
-                savepoint = chance.random() < 0.15
+                self._notes.note("inserted", number, parts[0])
+                savepoint = draws.random() < 0.15
                 if savepoint:
                     await connection.execute("SAVEPOINT part", timeout=10)
                 await connection.execute(
-                    self._insert, f"{self._place}-{number}", "torture", chance.choice((*keys, None)), timeout=10
+                    self._insert, f"{self._place}-{number}", "torture", draws.choice((*keys, None)), timeout=10
                 )
                 if savepoint:
                     await connection.execute("ROLLBACK TO SAVEPOINT part", timeout=10)
                     undone.append(number)
-                await self._pause(chance.random() * _OPEN)
-            if chance.random() < 0.25:
+                await self._pause(draws.random() * _OPEN)
+            if draws.random() < 0.25:
                 await connection.execute("ROLLBACK", timeout=10)
                 rolled_back = True
             else:
@@ -162,31 +165,30 @@ class _Producer:
                 await connection.execute("COMMIT", timeout=10)
                 committing = False
         except BaseException:
-            # What was lost before COMMIT was sent is rolled back by whoever notices first.
+            # Without a COMMIT the server rolls back.
             kept = [number for number in parts if number not in undone]
             if kept:
-                self._notes.note("u" if committing else "x", *kept)
+                self._notes.note("uncertain" if committing else "rolled-back", *kept)
             raise
         else:
             kept = [number for number in parts if number not in undone]
             if kept:
-                self._notes.note("x" if rolled_back else "a", *kept)
+                self._notes.note("rolled-back" if rolled_back else "acknowledged", *kept)
         finally:
             if undone:
-                self._notes.note("x", *undone)
-        await self._pause(chance.random() * _OPEN)
+                self._notes.note("rolled-back", *undone)
+        await self._pause(draws.random() * _OPEN)
 
     async def _pause(self, seconds: float) -> None:
-        if not self._enough.is_set():
+        if not self._stop.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await self._enough.wait()
+                    await self._stop.wait()
 
 
-def _mark(error: PgBackendError) -> str:
-    """What an error says of its events."""
-    # Any other error says that they are not stored.
-    return "u" if isinstance(error, ProduceUncertainError) else "r"
+def _outcome(error: PgBackendError) -> str:
+    """What an error says of its events. Every other error says that they are not stored."""
+    return "uncertain" if isinstance(error, ProduceUncertainError) else "refused"
 
 
 async def main() -> None:

@@ -1,4 +1,7 @@
-"""A network that fails on demand: a proxy in front of PostgreSQL that cuts, stalls and restores connections."""
+"""A network that fails on demand: a proxy in front of PostgreSQL that cuts, stalls and restores connections.
+
+It passes bytes unchanged. `cut()`, `stall()` and `restore()` act at once; `lose_reply_to()` acts when its bytes pass.
+"""
 
 import asyncio
 import socket
@@ -11,13 +14,10 @@ from pgbackend.postgres.dsn import Target, build_dsn, parse_dsn
 
 
 class Proxy:
-    """Forwards to the server of `dsn` while entered; clients use `proxy.dsn`.
-
-    Passes bytes unchanged. `cut()`, `stall()` and `restore()` act at once; `lose_reply_to()` acts when its bytes pass.
-    """
+    """Forwards to the server of `dsn` while entered. Clients use `proxy.dsn`."""
 
     def __init__(self, dsn: str, *, swallow_notifies: bool = False) -> None:
-        """`swallow_notifies`: everything passes but what NOTIFY sends to listeners."""
+        """`swallow_notifies`: drop what NOTIFY sends to listeners."""
         self._target = dsn
         self._swallow_notifies = swallow_notifies
         self._server: asyncio.Server | None = None
@@ -28,14 +28,14 @@ class Proxy:
         self._fatal: bytes | None = None
         self._struck = asyncio.Event()
         self.accepted = 0
-        """Connections that were forwarded so far."""
+        """How many connections it has forwarded."""
 
     @property
     def dsn(self) -> str:
         """The target's DSN, through this proxy.
 
-        Without TLS unless the DSN demands it: what is encrypted the proxy does not see. The server is not checked to be
-        the one of the name, which is this proxy's here.
+        Without TLS unless the DSN demands it, because the proxy cannot read what is encrypted. The host name is not
+        verified, because it is the proxy's.
         """
         assert self._server, "enter the proxy first"  # noqa: S101
         host, port = self._server.sockets[0].getsockname()[:2]
@@ -56,41 +56,41 @@ class Proxy:
         assert self._server  # noqa: S101 - it was entered
         self._server.close()
         self.cut()
-        # Whoever fails while it is stalled must not wait here for ever.
+        # A test that fails while the proxy is stalled must not wait here for ever.
         self._flowing.set()
         while self._links:
             await asyncio.wait([link.done for link in self._links])
         await self._server.wait_closed()
 
     def cut(self) -> None:
-        """Every connection is reset, new ones too, until `restore()`."""
+        """Reset every connection, and every new one until `restore()`."""
         self._refusing = True
         for link in self._links:
             link.abort()
 
     def reset(self) -> None:
-        """Every connection is reset; new ones get through."""
+        """Reset every connection. New ones get through."""
         self.cut()
         self._refusing = False
 
     def stall(self) -> None:
-        """Nothing passes in either direction, and nobody is told, until `restore()`."""
+        """Pass nothing in either direction until `restore()`. No connection is closed."""
         self._flowing.clear()
 
     def strand(self) -> None:
-        """What is connected now is lost without a word: nothing passes any more, and nobody is told. New ones work."""
+        """Pass nothing on the present connections any more, without closing them. New ones work."""
         for link in self._links:
             link.stranded = True
 
     def restore(self) -> None:
-        """New connections get through, and what was held up flows on."""
+        """Let new connections through, and pass on what was held up."""
         self._refusing = False
         self._flowing.set()
 
     def lose_reply_to(self, marker: bytes) -> None:
-        """The next request that contains `marker` reaches the server, but its connection dies before the answer.
+        """Pass the next request that contains `marker` to the server, and break its connection before the answer.
 
-        A request here is what arrives in one read: markers should be short and come from one statement.
+        A request is what arrives in one read, so a marker should be short and come from one statement.
         """
         self._fatal = marker
         self._struck.clear()
@@ -108,7 +108,7 @@ class Proxy:
             return
         link = _Link(writer, upstream[1])
         self._links.add(link)
-        # Looked at last: a cut that came while connecting counts.
+        # Checked last, because a cut during connecting counts.
         if self._refusing:
             link.abort()
         else:
@@ -134,7 +134,7 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: "_Link", *, requests: bool
     ) -> None:
         notifies = _Notifies()
-        # A transport that is closed says RuntimeError on uvloop.
+        # uvloop raises RuntimeError for a closed transport.
         with suppress(OSError, RuntimeError):
             while data := await reader.read(1 << 16):
                 await self._flowing.wait()
@@ -144,11 +144,11 @@ class Proxy:
                     self._fatal = None
                     link.mute = True
                 if link.mute and not requests:
-                    # The server has answered, so it has done its part; its answer is lost.
+                    # The server has answered, so the statement has taken effect. Its answer is lost.
                     self._struck.set()
                     break
                 if self._swallow_notifies and not requests:
-                    data = notifies.take_out(data)
+                    data = notifies.remove(data)
                 writer.write(data)
                 await writer.drain()
         if requests and not link.mute:
@@ -160,12 +160,12 @@ class Proxy:
 
 @contextmanager
 def vanished() -> Iterator[int]:
-    """A port behind which there is no machine any more: whoever connects gets no answer, not even a refusal."""
+    """A port that never answers, as if its machine were gone: a connection is not even refused."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)
         port = silent.getsockname()[1]
-        # Nobody accepts: what comes when the queue is full is dropped.
+        # Fill the queue of connections that nothing accepts. The kernel drops further ones.
         waiting = [socket.socket() for _ in range(4)]
         try:
             for each in waiting:
@@ -192,13 +192,13 @@ class _Link:
 
 
 class _Notifies:
-    """Takes NotificationResponse messages out of what a server sends: a type byte, a length, the rest."""
+    """Removes NotificationResponse messages from what a server sends. A message is a type byte, a length, the rest."""
 
     def __init__(self) -> None:
         self._rest = b""
 
-    def take_out(self, data: bytes) -> bytes:
-        """The data without them, up to the last message that is whole."""
+    def remove(self, data: bytes) -> bytes:
+        """Return the data without them, up to the last whole message."""
         self._rest += data
         kept, start = [], 0
         while len(self._rest) >= start + 5:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pgbackend.torture.plan import Plan
-from pgbackend.torture.verdict import RULES, SECOND, Verdict
+from pgbackend.torture.verdict.rulings import RULES, SECOND, Ruling, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,55 +21,64 @@ class Report:
     """Seconds from the end of producing until everything was settled."""
 
     def text(self) -> str:
-        """As a terminal shows it."""
-        parts = [self._title(), ""]
-        width = max(len(name) for name, _ in self._figures())
-        parts += [f"{name:<{width}}  {value}" for name, value in self._figures()]
+        """For a terminal."""
+        figures = self._figures()
+        width = max(len(name) for name, _ in figures)
+        parts = [self._title(), "", *(f"{name:<{width}}  {value}" for name, value in figures)]
         parts += ["", *_columns([_HEAD, *self._subscriptions()]), ""]
         width = max(map(len, RULES))
         for rule, ruling in self.verdict.rulings.items():
-            parts.append(f"{rule:<{width}}  {self._judged(rule)}")
+            parts.append(f"{rule:<{width}}  {_describe(ruling)}")
             parts += [f"    {line}" for line in ruling.evidence]
         return "\n".join(parts)
 
     def markdown(self) -> str:
-        """The same as a page."""
+        """As a page."""
         parts = [f"# {self._title()}", "", "| figure | |", "|---|---|"]
         parts += [f"| {name} | {value} |" for name, value in self._figures()]
         parts += ["", f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
         parts += [f"| {' | '.join(row)} |" for row in self._subscriptions()]
         parts += ["", "| promise | verdict |", "|---|---|"]
-        parts += [f"| {rule} | {self._judged(rule)} |" for rule in self.verdict.rulings]
+        parts += [f"| {rule} | {_describe(ruling)} |" for rule, ruling in self.verdict.rulings.items()]
         for rule, ruling in self.verdict.rulings.items():
             if ruling.evidence:
                 parts += ["", f"## {rule}", "", *(f"    {line}" for line in ruling.evidence)]
         plan = f"`pgbackend torture --minutes {self.plan.seconds / 60:g} --seed {self.plan.seed} --plan`"
-        parts += ["", f"What was done to whom, and when: {plan} (with `--dsn` where there was one)."]
+        parts += ["", f"The faults: {plan} (with `--dsn`, if the run had one)."]
         return "\n".join([*parts, ""])
 
     def _title(self) -> str:
-        kept = "every promise was kept" if self.verdict.kept else "PROMISES WERE BROKEN"
-        return f"pgbackend torture, seed {self.plan.seed}, {self.plan.seconds:g} s: {kept}"
+        verdict = self.verdict
+        match verdict.outcome:
+            case "kept":
+                text = "every promise was kept"
+            case "broken":
+                text = "PROMISES WERE BROKEN"
+            case _:
+                text = "NOT JUDGED: " + "; ".join(
+                    (*verdict.void, *(f"the machine had a {one}" for one in verdict.stalls))
+                )
+        return f"pgbackend torture, seed {self.plan.seed}, {self.plan.seconds:g} s: {text}"
 
     def _figures(self) -> Sequence[tuple[str, str]]:
-        verdict = self.verdict
-        outcomes = verdict.outcomes
-        takeovers = [nanoseconds / SECOND for nanoseconds in verdict.takeovers]
+        verdict, outcomes, overlaps = self.verdict, self.verdict.outcomes, self.verdict.overlaps
         return [
             ("ran on", self.server),
-            ("blows", ", ".join(f"{count} × {kind}" for kind, count in sorted(verdict.blows.items())) or "none"),
+            ("faults", _counts(verdict.faults)),
             ("events acknowledged", f"{outcomes['acknowledged']:,}"),
             ("refused, rolled back", f"{outcomes['refused']:,}, {outcomes['rolled back']:,}"),
             ("uncertain", f"{outcomes['uncertain']:,}, {verdict.uncertain_stored:,} of them in the log"),
             ("in the log", f"{verdict.stored:,}"),
             ("offset commits", f"{verdict.commits:,}"),
-            ("takeovers of a shard", _takeovers(takeovers)),
-            ("ended beside the new owner", f"{verdict.finished_beside:,} handlings that had begun before"),
+            ("takeovers of a shard", _takeovers([nanoseconds / SECOND for nanoseconds in verdict.takeovers])),
+            ("overlaps with the new owner", f"{overlaps.finished:,} dispatches had started before"),
             (
-                "begun beside the new owner",
-                f"{verdict.begun_waking:,} on waking, {verdict.begun_unaware:,} before the loss was heard of",
+                "started after the takeover",
+                f"{overlaps.about_to_start:,} just about to start, {overlaps.unaware:,} before the loss was heard of",
             ),
-            ("lost or starved without a blow", f"{verdict.unprovoked:,}"),
+            ("attempts that count unseen", _counts(verdict.counted)),
+            ("unplanned, excuses nothing", _counts(verdict.unplanned)),
+            ("the machine stood still", "; ".join((*verdict.stalls, *verdict.void)) or "never"),
             ("settled after the last event", f"{self.drained:.1f} s"),
         ]
 
@@ -81,30 +90,32 @@ class Report:
                 f"{tally.retries:,}",
                 f"{tally.letters:,}",
                 f"{tally.late:,}",
-                _causes(tally.repeats),
+                _counts(tally.repeats),
                 f"{tally.longest_gap / SECOND:.1f} s",
             )
             for name, tally in self.verdict.tallies.items()
         ]
 
-    def _judged(self, rule: str) -> str:
-        ruling = self.verdict.rulings[rule]
-        if ruling.violations:
-            return f"BROKEN {ruling.violations:,} times in {ruling.checked:,}"
-        return f"kept, {ruling.checked:,} times"
-
 
 _HEAD = ("subscription", "handled", "retries", "dead letters", "late", "repeats by cause", "longest gap")
+
+
+def _describe(ruling: Ruling) -> str:
+    if ruling.violations:
+        return f"BROKEN {ruling.violations:,} times in {ruling.checked:,}"
+    if ruling.unjudged:
+        return f"NOT JUDGED {ruling.unjudged:,} times in {ruling.checked:,}"
+    return f"kept, {ruling.checked:,} times"
 
 
 def _takeovers(seconds: Sequence[float]) -> str:
     if not seconds:
         return "none"
-    return f"{len(seconds):,}: median {statistics.median(seconds):.1f} s, worst {max(seconds):.1f} s after the blow"
+    return f"{len(seconds):,}: median {statistics.median(seconds):.1f} s, worst {max(seconds):.1f} s after the fault"
 
 
-def _causes(causes: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {cause}" for cause, count in causes.most_common()) or "none"
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} × {what}" for what, count in sorted(counts.items())) or "none"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """A whole run, from an empty schema to the report.
 
-With a DSN it works in a schema of its own there, under a random name, and drops it at the end; PostgreSQL itself is
-left alone. Without one it has a server of its own, which it restarts and kills as well.
+With a DSN it works in a schema of its own there, with a random name, which it drops at the end. It does not restart
+that PostgreSQL. Without a DSN it starts a server of its own, and restarts and kills that too.
 """
 
 import asyncio
@@ -18,27 +18,28 @@ from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.errors import ConfigError
 from pgbackend.postgres.dsn import describe_dsn
 from pgbackend.postgres.pool import Database
-from pgbackend.torture import records
+from pgbackend.torture import chaos, machine, records
+from pgbackend.torture.audit import Audit, read_changes, read_log, read_starts, read_state
 from pgbackend.torture.chaos import Chaos
-from pgbackend.torture.evidence import Evidence, read_changes, read_end, read_log
 from pgbackend.torture.load import SUBSCRIPTIONS
 from pgbackend.torture.plan import Plan
 from pgbackend.torture.report import Report
-from pgbackend.torture.verdict import Records, Verdict, judge
+from pgbackend.torture.verdict.judge import Records, judge
+from pgbackend.torture.verdict.rulings import Verdict
 
 _STANDSTILL = 60.0
-"""Seconds in which something is settled once nobody is harmed any more, until everything is. How long that takes is the
-machine's affair: producers do not wait for those who lag behind."""
+"""Seconds without progress after which what is not settled counts as stuck. The whole backlog may take longer:
+producers do not wait for slow workers."""
 _POLL = 0.25
 
 
 async def run(
     plan: Plan, *, dsn: str | None = None, keep: Path | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Carry the plan out and judge what came of it.
+    """Carry the plan out and judge the run.
 
-    `dsn`: the database; its server is left alone, so the plan must be one without restarts. `keep`: a directory that is
-    not there yet, or empty, for the records; without it they are gone afterwards.
+    `dsn`: the database to use. Its server is not restarted, so the plan must have no restarts. `keep`: a new or empty
+    directory for the records. Without it they are deleted.
     """
     with _directory(keep) as directory:
         (directory / "plan").write_text(f"{plan}\n")
@@ -64,8 +65,10 @@ def judge_directory(directory: Path, plan: Plan) -> Verdict:
             produced=chain.from_iterable(records.read(directory, place) for place in plan.producers),
             log=read_log(directory),
             changes=read_changes(directory),
-            notes=records.merge(directory, ["chaos", *plan.workers]),
-            end=read_end(directory),
+            starts=read_starts(directory),
+            faults=records.merge(directory, [chaos.PLACE, machine.PLACE]),
+            notes=records.merge(directory, plan.workers),
+            state=read_state(directory),
         )
     )
 
@@ -79,45 +82,45 @@ async def _torture(
     *,
     progress: Callable[[str], None],
 ) -> float:
-    """Everything is in the directory, and the schema is gone; how many seconds it took to settle everything."""
-    evidence = Evidence(dsn, schema)
+    """All records are in the directory, and the schema is gone. Returns how many seconds settling took at the end."""
+    audit = Audit(dsn, schema)
     backend = Backend(dsn, schema=schema)
     try:
         await backend.init()
         await backend.stop()
-        await evidence.install()
-        async with Chaos(plan, dsn=dsn, schema=schema, directory=directory, server=server, evidence=evidence) as chaos:
-            await chaos.create([name for name, terms in SUBSCRIPTIONS.items() if not terms.midway])
+        await audit.install()
+        async with Chaos(plan, dsn=dsn, schema=schema, directory=directory, server=server, audit=audit) as processes:
+            await processes.create_subscriptions([name for name, terms in SUBSCRIPTIONS.items() if not terms.midway])
             progress(f"starting {len(plan.workers)} workers and {len(plan.producers)} producers")
-            await chaos.begin([*plan.workers, *plan.producers])
-            progress(f"{len(plan.steps)} blows in {plan.seconds:g} s")
-            await chaos.carry_out()
-            await chaos.end(plan.producers)
+            await processes.start_processes([*plan.workers, *plan.producers])
+            progress(f"{len(plan.steps)} faults in {plan.seconds:g} s")
+            await processes.inject_faults()
+            await processes.end_processes(plan.producers)
             progress("waiting until everything is settled")
             began = time.monotonic()
-            unsettled = await _drain(evidence, chaos, most=_STANDSTILL + plan.seconds)
+            unsettled = await _drain(audit, processes, most=_STANDSTILL + plan.seconds)
             drained = time.monotonic() - began
-            await chaos.end(plan.workers)
-            await evidence.collect(directory, unsettled=unsettled, ended=chaos.ended)
+            await processes.end_processes(plan.workers)
+            await audit.collect(directory, unsettled=unsettled, failures=processes.failures)
     finally:
         await backend.stop()
         if server is None:
             progress("dropping the scratch schema")
-            await evidence.drop()
+            await audit.drop()
     return drained
 
 
-async def _drain(evidence: Evidence, chaos: Chaos, *, most: float) -> list[str]:
-    """Wait until everything is settled; what is not after a standstill, or after `most` seconds."""
+async def _drain(audit: Audit, processes: Chaos, *, most: float) -> list[str]:
+    """Wait until everything is settled. Returns what is not after a standstill, or after `most` seconds."""
     began = moved = time.monotonic()
     before: list[str] = []
-    while unsettled := await evidence.unsettled():
+    while unsettled := await audit.unsettled():
         now = time.monotonic()
         if unsettled != before:
             before, moved = unsettled, now
         if now > min(moved + _STANDSTILL, began + most):
             break
-        chaos.look()
+        processes.check_processes()
         await asyncio.sleep(_POLL)
     return unsettled
 
@@ -146,7 +149,7 @@ def _directory(keep: Path | None) -> Iterator[Path]:
 
 
 async def _describe(dsn: str, *, embedded: bool) -> str:
-    """The server in a few words. Raises ConnectionLostError when it does not answer."""
+    """Name the server. Raises ConnectionLostError if it does not answer."""
     database = Database(dsn, pool_size=1)
     await database.open()
     try:

@@ -1,6 +1,6 @@
-"""Blows to a whole PostgreSQL: kill -9 to every process at once, as when the power fails, and its quicker shutdowns.
+"""Faults of a whole embedded PostgreSQL: kill -9 to all its processes, as a power cut does, and its quick shutdowns.
 
-The server is an embedded one: its keeper starts it again by itself.
+The keeper of the embedded server starts it again.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ _INTERVAL = 0.02
 
 
 async def kill_server(server: EmbeddedServer) -> None:
-    """Every process of the server is gone. Its keeper starts it again by itself, with a recovery."""
+    """Kill every process of the server. Its keeper starts it again, with a recovery."""
     victims = await asyncio.to_thread(server_processes, server.directory)
     if not victims:
         raise ProcessLookupError("There is no server to kill.")
     for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    await _until(lambda: not any(_works(pid) for pid in victims), 60)
+    await _until(lambda: not any(_is_running(pid) for pid in victims), 60)
 
 
 async def restart_server(server: EmbeddedServer, mode: Literal["fast", "immediate", "kill"]) -> None:
-    """Return once the server has gone down as told and answers again."""
+    """Return once the server has gone down in this way and answers again."""
     if mode == "kill":
         await kill_server(server)
     else:
@@ -38,7 +38,7 @@ async def restart_server(server: EmbeddedServer, mode: Literal["fast", "immediat
         if not victims:
             raise ProcessLookupError("There is no server to restart.")
         os.kill(victims[0], signal.SIGINT if mode == "fast" else signal.SIGQUIT)
-        await _until(lambda: not _works(victims[0]), 60)
+        await _until(lambda: not _is_running(victims[0]), 60)
     await await_server(server.dsn)
 
 
@@ -54,12 +54,12 @@ async def await_server(dsn: str, timeout: float = 60.0) -> None:
 
 
 def server_processes(directory: Path) -> list[int]:
-    """Of an embedded server: the postmaster, then the processes of its making."""
+    """The pids of an embedded server: the postmaster first, then its children."""
     return processes_on(directory / "postgresql" / "data")
 
 
 def processes_on(data: Path) -> list[int]:
-    """The same for any server whose data is there."""
+    """The pids of the server that runs on this data directory, the postmaster first. None if no server runs."""
     try:
         postmaster = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
     except (FileNotFoundError, ValueError):
@@ -75,11 +75,11 @@ def processes_on(data: Path) -> list[int]:
 
 async def _until(condition: Callable[[], bool], timeout: float) -> None:
     async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - another process's end tells nobody
+        while not condition():  # noqa: ASYNC110 - nothing signals the end of a process that is no child
             await asyncio.sleep(_INTERVAL)
 
 
-def _works(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         return _stat(pid)[0] != "Z"
     except OSError:
@@ -87,5 +87,5 @@ def _works(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent and what follows them: behind the name, which may hold anything."""
+    """The fields of /proc/PID/stat after the name: state, parent, and so on. The name may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,8 +1,15 @@
-"""A worker of the torture test: a process that runs the subscriptions and writes down what it handles.
+"""A worker of the torture test: a process that runs the subscriptions and notes what it handles.
 
-It is told what to do by lines of JSON on its standard input, the job first, and ends when that closes or on SIGTERM. A
-dispatch is noted when it begins and before it ends, with the lease that it belongs to; what the product says of its
-leases is noted as it is said.
+It reads commands from standard input as lines of JSON, the job first. It ends when that closes, or on SIGTERM.
+
+    start PROCESS PID
+    dispatch SERIAL SUBSCRIPTION SHARD EPOCH POSITION ATTEMPT ID    a dispatch starts, under this lease
+    handled SERIAL                                                  its handler returns next
+    failed SERIAL                                                   its handler raises next
+    claim, lost, released SUBSCRIPTION SHARD …                      what the worker reports of its leases
+    presence, incarnation                                           it noticed that its connection or server is gone
+    tick                                                            its event loop runs
+    end                                                             it ended in order
 """
 
 import asyncio
@@ -27,11 +34,11 @@ from pgbackend.torture.load import REJECTED, RETRY, SETTINGS, SUBSCRIPTIONS, Ter
 from pgbackend.torture.records import Notes
 
 _TICK = 0.25
-_AGAIN = 0.1
-"""Seconds between tries to begin while PostgreSQL is away."""
+_RETRY_DELAY = 0.1
+"""Seconds between tries to start while PostgreSQL is away."""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Job:
     dsn: str
     schema: str
@@ -49,14 +56,15 @@ class _Worker:
         self._subscriptions = job.subscriptions
         self._epochs: dict[tuple[str, int], int] = {}
         self._serial = itertools.count()
-        self._chance = random.Random()  # noqa: S311 - how long a dispatch takes
+        self._random = random.Random()  # noqa: S311 - how long a dispatch takes
         self._stop = asyncio.Event()
 
     async def run(self, commands: asyncio.StreamReader) -> None:
+        """Work until told to end."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
         ticking = asyncio.create_task(self._tick(), name="tick")
         with facts.observe(self._observe):
-            await self._begin(lambda: self._backend.init(migrate=False))
+            await self._until_done(lambda: self._backend.init(migrate=False))
             for name in self._subscriptions:
                 await self._subscribe(name)
             if not self._stop.is_set():
@@ -66,7 +74,7 @@ class _Worker:
         self._notes.note("end")
 
     async def _tick(self) -> None:
-        """Note that it is there: a gap between two ticks shows that it was stopped, or starved."""
+        """Note that the event loop runs. A gap between two ticks is a silence."""
         while True:
             self._notes.note("tick")
             await asyncio.sleep(_TICK)
@@ -81,7 +89,7 @@ class _Worker:
         for task in (obeying, stopping):
             task.cancel()
         await asyncio.wait({obeying, stopping})
-        # Raises what ended it, if it was not told to end.
+        # Raises the error that ended it, if it was not told to end.
         await running
         if not obeying.cancelled():
             obeying.result()
@@ -96,7 +104,7 @@ class _Worker:
 
     async def _subscribe(self, name: str) -> None:
         terms = SUBSCRIPTIONS[name]
-        await self._begin(
+        await self._until_done(
             lambda: self._backend.subscribe(
                 name,
                 self._dispatcher(name, terms),
@@ -108,29 +116,30 @@ class _Worker:
             )
         )
 
-    async def _begin(self, call: Callable[[], Awaitable[None]]) -> None:
-        """As somebody would who is started again until it works."""
+    async def _until_done(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Call it until it succeeds, as a supervisor restarts a program that cannot start."""
         while not self._stop.is_set():
             try:
                 return await call()
             except DatabaseError:
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(_RETRY_DELAY)
         return None
 
     def _dispatcher(self, name: str, terms: Terms) -> Callable[[Event], Awaitable[None]]:
-        note, chance, epochs = self._notes.note, self._chance, self._epochs
+        note, draw, epochs = self._notes.note, self._random.random, self._epochs
 
         async def dispatch(event: Event) -> None:
             serial = next(self._serial)
             shard = event.key_hash % terms.shards
-            note("b", serial, name, shard, epochs.get((name, shard), 0), event.position, event.attempt, event.id)
-            await asyncio.sleep(chance.random() * (terms.long if chance.random() < 0.01 else terms.delay))
+            epoch = epochs.get((name, shard), 0)
+            note("dispatch", serial, name, shard, epoch, event.position, event.attempt, event.id)
+            await asyncio.sleep(draw() * (terms.long if draw() < 0.01 else terms.delay))
             fails = failures(name, terms, event.id)
             if fails == REJECTED or event.attempt <= fails:
-                note("e", serial, "failed")
+                note("failed", serial)
                 raise Reject("as planned") if fails == REJECTED else RuntimeError("as planned")
-            # Before it returns: what is settled is noted.
-            note("e", serial, "ok")
+            # Before it returns, so that every settled event is noted.
+            note("handled", serial)
 
         return dispatch
 
@@ -151,7 +160,7 @@ class _Worker:
 
 
 async def read_commands() -> asyncio.StreamReader:
-    """Standard input, to be read beside other work."""
+    """Standard input, for reading without blocking the event loop."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     return reader

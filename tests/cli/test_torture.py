@@ -20,7 +20,7 @@ async def test_plan_only_prints_the_plan(run: Run) -> None:
     assert "server" not in with_dsn.stdout
 
 
-async def test_a_database_that_does_not_answer_is_one_line_that_says_so(run: Run) -> None:
+async def test_one_line_says_that_the_database_does_not_answer(run: Run) -> None:
     result = await run("torture", "--dsn", "postgresql://nobody@localhost:1/nowhere")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("Error: PostgreSQL")
@@ -36,7 +36,7 @@ async def test_a_system_without_proc_is_refused(run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_everything_goes_wrong_at_once_and_every_promise_is_kept(run: Run, tmp_path: Path, long: bool) -> None:
+async def test_every_promise_is_kept_while_everything_fails(run: Run, tmp_path: Path, long: bool) -> None:
     page, records = tmp_path / "report.md", tmp_path / "records"
     minutes = "5" if long else "0.4"
     result = await run("torture", "--minutes", minutes, "--seed", "1", "--report", str(page), "--keep", str(records))
@@ -51,7 +51,7 @@ async def test_everything_goes_wrong_at_once_and_every_promise_is_kept(run: Run,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_a_broken_promise_is_exit_code_1_with_the_evidence(
+async def test_a_broken_promise_is_exit_code_1_with_its_evidence(
     run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PROGRAMS, "worker", broken.__file__)

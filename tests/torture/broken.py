@@ -1,8 +1,8 @@
-"""A worker that is broken on purpose, as the environment says: what the torture test is there to find.
+"""A worker that is broken on purpose. The torture test must find it out. BROKEN in the environment says how:
 
 fence      it takes every missing position for a dead one
-epochs     it goes on with a shard that it has lost, and commits offsets whoever has the shard by now
-doubt      it goes on when others may have taken over, until it looks who has which shard
+epochs     it goes on with a shard that it has lost, and commits offsets whoever owns the shard
+doubt      it goes on while others may have taken over, until a round shows who owns which shard
 """
 
 import asyncio
@@ -33,7 +33,7 @@ def break_fence() -> None:
 
 
 def break_epochs() -> None:
-    # Or it would have to be frozen with something on its way for its commits to come too late.
+    # Otherwise its commits would come too late only if it was frozen with one under way.
     break_doubt()
     setattr(Worker, "_on_lost", lambda *_: None)  # noqa: B010 - not its own
     init = Offsets.__init__

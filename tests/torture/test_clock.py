@@ -1,4 +1,4 @@
-"""A process whose wall clock jumps: everybody in it sees the jump, and nobody else's clock moves."""
+"""The wall clock of a process jumps. All code in it sees the jump, and no other clock moves."""
 
 import json
 import subprocess
@@ -18,14 +18,14 @@ clock.jump(86_400)
 after = [now(), datetime.now(UTC).timestamp(), time.time_ns() / 1e9, monotonic()]
 print(json.dumps([b - a for a, b in zip(before, after)]))
 
-# What makes datetimes in C knows the true class only.
-true = datetime.__mro__[1](2026, 1, 1)
-assert type(true) is not datetime
-assert isinstance(true, datetime) and isinstance(true, int | datetime)
+# C extensions make datetimes of the real class.
+real = datetime.__mro__[1](2026, 1, 1)
+assert type(real) is not datetime
+assert isinstance(real, datetime) and isinstance(real, int | datetime)
 """
 
 
-def test_a_jump_of_the_wall_clock_is_seen_by_everybody_but_the_monotonic_clock(tmp_path: Path) -> None:
+def test_a_jump_moves_every_way_to_tell_the_time_but_the_monotonic_clock(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     output = subprocess.run(

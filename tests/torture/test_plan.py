@@ -1,4 +1,4 @@
-"""The plan follows from its seed alone, and is one that can be carried out."""
+"""The plan follows from its seed alone, and can be carried out."""
 
 from collections import defaultdict
 
@@ -10,13 +10,13 @@ KINDS = {"kill", "stop", "cut", "stall", "terminate", "clock", "leave", "subscri
 RESTARTS = {"server fast", "server immediate", "server kill"}
 
 
-def test_the_same_seed_gives_the_same_plan_and_another_one_another() -> None:
+def test_each_seed_gives_its_own_plan_again() -> None:
     assert str(Plan.make(3, 60, server=True)) == str(Plan.make(3, 60, server=True))
     assert str(Plan.make(3, 60, server=True)) != str(Plan.make(4, 60, server=True))
 
 
 def test_the_plan_of_a_seed_does_not_change_from_one_version_to_the_next() -> None:
-    """Or a seed in a bug report would be worth nothing. Change these lines when the plan has to change."""
+    """A bug report names a seed. Change these lines if the plan must change."""
     assert [str(step) for step in Plan.make(1, 24, server=True).steps[:3]] == [
         "    2.000 s  leave worker-0 for 0.251 s",
         "    2.553 s  stop worker-1 for 0.770 s",
@@ -25,13 +25,13 @@ def test_the_plan_of_a_seed_does_not_change_from_one_version_to_the_next() -> No
 
 
 @pytest.mark.parametrize("server", [True, False])
-def test_a_plan_of_a_minute_has_every_kind_of_blow(server: bool) -> None:
+def test_a_plan_of_a_minute_has_every_kind_of_fault(server: bool) -> None:
     for seed in range(20):
         kinds = {step.kind for step in Plan.make(seed, 60, server=server).steps}
         assert kinds == KINDS | (RESTARTS if server else set())
 
 
-def test_nobody_is_hit_twice_at_once_one_worker_is_up_and_all_is_over_before_the_end() -> None:
+def test_no_target_has_two_faults_one_worker_is_up_and_every_fault_ends_before_the_plan() -> None:
     for seed in range(50):
         plan = Plan.make(seed, 120, server=True)
         busy: dict[str, float] = defaultdict(float)

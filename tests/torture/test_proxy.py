@@ -1,4 +1,4 @@
-"""The failing network fails as it is told to."""
+"""The proxy fails on demand."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ async def test_bytes_pass_unchanged(empty_database: str) -> None:
         await connection.close()
 
 
-async def test_cut_breaks_what_is_open_and_refuses_what_is_new(empty_database: str) -> None:
+async def test_cut_breaks_open_connections_and_refuses_new_ones(empty_database: str) -> None:
     async with Proxy(empty_database) as proxy:
         connection = await asyncpg.connect(proxy.dsn)
         waiting = asyncio.create_task(connection.fetchval("select pg_sleep(60)"))
@@ -45,7 +45,7 @@ async def test_stall_holds_everything_until_restore(empty_database: str) -> None
         await connection.close()
 
 
-async def test_leaving_it_while_it_is_stalled_waits_for_nobody(empty_database: str) -> None:
+async def test_a_stalled_proxy_can_be_left(empty_database: str) -> None:
     async with asyncio.timeout(30):
         async with Proxy(empty_database) as proxy:
             connection = await asyncpg.connect(proxy.dsn)
@@ -68,7 +68,7 @@ async def test_a_lost_reply_leaves_the_work_done(empty_database: str) -> None:
         await direct.close()
 
 
-async def test_the_way_through_the_proxy_keeps_what_else_the_dsn_says() -> None:
+async def test_the_proxys_dsn_keeps_the_other_options_of_the_targets() -> None:
     for asked, kept in (("", "disable"), ("prefer", "disable"), ("require", "require"), ("verify-full", "verify-ca")):
         dsn = f"postgresql://me:secret@db:5433/app?application_name=shop{'&sslmode=' if asked else ''}{asked}"
         async with Proxy(dsn) as proxy:

@@ -1,4 +1,4 @@
-"""What was noted stays, line by line, in the order of time, whoever is killed."""
+"""Notes stay on file, line by line, in the order of time, whichever process is killed."""
 
 import signal
 import subprocess
@@ -21,18 +21,18 @@ while True:
 """
 
 
-def test_notes_are_read_in_the_order_of_time_over_all_places(tmp_path: Path) -> None:
+def test_notes_of_all_places_are_read_in_the_order_of_time(tmp_path: Path) -> None:
     one, two = Notes(tmp_path, "one"), Notes(tmp_path, "two")
     for number in range(10):
         (one if number % 3 else two).note("n", number, "x")
     one.close()
     two.close()
-    assert [(note.mark, note.fields) for note in merge(tmp_path, ["one", "two", "never"])] == [
+    assert [(note.kind, note.fields) for note in merge(tmp_path, ["one", "two", "never"])] == [
         ("n", [str(number), "x"]) for number in range(10)
     ]
 
 
-def test_a_line_that_was_cut_off_by_a_kill_is_none_and_the_next_process_begins_a_new_one(tmp_path: Path) -> None:
+def test_a_line_that_a_kill_cut_short_is_skipped_and_the_next_process_starts_a_new_one(tmp_path: Path) -> None:
     first = Notes(tmp_path, "a")
     first.note("n", 1)
     first.close()
@@ -44,7 +44,7 @@ def test_a_line_that_was_cut_off_by_a_kill_is_none_and_the_next_process_begins_a
     assert [note.fields for note in read(tmp_path, "a")] == [["1"], ["2"]]
 
 
-def test_what_a_process_noted_before_kill_9_is_there(tmp_path: Path) -> None:
+def test_notes_from_before_a_kill_are_there(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path], stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"many\n"

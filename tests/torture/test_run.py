@@ -1,4 +1,4 @@
-"""Real runs: a sound product passes, a broken one is found out, and a database is left as it was."""
+"""Real runs: the real worker passes, broken ones are found out, and the database is left as it was."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from pgbackend.torture import verdict
 from pgbackend.torture.chaos import PROGRAMS
 from pgbackend.torture.plan import LEASE, Plan, Step
 from pgbackend.torture.run import judge_directory, run
+from pgbackend.torture.verdict.rulings import COMMITS, OWNER
 from tests.support.figures import report
 from tests.torture import broken
 
@@ -19,29 +19,29 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BEYOND = 1.5 * LEASE
 
 
-def stops_of_everybody() -> Plan:
-    """Each of two workers is stopped for longer than its lease, and goes on: one of them had the shards."""
+def stop_each_worker() -> Plan:
+    """Each of two workers is stopped for longer than its lease, and goes on. One of them owns the shards."""
     stops = [Step(2.0, "stop", "worker-0", BEYOND), Step(3.5 + BEYOND, "stop", "worker-1", BEYOND)]
     plan = Plan.make(1, 2 * BEYOND + 5.0, server=False, workers=2)
     return replace(plan, steps=(Step(1.0, "subscribe", ""), *stops))
 
 
 @pytest.fixture
-def breaks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """The workers are broken in this way."""
+def break_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Break the workers in this way."""
 
-    def breaks(what: str) -> None:
+    def break_workers(what: str) -> None:
         monkeypatch.setitem(PROGRAMS, "worker", broken.__file__)
         monkeypatch.setenv("BROKEN", what)
 
-    return breaks
+    return break_workers
 
 
-async def test_a_sound_product_passes_and_the_database_is_left_as_it_was(empty_database: str, tmp_path: Path) -> None:
-    plan = stops_of_everybody()
+async def test_the_real_worker_passes_and_the_database_is_left_as_it_was(empty_database: str, tmp_path: Path) -> None:
+    plan = stop_each_worker()
     result = await run(plan, dsn=empty_database, keep=tmp_path / "kept")
     report(result.text())
-    assert result.verdict.kept
+    assert result.verdict.outcome == "kept"
     assert result.verdict.takeovers
     # The verdict follows from the records alone.
     assert judge_directory(tmp_path / "kept", plan) == result.verdict
@@ -51,19 +51,19 @@ async def test_a_sound_product_passes_and_the_database_is_left_as_it_was(empty_d
     await connection.close()
 
 
-async def test_a_worker_that_commits_without_looking_at_its_epoch_is_found_out(
-    empty_database: str, breaks: Callable[[str], None]
+async def test_a_worker_that_commits_without_its_epoch_is_found_out(
+    empty_database: str, break_workers: Callable[[str], None]
 ) -> None:
-    breaks("epochs")
-    result = await run(stops_of_everybody(), dsn=empty_database)
+    break_workers("epochs")
+    result = await run(stop_each_worker(), dsn=empty_database)
     report(result.text())
-    assert result.verdict.rulings[verdict.COMMITS].violations
+    assert result.verdict.rulings[COMMITS].violations
 
 
-async def test_a_worker_that_goes_on_when_in_doubt_is_found_out(
-    empty_database: str, breaks: Callable[[str], None]
+async def test_a_worker_that_dispatches_while_its_lease_is_in_doubt_is_found_out(
+    empty_database: str, break_workers: Callable[[str], None]
 ) -> None:
-    breaks("doubt")
-    result = await run(stops_of_everybody(), dsn=empty_database)
+    break_workers("doubt")
+    result = await run(stop_each_worker(), dsn=empty_database)
     report(result.text())
-    assert result.verdict.rulings[verdict.OWNER].violations
+    assert result.verdict.rulings[OWNER].violations
