@@ -1,11 +1,14 @@
 """`pgbackend torture` as a user runs it, on an embedded server that is killed too."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pgbackend.torture.chaos import PROGRAMS
 from pgbackend.torture.plan import Plan
+from pgbackend.torture.report import Report
+from pgbackend.torture.verdict.rulings import LOST, REPEATS, Verdict
 from tests.cli.conftest import Run
 from tests.support.figures import report
 from tests.torture import broken
@@ -32,6 +35,42 @@ async def test_a_system_without_proc_is_refused(run: Run, monkeypatch: pytest.Mo
     result = await run("torture")
     assert result.exit_code == 2
     assert "only Linux has" in result.stderr
+
+
+def kept() -> Verdict:
+    return Verdict()
+
+
+def broken_promise() -> Verdict:
+    verdict = Verdict(stalls=["stall of the disk for 2.5 s, 7.0 s after the start"])
+    verdict.rulings[REPEATS].unjudged = verdict.rulings[LOST].violations = 1
+    return verdict
+
+
+def stalled_machine() -> Verdict:
+    verdict = Verdict(stalls=["stall of the disk for 2.5 s, 7.0 s after the start"])
+    verdict.rulings[REPEATS].unjudged = 1
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("judge", "code", "title"),
+    [
+        (kept, 0, "every promise was kept"),
+        (broken_promise, 1, "PROMISES WERE BROKEN"),
+        (stalled_machine, 3, "NOT JUDGED: the machine had a stall of the disk for 2.5 s, 7.0 s after the start"),
+    ],
+)
+async def test_the_exit_code_says_what_the_verdict_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, judge: Callable[[], Verdict], code: int, title: str
+) -> None:
+    async def run_plan(plan: Plan, **_: object) -> Report:
+        return Report(plan=plan, server="a server", verdict=judge(), drained=0.0)
+
+    monkeypatch.setattr("pgbackend.cli.torture.run", run_plan)
+    result = await run("torture", "--seed", "1")
+    assert result.exit_code == code
+    assert f"seed 1, 60 s: {title}\n" in result.stdout
 
 
 @pytest.mark.slow
