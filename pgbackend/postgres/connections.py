@@ -36,7 +36,7 @@ _SILENCE = 10
 """Seconds without an acknowledgement after which the kernel reports a connection as lost: the machine vanished."""
 _KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL = 5, 2
 """Seconds of quiet before the kernel asks whether the other end is there, and between two such questions."""
-_TYPES = "SELECT NULL::bigint[], NULL::boolean[], NULL::bytea[], NULL::integer[], NULL::tid[]"
+_TYPES = "SELECT NULL::bigint[], NULL::boolean[], NULL::bytea[], NULL::integer[], NULL::tid[], NULL::uuid[]"
 """The types that asyncpg looks up before it first sends or reads a value of them."""
 
 
