@@ -64,7 +64,7 @@ NO_ATTRIBUTES = [
     (b"ce-: x", b"is not an attribute name"),
     (b"ce-data: x", b"is not an attribute name"),
     (b"ce-datacontenttype: text/plain", b"ce-datacontenttype is not allowed"),
-    (b"ce-id: 2", b"twice"),
+    (b"ce-id: 2", b"duplicate header"),
     (b"content-type: text/\xe9", b"expected a media type"),
 ]
 
