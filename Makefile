@@ -27,7 +27,7 @@ demo: $(VENV)/.ready
 
 # Bytecode is kept, whatever the environment says: without it every process that the tests start takes a second longer.
 test: $(VENV)/.ready
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal --quick $(ARGS)
 
 test-all: $(VENV)/.ready
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)

@@ -31,12 +31,15 @@ QUICK = 5.0
 """Seconds that a test without the marker `slow` may take."""
 
 # Hypothesis fails examples that take 200 ms, which depends on the machine.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("patient")
+for profile, examples in {"quick": 25, "all": 100}.items():
+    hypothesis.settings.register_profile(
+        profile, max_examples=examples, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pgbackend")
+    group.addoption("--quick", action="store_true", help="without the tests marked slow, and with fewer examples")
     group.addoption("--pg-dsn", help="a PostgreSQL that is already there, as a role that may create databases")
     group.addoption("--pg-version", type=int, choices=VERSIONS, help="major version of PostgreSQL")
     group.addoption(
@@ -54,12 +57,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cesql-tck", metavar="DIR", help="CloudEvents SQL's conformance suite: a directory of YAML files")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("quick" if config.getoption("--quick") else "all")
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Workers of `-n auto`: two more than processors, because tests also wait."""
     return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -113,7 +124,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="pgbackend-test-", dir=memory(), ignore_cleanup_errors=True) as directory:
-        settings = {"fsync": "off", "max_prepared_transactions": "10"}
+        # A fourth of the default for buffers makes connections cheaper, which are new processes.
+        settings = {"fsync": "off", "shared_buffers": "32MB", "max_prepared_transactions": "10"}
         running = EmbeddedServer(directory, programs=request.getfixturevalue("pg_programs"), settings=settings)
         yield asyncio.run(running.start())
         asyncio.run(running.stop())
