@@ -118,7 +118,7 @@ class TestWhatIsAReply:
             (b"", {"ce-specversion": "1.0", "ce-id": "1"}, "'source' is missing"),
             (b"", HEADERS | {"ce-specversion": "2.0"}, "expected '1.0'"),
             (b"{", STRUCTURED, "Not JSON"),
-            (b"", STRUCTURED, "is an object"),
+            (b"", STRUCTURED, "is not a JSON object"),
             (b"[%b, 1]" % envelope("1"), BATCH, "index 1"),
             (b"<x/>", {"Content-Type": "application/cloudevents+xml"}, "not supported"),
         ],

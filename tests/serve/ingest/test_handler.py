@@ -110,8 +110,8 @@ class TestStructuredMode:
         assert {event.id for event in await broker.stored()} == {"from the envelope"}
 
     NO_EVENTS: ClassVar = [
-        (b"", "An event in JSON is an object"),
-        (b"[]", "An event in JSON is an object"),
+        (b"", "The event is not a JSON object"),
+        (b"[]", "The event is not a JSON object"),
         (b"{", "Not JSON"),
         (b'{"specversion":"1.0"', "Not JSON"),
         (b'{"specversion":"1.0","id":"1","source":"/","type":"t","data":NaN}', "NaN"),
