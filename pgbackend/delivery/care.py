@@ -6,11 +6,12 @@ events are dispatched one at a time, alone among everything that this process ru
 attempt is committed before the dispatch. If nobody reports the end, the next owner finds a suspect. A suspect is always
 dispatched alone, and is given up when its attempts are used up, like any other event.
 
-A process may also live and lose its lease or its server during an attempt. It then reports that it lives, and the
-attempt does not count. So a suspect waits first: for `lease_timeout`, in which a worker can find its way back, and as
-long as the server still has the worker's connection, for a minute at most: then the process is frozen. An attempt
-that ended with the server counts if the same event was at work when three lives of the server in a row ended: an event
-may kill PostgreSQL.
+A process may also live and lose its lease or its server during an attempt, or before the outcome is committed. It then
+reports that it lives, and the attempt does not count. So a suspect waits first: as long as the server has the worker's
+connection, for a minute at most, because then the process is frozen; and without the connection for `lease_timeout`, in
+which a worker can find its way back. That time starts when the attempt did, and again when the server was started, when
+the shard was claimed, and when the connection was last seen. An attempt that ended with the server counts if the same
+event was at work when three lives of the server in a row ended: an event may kill PostgreSQL.
 
 Care ends after as many events as the former owner may have had open, or after a minute; twice as long with each further
 crash. Slow events must not be dispatched one by one for hours, nor wait for another subscription's dispatcher that
@@ -30,10 +31,10 @@ from pgbackend import facts
 from pgbackend.delivery.decide import LONGEST_WAIT
 from pgbackend.delivery.delivery import Delivery, next_attempt
 from pgbackend.delivery.gate import Gate
-from pgbackend.delivery.outcomes import LetterFailed, Outcome, Scheduled, outcome_key
-from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.outcomes import LetterFailed, Outcome, OutcomeKey, Scheduled, outcome_key
+from pgbackend.delivery.redelivery import Redelivery, Start
 from pgbackend.delivery.registration import Registration
-from pgbackend.delivery.shard import Shard
+from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import DatabaseError
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.thrown import describe
@@ -75,6 +76,8 @@ class WorkerCare:
     """Seconds that a worker without a connection has to report before its attempt counts."""
     alone: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the one dispatch with care of this process."""
+    unreported: dict[tuple[int, OutcomeKey], Delivery] = field(default_factory=dict)
+    """Attempts that may be on record as started, and whose end is not, by the epoch of their shard."""
 
 
 class Care:
@@ -90,6 +93,8 @@ class Care:
         self._longest = _LONGEST * 2.0 ** min(max(shard.lease.crashes - _SUSPICIOUS, 0), 10)
         self._dispatched = 0
         self._since = monotonic()
+        self._connected_at: dict[int, float] = {}
+        """When the connection of each suspect's worker was last seen, by the suspect's slot."""
 
     def covers(self, delivery: Delivery) -> bool:
         """Whether a delivery must be dispatched with care."""
@@ -126,28 +131,41 @@ class Care:
         if start is None:
             return delivery
         started_by = None if start.started_by == self._common.worker else start.started_by
-        if started_by is not None and start.connected and start.overdue < _FROZEN:
+        if started_by is not None and self._may_still_report(delivery, start):
             return None
         attempt = next_attempt(start.attempt, started_by)
         return replace(delivery, event=delivery.event.with_delivery(attempt=attempt), started_by=started_by)
 
-    async def report_survival(self, delivery: Delivery) -> None:
-        """The lease was lost during the attempt, which did not kill this process. Returns once that is known."""
+    def _may_still_report(self, delivery: Delivery, start: Start) -> bool:
+        """Whether the worker that started a suspect's last attempt may be on its way back."""
+        now = monotonic()
+        if start.connected:
+            self._connected_at[delivery.slot] = now
+            return start.overdue < _FROZEN
+        absent_since = max(self._since, self._connected_at.get(delivery.slot, self._since))
+        return min(now - absent_since, start.server_age) < self._common.grace
+
+    async def report_survival(self) -> None:
+        """The shard is given up, and this process lives: its attempts whose end is not on record do not count.
+
+        Returns once that is on record.
+        """
+        common, lease = self._common, self._shard.lease
         delay = GrowingDelay(cap=1.0)
-        while True:
+        while mine := {key: delivery for key, delivery in common.unreported.items() if key[0] == lease.epoch}:
             try:
-                await self._common.redelivery.report_survival(
-                    self._common.worker, self._shard.lease.subscription, delivery
-                )
+                for key, delivery in mine.items():
+                    await common.redelivery.report_survival(common.worker, lease.subscription, delivery)
+                    common.unreported.pop(key, None)
             except DatabaseError as error:
                 facts.emit("survival not reported", level=delay.failed(), shard=self._shard.name, error=str(error))
-            else:
-                return
-            await delay.wait()
+                await delay.wait()
 
     async def record_start(self, delivery: Delivery) -> bool:
         """Make durable that the attempt starts. False if the shard was given up meanwhile."""
         recorded = self._record(delivery, attempt=delivery.event.attempt - 1, started_by=self._common.worker)
+        # Before the commit, whose answer may be lost.
+        self._common.unreported[self._shard.lease.epoch, outcome_key(recorded)] = delivery
         delay = GrowingDelay(cap=1.0)
         while not self._gate.stopped:
             try:
@@ -170,6 +188,12 @@ class Care:
         """Have it committed that the recorded attempt did not take place."""
         made = delivery.event.attempt - 1
         self._record(delivery, attempt=made - 1 if delivery.suspect else made, started_by=delivery.started_by)
+
+    def committed(self, mark: Mark) -> None:
+        """The mark is durable, and with it the end of attempts."""
+        for key, outcome in mark.outcomes.items():
+            if not (isinstance(outcome, Scheduled | LetterFailed) and outcome.started_by == self._common.worker):
+                self._common.unreported.pop((self._shard.lease.epoch, key), None)
 
     def survived(self) -> None:
         """The process lives after one more dispatch with care."""

@@ -145,13 +145,14 @@ class Dispatching:
         """Dispatch a delivery alone, once it is durable that the attempt starts."""
         settlement, health = self._settlement, self._registration.health
         try:
-            if delivery.suspect:
-                examined = await self._care.examine(delivery)
-                if examined is None:
-                    self._backlog.put_later(delivery, monotonic() + EXAMINE_AGAIN)
-                    return
-                delivery = examined
             async with self._care.alone(delivery) as is_alone:
+                if delivery.suspect and not self._gate.stopped:
+                    # Here, and not before the wait, in which the worker may report.
+                    examined = await self._care.examine(delivery)
+                    if examined is None:
+                        self._backlog.put_later(delivery, monotonic() + EXAMINE_AGAIN)
+                        return
+                    delivery = examined
                 if self._gate.stopped or settlement.drop_if_unwanted(delivery, health):
                     return
                 if not is_alone or self._is_held(delivery, probe=probe):
@@ -169,8 +170,6 @@ class Dispatching:
                         if not settlement.drop_if_unwanted(delivery, health):
                             await self._dispatch(deliverer, delivery, probe=probe)
                         self._care.survived()
-                        if self._shard.lost:
-                            await self._care.report_survival(delivery)
                 finally:
                     self._gate.end(delivery.slot)
         except asyncio.CancelledError:

@@ -34,6 +34,8 @@ _COMMIT_TIMEOUT = 15.0
 """Seconds that the last commit of a shard may take while the worker goes on."""
 _LAST_STEPS = 4.0
 """Seconds beyond `drain_timeout` that a stop may take: to cancel, to commit, and to release the shards."""
+_REPORT_TIMEOUT = 5.0
+"""Seconds in which this process reports the attempts of a given-up shard whose end it could not commit."""
 _POLL = 0.02
 """Seconds between looks at whether what is at work has ended."""
 _LONGEST_KEPT = 600.0
@@ -218,6 +220,10 @@ class Handover:
             # Others take over when this worker is gone. Events that were not committed are dispatched again.
             text = str(error) or "PostgreSQL did not answer in time."
             facts.emit("release failed", level=logging.WARNING, error=text)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_REPORT_TIMEOUT):
+                for pump in pumps:
+                    await pump.care.report_survival()
         for pump in pumps:
             pump.lose()
             self._pumps.remove(pump)

@@ -229,6 +229,7 @@ class Pump:
     def committed(self, mark: Mark) -> None:
         """The mark is durable."""
         self.due.committed(mark)
+        self.care.committed(mark)
         for outcome in mark.outcomes.values():
             if isinstance(outcome, Buried):
                 facts.emit(

@@ -55,6 +55,11 @@ class Pumps:
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._running
 
+    @property
+    def has_unreported(self) -> bool:
+        """Whether attempts may be on record as started here whose end is not."""
+        return bool(self._care.unreported)
+
     def get(self, epoch: int) -> Pump | None:
         """The pump that runs under this epoch."""
         entry = self._running.get(epoch)

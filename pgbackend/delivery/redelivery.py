@@ -47,6 +47,8 @@ class Start:
     """Seconds since the event was due again."""
     connected: bool
     """Whether the server still has the worker's connection."""
+    server_age: float
+    """Seconds since the server was started."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ connection is waited out. Any other error ends `start()` and is kept for `status
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Protocol
 
 from pgbackend import facts
-from pgbackend.delivery.redelivery import Outlived
+from pgbackend.delivery.redelivery import Outlived, Redelivery
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.worker import Worker
-from pgbackend.errors import ConnectionLostError, PgBackendError, SchemaError
+from pgbackend.errors import ConnectionLostError, DatabaseError, PgBackendError, SchemaError
 from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
 from pgbackend.log.requirements import Requirements
@@ -25,6 +26,8 @@ from pgbackend.thrown import describe
 
 _CANCEL_TIMEOUT = 0.5
 """Seconds that a worker has to end once its task is cancelled."""
+_REPORT_TIMEOUT = 5.0
+"""Seconds in which the last worker's attempts whose end it could not commit are reported."""
 
 
 class NewWorker(Protocol):
@@ -42,6 +45,7 @@ class Runner:
         requirements: Requirements,
         subscriptions: Subscriptions,
         overview: Overview,
+        redelivery: Redelivery,
         *,
         new_worker: NewWorker,
     ) -> None:
@@ -49,6 +53,7 @@ class Runner:
         self._requirements = requirements
         self._subscriptions = subscriptions
         self._overview = overview
+        self._redelivery = redelivery
         self._new_worker = new_worker
         self._stop = asyncio.Event()
         self._is_closed = False
@@ -77,6 +82,7 @@ class Runner:
         except asyncio.CancelledError:
             self._stop.set()
             await _end_or_cancel(running)
+            await self._report_outlived(_REPORT_TIMEOUT)
             raise
         if self.error is not None:
             raise self.error
@@ -87,6 +93,7 @@ class Runner:
         is_new_incarnation = False
         while not self._stop.is_set():
             self.worker = self._new_worker(registrations=self.registrations, outlived=self._outlived)
+            server_died = False
             try:
                 # Before each worker: the stored rows may be older than what this process has seen.
                 await verify_log(self._requirements, self._overview)
@@ -95,14 +102,15 @@ class Runner:
                     is_new_incarnation = False
                 await self.worker.run(self._stop)
             except ConnectionLostError as error:
-                self._outlived.append(Outlived(self.worker.id, server_died=False))
                 facts.emit("worker cannot start", level=delay.failed(), failures=delay.failures, error=str(error))
                 await delay.wait()
             except IncarnationChanged as error:
-                self._outlived.append(Outlived(self.worker.id, server_died=True))
+                server_died = True
                 facts.emit("incarnation changed", level=logging.WARNING, error=str(error))
                 is_new_incarnation = True
             finally:
+                if self.worker.pumps.has_unreported:
+                    self._outlived.append(Outlived(self.worker.id, server_died=server_died))
                 self.worker = None
 
     def stop_soon(self) -> None:
@@ -113,9 +121,11 @@ class Runner:
     async def stop(self, deadline: float) -> None:
         """The worker has ended. By the deadline, in monotonic seconds, it is cancelled."""
         self.stop_soon()
-        running = self._running
-        if running is None:
-            return
+        if (running := self._running) is not None:
+            await self._end(running, deadline)
+        await self._report_outlived(min(_REPORT_TIMEOUT, max(deadline - time.monotonic(), _CANCEL_TIMEOUT)))
+
+    async def _end(self, running: "asyncio.Task[None]", deadline: float) -> None:
         # A worker that dispatches keeps to the deadline by itself. Before that it has nothing to drain.
         if self.worker is None or not self.worker.dispatches:
             running.cancel()
@@ -151,6 +161,20 @@ class Runner:
             )
         if self.error is not None:
             facts.emit("worker died", level=logging.ERROR, error=describe(self.error))
+
+    async def _report_outlived(self, timeout: float) -> None:
+        """No worker follows: report what the last ones did not die of, for `timeout` seconds at most."""
+        delay = GrowingDelay(self._log.database, cap=1.0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._outlived:
+                    try:
+                        await self._redelivery.report_outlived(self._outlived)
+                    except DatabaseError as error:
+                        facts.emit("survival not reported", level=delay.failed(), error=str(error))
+                        await delay.wait()
+                    else:
+                        self._outlived.clear()
 
     async def _report_missing_subscriptions(self) -> None:
         """Log the subscriptions that are not in the new incarnation. Only a human can decide about them."""

@@ -166,9 +166,9 @@ def _start_actors(
         sender=sender,
     )
     subscriptions = Subscriptions(log, schema=schema)
-    runner = Runner(log, requirements, subscriptions, overview, new_worker=new_worker)
-    calls = HandlerCalls(runner)
     redelivery = Redelivery(database, schema=schema)
+    runner = Runner(log, requirements, subscriptions, overview, redelivery, new_worker=new_worker)
+    calls = HandlerCalls(runner)
     tasks = (asyncio.create_task(appender.run(), name="append"), asyncio.create_task(notifier.run(), name="notify"))
     return OpenLog(
         database=database,

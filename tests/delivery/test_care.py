@@ -9,10 +9,10 @@ from pgbackend import Event, Retry
 from pgbackend.delivery.care import Care, WorkerCare
 from pgbackend.delivery.delivery import Delivery
 from pgbackend.delivery.gate import Gate
-from pgbackend.delivery.outcomes import Scheduled
+from pgbackend.delivery.outcomes import Finished, Scheduled
 from pgbackend.delivery.redelivery import Redelivery, Start
 from pgbackend.delivery.registration import Registration
-from pgbackend.delivery.shard import Shard
+from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.delivery.window import Window
 from pgbackend.errors import DatabaseError
 from pgbackend.log.ranges import RangeSet
@@ -33,6 +33,7 @@ def make_care(
     alone: asyncio.Lock | None = None,
     commit: Any = committed,
     rows: Any = None,
+    grace: float = 5.0,
 ) -> Care:
     lease = replace(make_shard().lease, crashes=crashes)
     tenure = Tenure()
@@ -42,7 +43,7 @@ def make_care(
     registration = Registration(
         "s", dispatcher=print, dead_letter=None, filter=None, concurrency=64, retry=Retry(delay=2.0)
     )
-    common = WorkerCare(ME, cast("Redelivery", rows), commit, 5.0, alone or asyncio.Lock())
+    common = WorkerCare(ME, cast("Redelivery", rows), commit, grace, alone or asyncio.Lock())
     return Care(shard, registration, Gate(), common)
 
 
@@ -121,25 +122,37 @@ async def test_a_start_is_taken_back_when_the_shard_stops_before_it_is_committed
 
 
 class Rows:
-    """What `find_start` finds."""
+    """What `find_start` finds, and what is reported."""
 
-    def __init__(self, start: Start | None) -> None:
+    def __init__(self, start: Start | None = None, *, failures: int = 0) -> None:
+        """`failures`: how many reports fail first."""
         self.start = start
+        self.reported: list[int] = []
+        self._failures = failures
 
     async def find_start(self, *_: object) -> Start | None:
         return self.start
 
+    async def report_survival(self, worker: UUID, subscription: str, delivery: Delivery) -> None:
+        assert (worker, subscription) == (ME, make_shard().lease.subscription)
+        if self._failures:
+            self._failures -= 1
+            raise DatabaseError("no answer")
+        self.reported.append(delivery.event.position)
 
-def start(*, started_by: UUID | None, attempt: int = 2, overdue: float = 0.0, connected: bool = False) -> Start:
-    return Start(attempt=attempt, started_by=started_by, overdue=overdue, connected=connected)
+
+def start(
+    *, started_by: UUID | None = OTHER, overdue: float = 0.0, connected: bool = False, server_age: float = 1000.0
+) -> Start:
+    return Start(attempt=2, started_by=started_by, overdue=overdue, connected=connected, server_age=server_age)
 
 
 async def examined(found: Start | None) -> Delivery | None:
-    return await make_care(crashes=2, rows=Rows(found)).examine(delivery(attempt=4, started_by=OTHER))
+    return await make_care(crashes=2, rows=Rows(found), grace=0.0).examine(delivery(attempt=4, started_by=OTHER))
 
 
 async def test_the_attempt_of_a_process_that_died_counts() -> None:
-    one = await examined(start(started_by=OTHER))
+    one = await examined(start())
 
     assert one is not None
     assert (one.event.attempt, one.suspect) == (4, True)
@@ -161,6 +174,75 @@ async def test_this_process_is_no_suspect_of_its_own() -> None:
 
 @pytest.mark.parametrize(("overdue", "waits"), [(1.0, True), (61.0, False)])
 async def test_a_suspect_waits_a_minute_for_a_process_that_is_frozen(*, overdue: float, waits: bool) -> None:
-    one = await examined(start(started_by=OTHER, connected=True, overdue=overdue))
+    one = await examined(start(connected=True, overdue=overdue))
 
     assert (one is None) is waits
+
+
+async def test_a_worker_has_a_lease_to_come_back_after_the_claim_the_servers_start_and_its_connections_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("pgbackend.delivery.care.monotonic", lambda: now)
+    rows = Rows(start())
+    care = make_care(crashes=2, rows=rows, grace=5.0)
+
+    async def waits() -> bool:
+        return await care.examine(delivery(attempt=4, started_by=OTHER)) is None
+
+    now += 4.9
+    assert await waits(), "the shard was claimed just now"
+    now += 0.2
+    assert not await waits()
+    rows.start = start(server_age=4.9)
+    assert await waits(), "the server was started just now"
+    rows.start = start(connected=True)
+    assert await waits()
+    now += 4.9
+    rows.start = start()
+    assert await waits(), "the connection was there just now"
+    now += 0.2
+    assert not await waits()
+
+
+def mark(care: Care) -> Mark:
+    taken = care._shard.take_mark()
+    assert taken is not None
+    return taken
+
+
+async def test_a_shard_that_is_given_up_reports_the_attempts_whose_end_is_not_on_record() -> None:
+    rows = Rows(failures=2)
+    care = make_care(crashes=2, rows=rows)
+    await care.record_start(delivery())
+    care.committed(mark(care))
+    await care.report_survival()
+    assert rows.reported == [7]
+
+    await care.report_survival()
+    assert rows.reported == [7], "once"
+
+
+async def test_an_attempt_whose_answer_to_the_start_was_lost_is_reported() -> None:
+    async def commit() -> None:
+        care._gate.stop()
+        raise DatabaseError("no answer")
+
+    rows = Rows()
+    care = make_care(crashes=2, rows=rows, commit=commit)
+    assert not await care.record_start(delivery())
+    await care.report_survival()
+
+    assert rows.reported == [7]
+
+
+async def test_an_attempt_whose_end_is_on_record_is_not_reported() -> None:
+    rows = Rows()
+    care = make_care(crashes=2, rows=rows)
+    await care.record_start(delivery())
+    care.committed(mark(care))
+    care._shard.record(Finished(position=7))
+    care.committed(mark(care))
+    await care.report_survival()
+
+    assert rows.reported == []

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend, Event, Pause, Retry
+from pgbackend import Backend, Event, Pause, Retry, facts
 from pgbackend.facts import Recorder
+from pgbackend.torture.proxy import Proxy
 from tests.support.backends import worker_of
 from tests.support.databases import Sql
 from tests.support.dispatchers import Catch, Gate
@@ -236,6 +237,79 @@ async def test_an_attempt_that_a_living_process_loses_with_its_lease_does_not_co
         assert [letter.event.id async for letter in backend.dead_letters()] == []
 
     assert Counter(attempts) == {("a", 1): 2, ("b", 1): 1}
+
+
+async def unreported(sql: Sql) -> list[int]:
+    """The events with an attempt on record as started whose end nobody reported."""
+    rows = await sql.fetch("SELECT position FROM pgbackend.redeliveries WHERE started_by IS NOT NULL ORDER BY position")
+    return [row["position"] for row in rows]
+
+
+async def test_an_attempt_whose_outcome_was_lost_with_the_lease_does_not_count(database: str, sql: Sql) -> None:
+    gate = Gate()
+    async with careful(database) as backend:
+        await backend.subscribe("s", gate, retry=Retry(attempts=1))
+        await gate.holds(1)
+        assert await unreported(sql) == [1]
+        # The commit waits for the row, and finds another owner there.
+        async with sql.transaction():
+            await sql.execute(
+                """
+                WITH other AS (
+                    INSERT INTO pgbackend.workers (id, name, lease_timeout)
+                    VALUES (gen_random_uuid(), 'other', interval '1 hour')
+                    RETURNING id
+                )
+                UPDATE pgbackend.offsets
+                SET owner = other.id, epoch = nextval('pgbackend.epochs')
+                FROM other
+                """
+            )
+            gate.open()
+            await eventually("the event is handled", lambda: gate.handled == ["a"])
+
+        async def is_reported() -> bool:
+            return await unreported(sql) == []
+
+        await eventually("the worker reports that it lives", is_reported)
+
+
+async def test_a_process_that_stops_reports_what_it_did_not_die_of(database: str, sql: Sql) -> None:
+    """As soon as the server is back, and with it the way to report."""
+    gate = Gate()
+    async with Proxy(database) as proxy, careful(proxy.dsn) as backend:
+        with Recorder() as recorder:
+            await backend.subscribe("s", gate, retry=Retry(attempts=1))
+            await gate.holds(1)
+            assert await unreported(sql) == [1]
+            proxy.cut()
+            gate.open()
+            stopping = asyncio.create_task(backend.stop())
+            await recorder.wait("release failed")
+            proxy.restore()
+            await stopping
+    assert await unreported(sql) == []
+
+
+async def test_a_process_that_stops_in_a_new_life_of_the_server_reports_what_it_did_not_die_of(
+    database: str, sql: Sql
+) -> None:
+    gate, changed = Gate(), asyncio.Event()
+
+    def observe(name: str, _: Mapping[str, object]) -> None:
+        if name == "incarnation changed":
+            changed.set()
+
+    async with careful(database) as backend:
+        with facts.observe(observe):
+            await backend.subscribe("s", gate, retry=Retry(attempts=1))
+            await gate.holds(1)
+            assert await unreported(sql) == [1]
+            # As a crash leaves it.
+            await sql.execute("UPDATE pgbackend.incarnation SET id = gen_random_uuid()")
+            await changed.wait()
+            await backend.stop()
+    assert await unreported(sql) == []
 
 
 async def test_an_event_at_work_when_three_lives_of_the_server_ended_is_a_suspect(database: str, sql: Sql) -> None:

@@ -135,7 +135,8 @@ RETURNING letter_id;
 
 -- name: find_start
 -- An attempt that started and whose end nobody reported, of an event ($2) or a dead letter ($3): how many attempts were
--- made before, which worker started it, and whether the server still has that worker's connection. No row: it is over.
+-- made before, which worker started it, whether the server still has that worker's connection, and for how long the
+-- server has been running. No row: it is over.
 WITH given AS (
     SELECT $1::text AS subscription, $2::bigint AS position, $3::bigint AS letter_id
 ),
@@ -159,7 +160,8 @@ SELECT
         JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = worker.backend_pid
         WHERE worker.id = found.started_by
             AND coalesce(activity.backend_start = worker.backend_start, true)
-    ) AS connected
+    ) AS connected,
+    extract(epoch FROM clock_timestamp() - pg_catalog.pg_postmaster_start_time())::float8 AS server_age
 FROM found;
 
 -- name: report_survival
