@@ -1,7 +1,6 @@
 """The feed of a shard: reads from its cursor, and takes events into window and backlog.
 
-What is not for this shard is skipped: another shard's events, events outside start and end, and those that the filter
-refuses. The feed waits while the window is full. It ends where the shard does, for now or for good.
+The feed skips other shards' events, events outside start and end, and those that the filter refuses. The feed waits while the window is full. It ends where the shard does, for now or for good.
 """
 
 import asyncio

@@ -160,7 +160,7 @@ class Pump:
     async def _complete(self) -> None:
         """Once the subscription's end is reached, have that committed."""
         await until_settled(self.shard, self._log)
-        # What is read from now on is for a later end, should there be one.
+        # Events behind the end are read again if somebody alters it.
         for task in self._reading:
             task.cancel()
         self._feed.close()

@@ -102,7 +102,7 @@ class Shard:
         self.changed()
 
     def seal(self) -> None:
-        """Nobody reads for this shard again: the offset names everything that is open."""
+        """No worker reads for this shard again, so the offset names everything that is open."""
         self.window.seal()
         self.changed()
 

@@ -58,7 +58,7 @@ class Alterations:
             await pause.wait()
 
     async def compare(self, name: str, terms: Terms) -> Definition | None:
-        """What is stored, if it differs from the terms. Raises ConfigError when it cannot have them."""
+        """The stored definition, if it differs from the terms. Raises ConfigError when it cannot have them."""
         stored = (await self._read(name)).definition
         terms.check(stored)
         return None if terms.match(stored) else stored

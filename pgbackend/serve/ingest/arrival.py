@@ -8,7 +8,7 @@ from pgbackend.serve.ingest import limits
 
 
 class Arrival:
-    """What has arrived of one request; `begin` starts over with the next.
+    """The part of one request that has arrived; `begin` starts over with the next.
 
     A connection that has sent nothing yet is `receiving`, because its client has to send a request in time.
     """

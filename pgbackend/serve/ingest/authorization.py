@@ -1,4 +1,4 @@
-"""Who may send events: the check that the `ingest` section of the configuration asks for.
+"""Authorization of senders, as the `ingest` section of the configuration asks for.
 
 `handler` makes a check when the configuration changes and calls it for each POST. The promise: a secret is compared in
 constant time, and a client without one costs microseconds, whatever it sends.

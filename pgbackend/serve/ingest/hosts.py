@@ -39,7 +39,7 @@ class Hosts:
         self._known = lru_cache(maxsize=256)(self._check)
 
     def problem(self, header: bytes | None, target: bytes, *, local: str, required: bool = True) -> Problem | None:
-        """What is wrong with the host of a request at the address `local`; None if it is accepted.
+        """The reason to refuse the host of a request at the address `local`; None if it is accepted.
 
         `header` is the Host header: None without one, which is accepted unless `required`; empty if there are several.
         """

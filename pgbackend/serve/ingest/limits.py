@@ -46,7 +46,7 @@ class Limits:
     """Sizes of events and batches, and the memory for all of them."""
 
     event_bytes: int = 1 << 20
-    """Of one event, as the backend's `max_event_bytes`."""
+    """The largest event, as the backend's `max_event_bytes`."""
     batch_bytes: int = 8 << 20
     """Of the body of a batch. A batch is one transaction."""
     batch_events: int = 10_000
