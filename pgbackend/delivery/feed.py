@@ -1,6 +1,7 @@
 """The feed of a shard: reads from its cursor, and takes events into window and backlog.
 
-The feed skips other shards' events, events outside start and end, and those that the filter refuses. The feed waits while the window is full. It ends where the shard does, for now or for good.
+It skips other shards' events, events outside start and end, and those that the filter refuses. It waits while the
+window is full. It ends where the shard does, for now or for good.
 """
 
 import asyncio
