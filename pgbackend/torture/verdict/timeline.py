@@ -13,7 +13,8 @@ A process that lives is explained as unable to report an attempt if the plan lef
 lease's time before the attempt was counted, in which it and the server worked. A worker needs up to two seconds,
 because its pause between two tries grows to 1.5 s. A process that was told to leave is explained if the server was away
 when it ended. A stop or a stall explains nothing while it lasts and the connection is open, up to a minute: the server
-shows that the process is there, and the next owner waits.
+shows that the process is there, and the next owner waits. The connection is open if no other fault was at work in the
+two seconds before the stop, or since.
 """
 
 from collections import Counter
@@ -206,7 +207,8 @@ class Timeline:
         """Whether the server has a connection of a process that is stopped or stalled, and not for too long."""
         for fault in process.faults:
             if fault.kind in ("stop", "stall") and fault.since <= at <= fault.until:
-                was_broken = any(fault.since <= outage.since <= at for outage in self._outages)
+                others = (other for other in (*process.faults, *self._outages) if other is not fault)
+                was_broken = any(other.overlaps(fault.since - RETURN, at) for other in others)
                 return not was_broken and at - fault.since < FROZEN
         return False
 

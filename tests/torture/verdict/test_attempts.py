@@ -198,6 +198,20 @@ def test_a_frozen_process_loses_its_connection_with_the_server() -> None:
     assert story.broken() == []
 
 
+@pytest.mark.parametrize(("seconds", "broken"), [(0.5, []), (2.5, [ATTEMPTS])])
+def test_a_process_that_is_frozen_again_before_it_could_connect_is_excused(seconds: float, broken: list[str]) -> None:
+    story = flaky(FINE)
+    story.start_attempt("w1", FINE)
+    story.restart_server()
+    story.claim("w2")
+    story.wait(seconds)
+    story.fault("stop", "w1")
+    story.silent = frozenset({"w1"})
+    story.wait(WAIT)
+    story.handled("w2", story.start_attempt("w2", FINE, attempt=2))
+    assert story.broken() == broken
+
+
 def test_a_process_that_the_server_waited_for_after_its_restart_is_not_excused() -> None:
     story = flaky(FINE)
     story.start_attempt("w1", FINE)
