@@ -93,17 +93,19 @@ def _details_of(error: BaseException) -> dict[str, str]:
     return kept
 
 
-def leave_process(error: BaseException, *, subscription: str, position: int) -> None:
-    """For SystemExit and KeyboardInterrupt: the event loop raises them next, so that the process ends with their code.
+def leave_process(error: BaseException, *, subscription: str, position: int) -> bool:
+    """Whether it is SystemExit or KeyboardInterrupt: the event loop raises it next, and the process ends with its code.
 
-    Raised in a dispatcher's task, they would end that task only.
+    Raised in a dispatcher's task, it would end that task only.
     """
-    if issubclass(type(error), SystemExit | KeyboardInterrupt):
+    leaves = issubclass(type(error), SystemExit | KeyboardInterrupt)
+    if leaves:
         facts.emit(
             "process ends", level=logging.CRITICAL,
             subscription=subscription, position=position, error=describe(error),
         )  # fmt: skip
         asyncio.get_running_loop().call_soon(_raise, error)
+    return leaves
 
 
 def _storable(text: str, characters: int) -> str:

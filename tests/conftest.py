@@ -265,6 +265,10 @@ def _dsn(server: str, database: str) -> str:
     return urlsplit(server)._replace(path=f"/{database}").geturl()
 
 
+_LEFT_BY_ASYNCPG = "ConnectionDoesNotExistError('connection was closed in the middle of operation')"
+"""asyncpg's COPY leaves its future behind when the server ended since the statement before. The call itself raises."""
+
+
 class _Complaints(logging.Handler):
     """Keeps what asyncio only logs: exceptions that nobody retrieved, callbacks that failed."""
 
@@ -273,7 +277,9 @@ class _Complaints(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(self.format(record))
+        text = self.format(record)
+        if _LEFT_BY_ASYNCPG not in text:
+            self.texts.append(text)
 
 
 @pytest.fixture(autouse=True)

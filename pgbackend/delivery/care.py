@@ -189,6 +189,10 @@ class Care:
         made = delivery.event.attempt - 1
         self._record(delivery, attempt=made - 1 if delivery.suspect else made, started_by=delivery.started_by)
 
+    def process_ends(self) -> None:
+        """An event ends this process, which must not report any more that it outlived its attempts."""
+        self._common.unreported.clear()
+
     def committed(self, mark: Mark) -> None:
         """The mark is durable, and with it the end of attempts."""
         for key, outcome in mark.outcomes.items():

@@ -72,7 +72,8 @@ class Settlement:
         SystemExit and KeyboardInterrupt end the process next.
         """
         event, registration = delivery.event, self._registration
-        leave_process(error, subscription=registration.name, position=event.position)
+        if leave_process(error, subscription=registration.name, position=event.position):
+            self._care.process_ends()
         thrown = Thrown.of(error)
         decision = decide(
             delivery,
