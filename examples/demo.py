@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def announced_url(broker: "subprocess.Popen[str]") -> str | None:
-    """Print what the broker says while it starts. Return its URL, or None if it ended."""
+    """Print the broker's output while it starts. Return its URL, or None if it ended."""
     url = None
     for line in broker.stdout or ():
         if line.startswith("Try: "):
