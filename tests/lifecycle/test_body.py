@@ -34,8 +34,9 @@ async def test_a_dead_worker_hides_neither_a_cancellation_nor_an_error_of_the_bo
     async def run(*, also_cancelled: bool) -> None:
         async with Backend(database, poll_interval=0.1) as backend:
             await backend.subscribe("s", print)
-            await execute(database, "ALTER TABLE pgbackend.offsets RENAME TO taken_away")
             try:
+                # The worker may see it, die and cancel this body before the call returns.
+                await execute(database, "ALTER TABLE pgbackend.offsets RENAME TO taken_away")
                 await asyncio.Event().wait()
             finally:
                 await execute(database, "ALTER TABLE pgbackend.taken_away RENAME TO offsets")

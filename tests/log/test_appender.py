@@ -363,9 +363,10 @@ async def test_a_connection_lost_before_the_answer_makes_each_call_of_the_batch_
         assert len({id(result) for result in results}) == count, "each caller has an exception of its own"
         await append(appender, [row("after")])
 
+    # The server may commit the uncertain batch, before or after the last event, or not.
     ids = await stored(database)
-    assert ids[0] == "before"
-    assert ids[-1] == "after"
+    assert {"before", "after"} <= set(ids)
+    assert len(ids) == len(set(ids))
     assert len(ids) == len(set(ids)), "nothing was sent twice"
 
 
