@@ -33,7 +33,7 @@ ROW = ("1.0", "a", "test", "test", None, None, None, None, None, "{}", b"data", 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the actors of one test share."""
+    """Everything that the actors of one test share."""
 
     dsn: str
     database: Database

@@ -546,7 +546,7 @@ MAKE_SEGMENT_OF = """
     END
     $function$"""
 
-# What all other roles call, with the owner's rights.
+# Functions that all other roles call, with the owner's rights.
 MAKE_SEGMENT = """
     CREATE FUNCTION {schema}.make_segment(OUT lower_bound bigint, OUT upper_bound bigint)
     LANGUAGE sql

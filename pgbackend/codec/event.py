@@ -110,12 +110,12 @@ class Event:
 
     @property
     def type(self) -> str:
-        """What kind of thing happened."""
+        """The kind of occurrence that the event describes."""
         return self._row[3]
 
     @property
     def subject(self) -> str | None:
-        """What it happened to, within its source."""
+        """The object of the occurrence, within its source."""
         return self._row[4]
 
     @property

@@ -148,7 +148,7 @@ class Backlog:
         self.given_up.clear()
         self._later.clear()
 
-    # What a former owner left behind.
+    # Events that a former owner left behind.
 
     @property
     def carried(self) -> Iterable[int]:

@@ -66,7 +66,7 @@ class ProcessDied(Exception):  # noqa: N818 - recorded for an event, never raise
 
 @dataclass(frozen=True, slots=True)
 class WorkerCare:
-    """What the shards of a worker share for dispatches with care."""
+    """The state that all shards of a worker share for dispatches with care."""
 
     worker: UUID
     redelivery: Redelivery

@@ -130,7 +130,7 @@ class Claims:
         await self._claim([key for key in wanted if shards[key].free] + unclaimed)
 
     def drop_lost(self, known: set[int], held: set[int] | frozenset[int]) -> None:
-        """Of the leases that were `known`, this worker still has those that are `held`."""
+        """This worker still has those of its `known` leases that are `held`."""
         for epoch in known - held:
             if (pump := self._pumps.get(epoch)) is not None:
                 self._handover.lose(pump.shard)

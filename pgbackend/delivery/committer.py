@@ -81,7 +81,7 @@ class Committer:
             _answer(flush, _not_committed())
 
     async def run_once(self) -> Committed:
-        """Commit everything that is queued. What was not committed is queued again."""
+        """Commit everything that is queued. Marks that were not committed are queued again."""
         shards, self._queued = self._queued, {}
         flush, self._flush = self._flush, None
         self._wake.clear()

@@ -1,4 +1,4 @@
-"""What becomes of an event whose dispatch failed. Pure: `settlement.py` carries the decision out.
+"""Decides what becomes of an event whose dispatch failed. Pure: `settlement.py` carries the decision out.
 
 nobody wants it any more ────────────────▶ Drop
 Pause, from the main dispatcher ─────────▶ PutBack
@@ -57,7 +57,7 @@ Decision = Drop | PutBack | TryAgain | ToDeadLetter | Bury
 def decide(
     delivery: Delivery, thrown: Thrown, retry: Retry, *, wanted: bool, has_dead_letter_dispatcher: bool
 ) -> Decision:
-    """What becomes of a delivery that ended with `thrown`. `wanted`: whether the filter of now lets it through."""
+    """Decide what becomes of a delivery that ended with `thrown`. `wanted`: whether the present filter passes it."""
     event = delivery.event
     if not wanted:
         return Drop()
@@ -79,7 +79,7 @@ def decide(
 def outcome_of(
     delivery: Delivery, decision: Drop | TryAgain | ToDeadLetter | Bury, *, error: str, details: dict[str, str]
 ) -> Outcome:
-    """What to commit for the decision. `error`, `details`: of the dispatch that failed."""
+    """The outcome to commit for a decision. `error`, `details`: of the dispatch that failed."""
     event, letter = delivery.event, delivery.letter
     match decision:
         case Drop():

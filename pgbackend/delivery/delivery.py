@@ -48,5 +48,5 @@ class Delivery:
 
 
 def next_attempt(made: int, started_by: UUID | None) -> int:
-    """The number of the next attempt. One that started, and whose end was never reported, counts."""
+    """The number of the next attempt. An attempt that started, and whose end was never reported, counts."""
     return made + 1 if started_by is None else made + 2

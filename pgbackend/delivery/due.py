@@ -23,7 +23,7 @@ _PROBE_ROOM = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueRequest:
-    """What a shard takes of its failed events that are due."""
+    """Takes a shard's failed events when they are due."""
 
     lease: Lease
     events: bool
@@ -79,7 +79,7 @@ class Due:
         self._gone.add(position)
 
     def request(self, health: TargetHealth, *, dead_letters: bool) -> DueRequest | None:
-        """What there is room for; None without room, or while the target is paused.
+        """A request for as much as there is room for; None without room, or while the target is paused.
 
         `dead_letters`: whether there is a dead-letter dispatcher. A target that is down does not hold its events back.
         """

@@ -23,7 +23,7 @@ _LEAST_WAIT = 0.05
 
 
 class TargetHealth:
-    """What the last dispatches tell about a target."""
+    """The health of a target, by its last dispatches."""
 
     def __init__(self, retry: Retry) -> None:
         self._retry = retry

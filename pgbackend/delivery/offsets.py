@@ -28,7 +28,7 @@ _SHOWN_RANGES = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """What one pass did with the shards that it was given."""
+    """The result of one pass for the shards that it was given."""
 
     marks: Mapping[Shard, Mark]
     """Durable now."""

@@ -117,7 +117,7 @@ class Pump:
             self.shard.seal()
 
     def lose(self) -> None:
-        """The lease is gone: start no dispatch and commit nothing. What is at work may end."""
+        """The lease is gone: start no dispatch and commit nothing. Running handlers may end."""
         self.shard.lose()
         self.gate.stop()
 
@@ -167,10 +167,10 @@ class Pump:
         self.shard.finish()
         facts.emit("subscription complete", subscription=self.registration.name, shard=self.shard.lease.shard)
 
-    # What it says of itself.
+    # Its state, for others.
 
     def state(self) -> str:
-        """What it is doing, in a few words, for `status()`."""
+        """Its state in a few words, for `status()`."""
         if self.shard.complete:
             return "complete"
         health = self.registration.health
@@ -198,7 +198,7 @@ class Pump:
     # Failed events that are due again.
 
     def request_due(self) -> DueRequest | None:
-        """What it takes now of the failed events that are due; None when it has no room, or is held or paused."""
+        """Its request for failed events that are due; None when it has no room, or is held or paused."""
         if self.gate.halted or self.shard.lost:
             return None
         return self.due.request(self.registration.health, dead_letters=self.registration.dispatch_dead is not None)

@@ -142,7 +142,7 @@ class Pumps:
         if tasks := [task for _, task in self._running.values()]:
             await asyncio.wait(tasks, timeout=timeout)
 
-    # What they are doing.
+    # Questions about what they do.
 
     def is_at_work(self, event: Event) -> bool:
         """Whether this very event is being dispatched."""

@@ -28,7 +28,7 @@ _LETTERS_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a query found due, by the epoch of the shard that asked."""
+    """The results of a query for due events, by the epoch of the shard that asked."""
 
     deliveries: Sequence[tuple[int, Delivery]]
     gone: Mapping[int, Sequence[int]]

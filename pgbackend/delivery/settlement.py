@@ -48,7 +48,7 @@ class Settlement:
         """Whether the filter must be asked before the dispatch. A dead letter and a given-up event passed it once."""
         return delivery.letter is None and not delivery.given_up and delivery.event.position in self._backlog.undecided
 
-    # What can become of a delivery.
+    # The ends of a delivery.
 
     def handled(self, delivery: Delivery, health: TargetHealth) -> None:
         """Its dispatcher returned. `health`: of the target that it had."""

@@ -20,7 +20,7 @@ from pgbackend.subscriptions.presence import Tenure
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What to commit for a shard."""
+    """Everything to commit for a shard."""
 
     position: int
     pending: str
@@ -65,7 +65,7 @@ class Shard:
         self.lost = False
         """Whether another worker owns it, or may: nothing is dispatched or committed any more."""
         self.outcomes: dict[OutcomeKey, Outcome] = {}
-        """What to commit beside the offset; of several outcomes of an event the last one."""
+        """Outcomes to commit beside the offset: the last one of each event."""
         self.is_queued = False
         """Whether the committer knows that there may be something to commit. Read after each dispatch."""
         self._changed = on_change
@@ -83,7 +83,7 @@ class Shard:
     def may_dispatch(self) -> bool:
         return not self.lost and time.monotonic() < self.tenure.valid_until
 
-    # What the pump does.
+    # Transitions by the pump.
 
     def changed(self) -> None:
         """There may be something to commit."""
@@ -115,7 +115,7 @@ class Shard:
         """The lease is gone."""
         self.lost = True
 
-    # What the committer does.
+    # Transitions by the committer.
 
     def take_mark(self) -> Mark | None:
         """Take what there is to commit; None when the row says it already."""

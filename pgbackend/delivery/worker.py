@@ -130,7 +130,7 @@ class Worker:
             "watch the pumps": self.pumps.watch,
             "watch the presence": self._presence.watch,
         }
-        """What runs until the last shard is released."""
+        """The actors that run until the last shard is released."""
         self._tasks: asyncio.TaskGroup | None = None
 
     # A worker's life.
@@ -187,7 +187,7 @@ class Worker:
         except (DatabaseError, TimeoutError) as error:
             facts.emit("leave failed", level=logging.WARNING, error=str(error) or "PostgreSQL did not answer in time.")
 
-    # What the backend asks of it.
+    # Calls of the backend.
 
     @property
     def dispatches(self) -> bool:
@@ -245,7 +245,7 @@ class Worker:
         return self.pumps.of(name)
 
     async def _finish(self, call: Coroutine[Any, Any, _Result], *, name: str) -> _Result | None:
-        """What the call returns, though its caller may stop waiting; None if the worker ends first and gives up all.
+        """The result of the call, though its caller may stop waiting; None if the worker ends first and gives up all.
 
         Otherwise a cancelled caller would leave pumps that neither run nor end.
         """
@@ -258,7 +258,7 @@ class Worker:
         await asyncio.wait({task})
         return None if task.cancelled() else task.result()
 
-    # What the actors report.
+    # Reports of the actors.
 
     def _apply(self, committed: Committed) -> None:
         """Tell the pumps what is durable now, and end those whose leases are lost."""

@@ -78,7 +78,7 @@ _SOCKET_PATH_BYTES = 103
 
 
 class Plan(TypedDict):
-    """What a user asks its keeper for."""
+    """A user's request to its keeper."""
 
     directory: str
     """Absolute path without links."""

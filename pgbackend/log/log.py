@@ -20,7 +20,7 @@ from pgbackend.postgres.sql.statements import FenceSql, LogSql
 
 
 class Log:
-    """What all actors of a process share about one log."""
+    """Everything that the actors of a process share about one log."""
 
     def __init__(self, database: Database, *, schema: str, hole_wait: float) -> None:
         self.database = database

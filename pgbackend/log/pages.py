@@ -24,7 +24,7 @@ PAGE_BYTES = 16 << 20
 _LARGE = 16384
 """Bytes above which an event is fetched by itself, as the statements in log.sql have it."""
 _UNDECODABLE = (ValueError, ArithmeticError)
-"""What the driver raises for values that Python cannot hold: a date beyond the year 9999, text that is no UTF-8."""
+"""The driver's errors for values that Python cannot hold: a date beyond the year 9999, text that is no UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one round of a reader found out. Never changed: several subscriptions share it."""
+    """The findings of one round of a reader. Never changed: several subscriptions share it."""
 
     events: Sequence[Event]
     """In the order of delivery: first those that appeared in passed holes, then the log's next ones."""
@@ -82,7 +82,7 @@ class Reader:
         self._fence = Fence(holes, strict=strict)
         self._segments = SegmentMap()
         self._top = after
-        """Everything at or below was read. What lies above `position` is held back by a hole."""
+        """Everything at or below was read. A hole holds back the events above `position`."""
         self._held: list[Event] = []
         """Events above `position` that were read, in order."""
         self._lost: dict[int, str | None] = {}
@@ -245,7 +245,7 @@ class Reader:
             self._blocked_reads = 0
             return 0.0
         if self.is_blocked:
-            # Most appenders end within a millisecond or two. One that does not costs a read every 25 ms.
+            # Most appenders end within a millisecond or two. A slower one costs a read every 25 ms.
             self._blocked_reads = 0 if progress else self._blocked_reads + 1
             # At most 8, where it reaches 25 ms: after 1,750 reads the power would be no float any more.
             return min(0.001 * 1.5 ** min(self._blocked_reads, 8), 0.025)

@@ -1,4 +1,4 @@
-"""What the fence takes for granted, checked: the proof in pgbackend/log/fence.py holds only if all of this does.
+"""Checks the assumptions of the fence: the proof in pgbackend/log/fence.py holds only if all of them do.
 
 - The tables are as the migrations made them: the sequence, the identity of `position`, what a crash keeps or empties.
   `verify()` looks that up in the catalogs. A worker repeats it while it runs: an operator can alter a sequence.
@@ -49,7 +49,7 @@ class Requirements:
             raise SchemaError(problem)
 
     async def find_problem(self) -> str | None:
-        """What in the log's tables would let events be lost, and how to repair it; None when nothing would."""
+        """A fault of the log's tables that could lose events, and its repair; None without one."""
         seen = await self._log.database.fetchrow(self._sql.find_properties)
         if seen is None:
             return (

@@ -91,7 +91,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a DSN says, ready to connect with."""
+    """The contents of a DSN, ready to connect with."""
 
     hosts: tuple[Host, ...]
     """At least one, in the DSN's order."""

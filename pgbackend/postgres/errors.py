@@ -1,4 +1,4 @@
-"""What asyncpg's errors mean: their kind, by SQLSTATE, and the error of this package for each.
+"""Translates asyncpg's errors: their kind, by SQLSTATE, and the error of this package for each.
 
 The promise: `translate()` turns every failure of the driver, the socket or the clock into one of pgbackend.errors, and
 no predicate reads an error's text, which is in the server's language.
@@ -16,7 +16,7 @@ INSUFFICIENT_PRIVILEGE = "42501"
 CONFLICTS = frozenset({"40001", "40P01"})
 """serialization_failure and deadlock_detected: the statement is fine, and nothing of it has happened."""
 
-# What a statement may meet when its server, or the way to it, is going away.
+# Errors of statements whose server, or the way to it, is going away.
 _LOST = frozenset({
     "57P01",  # admin_shutdown: also what pg_terminate_backend sends
     "57P02",  # crash_shutdown

@@ -61,7 +61,7 @@ def alter(stored: Stored, wanted: Definition, waiting: Mapping[Key, RangeSet]) -
 def _settle(row: OffsetRow, failed: RangeSet) -> OffsetRow:
     """The row once the failed events are settled: up to the last of them, with everything unread below it pending."""
     position = max([row.position, *(upper - 1 for _, upper in failed)])
-    # What was not read yet counts as a hole: there may be no event.
+    # Positions that were not read yet count as holes: they may have no event.
     unread = RangeSet([(row.position + 1, position + 1)])
     return replace(
         row,

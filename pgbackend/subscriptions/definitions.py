@@ -19,7 +19,7 @@ from pgbackend.subscriptions.places import Place, start_bound
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
-    """What is stored of a subscription besides its offsets."""
+    """The stored options of a subscription, without its offsets."""
 
     name: str
     order: Order

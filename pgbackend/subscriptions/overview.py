@@ -1,4 +1,4 @@
-"""What all subscriptions of a log owe, for people, and whether their offsets and the log fit together."""
+"""The backlog of all subscriptions of a log, for people, and whether their offsets and the log fit together."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby

@@ -94,7 +94,7 @@ def switch(stored: Stored, events: Mapping[Key, RangeSet]) -> Change:
 
 
 def _owed(row: OffsetRow) -> RangeSet:
-    """What an old shard owes up to the barrier.
+    """The unsettled positions of an old shard up to the barrier.
 
     A shard that is finished because the subscription ends before the barrier has not read what lies between: that is
     owed as well, for the case that the end becomes a later one.

@@ -58,7 +58,7 @@ class StoredShard:
     row: OffsetRow
     epoch: int
     version: str
-    """Of the row: every change gives it another one."""
+    """The row's version: every change gives it another one."""
     free: bool
     """Whether it has no owner, or a dead one."""
 
@@ -69,7 +69,7 @@ class Stored:
 
     definition: Definition
     version: str
-    """Of the subscription's row."""
+    """The version of the subscription's row."""
     incarnation: str | None
     """The server's life that this process works in."""
     shards: Sequence[StoredShard]
@@ -96,7 +96,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What is to be written. Rows that are not mentioned stay as they are."""
+    """The rows to write. All others stay as they are."""
 
     definition: Definition
     written: Sequence[OffsetRow]

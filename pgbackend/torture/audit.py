@@ -191,7 +191,7 @@ class Stored(NamedTuple):
     position: int
     id: str
     lane: str
-    """What orders it under `order="key"`; "-" when nothing does."""
+    """Its key under `order="key"`; "-" without one."""
 
 
 class Letter(NamedTuple):
@@ -220,7 +220,7 @@ class FinalState:
     offsets: Sequence[Offset] = ()
     letters: Sequence[Letter] = ()
     unsettled: Sequence[str] = ()
-    """What was left when the time to drain was up."""
+    """The unsettled work when the time to drain was up."""
     failures: Sequence[str] = ()
     """Processes that ended without being told to, or otherwise than told."""
     clock_offset: int = 0
@@ -262,7 +262,7 @@ class Audit:
             return pid
 
     async def unsettled(self) -> list[str]:
-        """What is left to do; nothing when everything is settled."""
+        """The unsettled work; empty when everything is settled."""
         async with self._connected() as connection:
             return [row["what"] for row in await connection.fetch(_UNSETTLED.format(schema=self._schema))]
 

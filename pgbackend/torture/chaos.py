@@ -31,7 +31,7 @@ from pgbackend.torture.server import restart_server
 
 PLACE = "chaos"
 PROGRAMS = {"worker": "pgbackend.torture.worker", "producer": "pgbackend.torture.producer"}
-"""What processes run: modules, or files. A test may replace the worker by a broken one."""
+"""The programs of the processes: modules, or files. A test may replace the worker by a broken one."""
 _END_TIMEOUT = 90.0
 """Seconds in which a process that is told to end must end: more than `drain_timeout` and what follows it."""
 _START_TIMEOUT = 120.0

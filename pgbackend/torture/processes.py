@@ -69,7 +69,7 @@ class Child:
         assert self.process.stdout  # noqa: S101 - it is a pipe
         async with asyncio.timeout(timeout):
             if await self.process.stdout.readline() != b"ready\n":
-                raise PgBackendError(f"Process {self.pid} did not start. What it wrote to stderr says why.")
+                raise PgBackendError(f"Process {self.pid} did not start. Its output on stderr says why.")
 
     def tell(self, command: Mapping[str, object]) -> None:
         """Write a command to its standard input."""

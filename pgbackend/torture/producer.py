@@ -187,7 +187,7 @@ class _Producer:
 
 
 def _outcome(error: PgBackendError) -> str:
-    """What an error says of its events. Every other error says that they are not stored."""
+    """The outcome that each error means for its events. Every other error means that they are not stored."""
     return "uncertain" if isinstance(error, ProduceUncertainError) else "refused"
 
 

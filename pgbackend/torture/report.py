@@ -15,7 +15,7 @@ class Report:
 
     plan: Plan
     server: str
-    """What it ran on."""
+    """The machine and the server."""
     verdict: Verdict
     drained: float
     """Seconds from the end of producing until everything was settled."""

@@ -725,7 +725,7 @@ def test_expressions_agree_with_a_plain_evaluator(tree: Tree) -> None:
 CONTRADICTED = {
     ("Not operator", "Invalid int cast"): "3.7 has integers cast to booleans, as has the suite itself in BOOL(10)"
 }
-"""Vectors from before 1.0 that the specification's text contradicts. Of these only the filter's answer is compared."""
+"""Vectors from before 1.0 that the specification's text contradicts. Only the filter's answer is compared for these."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

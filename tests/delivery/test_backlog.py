@@ -29,7 +29,7 @@ def carried(
 
 
 def take(backlog: Backlog) -> Delivery | None:
-    """What a deliverer would take next from a target that is up."""
+    """The delivery that a deliverer would take next from a target that is up."""
     if backlog.given_up:
         return backlog.given_up.popleft()
     if backlog.retries:

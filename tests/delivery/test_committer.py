@@ -30,7 +30,7 @@ class Server:
         self.passes: list[list[Shard]] = []
         self.times: list[float] = []
         self.errors: list[DatabaseError] = []
-        """What the next passes fail with."""
+        """The errors of the next passes."""
         self.open = asyncio.Event()
         self.open.set()
 

@@ -23,7 +23,7 @@ AT_ONCE = Retry(attempts=3, delay=0.0)
 
 
 async def due_in(dsn: str, seconds: float) -> None:
-    """What waits to be tried again is due then for the next owner. Delays that are short from the beginning race."""
+    """Retries that wait are due then for the next owner. Delays that are short from the beginning race."""
     connection = await asyncpg.connect(dsn)
     await connection.execute(
         "UPDATE pgbackend.redeliveries SET due_at = now() + make_interval(secs => $1)", float(seconds)
@@ -31,7 +31,7 @@ async def due_in(dsn: str, seconds: float) -> None:
     await connection.close()
 
 
-# What a dispatcher may do.
+# The ends of a dispatch.
 
 
 @pytest.mark.parametrize("order", ["none", "key", "strict"])

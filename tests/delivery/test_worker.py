@@ -116,7 +116,7 @@ async def test_a_dispatcher_that_is_cancelled_has_ended_before_its_shard_is_give
 
 @pytest.mark.direct
 async def test_a_way_to_listen_that_leads_elsewhere_is_found_out(database: str, empty_database: str) -> None:
-    """Nobody could see there that the worker lives: its shards would be taken as those of a dead one, over and over."""
+    """The worker would look dead there: others would take its shards over and over."""
     elsewhere = Backend(empty_database)
     await elsewhere.init()
     await elsewhere.stop()

@@ -239,7 +239,7 @@ async def test_the_shards_of_a_killed_process_are_shared_out_within_two_seconds(
 
 
 async def test_failed_events_follow_their_shard(database: str) -> None:
-    """One that waits to be tried again is tried by whoever has its shard by then, with its attempts."""
+    """The owner of its shard at that time retries an event that waits, and knows its attempts."""
     observer = await asyncpg.connect(database)
     seen: list[tuple[str, int]] = []
 

@@ -39,7 +39,7 @@ class Note:
 
 @dataclass
 class Diary:
-    """What the dispatchers of all processes did, in its order."""
+    """The dispatches of all processes, in their order."""
 
     promised: str = "none"
     notes: list[Note] = field(default_factory=list)

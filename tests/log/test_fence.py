@@ -108,7 +108,7 @@ def test_once_every_open_appender_is_overdue_nothing_visible_is_held_back(
             if follower.step(prove=False) and follower.reader.position >= max(log.visible):
                 break
         assert set(follower.account.seen) == set(log.visible)
-    # What they commit at last is still read.
+    # Their late commits are still read.
     log.settle_down()
     follower.finish()
     follower.account.verify()

@@ -1,4 +1,4 @@
-"""What the fence takes for granted: an altered log or another engine is refused by name."""
+"""The assumptions of the fence: an altered log or another engine is refused by name."""
 
 import asyncio
 import tempfile

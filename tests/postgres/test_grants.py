@@ -1,4 +1,4 @@
-"""What each kind of role can and cannot do with the privileges that `pgbackend grants` prints.
+"""Each kind of role: what it can and cannot do with the privileges that `pgbackend grants` prints.
 
 The log belongs to a role that is no superuser, and each kind connects as a role of its own.
 """
@@ -115,7 +115,7 @@ async def roles(unprivileged: Roles) -> Roles:
     return unprivileged
 
 
-# What each kind can do.
+# Allowed to each kind.
 
 
 @pytest.mark.parametrize("private", ["sys", "rds_aurora"])
@@ -281,7 +281,7 @@ async def test_appender_began_tells_nothing_about_backends_that_do_not_append(ro
         assert await roles.fetchval("operator", began, producer.get_server_pid()) is not None
 
 
-# What each kind cannot do.
+# Denied to each kind.
 
 _SEGMENT = "pgbackend.events_0"
 FORBIDDEN_TO_ALL = [

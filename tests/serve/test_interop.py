@@ -286,7 +286,7 @@ class TestJavaScriptReceives:
         assert got["attributes"]["count"] == "-42"
         assert got["attributes"]["flag"] == "true"
         assert got["time"]["time"] == "2026-01-01T00:00:00.000Z"
-        # It does not decode header values. What has others than ASCII's visible characters is for structured mode.
+        # It does not decode header values. Values with other than ASCII's visible characters are for structured mode.
         assert got["attributes"]["note"] == "a%20b"
 
     @pytest.mark.slow

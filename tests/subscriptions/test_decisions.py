@@ -176,7 +176,7 @@ class Subscription(RuleBasedStateMachine):
         if change.drops_redeliveries_above is not None:
             self.redeliveries = {one for one in self.redeliveries if one <= change.drops_redeliveries_above}
 
-    # What must hold.
+    # Properties that must hold.
 
     @invariant()
     def every_event_is_owed_once_until_it_is_handled(self) -> None:

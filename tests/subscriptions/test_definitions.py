@@ -286,7 +286,7 @@ async def test_a_complete_subscription_stays_complete_until_a_seek(log: Backend)
     assert sorted(second.ids) == ["1", "2"]
 
 
-# What is stored.
+# Stored options.
 
 
 @pytest.mark.parametrize(

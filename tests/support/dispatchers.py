@@ -9,7 +9,7 @@ from tests.support.polling import eventually
 
 
 class Catch:
-    """What a subscription was handed, in order, and when in monotonic seconds. Fails where `fails` says so."""
+    """Keeps the events that a subscription got, in order and with monotonic times. Fails where `fails` says so."""
 
     def __init__(self, fails: Callable[[Event], bool] = lambda _: False) -> None:
         self.fails = fails

@@ -96,7 +96,7 @@ class EmbeddedUser:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def interrupt(self) -> None:
-        """What the terminal does at Ctrl-C. The process itself takes no notice."""
+        """Signal it as a terminal does at Ctrl-C. The process itself takes no notice."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     async def stop(self, timeout: float = 60.0) -> None:

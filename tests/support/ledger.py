@@ -29,7 +29,7 @@ class Handling:
 
 @dataclass
 class Ledger:
-    """What was produced, and the file in which workers note what they handle.
+    """Everything that was produced, and the file in which workers note what they handle.
 
     >>> import tempfile
     >>> ledger = Ledger(Path(tempfile.mkdtemp()) / "ledger")

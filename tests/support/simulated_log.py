@@ -55,7 +55,7 @@ class SimulatedLog:
         self._page = page
         self._step = step
 
-    # What appenders do.
+    # Steps of appenders.
 
     def open_appender(self, positions: int = 1) -> Appender:
         """An appender that has the lock and has drawn so many positions."""
@@ -135,7 +135,7 @@ class SimulatedLog:
                 (self.commit if number % 2 else self.roll_back)(appender)
             self.unlock(appender)
 
-    # What readers call.
+    # Calls of readers.
 
     def open_now(self) -> frozenset[str]:
         return frozenset(appender.name for appender in self.transactions if appender.locked)

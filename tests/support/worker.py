@@ -41,7 +41,7 @@ class Worker:
     ) -> None:
         """`settings` go to `Backend`, `options` to `subscribe()`; both as far as JSON carries them.
 
-        `poison`: ids of events whose handling kills the process, after `delay` seconds. What they do is noted as well.
+        `poison`: ids of events whose handling kills the process, after `delay` seconds. The ledger has them too.
         """
         self._job = {
             "dsn": dsn,

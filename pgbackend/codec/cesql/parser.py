@@ -29,11 +29,11 @@ Lookup = Callable[[str], Callable[[Any], Value | None]]
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """What a text, or a part of it, means."""
+    """The meaning of a text, or of a part of it."""
 
     evaluate: Evaluate
     mistake: str | None = None
-    """What fails with every event that gets that far: a call of a function that does not exist."""
+    """An error for every event that gets that far: a call of a function that does not exist."""
     depth: int = 0
     """How deeply its operations are nested."""
     literal: Value | None = None
@@ -145,7 +145,7 @@ _ONE_OF = {
     "NAME": "the name of an attribute",
     "_OPEN": "'('",
 }
-"""What a terminal says about the next token. The first that fits says all: a value may also be a string."""
+"""The meaning of each terminal for the next token. The first that fits says all: a value may also be a string."""
 
 _ANY_OF = {"_COMMA": "','", "_CLOSE": "')'", "$END": "the end"}
 

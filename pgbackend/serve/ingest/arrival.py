@@ -32,7 +32,7 @@ class Arrival:
         self.in_head = True
         """The parser is in a head, or between two requests."""
         self.head_bytes = 0
-        """Of the head, at most."""
+        """Bytes of the head, at most."""
         self._body_before = 0
         self.begin(now)
 
@@ -42,7 +42,7 @@ class Arrival:
         self.received_bytes = 0
         self.body_bytes = 0
         self.unfinished_bytes = 0
-        """Of a head that is not complete, at most. The connection counts them while they take memory."""
+        """Bytes of an incomplete head, at most. The connection counts them while they take memory."""
         self._since_body = 0
         self._started_at = self._looked_at = now
         self._credit = limits.PATIENCE

@@ -41,7 +41,7 @@ class Budget:
 
 
 class Holding:
-    """What one connection, or one request, of `address` holds of a budget."""
+    """The part of a budget that one connection, or one request, of `address` holds."""
 
     __slots__ = ("_address", "_budget", "amount")
 

@@ -1,4 +1,4 @@
-"""What clients may send and make the broker hold, in one place. docs/broker.md tells users the same numbers.
+"""All limits of what clients may send and make the broker hold. docs/broker.md tells users the same numbers.
 
 `protocol` and `listener` apply the constants, which are about connections; `handler` applies `Limits`, which is about
 events.
@@ -48,12 +48,12 @@ class Limits:
     event_bytes: int = 1 << 20
     """The largest event, as the backend's `max_event_bytes`."""
     batch_bytes: int = 8 << 20
-    """Of the body of a batch. A batch is one transaction."""
+    """Bytes of the body of a batch. A batch is one transaction."""
     batch_events: int = 10_000
     """In one batch."""
     held_bytes: int = 256 << 20
-    """Of all bodies that are arriving and of all events that are being committed. A request beyond it, or beyond its
-    address's share of it, is answered 503."""
+    """Bytes of all bodies that are arriving and of all events that are being committed. A request beyond it, or
+    beyond its address's share of it, is answered 503."""
 
 
 def connections(wanted: int) -> int:

@@ -1,4 +1,4 @@
-"""What the broker says of itself: `/healthz`, `/readyz` and `/metrics`, for load balancers and Prometheus.
+"""The broker's reports about itself: `/healthz`, `/readyz` and `/metrics`, for load balancers and Prometheus.
 
 `handler` answers with it at the port for events, `admin` at the admin port. The promise: an answer comes within
 seconds, whatever PostgreSQL does, and PostgreSQL is asked at most once a second.

@@ -64,7 +64,7 @@ _add_path = re.compile(rb"^([a-z]+://[^/?#]*)(?=[?#]|$)", re.IGNORECASE).sub
 
 
 class Application(Protocol):
-    """What a connection serves: an ASGI application that is told a bit more than ASGI's messages."""
+    """The application behind a connection: an ASGI application that is told a bit more than ASGI's messages."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send, /) -> None: ...
 
@@ -78,12 +78,12 @@ class Application(Protocol):
 
 
 class State(ServerState):
-    """What the connections of a listener share."""
+    """The state that all connections of a listener share."""
 
     def __init__(self, tasks: asyncio.TaskGroup, hosts: Hosts, *, connections: int) -> None:
         super().__init__()
         self.group = tasks
-        """Of the requests that go through ASGI."""
+        """Tasks of the requests that go through ASGI."""
         self.hosts = hosts
         self.places = Budget(connections)
         """For connections, TLS handshakes included."""
@@ -120,7 +120,7 @@ class Connection(HttpToolsProtocol):
         self._idle_since = 0.0
         self._closing_since: float | None = None
 
-    # What the event loop calls
+    # Called by the event loop
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -168,7 +168,7 @@ class Connection(HttpToolsProtocol):
         """Whether the connection stays open: while complete requests wait for their answers."""
         return self.scheme != "https" and self._take_no_more()  # the loop says that TLS cannot be half closed
 
-    # What the parser calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
         # uvicorn's own, which makes the ASGI scope, runs once the request goes through ASGI.
@@ -464,7 +464,7 @@ class _Exchange:
 
 
 def _problem_of(error: Exception) -> Problem:
-    """What a client is told for an error of the parser, or of one of its callbacks."""
+    """The answer to a client for an error of the parser, or of one of its callbacks."""
     cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
     if isinstance(cause, Problem):
         return cause

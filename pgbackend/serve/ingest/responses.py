@@ -1,4 +1,4 @@
-"""What clients are answered: ASGI's types, problems as RFC 9457 describes them, and how both are sent.
+"""Answers to clients: ASGI's types, problems as RFC 9457 describes them, and how both are sent.
 
 A refusal says what happened, to which event, and what to do. The promise: "Nothing was stored" is said only if that is
 certain.
@@ -49,7 +49,7 @@ def unavailable(detail: str) -> Problem:
 
 
 def not_stored(error: Exception, event: "Event | None") -> Problem:
-    """What the sender is told when its events could not be committed; `event`: the only one, if there is one."""
+    """The answer to a sender whose events could not be committed; `event`: the only one, if there is one."""
     if isinstance(error, ProduceUncertainError):
         return unavailable(
             "The outcome is unknown: the connection to PostgreSQL was lost during the commit. The events may be stored "

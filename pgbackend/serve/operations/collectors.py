@@ -1,4 +1,4 @@
-"""What a scrape shows besides this process's own counts: the log's state, and the counts of other broker processes.
+"""Shows more than this process's own counts in a scrape: the log's state, and the counts of other broker processes.
 
 `metrics` registers both collectors. Broker processes share a directory of mapped files (PROMETHEUS_MULTIPROC_DIR, set
 before prometheus_client is imported), so each can answer for all. The promise: a counter never falls, because counts of
@@ -66,7 +66,7 @@ def _by_trigger(name: str, text: str) -> GaugeMetricFamily:
 
 
 class ProcessesCollector:
-    """What all broker processes have counted, from their files; of triggers only those that `is_known` knows."""
+    """The counts of all broker processes, from their files, without triggers that `is_known` does not know."""
 
     def __init__(self, directory: Path, is_known: Callable[[str], bool]) -> None:
         self._directory = directory

@@ -180,7 +180,7 @@ CHANGES: Mapping[str, Callable[[Instruments, str], None]] = {
     "configuration reloaded": _reloaded,
     "configuration refused": _reload_refused,
 }
-"""What each fact changes, given the subscription that it is about."""
+"""The change that each fact makes, given the subscription that it is about."""
 
 
 def code_of(status: int) -> str:

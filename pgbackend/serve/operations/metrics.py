@@ -1,4 +1,4 @@
-"""What the broker measures, and the text that Prometheus reads.
+"""The broker's metrics, and the text that Prometheus reads.
 
 `handler` and the dispatchers of `egress` report to it what they do; facts tell the rest, such as a buried event or a
 target that is down; `collectors` adds the state of the log. The promise: counting costs the hot path well below a

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _EVENT_BYTES = 1 << 20
-"""What the log accepts. An event that the context would make larger is stored without it."""
+"""The largest attributes that the log accepts. An event that the context would make larger is stored without it."""
 _STATE_CHARACTERS = 512
 """W3C asks for at least so many of a `tracestate` to be passed on. A longer one is not stored with the event."""
 

@@ -22,7 +22,7 @@ class Lease:
     """When the server's life began in which it was claimed."""
     position: int
     pending: RangeSet = field(repr=False)
-    """What was not settled at or below the position: pending, or waiting for redelivery."""
+    """Unsettled positions at or below the position: pending, or waiting for redelivery."""
     released_at: int = NEVER
     successor: "Lease | None" = field(default=None, repr=False)
     """The next lease of the shard."""

@@ -89,7 +89,7 @@ class Order:
         if self._subscriptions[dispatch.subscription].order == "strict":
             ruling.violated(finding)
         elif sent is None or not sent.acknowledged:
-            # Nobody knows how long its transaction was open.
+            # Its transaction may have been open for any time.
             return True
         elif later is not None and sent.ended_at < later.sent_at:
             ruling.violated(f"acknowledged before the later event was sent, and {finding}")

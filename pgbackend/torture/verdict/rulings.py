@@ -29,7 +29,7 @@ Outcome = Literal["kept", "broken", "not judged"]
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What explains that a process lost a lease, or could not report."""
+    """An explanation why a process lost a lease, or could not report."""
 
     kind: str
     since: int

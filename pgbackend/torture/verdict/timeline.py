@@ -31,7 +31,7 @@ TOLERANCE = SECOND // 20
 AFTERMATH = round(LEASE * SECOND)
 """For so long after its end a fault explains that a lease is lost."""
 RETURN = 2 * SECOND
-"""What a worker that can reach the server needs at most to connect and to report."""
+"""The longest time in which a worker that can reach the server connects and reports."""
 FROZEN = 60 * SECOND
 """For so long a process without a sign of life, but with a connection, counts as alive. See `care.py`."""
 _CRASHES = ("immediate", "kill")
@@ -118,7 +118,7 @@ class Timeline:
         """Note that a process ended in order."""
         self._process(process).ended_at = at
 
-    # What happened.
+    # Facts.
 
     def is_producing(self, at: int) -> bool:
         """Whether producers and faults were at work."""
@@ -152,7 +152,7 @@ class Timeline:
         own = (fault for fault in self._process(process).faults if fault.kind in ("cut", "terminate"))
         return max((fault.since for fault in (*own, *self._outages) if fault.since <= at), default=-1)
 
-    # What it explains.
+    # Explanations.
 
     def find_fault(self, process: str, since: int, until: int) -> Cause | None:
         """A fault of the process or of the server between two times, or else a stall of the machine; None without."""
@@ -165,7 +165,7 @@ class Timeline:
         return self._find_stall(since, until)
 
     def find_cause_of_loss(self, lease: Lease) -> Cause | None:
-        """What explains that the process lost the lease when it ended."""
+        """The cause for which the process lost the lease when it ended."""
         at, process = lease.ended_at, self._process(lease.process)
         if process.killed_at <= at + TOLERANCE:
             return Cause("kill", process.killed_at)
@@ -187,7 +187,7 @@ class Timeline:
         return in_another_life and (outage.kind in _CRASHES or at <= outage.until + AFTERMATH)
 
     def find_cause_of_silence(self, process: str, at: int) -> Cause | None:
-        """What explains that a process that lives had not reported by then that it outlived an attempt."""
+        """The cause for which a live process had not reported by then that it outlived an attempt."""
         mine = self._process(process)
         stall = self._find_stall(min(at, mine.ended_at) - AFTERMATH, at)
         if mine.ended_at <= at:
@@ -213,7 +213,7 @@ class Timeline:
         return False
 
     def _find_hold(self, process: _Process, at: int) -> Cause | None:
-        """What left the process no time to report within a lease's time before; None if it had enough at a stretch."""
+        """The cause that left the process no time to report within a lease's time; None if it had enough."""
         holds = [fault for fault in (*process.faults, *self._outages) if fault.kind != "terminate"]
         free_since, last = at - AFTERMATH, None
         for hold in sorted(holds, key=lambda hold: hold.since):

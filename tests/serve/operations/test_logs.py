@@ -19,7 +19,7 @@ from tests.serve.support.target import Target
 
 Lines = Callable[[], list[str]]
 HOSTILE = 'x\n2026-01-01T00:00:00Z [error    ] forged\r\x1b[2J\x1b]0;t\x07\u2028\u202e\x9b31m"} {"level": "error"'
-"""What a stranger may put into an event's id."""
+"""Texts that a stranger may put into an event's id."""
 
 
 @pytest.fixture

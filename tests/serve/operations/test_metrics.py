@@ -243,7 +243,7 @@ class TestExposition:
         assert {"messaging_client_consumed_messages", "pgbackend_target_down", "process_open_fds"} <= names
 
     async def test_names_and_texts_keep_prometheus_rules(self, database: str) -> None:
-        """What promlint looks for."""
+        """The mistakes that promlint looks for."""
         for family in (await everything(database)).values():
             assert family.documentation.endswith("."), family.name
             assert re.fullmatch("[a-z][a-z0-9_]*", family.name)
@@ -444,7 +444,7 @@ class Process:
             return json.loads(await self.process.stdout.readline())
 
     async def samples(self) -> dict[str, float]:
-        """What it shows: `name{labels}` → value, without buckets and what it says of processes."""
+        """Its samples: `name{labels}` → value, without buckets and what it says of processes."""
         text = str(await self.do("(await metrics.exposition(None))[0].decode()"))
         return {
             f"{one.name}{sorted(one.labels.items())}": one.value

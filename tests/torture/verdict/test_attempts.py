@@ -38,7 +38,7 @@ def bury(story: Story, number: int, attempts: int) -> None:
     story.letters.append(Letter("flaky", f"p-{number}", attempts))
 
 
-# What counts.
+# Attempts that count.
 
 
 def test_an_attempt_that_failed_counts() -> None:
