@@ -34,7 +34,13 @@ async def test_an_unreachable_server_is_one_clear_line(run: Run, command: list[s
     assert result.stderr.startswith("Error: PostgreSQL at localhost:1/nowhere cannot be reached: ")
 
 
-@pytest.mark.parametrize("command", [["status"], ["migrate"], ["dead-letters", "list"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        *(pytest.param(command, marks=pytest.mark.slow) for command in (["migrate"], ["dead-letters", "list"])),
+    ],
+)
 async def test_a_server_that_does_not_answer_is_one_clear_line_within_seconds(run: Run, command: list[str]) -> None:
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

@@ -202,8 +202,14 @@ async def test_a_handler_that_swallows_its_cancellation_commits_nothing(database
         await catch.has("a")
 
 
-@pytest.mark.parametrize("how", ["stop", "cancel", "unsubscribe"])
-@pytest.mark.parametrize("at_work", [False, True])
+@pytest.mark.parametrize(
+    ("how", "at_work"),
+    [
+        ("stop", True),
+        *(pytest.param(how, False, marks=pytest.mark.slow) for how in ("stop", "cancel", "unsubscribe")),
+        *(pytest.param(how, True, marks=pytest.mark.slow) for how in ("cancel", "unsubscribe")),
+    ],
+)
 async def test_a_frozen_server_does_not_delay_the_end(database: str, how: str, at_work: bool) -> None:
     gate = Gate()
     async with nothing_left(database), Proxy(database) as proxy:

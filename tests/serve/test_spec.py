@@ -384,7 +384,13 @@ class TestDelivery:
         self, database: str, target: Target, other_target: Target
     ) -> None:
         """The default is binary mode. A 3xx is a final failure."""
-        refusing(target, 302, Location=other_target.url)
+
+        def answer(request: Request) -> web.Response:
+            if request.event().id == "redirected":
+                return web.Response(status=302, headers={"Location": other_target.url})
+            return web.Response(status=204)
+
+        target.answer = answer
         body = b' {"n": 1.00,\r\n "n": [ ]}\n\xff'
         async with serving(database, config=one(target.url, f"deliveryOptions: {{retry: 3, {FAST}}}")) as broker:
             for id_ in ("redirected", "delivered"):

@@ -250,6 +250,7 @@ async def test_a_request_that_stalls_after_many_bytes_is_cut_off_in_time(
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.slow
 async def test_a_steady_request_may_take_longer_up_to_the_longest_arrival(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
