@@ -91,8 +91,3 @@ def test_every_command_is_in_the_table_and_the_other_way_round() -> None:
     assert documented == listed
     for command in listed:
         assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
-
-
-def test_links_lead_somewhere_inside_the_repository() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
