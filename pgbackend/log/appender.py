@@ -24,6 +24,7 @@ from functools import partial
 from pgbackend import facts
 from pgbackend.codec.attributes import COLUMNS, Row
 from pgbackend.errors import (
+    ConfigError,
     ConnectionLostError,
     DatabaseError,
     EventError,
@@ -32,7 +33,7 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
-from pgbackend.postgres.connections import Connection, on_unconfirmed
+from pgbackend.postgres.connections import Connection, end_copy_with, on_unconfirmed
 from pgbackend.postgres.errors import is_definite, is_out_of_segments, is_position_taken, is_refused_for_data, translate
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay, repeat
@@ -186,7 +187,7 @@ class Appender:
                 continue
             try:
                 await self._writer.connect()
-            except DatabaseError as error:
+            except (DatabaseError, ConfigError) as error:
                 # Nothing was sent, so calls may wait for the server to come back until their deadlines.
                 self._unreachable = str(error)
                 facts.emit("append cannot connect", level=delay.failed(), failures=delay.failures, error=str(error))
@@ -357,10 +358,11 @@ class _Writer:
         return self._connection is not None and not self._connection.is_closed()
 
     async def connect(self) -> None:
-        """There is a connection. Raises DatabaseError."""
+        """There is a connection. Raises DatabaseError, and ConfigError for a certificate that is missing just now."""
         if not self.is_connected:
-            self._connection = await self._database.connect()
-            on_unconfirmed(self._connection, self._note_unconfirmed)
+            connection = self._connection = await self._database.connect()
+            on_unconfirmed(connection, self._note_unconfirmed)
+            end_copy_with(connection)
 
     async def insert(self, rows: Sequence[Row]) -> None:
         """The rows are committed, in their order and in one transaction. Raises what the driver raises."""

@@ -10,7 +10,7 @@ import hashlib
 import logging
 
 from pgbackend import facts
-from pgbackend.errors import DatabaseError
+from pgbackend.errors import ConfigError, DatabaseError
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.postgres.sql.statements import LogSql
@@ -115,8 +115,8 @@ class Notifier:
         """Whether it was sent. A failure costs only a hint, because the others poll."""
         try:
             await self._database.execute(self._sql.notify, self._channel, payload, _NOTIFY_PATIENCE)
-        except DatabaseError as error:
-            is_full = error.sqlstate == _QUEUE_FULL
+        except (DatabaseError, ConfigError) as error:
+            is_full = isinstance(error, DatabaseError) and error.sqlstate == _QUEUE_FULL
             facts.emit(
                 "notify failed", level=self._delay.failed(), failures=self._delay.failures, error=str(error),
                 effect="Other processes find events by polling meanwhile." + (_END_LISTENER if is_full else ""),

@@ -68,6 +68,15 @@ def on_unconfirmed(connection: Connection, callback: Callable[[], None]) -> None
     connection.add_log_listener(listener)
 
 
+def end_copy_with(connection: Connection) -> None:
+    """Have a COPY fail when its connection is lost or terminated while it waits for room to write.
+
+    asyncpg would let it wait for ever.
+    """
+    protocol = connection._protocol  # type: ignore[attr-defined] # noqa: SLF001 - the only way to end that wait
+    connection.add_termination_listener(lambda _: protocol.resume_writing())
+
+
 class Dialer:
     """Opens connections under one application name, and remembers which hosts are poolers."""
 

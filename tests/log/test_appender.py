@@ -11,6 +11,7 @@ from cloudevents.core.v1.event import CloudEvent
 from pgbackend import Backend
 from pgbackend.codec.attributes import COLUMNS, Row
 from pgbackend.errors import (
+    ConfigError,
     ConnectionLostError,
     DatabaseError,
     EventError,
@@ -366,8 +367,46 @@ async def test_a_connection_lost_before_the_answer_makes_each_call_of_the_batch_
     # The server may commit the uncertain batch, before or after the last event, or not.
     ids = await stored(database)
     assert {"before", "after"} <= set(ids)
-    assert len(ids) == len(set(ids))
     assert len(ids) == len(set(ids)), "nothing was sent twice"
+
+
+@pytest.mark.parametrize("how", ["cut off", "terminated"])
+async def test_a_connection_that_ends_in_the_middle_of_a_large_batch_fails_that_batch_only(
+    database: str, how: str
+) -> None:
+    async with Proxy(database) as proxy, appending(proxy.dsn) as appender:
+        await append(appender, [row("before")])
+        connection = appender._writer._connection
+        assert connection is not None
+        transport: asyncio.WriteTransport = connection._transport  # type: ignore[attr-defined]
+        async with log_locked(database):
+            large = asyncio.create_task(append(appender, [row(f"large {n}", data=bytes(1 << 20)) for n in range(20)]))
+            await eventually("it waits for room to write", lambda: transport.get_write_buffer_size() > 1 << 16)
+            if how == "cut off":
+                proxy.reset()
+            else:
+                connection.terminate()
+            with pytest.raises(ProduceUncertainError):
+                await large
+        await append(appender, [row("after")])
+
+    assert await stored(database) == ["before", "after"]
+
+
+async def test_a_certificate_that_is_missing_for_a_moment_fails_only_the_calls_of_that_moment(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise ConfigError("sslcert in the DSN is '/gone': there is no such file, or it may not be read.")
+
+    async with appending(database) as appender:
+        with monkeypatch.context() as patched:
+            patched.setattr(Database, "connect", refuse)
+            with pytest.raises(ConfigError, match="sslcert"):
+                await append(appender, [row("refused")])
+        await append(appender, [row("after")])
+
+    assert await stored(database) == ["after"]
 
 
 @pytest.mark.parametrize("while_sending", [True, False])
