@@ -99,7 +99,7 @@ class Keeper:
         self._home = Path(plan["directory"], home.NAME)
         self._pid = os.getpid()
         self._locks = _open_lock(Path("keepers"))
-        self._server_lock = _open_lock(_SERVER)
+        self._server_lock = -1
         self._log = os.open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._server: subprocess.Popen[bytes] | None = None
         self._is_ready = self._was_ready = False
@@ -118,6 +118,8 @@ class Keeper:
             if self._has_left() and _other_lock(self._locks, USERS) == fcntl.F_RDLCK:
                 return
             time.sleep(TICK)
+        # Not before: the active keeper takes every other process that has this file open for one of the server's.
+        self._server_lock = _open_lock(_SERVER)
         try:
             self._end_server()
             home.delete_unfinished()
@@ -275,7 +277,8 @@ class Keeper:
                 raise Failure(f"the database in {self._home} was deleted.")
             # Copy and truncate: the server keeps the file open, and appends.
             if os.fstat(self._log).st_size > LOG_BYTES:
-                shutil.copyfile(_LOG, f"{_LOG}.1")
+                with suppress(OSError):  # the disk is full
+                    shutil.copyfile(_LOG, f"{_LOG}.1")
                 os.ftruncate(self._log, 0)
             time.sleep(TICK)
         _unlock(self._locks, READY)

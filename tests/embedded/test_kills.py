@@ -177,6 +177,25 @@ async def test_of_many_keepers_one_takes_over(directory: Path) -> None:
 
 
 @pytest.mark.slow
+async def test_a_keeper_that_ends_a_server_spares_the_keepers_of_other_users(directory: Path) -> None:
+    async with EmbeddedUser(directory), fast_server(directory) as server:
+        await eventually("both users have keepers", lambda: len(keepers(directory)) == 2)
+        before, killed = keepers(directory), postmaster(directory)
+        # A backend that outlives the server makes the keeper end processes one by one.
+        busy = await asyncpg.connect(server.dsn)
+        backend = busy.get_server_pid()
+        computing = asyncio.create_task(busy.fetchval("select count(*) from generate_series(1, 1000000000000)"))
+        await eventually("it computes", lambda: b"SELECT" in Path(f"/proc/{backend}/cmdline").read_bytes())
+        _kill(killed)
+        with pytest.raises((asyncpg.PostgresError, OSError)):
+            await computing
+        busy.terminate()
+        await _another(postmaster, directory, killed)
+        await _answers(server.dsn)
+        assert sorted(keepers(directory)) == sorted(before)
+
+
+@pytest.mark.slow
 def test_a_killed_keeper_is_replaced_without_an_event_loop(directory: Path) -> None:
     server = fast_server(directory)
     dsn = asyncio.run(server.start())
