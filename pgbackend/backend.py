@@ -20,6 +20,7 @@ From `produce()` to the committed offset, one function a step:
 Shutdown goes the same way: stop reading (4), finish 7 and 8, commit (9), release the shards, close the appender.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime
 from os import PathLike
@@ -157,7 +158,13 @@ class Backend:
 
     async def __aenter__(self) -> Self:
         """`init()`, and `start()` in the background. If that fails, the body is cancelled."""
-        await self.init()
+        try:
+            await self.init()
+        except asyncio.CancelledError:
+            # It may have come when the log was open already, and there is no body that could end with `stop()`.
+            if self._lifecycle.is_open:
+                await self.stop()
+            raise
         self._lifecycle.enter_body(self.start())
         return self
 

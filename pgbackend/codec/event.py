@@ -15,7 +15,6 @@ from pgbackend.codec.attributes import (
     Row,
     checked_extension,
     event_label,
-    excerpt,
     extension_text,
     read_extensions,
     write_extensions,
@@ -210,7 +209,10 @@ class Event:
         return self._row[4]
 
     def get_time(self) -> datetime | None:
-        """Its time as a datetime: cut to microseconds, a leap second as :59. `attribute("time")` has the full text."""
+        """Its time as a datetime: cut to microseconds, a leap second as :59. `attribute("time")` has the full text.
+
+        None without a time, and for a date that does not exist, which only plain SQL can store.
+        """
         text = self._row[5]
         return None if text is None else _datetime(text)
 
@@ -221,8 +223,10 @@ class Event:
     def get_attributes(self) -> dict[str, Any]:
         """All attributes, in a new dict: `time` is a datetime, extensions are str, int or bool."""
         attributes: dict[str, Any] = {name: text for name, text in self._core() if text is not None}
-        if "time" in attributes:
-            attributes["time"] = self.get_time()
+        if (moment := self.get_time()) is not None:
+            attributes["time"] = moment
+        else:
+            attributes.pop("time", None)
         attributes.update(self._parsed_extensions())
         return attributes
 
@@ -263,14 +267,14 @@ class Event:
         return f"<Event {self._position} {row[3]!r} id={row[1]!r} source={row[2]!r}>"
 
 
-def _datetime(text: str) -> datetime:
+def _datetime(text: str) -> datetime | None:
     text = text.upper()
     if text[17:19] == "60":
         text = f"{text[:17]}59{text[19:]}"  # datetime has no leap second
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise EventError(f"attribute 'time' is {excerpt(text)}: expected an RFC 3339 timestamp.") from None
+        return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 

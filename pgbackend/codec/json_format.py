@@ -96,7 +96,7 @@ def _read_head(text: str, pos: int) -> tuple[dict[str, object], int]:
             members, end = _head_decoder.raw_decode(head[:-1] + "}")
         except (ValueError, RecursionError):
             return {}, pos + 1  # reading the members one by one finds the error again and describes it
-        if end == len(head):
+        if members and end == len(head):
             return members, at
     return {}, pos + 1
 

@@ -61,6 +61,11 @@ class Lifecycle:
         # Here, not in `init()`: its caller may be cancelled just when the log is open, and `stop()` must close it.
         self._open = await open_log(self._server, self._settings, migrate=migrate)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `init()` is done and `stop()` is not."""
+        return self._open is not None
+
     def opened(self) -> OpenLog:
         """The open log. Raises NotRunningError when it is not open, PgBackendError in another loop or process."""
         self._home.check()
@@ -102,7 +107,7 @@ class Lifecycle:
             if self._open is not None:
                 await self._open.runner.stop(deadline)
             if self._body is not None:
-                await asyncio.wait({self._body.background})
+                await asyncio.wait({self._body.background}, timeout=seconds_left(deadline))
             if self._open is not None:
                 await self._open.calls.drain(seconds_left(deadline))
         finally:

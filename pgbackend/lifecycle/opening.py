@@ -103,8 +103,9 @@ class OpenLog:
 async def open_log(server: Server, settings: Settings, *, migrate: bool) -> OpenLog:
     """The log, ready to be appended to and read. Raises as `Backend.init()` says."""
     dsn, schema = await server.start(), settings.schema
-    database = Database(dsn, listen_dsn=server.listen_dsn, pool_size=settings.pool_size)
+    database: Database | None = None
     try:
+        database = Database(dsn, listen_dsn=server.listen_dsn, pool_size=settings.pool_size)
         await database.open()
         await _prepare_tables(database, schema, migrate=migrate)
         log = Log(database, schema=schema, hole_wait=settings.hole_wait)
@@ -116,7 +117,8 @@ async def open_log(server: Server, settings: Settings, *, migrate: bool) -> Open
         await log.incarnation.enter()
     except BaseException:
         try:
-            await database.close(timeout=LAST_STEP)
+            if database is not None:
+                await database.close(timeout=LAST_STEP)
         finally:
             await server.stop()
         raise

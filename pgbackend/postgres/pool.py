@@ -98,7 +98,10 @@ class Database:
         try:
             connection = await pool.acquire(timeout=timeout)
         except Exception as error:
-            raise translate(error, where=self._target.where) from error
+            translated = translate(error, where=self._target.where)
+            if translated is error:
+                raise
+            raise translated from error
         try:
             yield connection  # type: ignore[misc] # the proxy has the connection's whole interface
         except BaseException as error:
@@ -106,8 +109,7 @@ class Database:
                 # A connection that was lost while idle has left the pool already, and raises.
                 with suppress(asyncpg.InterfaceError):
                     connection.terminate()
-            translated = translate(error) if isinstance(error, Exception) else error
-            if translated is error:
+            if not isinstance(error, Exception) or (translated := translate(error)) is error:
                 raise
             raise translated from error
         finally:

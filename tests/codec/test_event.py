@@ -113,9 +113,11 @@ def test_plain_sql_may_store_what_no_producer_would() -> None:
         assert again_structured(Event((*tuple(row[:9]), "{}", *row[10:]))).get_data() == forged
     row[10:] = [b"\xff", "text"]
     assert Event(tuple(row)).get_data() == b"\xff"
-    row[5] = "yesterday"
-    with pytest.raises(EventError, match="time"):
-        Event(tuple(row)).get_time()
+    row[5] = "9999-99-99T99:99:99Z"
+    undated = Event(tuple(row))
+    assert undated.get_time() is None
+    assert "time" not in undated.get_attributes()
+    assert undated.attributes_text["time"] == row[5]
 
 
 def test_extension_attributes_can_be_added_and_replaced() -> None:

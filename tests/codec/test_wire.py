@@ -231,6 +231,8 @@ def test_events_without_data_and_with_it_share_a_batch() -> None:
         b"{",
         b"{}",
         b"{,}",
+        structured(data=1).replace(b"{", b"{,", 1),
+        b'{,"data":1,"id":"1","source":"/","type":"t","specversion":"1.0"}',
         b"{1:2}",
         structured()[:-1],
         structured().decode().encode("utf-16"),

@@ -344,3 +344,23 @@ async def test_a_cancellation_at_any_await_leaves_nothing_open(
             break
 
     assert at > 1
+
+
+async def test_a_cancellation_just_when_it_is_open_leaves_nothing_open(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Lifecycle._init
+
+    async def init_and_cancel(self: Lifecycle, *, migrate: bool) -> None:
+        await original(self, migrate=migrate)
+        entering.cancel()
+
+    async def enter() -> None:
+        async with Backend(database):
+            pytest.fail("the body runs")
+
+    monkeypatch.setattr(Lifecycle, "_init", init_and_cancel)
+    async with nothing_left(database):
+        entering = asyncio.create_task(enter())
+        await asyncio.wait({entering})
+    assert entering.cancelled()

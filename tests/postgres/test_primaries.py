@@ -51,6 +51,19 @@ async def test_without_a_primary_each_host_says_why() -> None:
     assert f"PostgreSQL at {refusing} cannot be reached: " in text
 
 
+async def test_a_lost_connection_of_the_pool_keeps_the_drivers_error_as_its_cause(database: str) -> None:
+    async with Proxy(database) as proxy:
+        log = Database(proxy.dsn)
+        await log.open()
+        proxy.cut()
+        with pytest.raises(ConnectionLostError):  # of the connection that the pool had
+            await log.execute("SELECT 1")
+        with pytest.raises(ConnectionLostError) as lost:
+            await log.execute("SELECT 1")
+        assert isinstance(lost.value.__cause__, OSError)
+        await log.close()
+
+
 @pytest.mark.direct
 async def test_a_read_only_primary_is_passed_over_only_among_several_hosts(database: str) -> None:
     async with Proxy(database) as proxy:
