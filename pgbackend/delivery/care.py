@@ -41,6 +41,8 @@ from pgbackend.thrown import describe
 
 LEASE_POLL = 0.05
 """Seconds between looks at whether the lease is certain again."""
+EXAMINE_AGAIN = 1.0
+"""Seconds until a suspect is looked at again."""
 _SUSPICIOUS = 2
 """Crashes in a row. One alone is a deployment, a power cut, an operator's kill -9."""
 _ENOUGH = 10.0
@@ -49,12 +51,8 @@ _LONGEST = 60.0
 """Seconds of care after the second crash. The next owner starts behind what was settled by then."""
 _SETTLED_AFTER = 30.0
 """Seconds after the claim in which every retry that was due by then has come: they come within a second or two."""
-
-
 _FROZEN = 60.0
 """Seconds for which a suspect waits for a process whose connection is open and which reports nothing."""
-EXAMINE_AGAIN = 1.0
-"""Seconds until a suspect is looked at again."""
 
 
 class ProcessDied(Exception):  # noqa: N818 - recorded for an event, never raised
@@ -102,15 +100,16 @@ class Care:
 
     @asynccontextmanager
     async def alone(self, delivery: Delivery) -> AsyncIterator[bool]:
-        """Wait until nothing else is dispatched with care. False if that took longer than there is care.
+        """Wait until nothing else is dispatched with care. False if that took too long.
 
-        A suspect waits as long as it takes.
+        Then a suspect must wait again, and other events need no care any more.
         """
         try:
-            async with asyncio.timeout(None if delivery.suspect else self._left()):
+            async with asyncio.timeout(EXAMINE_AGAIN if delivery.suspect else self._left()):
                 await self._common.alone.acquire()
         except TimeoutError:
-            self.active = False
+            if not delivery.suspect:
+                self.active = False
             yield False
             return
         try:
@@ -133,6 +132,7 @@ class Care:
         started_by = None if start.started_by == self._common.worker else start.started_by
         if started_by is not None and self._may_still_report(delivery, start):
             return None
+        self._connected_at.pop(delivery.slot, None)
         attempt = next_attempt(start.attempt, started_by)
         return replace(delivery, event=delivery.event.with_delivery(attempt=attempt), started_by=started_by)
 
@@ -189,14 +189,17 @@ class Care:
         made = delivery.event.attempt - 1
         self._record(delivery, attempt=made - 1 if delivery.suspect else made, started_by=delivery.started_by)
 
-    def process_ends(self) -> None:
-        """An event ends this process, which must not report any more that it outlived its attempts."""
-        self._common.unreported.clear()
+    def process_ends(self, delivery: Delivery) -> None:
+        """This delivery ends the process, which must not report that it outlived an attempt."""
+        if delivery.recorded:
+            self._common.unreported.clear()
 
     def committed(self, mark: Mark) -> None:
         """The mark is durable, and with it the end of attempts."""
         for key, outcome in mark.outcomes.items():
-            if not (isinstance(outcome, Scheduled | LetterFailed) and outcome.started_by == self._common.worker):
+            starts = isinstance(outcome, Scheduled | LetterFailed) and outcome.started_by == self._common.worker
+            # Another attempt may have started since, whose record waits for the next mark.
+            if not starts and key not in self._shard.outcomes:
                 self._common.unreported.pop((self._shard.lease.epoch, key), None)
 
     def survived(self) -> None:

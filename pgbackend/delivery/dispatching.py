@@ -122,6 +122,10 @@ class Dispatching:
     async def _probe(self, deliverer: Deliverer) -> None:
         """While the target is down: one event at a time, when its health allows it."""
         health, backlog, gate = self._registration.health, self._backlog, self._gate
+        if self._probe_turn.locked():
+            # Not waiting for the turn: another target may take this one's place before the probe ends.
+            await deliverer.idle()
+            return
         async with self._probe_turn:
             while health.down and health.paused is None and not (gate.halted or backlog.given_up):
                 left = health.next_probe - monotonic()
@@ -148,8 +152,9 @@ class Dispatching:
             async with self._care.alone(delivery) as is_alone:
                 if delivery.suspect and not self._gate.stopped:
                     # Here, and not before the wait, in which the worker may report.
-                    examined = await self._care.examine(delivery)
+                    examined = await self._care.examine(delivery) if is_alone else None
                     if examined is None:
+                        # Other events need this deliverer meanwhile.
                         self._backlog.put_later(delivery, monotonic() + EXAMINE_AGAIN)
                         return
                     delivery = examined

@@ -173,8 +173,9 @@ class Feed:
         if not is_owed or bad.key_hash % lease.shards != lease.shard or position <= (lease.start_position or 0):
             return
         failure = Failure(error=f"The event cannot be read: {bad.error}", attempts=0)
+        # Nothing to record for a former owner's row: burying deletes it, and another outcome would replace this one.
+        self._backlog.forget_carried(position, position + 1)
         self._shard.record(Buried(position=position, failure=failure))
-        self._forget_carried(position, position + 1)
 
     def _forget_carried(self, lower: int, upper: int) -> None:
         """These events are not dispatched: delete the rows of those that failed under a former owner."""

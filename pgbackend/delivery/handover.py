@@ -214,7 +214,9 @@ class Handover:
         await self._pumps.end(pumps, timeout=CANCEL_TIMEOUT)
         try:
             async with asyncio.timeout(_COMMIT_TIMEOUT if deadline is None else deadline - time.monotonic()):
-                await self._committer.flush()
+                # The committer has logged the error, which may be another shard's.
+                with suppress(DatabaseError):
+                    await self._committer.flush()
                 await self._leases.release([pump.shard.lease.epoch for pump in pumps if not pump.shard.lost])
         except (DatabaseError, TimeoutError) as error:
             # Others take over when this worker is gone. Events that were not committed are dispatched again.

@@ -92,6 +92,9 @@ class Runner:
         delay = GrowingDelay(self._log.database)
         is_new_incarnation = False
         while not self._stop.is_set():
+            for registration in self.registrations.values():
+                # A probe that the last worker abandoned may never end.
+                registration.health.probing = False
             self.worker = self._new_worker(registrations=self.registrations, outlived=self._outlived)
             server_died = False
             try:

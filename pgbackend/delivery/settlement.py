@@ -73,7 +73,7 @@ class Settlement:
         """
         event, registration = delivery.event, self._registration
         if leave_process(error, subscription=registration.name, position=event.position):
-            self._care.process_ends()
+            self._care.process_ends(delivery)
         thrown = Thrown.of(error)
         decision = decide(
             delivery,

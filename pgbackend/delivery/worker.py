@@ -238,7 +238,7 @@ class Worker:
 
     async def _pumps_of(self, name: str, deadline: float) -> list[Pump]:
         # A round that claimed before this has started its pumps then. One that takes longer, because PostgreSQL does
-        # not answer, starts none: the registration is gone or resting.
+        # not answer, starts none: the registration is gone or changing.
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline - time.monotonic()), self._claims.between_rounds():
                 pass
@@ -250,9 +250,10 @@ class Worker:
         Otherwise a cancelled caller would leave pumps that neither run nor end.
         """
         try:
-            assert self._tasks is not None  # noqa: S101 - only a running worker has shards
-            task = self._tasks.create_task(call, name=name)
-        except (AssertionError, RuntimeError):
+            task = self._tasks.create_task(call, name=name) if self._tasks is not None else None
+        except RuntimeError:  # the group is ending
+            task = None
+        if task is None:
             call.close()
             return None
         await asyncio.wait({task})

@@ -7,9 +7,9 @@ subscription's row, so it ends by itself soon after the call that made it has di
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
-from pgbackend.errors import SubscriptionBusyError
+from pgbackend.errors import DatabaseError, SubscriptionBusyError
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql.statements import ShardsSql
 
@@ -44,7 +44,9 @@ class Drain:
             await self._on_request()
             yield
         finally:
-            await self._database.execute(self._sql.end_drain, self._name)
+            # The request ends by itself, and must not hide that the change was made, or why not.
+            with suppress(DatabaseError):
+                await self._database.execute(self._sql.end_drain, self._name)
 
     async def renew(self) -> None:
         """Request it again if it is over: another call that has changed the subscription ends it for all.

@@ -78,7 +78,7 @@ async def test_events_wait_to_be_alone_no_longer_than_there_is_care(monkeypatch:
     assert not care.active
 
 
-async def test_a_suspect_waits_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_suspect_waits_to_be_alone_though_care_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgbackend.delivery.care._LONGEST", 0.0)
     alone = asyncio.Lock()
     care = make_care(crashes=2, alone=alone)
@@ -92,6 +92,17 @@ async def test_a_suspect_waits_as_long_as_it_takes(monkeypatch: pytest.MonkeyPat
     await asyncio.sleep(0)
     alone.release()
     assert await waiting
+
+
+async def test_a_suspect_that_cannot_be_alone_soon_gives_its_deliverer_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgbackend.delivery.care.EXAMINE_AGAIN", 0.01)
+    alone = asyncio.Lock()
+    care = make_care(crashes=2, alone=alone)
+    await alone.acquire()
+
+    async with care.alone(delivery(started_by=OTHER)) as is_alone:
+        assert not is_alone
+    assert care.active, "the other events still need care"
 
 
 async def test_the_start_of_an_attempt_is_committed_before_the_dispatch() -> None:
@@ -234,6 +245,29 @@ async def test_an_attempt_whose_answer_to_the_start_was_lost_is_reported() -> No
     await care.report_survival()
 
     assert rows.reported == [7]
+
+
+async def test_an_attempt_that_started_after_a_mark_was_taken_is_reported() -> None:
+    rows = Rows()
+    care = make_care(crashes=2, rows=rows)
+    care._shard.record(Scheduled(position=7, attempt=1, delay=0.0, error="", failure=None))
+    taken = mark(care)
+    await care.record_start(delivery(attempt=2))
+    care.committed(taken)
+    await care.report_survival()
+
+    assert rows.reported == [7]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+async def test_only_a_dispatch_with_care_that_ends_the_process_counts_as_an_attempt(recorded: bool) -> None:
+    rows = Rows()
+    care = make_care(crashes=2, rows=rows)
+    await care.record_start(delivery())
+    care.process_ends(replace(delivery(), recorded=recorded))
+    await care.report_survival()
+
+    assert rows.reported == ([] if recorded else [7])
 
 
 async def test_an_attempt_whose_end_is_on_record_is_not_reported() -> None:

@@ -776,6 +776,29 @@ async def test_a_target_that_is_down_gets_single_probes_and_all_events_once_it_i
     assert sorted(catch.ids, key=int) == ids
 
 
+async def test_a_new_target_does_not_wait_for_a_probe_of_the_old_one_that_hangs(database: str) -> None:
+    probes: list[str] = []
+    good = Catch()
+    ids = [str(number) for number in range(30)]
+
+    async def handle(event: Event) -> None:
+        if recorder.all("target is down"):
+            probes.append(event.id)
+            await asyncio.Event().wait()
+        raise RuntimeError("the target is down")
+
+    with Recorder() as recorder:
+        async with running(database, drain_timeout=0.5) as backend:
+            retry = Retry(attempts=20, delay=0.01, max_delay=0.05)
+            await backend.subscribe("s", handle, retry=retry, concurrency=2)
+            await produce(backend, *ids)
+            await eventually("a probe hangs", lambda: bool(probes))
+            await backend.reconfigure("s", good, concurrency=2)
+            await good.has(*(id_ for id_ in ids if id_ not in probes))
+
+    assert len(probes) <= 2
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 async def test_a_target_that_is_down_does_not_hold_up_dead_letters(database: str, concurrency: int) -> None:
     dead = Catch()

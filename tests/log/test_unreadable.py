@@ -6,10 +6,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgbackend import Backend, ConfigError, Event
+from pgbackend import Backend, ConfigError, Event, Retry
 from pgbackend.facts import Recorder
 from pgbackend.model import Order
-from tests.support.backends import dead_letters, settled
+from tests.support.backends import dead_letters, failed, settled
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -65,6 +65,27 @@ async def test_an_event_that_cannot_be_read_becomes_a_dead_letter_and_the_others
     assert len(recorder.all("event buried")) == 8
     dates = await sql.fetch("SELECT recorded_at::text AS date FROM pgbackend.dead_letters WHERE subscription = 's'")
     assert "infinity" in {row["date"] for row in dates}
+
+
+@pytest.mark.owner
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("order", ["key", "strict"])
+async def test_a_failed_event_that_can_no_longer_be_read_becomes_a_dead_letter(
+    database: str, sql: Any, order: Order
+) -> None:
+    async with Backend(database, **SETTINGS) as backend:
+        retry = Retry(attempts=5, delay=0.1, max_delay=60.0)
+        await backend.subscribe("s", Catch(fails=lambda _: True), start="earliest", order=order, retry=retry)
+        await backend.produce(make_event("bad"))
+        await failed(backend)
+    await sql.execute("UPDATE pgbackend.events SET recorded_at = 'infinity'")
+    async with Backend(database, **SETTINGS) as backend:
+        await backend.subscribe("s", Catch(), order=order)
+        (letter,) = await dead_letters(backend, 1)
+        await settled(backend)
+
+    assert letter.event.id == "bad"
+    assert "cannot be read" in letter.failure.error
 
 
 @pytest.mark.owner
