@@ -60,7 +60,7 @@ async def test_a_lost_connection_of_the_pool_keeps_the_drivers_error_as_its_caus
             await log.execute("SELECT 1")
         with pytest.raises(ConnectionLostError) as lost:
             await log.execute("SELECT 1")
-        assert isinstance(lost.value.__cause__, OSError)
+        assert isinstance(lost.value.__cause__, OSError | asyncpg.PostgresError)
         await log.close()
 
 
