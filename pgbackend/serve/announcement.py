@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from pgbackend.model import Info
 from pgbackend.serve.config.models import Configuration
-from pgbackend.serve.egress.outcomes import shown
+from pgbackend.serve.egress.outcomes import public_url
 from pgbackend.serve.ingest.ports import Ports
 from pgbackend.serve.options import Options
 
@@ -31,7 +31,7 @@ def _welcome(options: Options, info: Info, configuration: Configuration, ports: 
     if ports.admin is not None:
         lines.append(f"  probes and metrics: http://{_host_and_port(ports.admin)}/healthz, /readyz and /metrics")
     for name, trigger in configuration.triggers.items():
-        target = "no target URL" if trigger.target.url is None else shown(trigger.target.url)
+        target = "no target URL" if trigger.target.url is None else public_url(trigger.target.url)
         lines.append(f"  trigger: {name} -> {target}")
     if not configuration.triggers:
         reason = "the configuration has none" if options.config or options.config_inline else "no --config is given"

@@ -31,14 +31,14 @@ class Locator:
         Events removed earlier were never owed to a later subscription, so they do not count as skipped for it.
         """
         if place == "latest":
-            return await self.locate_latest()
+            return await self._locate_latest()
         start = await self._locate_in_log(place)
         before = await self._log.find_first_segment() - 1
         if start.position >= before:
             return start
         return replace(start, position=max(start.position, min(before, (await self._log.check()).upto)))
 
-    async def locate_latest(self) -> Start:
+    async def _locate_latest(self) -> Start:
         """The log's head. Pending is what at or below it may still appear: those events are acknowledged later."""
         evidence = await self._log.check()
         head, blockers = evidence.upto, evidence.appenders

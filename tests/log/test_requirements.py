@@ -371,6 +371,6 @@ async def test_the_end_of_the_log_is_found_across_a_restart(database: str, monke
             return found.pop(0) if len(found) > 1 else found[0]
 
         monkeypatch.setattr(log, "check", check)
-        latest = await Locator(log).locate_latest()
+        latest = await Locator(log).locate("latest")
 
     assert (latest.position, latest.pending) == (2, RangeSet([(2, 3)]))

@@ -71,7 +71,7 @@ class TargetDispatcher:
         self._session = session
         self._endpoint = endpoint
         self._url = endpoint.url.with_user(None)
-        self._shown = outcomes.shown(endpoint.url)
+        self._public_url = outcomes.public_url(endpoint.url)
         self._headers = (*_authorization(endpoint.url), *endpoint.headers.items())
         self._timeout = aiohttp.ClientTimeout(total=endpoint.timeout, connect=None, sock_connect=None, sock_read=None)
         self._slots = asyncio.Semaphore(endpoint.connections)
@@ -89,7 +89,7 @@ class TargetDispatcher:
                     await self._attempt(event, headers, body)
                 else:
                     trigger = self._endpoint.trigger
-                    with self._tracing.send(event, headers, trigger=trigger, url=self._shown) as answered:
+                    with self._tracing.send(event, headers, trigger=trigger, url=self._public_url) as answered:
                         await self._attempt(event, headers, body, answered)
             except (TargetError, RetryAfter, Reject, Pause) as failure:
                 if self._metrics is not None:
@@ -119,11 +119,11 @@ class TargetDispatcher:
                 if answered is not None:
                     answered(answer.status)
                 if not answer.is_success:
-                    raise outcomes.failure_of(answer, url=self._shown, trigger=self._endpoint.trigger)
+                    raise outcomes.failure_of(answer, url=self._public_url, trigger=self._endpoint.trigger)
                 if reply is not None:
                     await self._replies.store(reply, to=event)
         except ReplyError as error:
-            raise outcomes.bad_reply(error.code, str(error), url=self._shown) from error
+            raise outcomes.bad_reply(error.code, str(error), url=self._public_url) from error
 
     async def _send(
         self, headers: CIMultiDict[str], body: bytes, room: AsyncExitStack, *, again: bool = True
@@ -152,7 +152,7 @@ class TargetDispatcher:
             raise self._no_answer(error) from None
         except ValueError as error:
             # aiohttp refuses a header that would break out of its line.
-            raise outcomes.cannot_be_sent(error, url=self._shown) from None
+            raise outcomes.cannot_be_sent(error, url=self._public_url) from None
 
     async def _read(
         self, response: aiohttp.ClientResponse, room: AsyncExitStack, deadline: float
@@ -175,7 +175,7 @@ class TargetDispatcher:
         return answer, None
 
     def _no_answer(self, error: Exception) -> TargetError:
-        return outcomes.no_answer(outcomes.why_broken(error, timeout=self._endpoint.timeout), url=self._shown)
+        return outcomes.no_answer(outcomes.why_broken(error, timeout=self._endpoint.timeout), url=self._public_url)
 
 
 class DeadLetterDispatcher:

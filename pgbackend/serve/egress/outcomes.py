@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 
 
 def failure_of(answer: Answer, *, url: str, trigger: str) -> Failure:
-    """The failure that an answer other than 2xx means. `url` is what people may see of it: `shown()`."""
+    """The failure that an answer other than 2xx means. `url` is what people may see of it: `public_url()`."""
     status = answer.status
     details = _details(url, status, answer.body)
     reason = f"{url} answered {status}{_phrase(status)}"
@@ -103,7 +103,7 @@ def why_broken(error: Exception, *, timeout: float) -> str:
     return " ".join(text.split())[:_REASON_CHARACTERS] or type(error).__name__
 
 
-def shown(url: URL) -> str:
+def public_url(url: URL) -> str:
     """The URL for logs and third parties: without user, password, query and fragment, which may hold secrets."""
     return str(url.with_user(None).with_query(None).with_fragment(None))
 

@@ -7,7 +7,7 @@ from yarl import URL
 
 from pgbackend.serve.config.models import Trigger
 from pgbackend.serve.egress.dispatcher import DeadLetterDispatcher, Endpoint, TargetDispatcher, reject_without_target
-from pgbackend.serve.egress.outcomes import shown
+from pgbackend.serve.egress.outcomes import public_url
 from pgbackend.serve.egress.replies import Replies, ReplyBudget, Store
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class SubscriptionFactory:
         replies = Replies(
             self._store,
             trigger=name,
-            url=shown(url),
+            url=public_url(url),
             max_hops=self._max_hops,
             budget=self._budget,
             metrics=metrics,

@@ -99,5 +99,7 @@ def test_the_reason_of_a_broken_response_is_one_short_line() -> None:
     assert outcomes.why_broken(OSError(), timeout=2.5) == "OSError"
 
 
-def test_the_shown_url_has_no_user_query_or_fragment() -> None:
-    assert outcomes.shown(URL("http://me:secret@target:81/orders?token=secret#secret")) == "http://target:81/orders"
+def test_the_public_url_has_no_user_query_or_fragment() -> None:
+    assert (
+        outcomes.public_url(URL("http://me:secret@target:81/orders?token=secret#secret")) == "http://target:81/orders"
+    )

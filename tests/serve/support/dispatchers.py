@@ -8,7 +8,7 @@ from yarl import URL
 
 from pgbackend.codec.event import Event
 from pgbackend.serve.egress.dispatcher import Endpoint, TargetDispatcher
-from pgbackend.serve.egress.outcomes import shown
+from pgbackend.serve.egress.outcomes import public_url
 from pgbackend.serve.egress.replies import Replies, ReplyBudget, Store
 
 if TYPE_CHECKING:
@@ -34,6 +34,6 @@ def dispatcher_to(
     """A dispatcher to this URL. `endpoint`: more fields of `Endpoint`."""
     url = URL(url, encoded=True) if isinstance(url, str) else url
     replies = Replies(
-        store, trigger=trigger, url=shown(url), max_hops=max_hops, budget=budget or ReplyBudget(), metrics=metrics
+        store, trigger=trigger, url=public_url(url), max_hops=max_hops, budget=budget or ReplyBudget(), metrics=metrics
     )
     return TargetDispatcher(session, Endpoint(trigger=trigger, url=url, **endpoint), replies, metrics=metrics)
