@@ -23,9 +23,9 @@ def dead_letters() -> None:
 def list_(dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | None, limit: int, json: bool) -> None:
     """List dead letters, oldest first."""
     letters = asyncio.run(_read(dsn, listen_dsn=listen_dsn, schema=schema, subscription=subscription, limit=limit + 1))
-    for letter in letters[:limit] if json else ():
-        click.echo(_to_json(letter))
     if json:
+        for letter in letters[:limit]:
+            click.echo(_to_json(letter))
         return
     if not letters:
         click.echo("no dead letters")
@@ -34,8 +34,8 @@ def list_(dsn: str, listen_dsn: str | None, schema: str, *, subscription: str | 
         (
             str(letter.id),
             letter.subscription,
-            letter.event.type,
-            letter.event.id,
+            _printable(letter.event.type),
+            _printable(letter.event.id),
             letter.failure.attempts,
             "again soon" if letter.due_at else letter.buried_at.isoformat(sep=" ", timespec="seconds"),
             _shortened(letter.failure.error, 60),
@@ -147,7 +147,7 @@ def _render(letter: DeadLetter) -> str:
 
 def _list(facts: dict[str, str]) -> str:
     width = max(map(len, facts))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+    return "\n".join(f"{name.ljust(width)}  {_printable(value)}" for name, value in facts.items())
 
 
 def _data(data: bytes | None) -> str:
@@ -158,9 +158,14 @@ def _data(data: bytes | None) -> str:
         text = data.decode()
     except UnicodeDecodeError:
         return f"{heading}, binary: print it with --data"
-    return f"{heading}\n{text}"
+    return f"{heading}\n{_printable(text)}"
+
+
+def _printable(text: str) -> str:
+    """The text without what would control a terminal: senders choose it."""
+    return "".join(one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in text)
 
 
 def _shortened(text: str, length: int) -> str:
-    line = " ".join(text.split())
+    line = _printable(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"

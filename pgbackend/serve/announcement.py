@@ -17,7 +17,8 @@ def announce(
     options: Options, info: Info, configuration: Configuration, ports: Ports, say: Callable[[str], None]
 ) -> None:
     """`say` got the text for people, and systemd, if it started the broker, the READY=1 of sd_notify(3)."""
-    say(_welcome(options, info, configuration, ports))
+    with suppress(OSError):  # nobody reads standard output any more, or its disk is full
+        say(_welcome(options, info, configuration, ports))
     if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.connect(f"\0{address[1:]}" if address.startswith("@") else address)

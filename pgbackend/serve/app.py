@@ -14,6 +14,7 @@ from pgbackend.backend import Backend
 from pgbackend.errors import ConfigError
 from pgbackend.serve.announcement import announce
 from pgbackend.serve.broker import Broker
+from pgbackend.serve.config import watch
 from pgbackend.serve.config.models import Configuration
 from pgbackend.serve.egress.connections import open_session
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
@@ -66,6 +67,7 @@ async def run(
 
     `on_serving` is called once the broker takes events in. Raises PgBackendError.
     """
+    certificates = watch.digests(options.certificate_files)
     tls = None if options.tls_cert is None else TLS(options.tls_cert, options.tls_key, options.tls_client_ca)
     allow_many_connections()
     resolve_many_names()
@@ -92,7 +94,7 @@ async def run(
                     triggers,
                     Listener(ingest, ports.events, hosts=hosts, tls=tls),
                     None if ports.admin is None else _admin_listener(ingest, ports.admin, hosts),
-                    Reloader(options, triggers, ingest, tls),
+                    Reloader(options, triggers, ingest, tls, certificates=certificates),
                     startup_timeout=options.startup_timeout,
                 )
                 await broker.run(configuration, signals, on_serving)

@@ -20,11 +20,15 @@ from pgbackend.serve.options import Options
 class Reloader:
     """Keeps triggers, ingest and TLS as their files say."""
 
-    def __init__(self, options: Options, triggers: Triggers, ingest: Ingest, tls: TLS | None) -> None:
+    def __init__(
+        self, options: Options, triggers: Triggers, ingest: Ingest, tls: TLS | None, *, certificates: watch.Digests
+    ) -> None:
+        """`certificates`: the digests of the certificate files before `tls` read them."""
         self._options = options
         self._triggers = triggers
         self._ingest = ingest
         self._tls = tls
+        self._certificates = certificates
         config = options.config
         self._file = None if config is None or can_be_read_once(config) else config
 
@@ -50,8 +54,7 @@ class Reloader:
         def files() -> tuple[Path, ...]:
             return self._options.certificate_files
 
-        known = await asyncio.to_thread(watch.digests, files())
-        async with aclosing(watch.changes(lambda: None, files, known=known)) as changes:
+        async with aclosing(watch.changes(lambda: None, files, known=self._certificates)) as changes:
             async for _ in changes:
                 tls.reload()
 
@@ -69,7 +72,7 @@ class Reloader:
             await self._put_in_force(configuration)
 
     async def _put_in_force(self, configuration: Configuration) -> None:
+        # At once, because a trigger may take long to follow: a token that was revoked must not stay valid.
+        self._ingest.authorize_by(configuration.ingest)
         await self._triggers.apply(configuration)
-        # A signal and the watch may apply two versions at once: take the newer one, which `triggers` has.
-        self._ingest.authorize_by(self._triggers.configuration.ingest)
         facts.emit("configuration reloaded", file=str(self._options.config))

@@ -45,9 +45,9 @@ from pgbackend.serve.operations import collectors, logs, metrics_directory
 from pgbackend.serve.options import Options
 from pgbackend.serve.process import Signals, handling_signals
 
-DRAIN_TIMEOUT = 50.0
-"""Seconds that a process may take to drain: 3 for requests that arrive, 10 to commit them, 30 for deliveries, 5 to
-export the last traces."""
+DRAIN_TIMEOUT = 56.0
+"""Seconds that a process may take to drain: 3 for requests that arrive, 11 to commit and answer them, 35 for
+deliveries, 5 to export the last traces."""
 _STEADY = 60.0
 """A process that lived for this many seconds is replaced without the delay of earlier deaths."""
 _MERGE_RETRY = 0.1
@@ -142,15 +142,17 @@ class Supervisor:
     async def _keep_place(self, place: "_Place") -> None:
         delay = GrowingDelay(cap=30.0)
         while True:
-            process = place.process
-            code = await process.ended()
+            await place.changes()
             async with place.changing:
-                if process is not place.process:
-                    continue  # a restart replaced it
-                facts.emit("broker process died", level=logging.WARNING, pid=process.pid, exitcode=code)
+                process = place.process
+                if not process.exit.done():
+                    continue  # a restart replaced the former one
+                facts.emit(
+                    "broker process died", level=logging.WARNING, pid=process.pid, exitcode=process.exit.result()
+                )
                 if process.age() > _STEADY:
                     delay.reset()
-                place.process = await self._replace(delay)
+                place.replace(await self._replace(delay))
 
     async def _replace(self, delay: GrowingDelay) -> "BrokerProcess":
         while True:
@@ -170,7 +172,8 @@ class Supervisor:
                     # The others would fail for the same reason, so the old processes stay.
                     facts.emit("restart abandoned", level=logging.ERROR, error=str(error))
                     return
-                predecessor, place.process = place.process, successor
+                predecessor = place.process
+                place.replace(successor)
             await self._end(predecessor)
         facts.emit("broker processes restarted", count=len(places))
 
@@ -233,6 +236,18 @@ class _Place:
         self.process = process
         self.changing = asyncio.Lock()
         """Held while a successor starts."""
+        self._replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def replace(self, successor: "BrokerProcess") -> None:
+        """The successor runs here from now on."""
+        self.process = successor
+        self._replaced.set_result(None)
+        self._replaced = asyncio.get_running_loop().create_future()
+
+    async def changes(self) -> None:
+        """Return once the process has ended or was replaced."""
+        either: set[asyncio.Future[Any]] = {self.process.exit, self._replaced}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
 
 class BrokerProcess:

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend, Event, Reject
 from pgbackend.codec.wire import parse_structured
@@ -71,6 +72,25 @@ async def test_show_prints_one_dead_letter_in_full(run: Run, buried: str) -> Non
     for text in ("no such customer", "customer", "/shop", "order.created", DATA):
         assert text in result.stdout
     assert (await run("dead-letters", "show", id_, "--data", "--dsn", buried)).stdout_bytes == DATA.encode()
+
+
+async def test_an_event_cannot_control_the_operators_terminal(run: Run, database: str) -> None:
+    async def reject(event: Event) -> None:
+        raise Reject("no \x1b[2J such customer")
+
+    async with Backend(database) as backend:
+        await backend.subscribe("billing", reject)
+        await backend.produce(CloudEvent({"type": "t", "source": "/s", "id": "a"}, b"\x1b]0;owned\x07 \xc2\x9b data\n"))
+
+        async def is_buried() -> bool:
+            return bool([letter async for letter in backend.dead_letters()])
+
+        await eventually("it is buried", is_buried)
+    shown = (await run("dead-letters", "show", "1", "--dsn", database)).stdout
+    listed = (await run("dead-letters", "list", "--dsn", database)).stdout
+
+    assert "\\x1b]0;owned\\x07" in shown
+    assert all(one.isprintable() or one == "\n" for one in shown + listed)
 
 
 async def test_show_of_an_unknown_id_fails_clearly(run: Run, database: str) -> None:

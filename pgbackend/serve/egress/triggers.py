@@ -19,7 +19,13 @@ from datetime import datetime
 
 from pgbackend import facts
 from pgbackend.backend import Backend
-from pgbackend.errors import DatabaseError, NotRunningError, SubscriptionBusyError, SubscriptionNotFoundError
+from pgbackend.errors import (
+    ConnectionLostError,
+    DatabaseError,
+    NotRunningError,
+    SubscriptionBusyError,
+    SubscriptionNotFoundError,
+)
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.serve.config.models import Configuration, Trigger
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
@@ -35,6 +41,8 @@ class Triggers:
         self._factory = factory
         self._in_force: dict[str, Trigger] = {}
         """The triggers that the backend runs."""
+        self._altering: set[str] = set()
+        """The triggers whose rows in the log may have other terms than the trigger in force."""
         self._changes: dict[str, _Change] = {}
         """The triggers that are changing."""
         self._begun: asyncio.Queue[str] = asyncio.Queue()
@@ -64,7 +72,7 @@ class Triggers:
             await next(iter(self._changes.values())).ended.wait()
 
     def _differs(self, name: str) -> bool:
-        return self._in_force.get(name) != self.configuration.triggers.get(name)
+        return name in self._altering or self._in_force.get(name) != self.configuration.triggers.get(name)
 
     def _begin(self, name: str) -> "_Change":
         """The change that is under way, which heeds the newest configuration, or a new one."""
@@ -85,6 +93,9 @@ class Triggers:
                 except NotRunningError:
                     return
                 except DatabaseError as error:
+                    if not isinstance(error, ConnectionLostError):
+                        # It may last until somebody acts: let apply() return.
+                        change.detached.set()
                     _report_delay(name, error)
                 except SubscriptionBusyError as error:
                     # The events in flight of another process may take long: let apply() return.
@@ -106,7 +117,8 @@ class Triggers:
         if new is None:
             await self._remove(name, change)
             return
-        if old is None or _terms(old) != _terms(new):
+        if old is None or name in self._altering or _terms(old) != _terms(new):
+            self._altering.add(name)
             if old is not None:
                 # It waits for its open requests: see `_remove`.
                 change.detached.set()
@@ -119,6 +131,7 @@ class Triggers:
         else:
             await self._backend.reconfigure(name, **options)
         self._in_force[name] = new
+        self._altering.discard(name)
         facts.emit("trigger added" if old is None else "trigger changed", trigger=name)
 
     async def _remove(self, name: str, change: "_Change") -> None:
@@ -127,7 +140,8 @@ class Triggers:
         change.detached.set()
         with suppress(SubscriptionNotFoundError):  # an earlier try got this far
             await self._backend.unsubscribe(name)
-        del self._in_force[name]
+        self._in_force.pop(name, None)
+        self._altering.discard(name)
         self._factory.forget(name)
         facts.emit("trigger removed", trigger=name)
 

@@ -26,6 +26,8 @@ LINGER = 0.5
 """Seconds for which idle connections stay open when the broker stops: their clients may just be sending."""
 GRACE = 3.0
 """Seconds that requests have to arrive once the broker stops."""
+LAST_ANSWERS = 11.0
+"""Seconds after that in which the events are committed, which takes 10 at most, and clients read the answers."""
 
 HEAD_BYTES = 1 << 16
 """Request line and headers of one request; trailers, too."""

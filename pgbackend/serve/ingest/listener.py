@@ -247,7 +247,8 @@ class Listener:
             return
         for connection in self._connections():
             connection.abandon_unfinished()
-        await self._is_empty_within(None)
+        # Then clients are cut off: one that reads slowly must not keep the broker from draining its deliveries.
+        await self._is_empty_within(limits.LAST_ANSWERS)
 
     async def _stop_accepting(self) -> None:
         """Return once no connection begins any more."""
@@ -263,8 +264,8 @@ class Listener:
         if self._beginning:
             await asyncio.wait(self._beginning)
 
-    async def _is_empty_within(self, seconds: float | None) -> bool:
-        """Whether the last connection ends within so many seconds; None waits for it."""
+    async def _is_empty_within(self, seconds: float) -> bool:
+        """Whether the last connection ends within so many seconds."""
         self.state.empty.clear()
         if not self.state.connections:
             return True

@@ -256,11 +256,13 @@ class Connection(HttpToolsProtocol):
         url, headers, body = _add_path(rb"\1/", self.url), self.headers, self._whole
         expects = self.expect_100_continue and self.parser.get_http_version() != "1.0"
         super().on_message_begin()
-        self.url, self.headers, self.expect_100_continue, self._whole = url, headers, expects, None
+        self.url, self.headers, self.expect_100_continue = url, headers, expects
         self.scope["headers"] = headers
         self.scope["state"]["memory"] = limits.REQUEST_MEMORY + len(url) + _memory_of(headers)
         is_next = self._is_answered()
         super().on_headers_complete()
+        # Not before: a target that uvicorn refuses gets no cycle, so `cycle` is an earlier request's.
+        self._whole = None
         if is_next:
             self._answering = self.cycle
         if self.server_state.stopping:

@@ -4,9 +4,12 @@ import asyncio
 import itertools
 from collections import Counter
 from time import monotonic
+from typing import Any
 
+import pytest
 from aiohttp import web
 
+from pgbackend import Backend, DatabaseError, SubscriptionBusyError
 from pgbackend.facts import Recorder
 from pgbackend.serve.config.load import load
 from pgbackend.serve.operations.metrics import Metrics
@@ -344,6 +347,47 @@ class TestFailing:
             await broker.triggers.converged()
             await send(broker, 1)
             await target.wait(2)
+
+    async def test_a_change_that_postgresql_refuses_holds_up_no_other_file(
+        self, database: str, target: Target, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        subscribe = Backend.subscribe
+
+        async def refuse(self: Backend, name: str, *args: Any, **options: Any) -> None:
+            if name == "billing":
+                raise DatabaseError("permission denied")
+            await subscribe(self, name, *args, **options)
+
+        async with serving(database) as broker:
+            with Recorder() as recorder:
+                with monkeypatch.context() as patched:
+                    patched.setattr(Backend, "subscribe", refuse)
+                    file = load(triggers(billing=to(target), other=to(target)), origin="test")
+                    await asyncio.wait_for(broker.triggers.apply(file), 30)
+                    assert recorder.all("trigger not changed yet", trigger="billing")
+                    assert recorder.all("trigger added", trigger="other")
+                await recorder.wait("trigger added", trigger="billing")
+
+    async def test_a_change_that_fails_half_way_and_is_taken_back_leaves_the_old_terms(
+        self, database: str, target: Target, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reshard = Backend.reshard
+
+        async def refuse(self: Backend, name: str, shards: int) -> None:
+            if shards == 2:
+                raise SubscriptionBusyError("busy", workers=["other"])
+            await reshard(self, name, shards)
+
+        monkeypatch.setattr(Backend, "reshard", refuse)
+        old = config(target)
+        async with serving(database, config=old) as broker:
+            with Recorder() as recorder:
+                await broker.triggers.apply(load(config(target, "order: key, shards: 2"), origin="test"))
+                await recorder.wait("trigger not changed yet", trigger="billing")
+                assert (await status_of(broker.backend)).order == "key"
+            await broker.configure(old)
+            status = await status_of(broker.backend)
+        assert status.order == "none"
 
 
 class TestRestarting:

@@ -55,6 +55,50 @@ async def test_malformed_http_is_400(broker: Broker) -> None:
     assert await broker.stored() == []
 
 
+UNREADABLE_TARGETS = [b"http://localhost:/", b"http://localhost:70000/", b"http://a!.localhost/"]
+
+
+@pytest.mark.parametrize("target", UNREADABLE_TARGETS)
+async def test_a_target_that_cannot_be_read_is_400_before_its_body_is_there(broker: Broker, target: bytes) -> None:
+    bad = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nab" % target
+    assert (await broker.talk(bad)).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("target", UNREADABLE_TARGETS)
+@pytest.mark.parametrize("query", [b"", b"?way=asgi"])
+async def test_a_target_that_cannot_be_read_takes_no_answer_from_the_request_before(
+    broker: Broker, query: bytes, target: bytes
+) -> None:
+    good = HEAD.replace(b"POST /", b"POST /" + query) + b"Content-Length: 0\r\n\r\n"
+    bad = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nab" % target
+    answer = await broker.talk(good + bad)
+    assert answer.startswith(b"HTTP/1.1 202 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert len(await broker.stored()) == 1
+
+
+async def test_a_client_that_does_not_read_delays_the_drain_for_seconds_at_most(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "GRACE", limits.LINGER)
+    monkeypatch.setattr(limits, "LAST_ANSWERS", 0.1)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, (broker.host, broker.port))
+        await eventually("it is connected", lambda: bool(broker.connections()))
+        for connection in broker.connections():
+            connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await asyncio.get_running_loop().sock_sendall(client, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 90)
+
+        def is_stuck() -> bool:
+            return any(connection.flow.write_paused for connection in broker.connections())
+
+        await eventually("its answers wait", is_stuck)
+        async with asyncio.timeout(limits.PATIENCE / 2):
+            await broker.listener.drain()
+
+
 NO_ATTRIBUTES = [
     (b"ce-subject: \xff\xfe", b"UTF-8"),
     (b"ce-subject: %C0%A0", b"UTF-8"),
