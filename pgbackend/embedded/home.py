@@ -30,7 +30,7 @@ CLUSTER = DATA / "PG_VERSION"
 USER_ID = 20551
 """The user id of root's servers when there is no account `pgbackend`. A later one if an account has it."""
 PROC = Path("/proc/self")
-"""Only Linux has it. Its `cwd` names the current directory even if the directories above are closed."""
+"""Only Linux has it. Its `fd` names open directories even if those above are closed."""
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin", "LC_ALL": "C", "TZ": "UTC"}
 
 _NEW = "data.new-"
@@ -113,7 +113,7 @@ def make_database(home: Path, programs: str, *, lock: int, durable: bool) -> Non
 
     initdb refuses a user id without a name in the password file; PostgreSQL itself does not. For such an owner, root
     has the account `nobody` make the database. Other processes of that account cannot reach it: the home is closed to
-    them, and the owner's group keeps them from /proc/…/cwd.
+    them, and the owner's group keeps them from /proc/…/fd.
     """
     if os.path.lexists(DATA):
         raise Failure(f"{home / DATA} is there but holds no database. Remove it.")
@@ -156,9 +156,10 @@ def _initdb(
     path: Path, programs: str, *, lock: int, durable: bool, user: int | None = None, group: int | None = None
 ) -> None:
     """A database is in the current directory, whose path is `path`."""
+    current = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     command = [
         f"{programs}/initdb",
-        f"--pgdata={name_of(path, Path())}",
+        f"--pgdata={name_of(path, Path(), current)}",
         "--username=postgres",
         "--auth-local=trust",  # the socket's directory is closed to others
         "--auth-host=scram-sha-256",  # no role has a password, so TCP lets nobody in
@@ -175,11 +176,12 @@ def _initdb(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
-        pass_fds=(lock,),
+        pass_fds=(lock, current),
         user=user,
         group=group,
         extra_groups=None if user is None else [],
     )
+    os.close(current)
     if done.returncode:
         raise Failure("initdb failed: " + last_lines(done.stdout))
 
@@ -200,14 +202,18 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def name_of(above: Path, directory: Path) -> str:
-    """A name of the directory for a program that starts in it: its path, if the program's user can reach that."""
+def name_of(above: Path, directory: Path, opened: int) -> str:
+    """A name of the directory for a program: its path, if the program's user can reach that.
+
+    `opened` is a descriptor of the directory that the program inherits. PostgreSQL 14 and 15 leave their working
+    directory and cannot come back, so that is no name for them.
+    """
     with suppress(OSError):
         if os.geteuid() and (above / directory).samefile(directory):
             return str(above / directory)
     if not PROC.exists():
         raise Failure(f"PostgreSQL's user cannot reach {above}. Name another directory, or run as that user.")
-    return str(PROC / "cwd")
+    return str(PROC / "fd" / str(opened))
 
 
 def become_owner() -> None:

@@ -239,7 +239,8 @@ class Keeper:
             "unix_socket_directories": str(sockets),
             "unix_socket_permissions": "0700",
         }
-        command = [f"{self._plan['programs']}/postgres", "-D", home.name_of(self._home, DATA)]
+        data = os.open(DATA, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        command = [f"{self._plan['programs']}/postgres", "-D", home.name_of(self._home, DATA, data)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
         server = subprocess.Popen(  # noqa: S603 - PostgreSQL's program
@@ -250,9 +251,10 @@ class Keeper:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            pass_fds=(self._server_lock,),
+            pass_fds=(self._server_lock, data),
             preexec_fn=self._bind,  # noqa: PLW1509 - there is one thread
         )
+        os.close(data)
         # The server has the lock now. Our copy of the descriptor would keep it after the server's end.
         os.close(self._server_lock)
         self._server_lock = _open_lock(_SERVER)

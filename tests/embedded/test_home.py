@@ -245,4 +245,4 @@ async def test_a_directory_of_somebody_else_is_refused() -> None:
 def test_without_proc_a_directory_out_of_reach_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "PROC", tmp_path / "none")
     with pytest.raises(home.Failure, match="cannot reach"):
-        home.name_of(tmp_path / "moved", Path())
+        home.name_of(tmp_path / "moved", Path(), 0)
