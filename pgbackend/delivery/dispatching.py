@@ -9,6 +9,7 @@ open while a dispatcher runs (I4).
 import asyncio
 from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from pgbackend.delivery.backlog import Backlog
 from pgbackend.delivery.care import EXAMINE_AGAIN, LEASE_POLL, Care
@@ -19,6 +20,9 @@ from pgbackend.delivery.gate import Gate
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.settlement import Settlement
 from pgbackend.delivery.shard import Shard
+
+if TYPE_CHECKING:
+    from pgbackend.delivery.health import TargetHealth
 
 _BREATH = 0.02
 """Seconds after which a deliverer lets the event loop's other tasks run."""
@@ -48,7 +52,8 @@ class Dispatching:
         self._settlement = settlement
         self._feed = feed
         self._stir = stir
-        self._probe_turn = asyncio.Lock()
+        self._probed: TargetHealth | None = None
+        """The health of the target that a deliverer is about to probe, or probes."""
 
     async def step(self, deliverer: Deliverer) -> None:
         """Do what is most urgent, or wait until there is something to do."""
@@ -122,11 +127,12 @@ class Dispatching:
     async def _probe(self, deliverer: Deliverer) -> None:
         """While the target is down: one event at a time, when its health allows it."""
         health, backlog, gate = self._registration.health, self._backlog, self._gate
-        if self._probe_turn.locked():
-            # Not waiting for the turn: another target may take this one's place before the probe ends.
+        if self._probed is health:
+            # Not waiting for its turn: another target may take this one's place before the probe ends.
             await deliverer.idle()
             return
-        async with self._probe_turn:
+        self._probed = health
+        try:
             while health.down and health.paused is None and not (gate.halted or backlog.given_up):
                 left = health.next_probe - monotonic()
                 if left <= 0 and not health.probing:
@@ -144,6 +150,9 @@ class Dispatching:
                     await self._attempt(deliverer, delivery, probe=True)
             finally:
                 health.probing = False
+        finally:
+            if self._probed is health:
+                self._probed = None
 
     async def _dispatch_with_care(self, deliverer: Deliverer, delivery: Delivery, *, probe: bool) -> None:
         """Dispatch a delivery alone, once it is durable that the attempt starts."""

@@ -778,7 +778,8 @@ async def test_a_target_that_is_down_gets_single_probes_and_all_events_once_it_i
 
 async def test_a_new_target_does_not_wait_for_a_probe_of_the_old_one_that_hangs(database: str) -> None:
     probes: list[str] = []
-    good = Catch()
+    is_down = True
+    other = Catch(fails=lambda _: is_down)
     ids = [str(number) for number in range(30)]
 
     async def handle(event: Event) -> None:
@@ -793,8 +794,10 @@ async def test_a_new_target_does_not_wait_for_a_probe_of_the_old_one_that_hangs(
             await backend.subscribe("s", handle, retry=retry, concurrency=2)
             await produce(backend, *ids)
             await eventually("a probe hangs", lambda: bool(probes))
-            await backend.reconfigure("s", good, concurrency=2)
-            await good.has(*(id_ for id_ in ids if id_ not in probes))
+            await backend.reconfigure("s", other, concurrency=2, retry=retry)
+            await recorder.wait("target is down", count=2)
+            is_down = False
+            await other.has(*(id_ for id_ in ids if id_ not in probes))
 
     assert len(probes) <= 2
 
