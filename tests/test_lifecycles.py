@@ -62,7 +62,7 @@ def appender(world: World) -> Lifecycle:
 
 def notifier(world: World) -> Lifecycle:
     def make() -> Notifier:
-        return Notifier(world.database, world.log.sql, channel=channel("pgbackend"), sender="me")
+        return Notifier(world.database, world.log.sql, channel=channel("pgbackend"), sender="me", idle=lambda: 0.0)
 
     async def use(notifier: Notifier) -> None:
         heard: list[object] = []

@@ -143,7 +143,6 @@ def _start_actors(
 ) -> OpenLog:
     database, schema = log.database, settings.schema
     sender, notify_channel, wakeup = str(uuid4()), channel(schema), Wakeup()
-    notifier = Notifier(database, log.sql, channel=notify_channel, sender=sender)
 
     def wake_readers() -> None:
         wakeup.wake()
@@ -157,6 +156,7 @@ def _start_actors(
         on_append=wake_readers,
         on_full=segments.extend,
     )
+    notifier = Notifier(database, log.sql, channel=notify_channel, sender=sender, idle=appender.idle)
     new_worker = partial(
         Worker,
         log=log,

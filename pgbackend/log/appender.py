@@ -16,6 +16,7 @@ not waited for. An uncertain batch is never sent again.
 import asyncio
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Appender:
         self._unanswered: deque[_Call] = deque()
         """In the order of their deadlines. Calls that were answered leave it when they come to the front."""
         self._alarm: asyncio.TimerHandle | None = None
-        self._work = asyncio.Event()
+        self._work = _Work()
         self._ended: asyncio.Event | None = None
         """Set when `run()` has ended; None before it began."""
         self._refusal: PgBackendError | None = None
@@ -116,6 +117,10 @@ class Appender:
             self._writer.drop()
             self._answer_the_rest()
             self._ended.set()
+
+    def idle(self) -> float:
+        """Seconds so far in which there was nothing to append."""
+        return self._work.idle()
 
     async def drain(self, *, timeout: float = math.inf) -> None:
         """Take no more calls. Return when every call is answered and the connection closed, after `timeout` s at most.
@@ -182,7 +187,6 @@ class Appender:
                 if self._refusal is not None:
                     await asyncio.sleep(0)  # the last batch's calls are answered first, see `_send`
                     return
-                self._work.clear()
                 await self._work.wait()
                 continue
             try:
@@ -338,6 +342,33 @@ class Appender:
         for call in calls:
             # Each call gets an exception of its own: a traceback grows on it where it is raised.
             call.answer(_copy(error))
+
+
+class _Work:
+    """Wakes the appender, and counts the time in which it had nothing to do."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._idle = 0.0
+        self._since: float | None = None
+
+    def set(self) -> None:
+        """There is something to do."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Return once there is something to do."""
+        self._event.clear()
+        self._since = time.monotonic()
+        try:
+            await self._event.wait()
+        finally:
+            self._idle += time.monotonic() - self._since
+            self._since = None
+
+    def idle(self) -> float:
+        """Seconds so far in which `wait()` waited."""
+        return self._idle if self._since is None else self._idle + time.monotonic() - self._since
 
 
 class _Writer:

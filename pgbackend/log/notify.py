@@ -8,6 +8,8 @@ slowed them from 7,500 to 2,400 durable inserts a second.
 import asyncio
 import hashlib
 import logging
+import time
+from collections.abc import Callable
 
 from pgbackend import facts
 from pgbackend.errors import ConfigError, DatabaseError
@@ -19,11 +21,14 @@ LEASES = "leases"
 """The payload of a notification about shards, not about events."""
 _NOTIFY_PATIENCE = "500ms"
 """How long a NOTIFY may wait for its turn."""
-_INTERVALS = (0.005, 0.05)
-"""Seconds between two NOTIFYs: the first value after a quiet time, doubled up to the second while more are due.
-
-With 20 ms all the time, a listening process and its reads took 7 % of a busy producer's rate.
-"""
+_SHARE = 0.05
+"""The share of a busy producer's time that NOTIFYs may take."""
+_SPARE = 0.25
+"""The share of time without appends that a busy producer has too: it encodes, and handles answers."""
+_MOST_CREDIT = 0.005
+"""Seconds of NOTIFYs that a quiet time saves up."""
+_MOST_COST = 0.002
+"""Seconds that one NOTIFY counts at most: a slow network delays it, and costs nobody anything."""
 _MAX_CHANNEL_BYTES = 63
 _QUEUE_FULL = "54000"  # program_limit_exceeded
 _END_LISTENER = " A session that listens keeps a transaction open: end the oldest one in pg_stat_activity."
@@ -77,29 +82,55 @@ def _wake(waiter: "asyncio.Future[None]") -> None:
         waiter.set_result(None)
 
 
-class Notifier:
-    """Notifies the other processes of this log, in the background and not too often."""
+class Budget:
+    """The time that NOTIFYs may take: a small share of a busy producer's, and what the producer does not need. Pure."""
 
-    def __init__(self, database: Database, sql: LogSql, *, channel: str, sender: str) -> None:
-        """`sender` is the payload of notifications about events: a process ignores its own."""
+    def __init__(self) -> None:
+        self._credit = _MOST_CREDIT
+        self._now = self._idle = 0.0
+
+    def spend(self, seconds: float) -> None:
+        """A NOTIFY took so long."""
+        self._credit -= min(seconds, _MOST_COST)
+
+    def pause(self, now: float, idle: float) -> float:
+        """Seconds until the next NOTIFY may be sent. `idle`: seconds without appends since the process began."""
+        passed, without = now - self._now, idle - self._idle
+        self._now, self._idle = now, idle
+        earned = _SHARE * passed + max(0.0, without - _SPARE * passed)
+        self._credit = min(_MOST_CREDIT, self._credit + earned)
+        return max(0.0, -self._credit / _SHARE)
+
+
+class Notifier:
+    """Notifies the other processes of this log, in the background and within a budget of time."""
+
+    def __init__(
+        self, database: Database, sql: LogSql, *, channel: str, sender: str, idle: Callable[[], float]
+    ) -> None:
+        """`sender` is the payload of notifications about events: a process ignores its own.
+
+        `idle()` are the seconds so far in which this process had nothing to append.
+        """
         self._database = database
         self._sql = sql
         self._channel = channel
         self._sender = sender
+        self._idle = idle
         self._due = asyncio.Event()
         self._delay = GrowingDelay(database)
 
     async def run(self) -> None:
         """Send the notifications that `notify()` asks for, until cancelled."""
-        shortest, longest = _INTERVALS
-        interval = shortest
+        budget, clock = Budget(), time.monotonic
         while True:
-            was_quiet = not self._due.is_set()
-            interval = shortest if was_quiet else min(interval * 2, longest)
             await self._due.wait()
+            if (pause := budget.pause(clock(), self._idle())) > 0:
+                await asyncio.sleep(pause)
             self._due.clear()
+            began = clock()
             if await self._send(self._sender):
-                await asyncio.sleep(interval)
+                budget.spend(clock() - began)
             else:
                 await self._delay.wait()
 

@@ -1,13 +1,15 @@
 import asyncio
-import time
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pgbackend import Backend
 from pgbackend.facts import Recorder
-from pgbackend.log.notify import _INTERVALS, Notifier, Wakeup, channel
+from pgbackend.log.notify import Budget, Notifier, Wakeup, channel
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogSql
@@ -53,6 +55,12 @@ def test_a_channel_has_a_name_that_postgresql_takes_whole(name: str) -> None:
     assert channel(name) != channel(name[:-1] + "y")
 
 
+def make_notifier(database: Database, idle: Callable[[], float] = lambda: 0.0) -> Notifier:
+    """By default one whose process is busy all the time."""
+    sql = load(LogSql, "log", schema="pgbackend")
+    return Notifier(database, sql, channel=channel("pgbackend"), sender="me", idle=idle)
+
+
 @pytest.fixture
 async def heard(database: str) -> Any:
     """The payloads on the channel, as they come."""
@@ -66,12 +74,12 @@ async def heard(database: str) -> Any:
 async def test_many_appends_make_few_notifications_and_the_last_is_not_lost(database: str, heard: list[object]) -> None:
     opened = Database(database)
     await opened.open()
-    notifier = Notifier(opened, load(LogSql, "log", schema="pgbackend"), channel=channel("pgbackend"), sender="me")
+    notifier = make_notifier(opened)
     running = asyncio.create_task(notifier.run())
-    began = time.monotonic()
-    for _ in range(100):
-        notifier.notify()
-        await asyncio.sleep(0.001)
+    for _ in range(10):
+        for _ in range(100):
+            notifier.notify()
+        await asyncio.sleep(0)
     before = len(heard)
     notifier.notify()
 
@@ -79,21 +87,53 @@ async def test_many_appends_make_few_notifications_and_the_last_is_not_lost(data
         return len(heard) > before
 
     await eventually("the last one is heard", one_more)
-    took = time.monotonic() - began
     running.cancel()
     await asyncio.wait({running})
     await opened.close()
 
     assert set(heard) == {"me"}
-    # A few at first, and then one per interval, however long the machine took.
-    assert len(heard) < 20 + took / _INTERVALS[1]
+    assert len(heard) <= 11
+
+
+# A busy process may notify for 5 % of its time, and for what it saved up before.
+
+
+def seconds_sent(*, busy: float, notify_takes: float, every: float, seconds: float) -> tuple[float, float]:
+    """The time of all NOTIFYs, and the longest pause before one, in a process that appends for `busy` of its time."""
+    budget, now, spent, longest = Budget(), 0.0, 0.0, 0.0
+    while now < seconds:
+        pause = budget.pause(now, now * (1 - busy))
+        longest = max(longest, pause)
+        now += pause
+        budget.spend(notify_takes)
+        spent += notify_takes
+        now += max(notify_takes, every)
+    return spent, longest
+
+
+@given(st.floats(0.0001, 0.002), st.floats(0.0001, 0.01))
+def test_a_busy_process_notifies_for_a_twentieth_of_its_time(takes: float, every: float) -> None:
+    spent, longest = seconds_sent(busy=1.0, notify_takes=takes, every=every, seconds=20.0)
+    assert spent <= 0.05 * 20.0 + 0.005 + 2 * takes
+    assert longest <= takes / 0.05 + 1e-9
+
+
+@given(st.floats(0.0, 0.25), st.floats(0.0001, 0.0005))
+def test_a_process_that_is_mostly_idle_notifies_at_once(busy: float, takes: float) -> None:
+    _, longest = seconds_sent(busy=busy, notify_takes=takes, every=0.001, seconds=5.0)
+    assert longest == 0.0
+
+
+def test_a_slow_network_costs_no_more_than_a_fast_one() -> None:
+    _, longest = seconds_sent(busy=1.0, notify_takes=0.3, every=0.3, seconds=20.0)
+    assert longest < 0.05
 
 
 async def test_a_failed_notification_does_not_stop_later_ones(database: str, heard: list[object]) -> None:
     async with Proxy(database) as proxy:
         opened = Database(proxy.dsn)
         await opened.open()
-        notifier = Notifier(opened, load(LogSql, "log", schema="pgbackend"), channel=channel("pgbackend"), sender="me")
+        notifier = make_notifier(opened)
         running = asyncio.create_task(notifier.run())
         with Recorder() as recorder:
             proxy.cut()
