@@ -13,13 +13,16 @@ The column `data`, by the column `data_encoding`:
 
 White space around a structured `data` member belongs to the envelope, not to the value, and is not kept.
 
-orjson is not used, because it cannot return the text of a member.
+orjson writes data, and json what orjson cannot. Events are read with json, because orjson cannot return the text of a
+member.
 """
 
 import json
 import re
 from functools import lru_cache
 from typing import Any, NoReturn
+
+import orjson
 
 from pgbackend.errors import EventError
 
@@ -34,7 +37,7 @@ def encode_data(value: object, content_type: object) -> tuple[bytes | None, str 
         if isinstance(value, str) and isinstance(content_type, str) and kind_of(content_type) != "json":
             return value.encode(), "text"
         _check_json(value)
-        return encoder.encode(value).encode(), "json"
+        return _write_json(value), "json"
     except UnicodeEncodeError:
         raise EventError("has a lone surrogate, which UTF-8 cannot encode.") from None
     except RecursionError:
@@ -43,6 +46,19 @@ def encode_data(value: object, content_type: object) -> tuple[bytes | None, str 
         raise
     except ValueError as error:  # NaN, or an integer of thousands of digits
         raise EventError(f"cannot be written as JSON: {error}.") from error
+
+
+def _write_json(value: object) -> bytes:
+    """The JSON text. Raises ValueError and RecursionError for values that have none.
+
+    orjson takes a seventh of json's time for the same value: 1 µs instead of 7 for 300 bytes. It gives up on what only
+    json can do: huge integers, deep nesting, subclasses. It writes NaN as null, so json decides about texts with null.
+    """
+    try:
+        text = orjson.dumps(value)
+    except TypeError:
+        return encoder.encode(value).encode()
+    return encoder.encode(value).encode() if b"null" in text else text
 
 
 _SCALARS = frozenset((str, int, bool, float, type(None)))

@@ -3,9 +3,13 @@ import json
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
+from enum import IntEnum, StrEnum
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pgbackend.codec.data import encode_data
 from pgbackend.codec.event import Event
 from pgbackend.codec.sdk import encode
 from pgbackend.codec.wire import parse_structured, write_structured
@@ -72,3 +76,38 @@ def test_octets_in_utf8_stay_octets(make: Callable[[], Event]) -> None:
     event = make()
     assert event.get_data() == "é".encode()
     assert json.loads(write_structured(event))["data_base64"] == "w6k="
+
+
+class Kind(StrEnum):
+    ORDER = "order"
+
+
+class Count(IntEnum):
+    TWO = 2
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats()
+    | st.text(st.characters())
+    | st.sampled_from([*Kind, *Count, 1e16, -0.0, 5e-324, "null", 1 << 64]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(json_values)
+def test_data_is_written_as_json_would_write_its_value(value: object) -> None:
+    try:
+        plain = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:  # NaN, infinity, a lone surrogate
+        with pytest.raises(EventError):
+            encode_data(value, None)
+        return
+    written, _ = encode_data(value, "application/json")
+    assert (written is None) == (value is None)
+    if written is not None:
+        assert repr(json.loads(written)) == repr(json.loads(plain))
