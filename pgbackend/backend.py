@@ -176,8 +176,8 @@ class Backend:
 
     # Producing.
 
-    async def produce(self, event: "BaseCloudEvent") -> None:
-        """Return once the event is committed. Takes any SDK event, and those that dispatchers get.
+    async def produce(self, event: "BaseCloudEvent | bytes") -> None:
+        """Return once the event is committed. Takes any SDK event, those that dispatchers get, and the JSON format.
 
         Raises EventError when it is not a valid CloudEvent or too large, ProduceTimeoutError when it could not be sent
         within `produce_timeout`, DatabaseError when PostgreSQL refused it: in each case it is not stored. Raises
@@ -186,7 +186,7 @@ class Backend:
         row, weight = encode(event, max_event_bytes=self._settings.max_event_bytes)
         await self._lifecycle.opened().appender.append((row,), weight)
 
-    def produce_soon(self, event: "BaseCloudEvent", done: Callable[[Exception | None], None]) -> None:
+    def produce_soon(self, event: "BaseCloudEvent | bytes", done: Callable[[Exception | None], None]) -> None:
         """As `produce()`, without a task that waits: `done` gets None once the event is committed, else the error.
 
         Raises EventError and NotRunningError at once, and `done` is not called then. `done` must not raise.
@@ -194,7 +194,7 @@ class Backend:
         row, weight = encode(event, max_event_bytes=self._settings.max_event_bytes)
         self._lifecycle.opened().appender.append_soon(row, weight, done)
 
-    async def produce_many(self, events: Iterable["BaseCloudEvent"]) -> None:
+    async def produce_many(self, events: Iterable["BaseCloudEvent | bytes"]) -> None:
         """Return once all of the events are committed, in one transaction and in their order.
 
         Raises as `produce()` does; none of them is stored then.

@@ -85,6 +85,32 @@ async def test_an_invalid_or_large_event_is_refused_with_its_whole_call(database
     assert await query_value(database, "SELECT array_agg(id) FROM pgbackend.events") == ["fits"]
 
 
+async def test_events_in_the_json_format_are_produced_as_they_are(database: str) -> None:
+    catch = Catch()
+    one, two = (
+        b'{"specversion":"1.0","id":"%b","source":"/shop","type":"order.created","data": {"price": 1.10}}' % id_
+        for id_ in (b"a", b"b")
+    )
+    got: list[Event] = []
+
+    async def dispatch(event: Event) -> None:
+        got.append(event)
+        await catch(event)
+
+    async with Backend(database, max_event_bytes=1000) as backend:
+        await backend.subscribe("s", dispatch)
+        await backend.produce(one)
+        await backend.produce_many([two, make_event("c")])
+        for bad in (b"{}", one[:-1], b"[" + one + b"]", one.replace(b"1.10", b'"' + b"x" * 1000 + b'"')):
+            with pytest.raises(EventError):
+                await backend.produce(bad)
+        await catch.has("a", "b", "c")
+
+    assert [event.id for event in got] == ["a", "b", "c"]
+    assert got[0].data_bytes == b'{"price": 1.10}'
+    assert got[0].get_data() == {"price": 1.1}
+
+
 async def test_attributes_over_64_kib_are_refused_on_every_way_into_the_log(backend: Backend, database: str) -> None:
     def event(name: str, size: int) -> Event:
         text = "u:" + "é" * 15_000

@@ -1,8 +1,8 @@
-"""From events of the SDK to rows of the log.
+"""From the events that producers give to rows of the log.
 
-`encode` takes the event that `produce()` was given, from the SDK or from a log, and returns a row for the appender, or
-raises `EventError`. The promise: the row shares nothing with the event, and an `Event` of the row returns each value
-that went in.
+`encode` takes the event that `produce()` was given, from the SDK, from a log or as JSON, and returns a row for the
+appender, or raises `EventError`. The promise: the row shares nothing with the event, and an `Event` of the row returns
+each value that went in.
 """
 
 from base64 import b64encode
@@ -22,18 +22,24 @@ from pgbackend.codec.attributes import (
 )
 from pgbackend.codec.data import encode_data, kind_of
 from pgbackend.codec.event import Event
+from pgbackend.codec.json_format import parse_structured
 from pgbackend.errors import EventError
 
 if TYPE_CHECKING:
     from cloudevents.core.base import BaseCloudEvent
 
 
-def encode(event: "BaseCloudEvent", *, max_event_bytes: int) -> tuple[Row, int]:
+def encode(event: "BaseCloudEvent | bytes", *, max_event_bytes: int) -> tuple[Row, int]:
     """The event as a row that shares nothing with it, and the most bytes of memory that the row takes.
+
+    Bytes are an event in the JSON format.
 
     Raises `EventError` when it is not a valid CloudEvent, when JSON would change its data, or when it is too large.
     """
-    row = event.row if isinstance(event, Event) else _encode(event)
+    if isinstance(event, Event):
+        row = event.row
+    else:
+        row = parse_structured(event).row if isinstance(event, bytes) else _encode(event)
     # A character is at most four bytes, in UTF-8 and in memory. Only events near a limit are measured exactly.
     attributes = _characters(row) * 4
     weight = attributes + len(row[10] or b"")

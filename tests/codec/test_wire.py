@@ -1,13 +1,14 @@
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from cloudevents.core.v03.event import CloudEvent as CloudEvent03
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pgbackend.codec import binary_mode
+from pgbackend.codec import binary_mode, json_format
 from pgbackend.codec.event import Event
 from pgbackend.codec.wire import (
     ContentTypeError,
@@ -496,3 +497,84 @@ def test_0_3_octets_are_base64_in_data() -> None:
     assert again_structured(encoded).data_bytes == b"\x00\xff"
     with pytest.raises(EventError, match="schemaurl"):
         parse_structured(structured(specversion="0.3", dataschema="urn:x"))
+
+
+member_names = st.sampled_from(
+    [
+        "specversion",
+        "id",
+        "source",
+        "type",
+        "subject",
+        "datacontenttype",
+        "time",
+        "x",
+        "data",
+        "data_base64",
+        'q"',
+        "d\\u0061ta",
+    ]
+)
+TEXTS = [
+    '"1.0"',
+    '"a"',
+    '"/s"',
+    '""',
+    '"text/plain"',
+    '"application/json"',
+    '"AA=="',
+    '"é"',
+    '"\\u0061"',
+    '"\\""',
+    '"\\ud800"',
+    '"\x01"',
+]
+OTHERS = [
+    "1",
+    "true",
+    "null",
+    "1.5",
+    "-0",
+    "01",
+    "1e400",
+    "99999999999999999999",
+    "NaN",
+    "[]",
+    "{}",
+    '{"a":1,"a":2}',
+    '{"data":1}',
+    "[1,]",
+]
+TIME = '"2026-01-02T03:04:05Z"'
+member_values = st.sampled_from([*TEXTS, *OTHERS, TIME])
+white = st.sampled_from(["", "", "", " ", "\n\t", "\u00a0"])
+
+
+@st.composite
+def nearly_usual(draw: st.DrawFn) -> str:
+    """An object that is nearly written as most senders write an event."""
+    usual = [("specversion", '"1.0"'), ("id", '"1"'), ("source", '"/s"'), ("type", '"t"')]
+    members = usual + draw(st.lists(st.tuples(member_names, member_values), max_size=3))
+    if draw(st.booleans()):
+        members = draw(st.permutations(members))
+    if draw(st.booleans()):
+        members = [*members, ("data", draw(member_values))]
+    written = [f'{draw(white)}"{name}"{draw(white)}:{draw(white)}{value}{draw(white)}' for name, value in members]
+    text = "{" + ",".join(written) + "}"
+    if draw(st.integers(0, 9)) == 0:
+        at = draw(st.integers(0, len(text)))
+        text = text[:at] + draw(st.sampled_from(["", ",", "}", '"', "{", " ", "\\"])) + text[at + 1 :]
+    return draw(white) + text + draw(white)
+
+
+@given(nearly_usual())
+@example('{,"data":1}')
+@example('{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"data":2}')
+def test_both_ways_of_reading_an_event_come_to_the_same_result(text: str) -> None:
+    def read(parse: Callable[[str], Event]) -> object:
+        try:
+            return parse(text).row
+        except EventError as error:
+            return str(error)
+
+    assert read(lambda whole: parse_structured(whole.encode())) == read(json_format._parse_any)
