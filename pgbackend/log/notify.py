@@ -23,7 +23,7 @@ _NOTIFY_PATIENCE = "500ms"
 """How long a NOTIFY may wait for its turn."""
 _SHARE = 0.05
 """The share of a busy producer's time that NOTIFYs may take."""
-_SPARE = 0.25
+_SPARE = 0.4
 """The share of time without appends that a busy producer has too: it encodes, and handles answers."""
 _MOST_CREDIT = 0.005
 """Seconds of NOTIFYs that a quiet time saves up."""

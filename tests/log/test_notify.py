@@ -118,7 +118,7 @@ def test_a_busy_process_notifies_for_a_twentieth_of_its_time(takes: float, every
     assert longest <= takes / 0.05 + 1e-9
 
 
-@given(st.floats(0.0, 0.25), st.floats(0.0001, 0.0005))
+@given(st.floats(0.0, 0.25), st.floats(0.0001, 0.0003))
 def test_a_process_that_is_mostly_idle_notifies_at_once(busy: float, takes: float) -> None:
     _, longest = seconds_sent(busy=busy, notify_takes=takes, every=0.001, seconds=5.0)
     assert longest == 0.0
