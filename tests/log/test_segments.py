@@ -177,7 +177,8 @@ async def test_many_workers_extend_at_once_and_each_segment_is_made_once(log: st
         until = await one.extend()
 
     made = [int(str(fact["lower"])) for fact in recorder.all("segment made")]
-    assert made == sorted(set(made))
+    # In any order, because sessions report after their commits.
+    assert len(made) == len(set(made))
     assert max(reached) == until
 
 
