@@ -96,9 +96,9 @@ class Requirements:
         while True:
             try:
                 # Both connections first: through a pooler, connecting needs a connection to the server several times.
-                async with database.acquire() as appender, database.acquire() as observer:
+                async with database.acquire() as appender:
                     pooled = is_pooled(appender)
-                    async with appender.transaction():
+                    async with database.acquire() as observer, appender.transaction():
                         name = await appender.fetchval(self._sql.open_appender, timeout=STATEMENT_TIMEOUT)
                         timeout = _POOLED_TIMEOUT if pooled else STATEMENT_TIMEOUT
                         return name, await self._log.read_evidence(observer, timeout=timeout)

@@ -93,6 +93,10 @@ class Pooler:
                     raise AssertionError(f"pgbouncer did not start: {self.log.read_text()}") from error
                 time.sleep(0.01)
 
+    def has_crashed(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
     def kill(self) -> None:
         """kill -9: its connections are gone in both directions, whatever was under way."""
         if self._process is not None:
