@@ -1,8 +1,8 @@
 """The JSON format of CloudEvents: one event, or a batch.
 
-A body is read by hand, member by member, because the text of the member `data` must be kept as it is; the values are
-left to Python's decoder. The promise: attribute texts and the text of `data` come out as they went in, and arbitrary
-bytes raise nothing but `EventError`.
+The text of the member `data` must be kept as it is. So a body is cut in front of `data`, where it comes last as most
+senders write it, and is read by hand otherwise, member by member; decoders read the values. The promise: attribute
+texts and the text of `data` come out as they went in, and arbitrary bytes raise nothing but `EventError`.
 """
 
 import codecs
