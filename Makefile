@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-all lint format check bench torture build clean
+.PHONY: help serve demo test test-all lint format check bench compare guard torture docs build clean
 
 help:
 	@echo 'make serve    run the broker on port 8080, with a PostgreSQL of its own    (ARGS="--port 9090 …")'
@@ -16,7 +16,10 @@ help:
 	@echo 'make check    lint and test-all'
 	@echo 'make format   let ruff format and repair what it can'
 	@echo 'make bench    measure against bare asyncpg                                  (ARGS="--rounds 3")'
+	@echo 'make guard    count instructions against an old commit: two minutes         (ARGS="--against COMMIT")'
+	@echo 'make compare  measure beside its peers: ten minutes                          (ARGS="--systems bare,pgbackend")'
 	@echo 'make torture  kill, freeze and cut off everything, and check every promise  (ARGS="--minutes 10")'
+	@echo 'make docs     the documentation site: open site/index.html'
 	@echo 'make build    wheel and sdist in dist/'
 
 serve: $(VENV)/.ready
@@ -47,14 +50,25 @@ format: $(VENV)/.ready
 bench: $(VENV)/.ready
 	@exec $(BIN)/pgbackend bench $(ARGS)
 
+guard: $(VENV)/.ready
+	@exec $(BIN)/python benchmarks/guard.py $(ARGS)
+
+compare: $(VENV)/.bench
+	@exec $(BIN)/python -m benchmarks.compare $(ARGS)
+
 torture: $(VENV)/.ready
 	@exec $(BIN)/pgbackend torture $(ARGS)
+
+# The theme announces a later MkDocs in colour, unless it is told not to.
+docs: $(VENV)/.ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo 'The site is in site/: open site/index.html.'
 
 build: $(VENV)/.ready
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Installed once, and again when pyproject.toml changed. A .venv whose Python is gone is made anew.
 $(VENV)/.ready: pyproject.toml
@@ -72,4 +86,9 @@ $(VENV)/.ready: pyproject.toml
 	  $$found -m venv --clear $(VENV); \
 	fi
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore --editable '.[dev]'
+	@touch $@
+
+# The peers' clients, which nothing else needs.
+$(VENV)/.bench: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore --editable '.[bench]'
 	@touch $@

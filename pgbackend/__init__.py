@@ -3,7 +3,7 @@
 What can be imported from here is public; everything else may change without notice.
 """
 
-from pgbackend import filters
+from pgbackend import doctor, filters, outbox, schema
 from pgbackend.backend import Backend
 from pgbackend.codec.event import Event
 from pgbackend.errors import (
@@ -12,6 +12,9 @@ from pgbackend.errors import (
     DatabaseError,
     EmbeddedServerError,
     EventError,
+    EventNotFoundError,
+    EventSettledError,
+    Failed,
     NotRunningError,
     Pause,
     PgBackendError,
@@ -28,42 +31,64 @@ from pgbackend.errors import (
 )
 from pgbackend.interface import EventProducer, Interface, Subscribable
 from pgbackend.model import (
+    BatchDispatcher,
     BlockingAppender,
     ConsumerDispatcher,
     DeadLetter,
+    DeadLetterGroup,
+    Dispatcher,
     Failure,
+    Holder,
     Info,
+    Paused,
+    Redaction,
+    Retention,
+    SeekPreview,
     ShardStatus,
     Status,
     SubscriptionStatus,
+    TransactionalBatchDispatcher,
+    TransactionalDispatcher,
+    WaitingEvent,
 )
 from pgbackend.retry import Retry
 
 __all__ = [
     "Backend",
+    "BatchDispatcher",
     "BlockingAppender",
     "ConfigError",
     "ConnectionLostError",
     "ConsumerDispatcher",
     "DatabaseError",
     "DeadLetter",
+    "DeadLetterGroup",
+    "Dispatcher",
     "EmbeddedServerError",
     "Event",
     "EventError",
+    "EventNotFoundError",
     "EventProducer",
+    "EventSettledError",
+    "Failed",
     "Failure",
+    "Holder",
     "Info",
     "Interface",
     "NotRunningError",
     "Pause",
+    "Paused",
     "PgBackendError",
     "ProbeError",
     "ProduceTimeoutError",
     "ProduceUncertainError",
+    "Redaction",
     "Reject",
+    "Retention",
     "Retry",
     "RetryAfter",
     "SchemaError",
+    "SeekPreview",
     "ShardStatus",
     "Status",
     "Subscribable",
@@ -72,5 +97,11 @@ __all__ = [
     "SubscriptionMismatchError",
     "SubscriptionNotFoundError",
     "SubscriptionStatus",
+    "TransactionalBatchDispatcher",
+    "TransactionalDispatcher",
+    "WaitingEvent",
+    "doctor",
     "filters",
+    "outbox",
+    "schema",
 ]

@@ -143,7 +143,7 @@ class _Bench:
         values = ", ".join(f"${n}" for n in range(1, len(COLUMNS) + 1))
         self._insert = f'insert into "{schema}".events ({columns}) values ({values})'  # noqa: S608 - our own names
         self._page = (
-            f"select {columns}, position, recorded_at, key_hash "  # noqa: S608 - our own names
+            f"select {columns}, position, recorded_at "  # noqa: S608 - our own names
             f'from "{schema}".events where position > $1 order by position limit {PAGE}'
         )
 

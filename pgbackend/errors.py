@@ -1,4 +1,4 @@
-"""Every error that pgbackend raises, and the three signals that a dispatcher may raise.
+"""Every error that pgbackend raises, and the four signals that a dispatcher may raise.
 
 Catch `PgBackendError` for all errors, or one of its kinds. Fields have the facts; messages end with the next step.
 
@@ -16,9 +16,12 @@ Catch `PgBackendError` for all errors, or one of its kinds. Fields have the fact
     ├── SubscriptionNotFoundError (LookupError)
     ├── SubscriptionMismatchError
     ├── SubscriptionBusyError
+    ├── EventNotFoundError (LookupError)
+    ├── EventSettledError
     └── ProbeError
 
-`Reject`, `RetryAfter` and `Pause` are signals, not errors: a dispatcher raises them to say what to do with its event.
+`Reject`, `RetryAfter`, `Pause` and `Failed` are signals, not errors: a dispatcher raises them to say what to do with
+its events.
 """
 
 import math
@@ -26,6 +29,10 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from numbers import Real
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pgbackend.codec.event import Event
 
 _PRINTED_BITS = 128
 
@@ -130,8 +137,8 @@ class ProduceTimeoutError(PgBackendError, TimeoutError):
 class ProduceUncertainError(PgBackendError):
     """The connection broke, or the time ran out, while PostgreSQL was committing: the event may or may not be stored.
 
-    It was not sent again. Produce it again if a duplicate is better than a loss: consumers recognize a duplicate by its
-    `source` and `id`.
+    It was not sent again, unless the log deduplicates. Produce it again if a duplicate is better than a loss: consumers
+    recognize a duplicate by its `source` and `id`.
     """
 
 
@@ -153,6 +160,14 @@ class SubscriptionBusyError(PgBackendError):
     def __init__(self, message: str, *, workers: Sequence[str]) -> None:
         super().__init__(message)
         self.workers = tuple(workers)
+
+
+class EventNotFoundError(PgBackendError, LookupError):
+    """The log has no event at that position, or a redacted one."""
+
+
+class EventSettledError(PgBackendError):
+    """The subscription owes nothing of that event any more."""
 
 
 class ProbeError(PgBackendError):
@@ -196,12 +211,32 @@ class RetryAfter(Exception):  # noqa: N818 - a signal, not an error
         self.details = dict(details or {})
 
 
-class Pause(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a dispatcher: dispatch no more events of this subscription in this process.
+class Failed(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a dispatcher that got a batch: these events failed, and the others are handled.
 
-    The dispatch does not count as an attempt. The event and all later ones wait, until `reconfigure()` or until the
-    backend subscribes again; no event is lost or becomes a dead letter. `status()` shows it, with the reason. Other
-    processes find out on their own. From a `dead_letter` dispatcher, it counts as `Reject`.
+    `errors` maps each event that failed to its error, which counts as if the event had been dispatched alone: it may be
+    `Reject` or `RetryAfter`. In a transactional subscription the transaction is rolled back, and the others are
+    dispatched again without the events that failed.
+
+    Raises ConfigError for an empty mapping.
+    """
+
+    __reduce__ = _reduce
+
+    def __init__(self, errors: Mapping["Event", BaseException]) -> None:
+        if not errors:
+            raise ConfigError("Failed names no event. Raise it only when some failed, and name each of them.")
+        super().__init__(f"{len(errors)} of the events failed")
+        self.errors = dict(errors)
+
+
+class Pause(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a dispatcher: dispatch no more events of this subscription, in any process.
+
+    The dispatch does not count as an attempt. The event and all later ones wait, until `resume()`, `reconfigure()`, or
+    a `subscribe()` with another `target`; no event is lost or becomes a dead letter. It is stored, so no restart ends
+    it, and `status()` shows it, with the reason. While PostgreSQL is away, this process is paused already, and the
+    others follow once it is stored. From a `dead_letter` dispatcher, it counts as `Reject`.
     """
 
     __reduce__ = _reduce

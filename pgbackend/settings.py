@@ -6,6 +6,7 @@ PostgreSQL's.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from pgbackend.errors import ConfigError, shown
 
@@ -13,11 +14,12 @@ _DAY = 86_400
 """The longest time that a setting takes, in seconds."""
 _SHORTEST = 0.001
 """The shortest time of a setting that may not be zero, in seconds."""
-_MAX_EVENT_BYTES = 256 << 20
+MAX_EVENT_BYTES = 256 << 20
 """The largest `max_event_bytes`. A message to PostgreSQL ends at 1 GiB, and encoding an event takes copies of it."""
 _MAX_BYTES = 1 << 40
 _MAX_POOL_SIZE = 1_000
 _MAX_WINDOW_EVENTS = 100_000
+_SHORTEST_DEDUPLICATION, _LONGEST_DEDUPLICATION = timedelta(seconds=0.1), timedelta(days=366)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,11 @@ class Settings:
     buffer_bytes: int = 64 << 20
     """Bytes of the log that the process keeps for subscriptions that are a little behind; up to 1 TiB. More: fewer
     pages are read twice. Fewer: less memory."""
+    deduplicate: timedelta | None = None
+    """The window in which the log takes each event once, by its `source` and `id`: from 0.1 s to 366 days, 0 for no
+    deduplication. It is stored with the log, for all of its producers; None leaves what is stored, which is 0 for a new
+    log. Longer: copies that come later are recognized, and more keys are kept, 150 bytes an event for up to three
+    windows."""
 
     def __post_init__(self) -> None:
         _check_seconds("hole_wait", self.hole_wait, at_least=0)
@@ -67,11 +74,21 @@ class Settings:
         _check_seconds("lease_timeout", self.lease_timeout)
         _check_seconds("produce_timeout", self.produce_timeout)
         _check_seconds("drain_timeout", self.drain_timeout, at_least=0)
-        _check_count("max_event_bytes", self.max_event_bytes, at_most=_MAX_EVENT_BYTES)
+        _check_count("max_event_bytes", self.max_event_bytes, at_most=MAX_EVENT_BYTES)
         _check_count("pool_size", self.pool_size, at_most=_MAX_POOL_SIZE)
         _check_count("window_events", self.window_events, at_most=_MAX_WINDOW_EVENTS)
         _check_count("window_bytes", self.window_bytes, at_most=_MAX_BYTES)
         _check_count("buffer_bytes", self.buffer_bytes, at_most=_MAX_BYTES)
+        check_window("deduplicate", self.deduplicate)
+
+
+def check_window(name: str, value: object) -> None:
+    """The value can be the window of a log's deduplication. Raises ConfigError."""
+    if value is None or (
+        isinstance(value, timedelta) and (not value or _SHORTEST_DEDUPLICATION <= value <= _LONGEST_DEDUPLICATION)
+    ):
+        return
+    raise ConfigError(f"{name} is {shown(value)}: expected a timedelta from 0.1 s to 366 days, or of 0.")
 
 
 def _check_seconds(name: str, value: object, *, at_least: float = _SHORTEST) -> None:

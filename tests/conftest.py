@@ -197,7 +197,9 @@ def template(server: str, role: str | None) -> Iterator[str]:
         if role is not None:
             async with connected(_dsn(server, name)) as connection:
                 await connection.execute(f"create role {role} login password '{role}'")
-                await connection.execute(grants("pgbackend", producers=[role], consumers=[role], operators=[role]))
+                await connection.execute(
+                    grants("pgbackend", producers=[role], consumers=[role], readers=[role], operators=[role])
+                )
 
     async def dropped() -> None:
         async with connected(server) as connection:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from pgbackend import Backend, ConfigError, Event, Retry
-from pgbackend.arguments import check_dispatching, check_letters, checked_definition, checked_terms
+from pgbackend import Backend, ConfigError, Event
+from pgbackend.arguments import check_letters, checked_definition, checked_handling, checked_terms
 from pgbackend.errors import shown
 from pgbackend.subscriptions.places import checked_place
+from tests.support.handling import make_handling
 
 NAIVE = datetime(2026, 1, 1)  # noqa: DTZ001 - the point
 
@@ -65,15 +66,14 @@ def test_a_start_that_is_no_place_is_refused(start: Any) -> None:
 
 
 def dispatching(**options: Any) -> None:
-    defaults = {"dispatcher": print, "dead_letter": None, "filter_": None, "concurrency": 64, "retry": Retry()}
-    check_dispatching("s", **{**defaults, **options})
+    checked_handling("s", make_handling(**options))
 
 
 @pytest.mark.parametrize(
     "option",
     [
         {"dispatcher": None}, {"concurrency": 0}, {"concurrency": 10_001}, {"concurrency": 10**5000}, {"retry": 5},
-        {"dead_letter": "nobody"}, {"filter_": "type = 'a'"},
+        {"dead_letter": "nobody"}, {"filter": "type = 'a'"},
     ],
     ids=shown_ids,
 )  # fmt: skip
@@ -89,20 +89,20 @@ def test_an_option_out_of_its_bounds_is_refused(option: dict[str, Any]) -> None:
         ("dispatcher", generate), ("dispatcher", generate_async), ("dispatcher", partial(partial(generate))),
         ("dispatcher", Generator()), ("dispatcher", partial(Generator())), ("dispatcher", Generator().generate),
         ("dead_letter", generate), ("dead_letter", Generator().generate),
-        ("filter_", AsyncFilter()), ("filter_", partial(partial(asyncio.sleep), 1)), ("filter_", asyncio.sleep),
-        ("filter_", AsyncFilter().__call__), ("filter_", generate), ("filter_", generate_async),
+        ("filter", AsyncFilter()), ("filter", partial(partial(asyncio.sleep), 1)), ("filter", asyncio.sleep),
+        ("filter", AsyncFilter().__call__), ("filter", generate), ("filter", generate_async),
     ],
     ids=[*"abcdefghijklmn"],
 )  # fmt: skip
 def test_a_function_whose_call_runs_nothing_is_refused(option: str, function: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{option.rstrip('_')} of 's'"):
+    with pytest.raises(ConfigError, match=f"{option} of 's'"):
         dispatching(**{option: function})
 
 
 @pytest.mark.parametrize("ids", [(), (0,), (True,), ("1",), (1, 2**63)], ids=str)
 def test_something_that_is_no_dead_letter_is_refused(ids: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigError):
-        check_letters(ids, None)
+        check_letters(ids, None, None)
 
 
 async def test_a_refused_call_stores_nothing(backend: Backend) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from pgbackend.cli import main
-
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+from tests.support.pages import PAGES, ROOT
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))

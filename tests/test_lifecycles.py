@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
@@ -11,13 +12,16 @@ from pgbackend import Backend
 from pgbackend.delivery.committer import Committer
 from pgbackend.delivery.offsets import Offsets
 from pgbackend.log.appender import Appender
+from pgbackend.log.deduplication import Deduplication
 from pgbackend.log.log import Log
 from pgbackend.log.maintenance import Maintenance
 from pgbackend.log.notify import Notifier, Wakeup, channel
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.requirements import Requirements
+from pgbackend.log.retention import Retainer
 from pgbackend.log.segments import Segments
 from pgbackend.log.tail import Tail
+from pgbackend.model import Retention
 from pgbackend.postgres.pool import Database
 from pgbackend.subscriptions.presence import Presence, Tenure
 from tests.support import lifecycle
@@ -49,8 +53,10 @@ def appender(world: World) -> Lifecycle:
             world.log.sql,
             schema="pgbackend",
             produce_timeout=5.0,
-            on_append=lambda: None,
+            wakeup=Wakeup(),
+            notifier=Notifier(world.database, world.log.sql, channel="test", sender="me", idle=lambda: 0.0),
             on_full=make_room,
+            deduplication=Deduplication(world.database, schema="pgbackend"),
         )
 
     async def use(appender: Appender) -> None:
@@ -81,6 +87,29 @@ def maintenance(world: World) -> Lifecycle:
 
     async def use(maintenance: Maintenance) -> None:
         await maintenance.run_once()
+
+    return Lifecycle(make, use)
+
+
+def deduplication(world: World) -> Lifecycle:
+    async def use(deduplication: Deduplication) -> None:
+        await deduplication.enter(timedelta(seconds=0.1))
+        await deduplication.run_once()
+
+    return Lifecycle(lambda: Deduplication(world.database, schema="pgbackend"), use)
+
+
+def retainer(world: World) -> Lifecycle:
+    def make() -> Retainer:
+        return Retainer(world.database, Segments(world.database, schema="pgbackend"), schema="pgbackend")
+
+    async def use(retainer: Retainer) -> None:
+        await retainer.store(Retention(keep=timedelta(seconds=1)))
+        async with connected(world.dsn) as owner:
+            await owner.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't')")
+            await owner.execute("UPDATE pgbackend.events SET recorded_at = recorded_at - interval '1 minute'")
+            retainer._remove_at = 0.0
+            await retainer.run_once()
 
     return Lifecycle(make, use)
 
@@ -197,12 +226,17 @@ ACTORS: dict[str, Callable[[World], Lifecycle]] = {
     "notifier": notifier,
     "tail": tail,
     "maintenance": maintenance,
+    "deduplication": deduplication,
+    "retainer": retainer,
     "committer": committer,
     "presence": presence,
     "backend": backend,
 }
 DRAINED = ("appender", "backend")
 """Those that have `drain()`."""
+OPEN = """
+    SELECT pid, state, wait_event_type, wait_event, left(query, 200) AS query FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name = 'pgbackend'"""
 
 
 @pytest.fixture
@@ -216,11 +250,20 @@ async def world(database: str) -> AsyncIterator[World]:
     await opened.close()
     async with connected(database, application_name="observer") as observer:
 
-        async def are_closed() -> bool:
-            sessions = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'pgbackend'"
-            return not await observer.fetchval(f"SELECT count(*) {sessions}")
+        async def find_open() -> list[str]:
+            return [
+                f"pid {row['pid']}: {row['state']}, {row['wait_event_type']} {row['wait_event']}, {row['query']}"
+                for row in await observer.fetch(OPEN)
+            ]
 
-        await eventually("no connection is left", are_closed)
+        async def are_closed() -> bool:
+            return not await find_open()
+
+        try:
+            await eventually("no connection is left", are_closed)
+        except TimeoutError as error:
+            error.add_note("\n".join(await find_open()))
+            raise
 
 
 @pytest.fixture(params=ACTORS)

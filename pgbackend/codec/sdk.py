@@ -6,9 +6,9 @@ each value that went in.
 """
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pgbackend.codec.attributes import (
     ATTRIBUTES_BYTES,
@@ -22,7 +22,7 @@ from pgbackend.codec.attributes import (
 )
 from pgbackend.codec.data import encode_data, kind_of
 from pgbackend.codec.event import Event
-from pgbackend.codec.json_format import parse_structured
+from pgbackend.codec.json_format import structured_row
 from pgbackend.errors import EventError
 
 if TYPE_CHECKING:
@@ -36,10 +36,13 @@ def encode(event: "BaseCloudEvent | bytes", *, max_event_bytes: int) -> tuple[Ro
 
     Raises `EventError` when it is not a valid CloudEvent, when JSON would change its data, or when it is too large.
     """
-    if isinstance(event, Event):
-        row = event.row
+    if isinstance(event, bytes):
+        row, size = structured_row(event), len(event)
+        if size <= ATTRIBUTES_BYTES and size <= max_event_bytes:
+            # Its texts are no longer than they are in JSON, so it is within all limits.
+            return row, size * 4
     else:
-        row = parse_structured(event).row if isinstance(event, bytes) else _encode(event)
+        row = event.row if isinstance(event, Event) else _encode(event)
     # A character is at most four bytes, in UTF-8 and in memory. Only events near a limit are measured exactly.
     attributes = _characters(row) * 4
     weight = attributes + len(row[10] or b"")
@@ -54,6 +57,35 @@ def encode(event: "BaseCloudEvent | bytes", *, max_event_bytes: int) -> tuple[Ro
             "Keep its data elsewhere and send a reference (`dataref`), or raise the limit."
         )
     return row, weight
+
+
+def encode_many(
+    events: "Sequence[BaseCloudEvent | bytes]", *, max_event_bytes: int
+) -> "tuple[Sequence[Row] | EncodedLater, int]":
+    """The rows of these events, and the most bytes of memory that they take. Raises `EventError` as `encode()` does.
+
+    Events that are all bytes cannot change, so their rows are made later, while PostgreSQL stores those before.
+    """
+    if all(isinstance(event, bytes) for event in events):
+        later = EncodedLater(cast("Sequence[bytes]", events), max_event_bytes=max_event_bytes)
+        return later, sum(map(len, later.events))
+    encoded = [encode(event, max_event_bytes=max_event_bytes) for event in events]
+    return [row for row, _ in encoded], sum(weight for _, weight in encoded)
+
+
+class EncodedLater:
+    """The rows of events in the JSON format, each made when it is iterated over, which raises as `encode()` does."""
+
+    def __init__(self, events: Sequence[bytes], *, max_event_bytes: int) -> None:
+        self.events = events
+        self._max_event_bytes = max_event_bytes
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __iter__(self) -> Iterator[Row]:
+        for event in self.events:
+            yield encode(event, max_event_bytes=self._max_event_bytes)[0]
 
 
 def as_event(event: "BaseCloudEvent") -> Event:

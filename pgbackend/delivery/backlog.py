@@ -13,8 +13,8 @@ a `Delivery`. An event that comes back keeps its lane, so the events behind it k
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from pgbackend.codec.event import Event
@@ -96,6 +96,28 @@ class Backlog:
         while self._later and self._later[0][0] <= now:
             self.put(heapq.heappop(self._later)[2])
 
+    def waiting(self) -> dict[int, int]:
+        """By position: the attempts made of each failed event that waits here for its time.
+
+        Without those that may have killed their process: they wait for a report, not for their time.
+        """
+        found = {position: kept.attempt for position, kept in self._carried.items() if kept.started_by is None}
+        for _, _, delivery in self._later:
+            if delivery.letter is None and not delivery.suspect:
+                found[delivery.event.position] = delivery.event.attempt - 1
+        return found
+
+    def hasten(self, positions: Collection[int], now: float) -> None:
+        """The time of these failed events has come."""
+        for position in positions:
+            if position in self._carried:
+                self._carried[position] = replace(self._carried[position], due_at=now)
+        self._later = [
+            (min(due, now) if delivery.event.position in positions else due, number, delivery)
+            for due, number, delivery in self._later
+        ]
+        heapq.heapify(self._later)
+
     # Out.
 
     def take_probe(self, *, retry: bool) -> Delivery | None:
@@ -109,6 +131,50 @@ class Backlog:
             self.retries.remove(delivery)
             return delivery
         return Delivery(self.ready.pop()) if self.ready else None
+
+    def has_group(self, most: int) -> bool:
+        """Whether `take_group()` would take that many."""
+        if self._lanes is None or len(self.ready) >= most:
+            return len(self.ready) >= most
+        behind = map(self._lanes.parked_behind, self.ready)
+        return len(self.ready) + sum(behind) >= most
+
+    def take_group(self, most: int) -> list[Event]:
+        """Take up to so many ready events, and in ordered modes those that wait only for them: in log order."""
+        group: list[Event] = []
+        while self.ready and len(group) < most:
+            event = self.ready.popleft()
+            group.append(event)
+            if self._lanes is not None and len(group) < most:
+                group += self._lanes.follow(event, most - len(group), self._is_plain)
+        group.sort(key=_position)
+        return group
+
+    def put_back_group(self, events: Sequence[Event]) -> None:
+        """Put back what `take_group()` took, or the rest of it, in its order and before all others."""
+        if self._lanes is None:
+            self.ready.extendleft(reversed(events))
+            return
+        first: list[Event] = []
+        behind: list[Event] = []
+        lanes = set[object]()
+        for event in events:
+            lane = self._lanes.lane_of(event)
+            (first if lane is None or lane not in lanes else behind).append(event)
+            lanes.add(lane)
+        self.ready.extendleft(reversed(first))
+        for event in reversed(behind):
+            self._lanes.unfollow(event)
+
+    def hold_back(self, events: Sequence[Event]) -> None:
+        """Park these events, which `take_group()` took from behind others, in their lanes again, in front."""
+        if self._lanes is not None:
+            for event in reversed(events):
+                self._lanes.unfollow(event)
+
+    def lane_of(self, event: Event) -> object:
+        """The events of one lane wait for each other. None: the event has no lane."""
+        return None if self._lanes is None else self._lanes.lane_of(event)
 
     def leave(self, event: Event) -> None:
         """The event is done with: the next one of its lane may go."""
@@ -173,8 +239,15 @@ class Backlog:
         else:
             self.ready.append(event)
 
+    def _is_plain(self, event: Event) -> bool:
+        return event.position not in self._carried and event.position not in self.undecided
+
     def _queue_of(self, delivery: Delivery) -> deque[Delivery]:
         return self.given_up if delivery.given_up else self.retries
+
+
+def _position(event: Event) -> int:
+    return event.position
 
 
 def _attempt(delivery: Delivery) -> int:

@@ -46,7 +46,7 @@ EXAMINE_AGAIN = 1.0
 _SUSPICIOUS = 2
 """Crashes in a row. One alone is a deployment, a power cut, an operator's kill -9."""
 _ENOUGH = 10.0
-"""Seconds of care after which twice the concurrency in events is enough: with slow events, no more were open."""
+"""Seconds of care after which twice as many events as a shard has at work are enough: with slow ones, no more were."""
 _LONGEST = 60.0
 """Seconds of care after the second crash. The next owner starts behind what was settled by then."""
 _SETTLED_AFTER = 30.0
@@ -205,7 +205,7 @@ class Care:
     def survived(self) -> None:
         """The process lives after one more dispatch with care."""
         self._dispatched += 1
-        enough = self._dispatched >= 2 * self._registration.concurrency and monotonic() - self._since > _ENOUGH
+        enough = self._dispatched >= 2 * self._registration.most_at_work and monotonic() - self._since > _ENOUGH
         if enough or self._dispatched >= self._shard.window.max_events or self._left() <= 0:
             self.active = False
 

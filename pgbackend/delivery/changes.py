@@ -5,6 +5,7 @@ before the change is dispatched after it.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import TypeVar
@@ -12,20 +13,23 @@ from typing import TypeVar
 from pgbackend import facts
 from pgbackend.delivery.handler_calls import HandlerCalls
 from pgbackend.delivery.redelivery import Redelivery
-from pgbackend.delivery.registration import Registration
+from pgbackend.delivery.registration import Handling, Registration
+from pgbackend.delivery.retries import Retries
 from pgbackend.delivery.runner import Runner
 from pgbackend.delivery.worker import process_name
 from pgbackend.errors import SubscriptionNotFoundError
 from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
 from pgbackend.log.notify import Notifier
-from pgbackend.model import ConsumerDispatcher, EventFilter
-from pgbackend.retry import Retry
+from pgbackend.model import SeekPreview, WaitingEvent
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.alterations import Alterations
 from pgbackend.subscriptions.definitions import Definition, Subscriptions, Terms, exists, not_found
 from pgbackend.subscriptions.draining import busy
+from pgbackend.subscriptions.pauses import Pauses
 from pgbackend.subscriptions.places import Place
+from pgbackend.subscriptions.previews import Previews
+from pgbackend.subscriptions.skipping import Skips
 
 _INCARNATION_POLL = 0.05
 """Seconds between two tries while the worker has not noticed the new incarnation yet."""
@@ -44,7 +48,11 @@ class Changes:
         *,
         subscriptions: Subscriptions,
         alterations: Alterations,
+        pauses: Pauses,
+        previews: Previews,
         redelivery: Redelivery,
+        retries: Retries,
+        skips: Skips,
         notifier: Notifier,
         runner: Runner,
         calls: HandlerCalls,
@@ -53,7 +61,11 @@ class Changes:
         self._log = log
         self._subscriptions = subscriptions
         self._alterations = alterations
+        self._pauses = pauses
+        self._previews = previews
         self._redelivery = redelivery
+        self._retries = retries
+        self._skips = skips
         self._notifier = notifier
         self._runner = runner
         self._calls = calls
@@ -65,30 +77,29 @@ class Changes:
         if wanted.name in registrations:
             raise exists(wanted.name)
         await self._in_one_incarnation(lambda: self._subscriptions.ensure(wanted, start))
+        await self._enter_target(wanted.name, registration.handling.target)
         # Again: another call may have subscribed meanwhile.
         if wanted.name in registrations:
             raise exists(wanted.name)
         registrations[wanted.name] = registration
         self._claim_soon()
 
-    def reconfigure(
-        self,
-        name: str,
-        *,
-        dispatcher: ConsumerDispatcher,
-        dead_letter: ConsumerDispatcher | None,
-        filter: EventFilter | None,  # noqa: A002 - as in Backend.reconfigure()
-        concurrency: int,
-        retry: Retry,
-    ) -> None:
+    async def _enter_target(self, name: str, target: str | None) -> None:
+        """The stored target is this one. A dispatcher's pause of another target has ended."""
+        if target is None:
+            return
+        reason = await self._pauses.change_target(name, target)
+        if reason is not None:
+            facts.emit("subscription resumed", subscription=name, by="dispatcher", reason=reason)
+            await self._notifier.notify_leases()
+
+    def reconfigure(self, name: str, handling: Handling) -> None:
         """From now on this process dispatches so."""
         registration = self._runner.registrations.get(name)
         if registration is None:
             raise _not_run(name)
         # Both in one step of the event loop: no event is dispatched half by the old options and half by the new ones.
-        registration.reconfigure(
-            dispatcher=dispatcher, dead_letter=dead_letter, filter=filter, concurrency=concurrency, retry=retry
-        )
+        registration.reconfigure(handling)
         worker = self._runner.worker
         filtered = worker.reconfigured(registration) if worker is not None else 0
         facts.emit("subscription reconfigured", subscription=name, filtered=filtered)
@@ -122,6 +133,10 @@ class Changes:
             await self._notifier.notify_leases()
         else:
             await self._calls.make(self._seek_released(registration, place), registration)
+
+    async def preview_seek(self, name: str, place: Place) -> SeekPreview:
+        """The outcome that `seek()` would have."""
+        return await self._in_one_incarnation(lambda: self._previews.preview_seek(name, place))
 
     async def _seek_released(self, registration: Registration, place: Place) -> None:
         name = registration.name
@@ -173,14 +188,54 @@ class Changes:
             facts.emit("subscription resharded", subscription=name, shards=shards)
             await self._wake_workers()
 
-    async def redeliver(self, ids: Sequence[int], subscription: str | None) -> int:
+    async def skip(self, name: str, position: int) -> None:
+        """The event is a dead letter of the subscription, whatever its state was."""
+        skipping = self._skip(name, position)
+        registration = self._runner.registrations.get(name)
+        await (skipping if registration is None else self._calls.make(skipping, registration))
+
+    async def _skip(self, name: str, position: int) -> None:
+        await self._in_one_incarnation(
+            lambda: self._skips.skip(name, position, patience=self._patience, on_drain=self._wake_workers)
+        )
+        facts.emit("event skipped by an operator", level=logging.WARNING, subscription=name, position=position)
+        await self._wake_workers()
+
+    async def retry_now(self, name: str, position: int | None) -> int:
+        """Failed events are due now; how many were not."""
+        count = await self._retries.retry_now(name, position)
+        if count is None:
+            raise not_found(name)
+        facts.emit("failed events are due now", subscription=name, events=count, position=position)
+        if self._runner.worker is not None:
+            self._runner.worker.retry_soon()
+        await self._notifier.notify_retries()
+        return count
+
+    async def list_waiting(self, name: str) -> AsyncIterator[WaitingEvent]:
+        """Failed events that wait to be tried again, in log order."""
+        await self._check_exists(name)
+        async for waiting in self._retries.list_waiting(name):
+            yield waiting
+
+    async def redeliver(self, ids: Sequence[int], subscription: str | None, group: str | None) -> int:
         """Dead letters are due for dispatch again; how many."""
-        if subscription is not None and await self._subscriptions.find(subscription) is None:
-            raise not_found(subscription)
-        count = await self._redelivery.redeliver(list(ids) or None, subscription)
+        await self._check_exists(subscription)
+        count = await self._redelivery.redeliver(list(ids) or None, subscription, group)
         if self._runner.worker is not None:
             self._runner.worker.redeliver_soon()
         return count
+
+    async def purge(self, ids: Sequence[int], subscription: str | None, group: str | None) -> int:
+        """Dead letters are deleted; how many."""
+        await self._check_exists(subscription)
+        count = await self._redelivery.purge(list(ids) or None, subscription, group)
+        facts.emit("dead letters purged", letters=count, subscription=subscription, group=group)
+        return count
+
+    async def _check_exists(self, subscription: str | None) -> None:
+        if subscription is not None and await self._subscriptions.find(subscription) is None:
+            raise not_found(subscription)
 
     async def _in_one_incarnation(self, call: Callable[[], Awaitable[_Result]]) -> _Result:
         """The result of the call, which is made again when a new incarnation interrupts it."""

@@ -1,8 +1,9 @@
 """Claims: in rounds, a worker takes its share of the shards and hands over what is another's share.
 
 A round surveys all workers and shards, and works out who should run what (`sharing.py`); every worker comes to the same
-plan. The round ends the pumps of lost shards, switches to a new number of shards where the old ones are over, hands
-shards over to workers that ask for them, and claims free ones.
+plan. The round stores the pauses that dispatchers here have raised, and obeys those that are stored. It ends the pumps
+of lost shards, switches to a new number of shards where the old ones are over, hands shards over to workers that ask
+for them, and claims free ones.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.delivery.handover import Handover
+from pgbackend.delivery.pause_sync import PauseSync
 from pgbackend.delivery.pumps import Pumps
 from pgbackend.delivery.registration import Registration
 from pgbackend.errors import DatabaseError, SchemaError
@@ -42,6 +44,7 @@ class Claims:
         log: Log,
         leases: Leases,
         alterations: Alterations,
+        pauses: PauseSync,
         overview: Overview,
         registrations: Mapping[str, Registration],
         pumps: Pumps,
@@ -56,6 +59,7 @@ class Claims:
         self._log = log
         self._leases = leases
         self._alterations = alterations
+        self._pauses = pauses
         self._overview = overview
         self._registrations = registrations
         self._pumps = pumps
@@ -95,15 +99,19 @@ class Claims:
         """One round."""
         # An idle worker commits and reads nothing, so it checks for a new incarnation here.
         await self._log.incarnation.verify_not_set_back()
+        await self._pauses.store()
         known = self._pumps.epochs()
         survey = await self._leases.survey()
+        self._pauses.obey(survey.pauses)
         worker = self._worker
         held = {shard.epoch for shard in survey.shards if shard.owner == worker}
         self.drop_lost(known, held)
         for pump in self._pumps:
             pump.care.forget_crashes(redelivering=bool(pump.due))
-        # Claimed, but the connection broke before the pump started.
-        await self._leases.release([epoch for epoch in held if epoch not in known])
+        # Claimed, but the connection broke before the pump started. Or given up after a COMMIT without an answer.
+        if unused := [epoch for epoch in held if epoch not in known]:
+            await self._leases.release(unused)
+            self._rounds.wake()
         await self._switch_shards(survey)
         self._handover.begin(self._must_leave(survey), at_once=True)
 
@@ -128,6 +136,12 @@ class Claims:
         )
         unclaimed = [key for key in self._unclaimed(shards, me) if key not in here]
         await self._claim([key for key in wanted if shards[key].free] + unclaimed)
+
+    async def heed_pauses(self) -> None:
+        """This worker obeys what was stored about pauses before this call."""
+        # Between two rounds: one that has asked before would obey what it was told then.
+        async with self._one_round:
+            self._pauses.obey((await self._leases.survey()).pauses)
 
     def drop_lost(self, known: set[int], held: set[int] | frozenset[int]) -> None:
         """This worker still has those of its `known` leases that are `held`."""
@@ -206,4 +220,6 @@ class Claims:
             # this worker still does, the next round releases it and claims it again.
             self._rounds.wake()
         else:
+            # It may have been paused since the survey, or have registered after it.
+            self._pauses.obey_one(registration, lease.pause)
             self._pumps.start(lease, registration, carried)

@@ -1,14 +1,15 @@
 """When offsets are committed, and what the worker learns of it.
 
 Shards queue themselves when they have something to commit. One loop commits them all together (`offsets.Offsets`), and
-hands the result of every pass to the worker. No commit happens anywhere else, so no result is lost with a caller that
-is cancelled: `flush()` only asks the loop for a pass and waits for it.
+hands the result of every pass to the worker. So no result is lost with a caller that is cancelled: `flush()` only asks
+the loop for a pass and waits for it. Transactional shards also commit in their own transactions; no pass commits such a
+shard meanwhile (`apart()`).
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 from pgbackend import facts
 from pgbackend.delivery.offsets import Committed, Offsets
@@ -25,10 +26,16 @@ class Committer:
 
     def __init__(self, offsets: Offsets, *, commit_interval: float, apply: Callable[[Committed], None]) -> None:
         """`apply` gets the result of every pass, before any `flush()` that waited for the pass returns."""
+        self.apply = apply
+        """Also gets what transactions commit themselves."""
         self._offsets = offsets
         self._interval = commit_interval
-        self._apply = apply
         self._queued: dict[Shard, None] = {}
+        self._apart: set[Shard] = set()
+        self._under_way: dict[Shard, None] = {}
+        """The shards of the pass that is running."""
+        self._passed = asyncio.Event()
+        """Set when that pass ends."""
         self._wake = asyncio.Event()
         self._flush: asyncio.Future[DatabaseError | None] | None = None
         """The outcome of the next pass, for the callers of `flush()` that wait for it."""
@@ -57,6 +64,19 @@ class Committer:
         if (error := await asyncio.shield(self._flush)) is not None:
             raise error
 
+    @asynccontextmanager
+    async def apart(self, shard: Shard) -> AsyncIterator[None]:
+        """No pass commits this shard until the body ends."""
+        self._apart.add(shard)
+        try:
+            while shard in self._under_way:
+                await self._passed.wait()
+            yield
+        finally:
+            self._apart.discard(shard)
+            if shard in self._queued:
+                self._wake.set()
+
     async def run(self) -> None:
         """Commit until cancelled. Raises IncarnationChanged and SchemaError: the worker cannot go on after them."""
         delay = GrowingDelay(self._offsets.database)
@@ -82,17 +102,22 @@ class Committer:
 
     async def run_once(self) -> Committed:
         """Commit everything that is queued. Marks that were not committed are queued again."""
-        shards, self._queued = self._queued, {}
+        self._under_way = {shard: None for shard in self._queued if shard not in self._apart}
+        self._queued = {shard: None for shard in self._queued if shard in self._apart}
         flush, self._flush = self._flush, None
         self._wake.clear()
         try:
-            committed = await self._offsets.commit(shards)
+            committed = await self._offsets.commit(self._under_way)
         except BaseException:
             _answer(flush, _not_committed())
             raise
+        finally:
+            self._under_way = {}
+            self._passed.set()
+            self._passed = asyncio.Event()
         for shard in committed.kept:
             self.queue(shard)
-        self._apply(committed)
+        self.apply(committed)
         _answer(flush, committed.error)
         return committed
 

@@ -175,7 +175,8 @@ class Deliverers:
         return self._ended or (self._runner is not None and self._runner.cancelling() > 0)
 
     def _count(self) -> int:
-        return 1 if self._single else self._registration.concurrency
+        # Transactions of a shard run one after the other.
+        return 1 if self._single or self._registration.handling.transactional else self._registration.concurrency
 
 
 def _is_running(task: "asyncio.Task[Any]") -> bool:

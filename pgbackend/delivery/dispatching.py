@@ -3,7 +3,7 @@
     most urgent first: given-up events ▶ a probe, if the target is down ▶ retries ▶ what is ready
 
 The promises: no dispatch starts while the shard is held, the target paused, or the lease in doubt; no transaction is
-open while a dispatcher runs (I4).
+open while a dispatcher runs (I4), unless the subscription is transactional. `groups.py` dispatches batches and those.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from pgbackend.delivery.deliverers import Deliverer
 from pgbackend.delivery.delivery import Delivery
 from pgbackend.delivery.feed import Feed
 from pgbackend.delivery.gate import Gate
+from pgbackend.delivery.groups import Groups
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.settlement import Settlement
 from pgbackend.delivery.shard import Shard
@@ -40,6 +41,7 @@ class Dispatching:
         care: Care,
         settlement: Settlement,
         feed: Feed,
+        groups: Groups,
         *,
         stir: Callable[[], None],
     ) -> None:
@@ -51,6 +53,7 @@ class Dispatching:
         self._care = care
         self._settlement = settlement
         self._feed = feed
+        self._groups = groups
         self._stir = stir
         self._probed: TargetHealth | None = None
         """The health of the target that a deliverer is about to probe, or probes."""
@@ -71,6 +74,8 @@ class Dispatching:
             await self._attempt(deliverer, backlog.retries.popleft())
         elif self._care.active:
             await self._attempt(deliverer, Delivery(backlog.ready.popleft()))
+        elif self._registration.grouped:
+            await self._groups.deliver_ready(deliverer)
         else:
             await self._deliver_ready(deliverer)
 
@@ -78,7 +83,7 @@ class Dispatching:
         """The straight path: dispatch what is ready until something else is more urgent."""
         gate, shard, window, tenure, feed = self._gate, self._shard, self._shard.window, self._shard.tenure, self._feed
         backlog, ready = self._backlog, self._backlog.ready
-        retries, given_up = backlog.retries, backlog.given_up
+        retries, given_up, settle = backlog.retries, backlog.given_up, window.settler()
         health, dispatch, ordered = self._registration.health, self._registration.dispatch, shard.lease.order != "none"
         if len(ready) > 1:
             # Each wakes the next: all are at work when dispatching takes time, and one when it does not.
@@ -101,7 +106,7 @@ class Dispatching:
                 self._stir()
                 continue
             if not shard.lost:
-                window.settle(position)
+                settle(position)
                 if not shard.is_queued:
                     shard.changed()
             if health.failing:
@@ -181,6 +186,10 @@ class Dispatching:
                     delivery = settlement.hand_over(delivery)
                     self._feed.make_room()
                     if await self._care.record_start(delivery):
+                        if self._registration.health.paused is not None:
+                            # While PostgreSQL recorded the start.
+                            settlement.put_back(delivery)
+                            return
                         if not settlement.drop_if_unwanted(delivery, health):
                             await self._dispatch(deliverer, delivery, probe=probe)
                         self._care.survived()
@@ -208,12 +217,15 @@ class Dispatching:
             try:
                 wanted = registration.matches(event)
             except BaseException as error:  # noqa: BLE001 - a user's predicate may raise anything
-                settlement.failed(delivery, error, health, probe=probe, asked=False)
+                settlement.failed(delivery, error, health, probe=probe, at_fault=False)
                 return
             if not wanted:
                 settlement.drop(delivery)
                 return
             self._backlog.undecided.discard(event.position)
+        if registration.grouped:
+            await self._groups.deliver(deliverer, delivery, dispatch, probe=probe)
+            return
         raised = await deliverer.dispatch(delivery.slot, event, dispatch)
         if raised is None:
             settlement.handled(delivery, health)

@@ -1,13 +1,13 @@
 """The health of a subscription's target: up, down, or paused (I7). Pure: it is told the time.
 
     up   ──10 different events failed in a row──▶ down ──any success──▶ up
-    any  ──it wants nothing more──▶ paused, until somebody reconfigures the subscription
+    any  ──the subscription is paused──▶ paused ──it goes on──▶ up or down, as before
     any  ──another target takes its place──▶ retired
 
 While a target is up, every failure counts for its event. While it is down, events are dispatched one at a time as
 probes, each time another one. So an hour's outage uses up the attempts of few events and floods nothing, and a run of
-bad events does not hide the good ones behind it. While a target is paused, nothing is dispatched. A retired target's
-results change nothing any more.
+bad events does not hide the good ones behind it. While a target is paused, nothing is dispatched (`pausing.py` decides
+that). A retired target's results change nothing any more.
 
 The waits between probes start at the `delay` of the subscription's `Retry` and grow by half each time, up to its
 `max_delay`. By default an hour has 18 probes. They hit at least ten events, which have 40 attempts left together: an
@@ -58,13 +58,10 @@ class TargetHealth:
         self.held = self.paused is not None or self.retired
         return was_down
 
-    def pause(self, reason: str) -> bool:
-        """The target wants nothing more. Returns whether that is new."""
-        if self.retired or self.paused is not None:
-            return False
+    def pause(self, reason: str | None) -> None:
+        """Nothing is dispatched, for this reason; None: dispatching goes on."""
         self.paused = reason
-        self.held = True
-        return True
+        self.held = self.down or self.retired or reason is not None
 
     def retire(self) -> None:
         """Another target takes its place."""
@@ -89,6 +86,10 @@ class TargetHealth:
         self.down = self.held = True
         self.next_probe = now + self._wait()
         return True
+
+    def probe_now(self) -> None:
+        """The next probe, if it is down, waits no longer. The waits go on as before if it fails."""
+        self.next_probe = 0.0
 
     def _wait(self) -> float:
         # 1.5⁶⁴ is beyond any limit and still a float.

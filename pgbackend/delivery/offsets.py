@@ -16,7 +16,7 @@ from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.postgres.connections import Record
+from pgbackend.postgres.connections import Connection, Record
 from pgbackend.postgres.errors import is_refused_for_data_or_size
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
@@ -103,6 +103,31 @@ class Offsets:
                 shard.restore(mark)
         return Committed(marks=run.done, lost=run.lost, kept=list(run.open), error=error)
 
+    async def bound_transactions(self, connection: Connection, *, statement: str, idle: str, only_this: bool) -> None:
+        """The transactions of this connection are bounded in time, and their appends are checked.
+
+        `only_this`: just the one that is open.
+        """
+        await connection.execute(self._sql.bound_transactions, statement, idle, only_this)
+
+    async def write_in(self, connection: Connection, shard: Shard, mark: Mark) -> Mark | None:
+        """Write a mark in the transaction of this connection. Returns what is written; None if the lease is lost.
+
+        The shard has the mark as committed from now on: if the transaction is not committed, restore it. Raises what
+        the driver raises.
+        """
+        run = _Pass({shard: mark})
+        if not mark.outcomes and shard.committed[0] >= 0:
+            # 0.13 ms, and 0.32 by key: a transaction of a single event takes 1.0 ms in all.
+            await self._commit_plain(run, dict(run.open), connection)
+        if run.open:
+            await self._commit_by_key(run, dict(run.open), connection)
+        return run.done.get(shard)
+
+    async def verify_lost(self) -> None:
+        """Return when a lease was lost to another worker. Raises IncarnationChanged when the server lives anew."""
+        await self._log.incarnation.verify()
+
     async def _commit(self, run: _Pass) -> None:
         plain = {
             shard: mark
@@ -126,9 +151,11 @@ class Offsets:
         else:
             await self._lose(run, missing)
 
-    async def _commit_plain(self, run: _Pass, marks: Mapping[Shard, Mark]) -> None:
+    async def _commit_plain(
+        self, run: _Pass, marks: Mapping[Shard, Mark], connection: Connection | None = None
+    ) -> None:
         """Commit marks without outcomes, each row by its ctid."""
-        rows = await self._log.database.fetch(
+        rows = await (connection or self._log.database).fetch(
             self._sql.commit_offsets,
             [shard.lease.epoch for shard in marks],
             [shard.place for shard in marks],
@@ -141,9 +168,11 @@ class Offsets:
         )
         run.confirm(marks, rows)
 
-    async def _commit_by_key(self, run: _Pass, marks: Mapping[Shard, Mark]) -> list[Shard]:
+    async def _commit_by_key(
+        self, run: _Pass, marks: Mapping[Shard, Mark], connection: Connection | None = None
+    ) -> list[Shard]:
         """Commit marks with all their outcomes; the shards whose leases are lost."""
-        rows = await self._log.database.fetch(
+        rows = await (connection or self._log.database).fetch(
             self._sql.commit_by_key, self._worker, self._log.incarnation.id, *commit_inputs(marks)
         )
         names = {shard.lease.epoch: shard.lease.subscription for shard in marks}
@@ -189,7 +218,7 @@ class Offsets:
     async def _lose(self, run: _Pass, shards: Sequence[Shard]) -> None:
         """Other workers have these shards, unless the server lives another life: then raise IncarnationChanged."""
         if shards:
-            await self._log.incarnation.verify()
+            await self.verify_lost()
             run.lose(shards)
 
 
@@ -201,5 +230,5 @@ def _emit_skipped(subscription: str, ranges: RangeSet) -> None:
         subscription=subscription,
         positions=ranges.count(),
         ranges=f"{shown}{' and more' if len(ranges) > len(shown) else ''}",
-        reason="Their rows are gone from the log: a segment was removed, or rows were deleted.",
+        reason="Their rows are gone from the log: a segment was removed, or rows were deleted or redacted.",
     )

@@ -19,7 +19,7 @@ settlement.py settles. The pump wires them for one shard. Its promise: no more i
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from time import monotonic
 
 from pgbackend import facts
@@ -33,11 +33,14 @@ from pgbackend.delivery.due import Due, DueRequest
 from pgbackend.delivery.ending import until_settled
 from pgbackend.delivery.feed import Feed
 from pgbackend.delivery.gate import Gate
+from pgbackend.delivery.groups import Groups
 from pgbackend.delivery.outcomes import Buried, Finished, Skipped
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.settlement import Settlement
 from pgbackend.delivery.shard import Mark, Shard
+from pgbackend.delivery.transactions import Transactions
 from pgbackend.log.log import Log
+from pgbackend.log.notify import Wakeup
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.tail import Cursor
 
@@ -54,8 +57,10 @@ class Pump:
         log: Log,
         carried: Mapping[int, Carried],
         care: WorkerCare,
+        transactions: Transactions,
+        rounds: Wakeup,
     ) -> None:
-        """`carried`: what a former owner of an ordered shard left behind."""
+        """`carried`: what a former owner of an ordered shard left behind. `rounds`: woken to store a pause."""
         order = shard.lease.order
         self.registration = registration
         self.shard = shard
@@ -63,13 +68,18 @@ class Pump:
         self.due = Due(shard)
         self.care = Care(shard, registration, self.gate, care)
         self._backlog = Backlog(order=order, carried=carried)
-        self._settlement = Settlement(shard, registration, self._backlog, self.due, self.care)
+        self._settlement = Settlement(shard, registration, self._backlog, self.due, self.care, rounds)
         self._feed = Feed(
             registration, shard, cursor, self._backlog, is_wanted=self._settlement.is_wanted, wake=self._stir
         )
-        dispatching = Dispatching(
-            registration, shard, self.gate, self._backlog, self.care, self._settlement, self._feed, stir=self._stir
+        self._transactions = transactions
+        self._groups = Groups(
+            registration, shard, self.gate, self._backlog, self._settlement, self._feed, transactions, stir=self._stir
         )
+        dispatching = Dispatching(
+            registration, shard, self.gate, self._backlog, self.care, self._settlement, self._feed, self._groups,
+            stir=self._stir,
+        )  # fmt: skip
         self._deliverers = Deliverers(
             shard.name, registration, self.gate, self._backlog, single=order == "strict", step=dispatching.step
         )
@@ -96,6 +106,7 @@ class Pump:
                 await self._deliverers.run()
             finally:
                 self._stop()
+                await self._transactions.close()
 
     async def drain(self, timeout: float) -> None:
         """Start no dispatch; return once none runs, after `timeout` seconds at the latest.
@@ -126,28 +137,20 @@ class Pump:
         if self.gate.release():
             self._deliverers.wake_all()
 
+    def heed(self) -> None:
+        """The subscription was paused, or goes on: each deliverer looks again."""
+        if not self.gate.stopped:
+            self._deliverers.wake_all()
+            self._stir()
+
     def reconfigured(self) -> int:
         """Go on as the registration says now. Returns how many waiting events its filter refuses."""
         if self.gate.stopped:
             return 0
-        refused = self._drop_refused()
+        refused = self._settlement.drop_refused()
         self._deliverers.resize()
         self._stir()
         return refused
-
-    def _drop_refused(self) -> int:
-        registration, shard, backlog = self.registration, self.shard, self._backlog
-        if registration.filter is None or shard.lost:
-            return 0
-        parked, removed = backlog.sift(self._settlement.is_wanted)
-        for event in parked:
-            for position in backlog.forget_carried(event.position, event.position + 1):
-                shard.record(Finished(position=position))
-            shard.window.settle(event.position)
-        for delivery in removed:
-            self._settlement.drop(delivery)
-        shard.changed()
-        return len(parked) + len(removed)
 
     def _stop(self) -> None:
         """Start no dispatch, read nothing, and forget what waits."""
@@ -226,6 +229,16 @@ class Pump:
         for lower, upper in RangeSet.of(fresh):
             self.shard.record(Skipped(lower=lower, upper=upper))
 
+    def waiting(self) -> dict[int, int]:
+        """By position: the attempts made of each failed event whose time this pump knows by heart."""
+        return self._backlog.waiting()
+
+    def hasten(self, positions: Collection[int]) -> None:
+        """Try these failed events again now."""
+        if positions and not self.gate.stopped:
+            self._backlog.hasten(positions, monotonic())
+            self._stir()
+
     def committed(self, mark: Mark) -> None:
         """The mark is durable."""
         self.due.committed(mark)
@@ -243,6 +256,7 @@ class Pump:
         due = self._backlog.next_due()
         if due is not None and not self.gate.stopped:
             self._alarm.set(due)
+        self._groups.look()
         self._deliverers.wake()
         self._feed.make_room()
 

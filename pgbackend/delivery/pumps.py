@@ -9,12 +9,15 @@ from pgbackend.codec.event import Event
 from pgbackend.delivery.backlog import Carried
 from pgbackend.delivery.care import WorkerCare
 from pgbackend.delivery.committer import Committer
+from pgbackend.delivery.offsets import Offsets
 from pgbackend.delivery.pump import Pump
 from pgbackend.delivery.redelivery import Redelivery
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
+from pgbackend.delivery.transactions import Transactions
 from pgbackend.delivery.window import Window
 from pgbackend.log.log import Log
+from pgbackend.log.notify import Wakeup
 from pgbackend.log.tail import Tail
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.leases import Lease
@@ -30,16 +33,22 @@ class Pumps:
         log: Log,
         tail: Tail,
         committer: Committer,
+        offsets: Offsets,
         redelivery: Redelivery,
         tenure: Tenure,
         settings: Settings,
+        *,
+        rounds: Wakeup,
     ) -> None:
+        """`rounds`: woken when a dispatcher has paused its subscription, to store that."""
         self.tenure = tenure
         self._log = log
         self._tail = tail
         self._committer = committer
+        self._offsets = offsets
         self._redelivery = redelivery
         self._settings = settings
+        self._rounds = rounds
         self._care = WorkerCare(worker, redelivery, committer.flush, settings.lease_timeout)
         self._running: dict[int, tuple[Pump, asyncio.Task[None]]] = {}
         self._broken = asyncio.Event()
@@ -94,10 +103,12 @@ class Pumps:
         pump = Pump(
             registration=registration,
             shard=shard,
-            cursor=self._tail.cursor(after=lease.position, strict=lease.order == "strict"),
+            cursor=self._tail.cursor(after=lease.position, strict=lease.order == "strict", hashes=lease.shards > 1),
             log=self._log,
             carried=carried,
             care=self._care,
+            transactions=Transactions(shard, self._offsets, self._committer),
+            rounds=self._rounds,
         )
         # Not in a task group: that would wait for ever for a dispatcher which swallows its cancellation.
         task = asyncio.create_task(pump.run(), name=f"pump {shard.name}")

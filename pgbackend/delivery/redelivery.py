@@ -1,6 +1,7 @@
 """Reads failed events that are due again, and dead letters. The committer writes them, with the offsets.
 
-One thing is written here, because the worker that writes it has no lease any more: that an attempt did not kill it.
+Two things are written here: that an attempt did not kill its worker, because that worker has no lease any more, and
+what operators do with dead letters.
 """
 
 import json
@@ -13,7 +14,7 @@ from pgbackend.codec.event import Event
 from pgbackend.delivery.backlog import Carried
 from pgbackend.delivery.delivery import Delivery, Origin, next_attempt
 from pgbackend.delivery.due import DueRequest
-from pgbackend.model import DeadLetter, Failure
+from pgbackend.model import DeadLetter, DeadLetterGroup, Failure
 from pgbackend.postgres.connections import Record
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
@@ -24,6 +25,8 @@ _LIVES = 3
 """Lives of the server that end in a row while the same event is at work. From then on each counts as an attempt."""
 _LETTERS_BYTES = 16 << 20
 """Bytes of dead letters in one page. The last one may be beyond."""
+_GROUPS_TIMEOUT = 300.0
+"""Seconds that a statement may take which works out the failure groups of all letters: a million took 11 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,13 @@ class Redelivery:
             if workers := [one.worker for one in outlived if one.server_died is server_died]:
                 await self._database.execute(self._sql.report_outlived, workers, server_died, _LIVES)
 
-    async def letters(self, subscription: str | None) -> AsyncIterator[DeadLetter]:
-        """All dead letters, or one subscription's, in the order of their ids."""
+    async def letters(self, subscription: str | None, group: str | None) -> AsyncIterator[DeadLetter]:
+        """All dead letters, or those of one subscription or group, in the order of their ids."""
         last = 0
         while True:
-            rows = await self._database.fetch(self._sql.list_letters, last, subscription, _LETTERS_BYTES)
+            rows = await self._database.fetch(
+                self._sql.list_letters, last, subscription, _LETTERS_BYTES, group, timeout=_GROUPS_TIMEOUT
+            )
             if not rows:
                 return
             for row in rows:
@@ -132,11 +137,30 @@ class Redelivery:
                     failure=failure,
                     buried_at=row["buried_at"],
                     due_at=row["due_at"],
+                    group=row["failure_group"],
                 )
 
-    async def redeliver(self, ids: Sequence[int] | None, subscription: str | None) -> int:
+    async def groups(self, subscription: str | None) -> list[DeadLetterGroup]:
+        """The failure groups of all dead letters, or of one subscription's, the largest first."""
+        return [
+            DeadLetterGroup(
+                name=row["failure_group"],
+                **{name: row[name] for name in ("subscription", "letters", "due", "first_at", "last_at", "error")},
+            )
+            for row in await self._database.fetch(self._sql.list_groups, subscription, timeout=_GROUPS_TIMEOUT)
+        ]
+
+    async def redeliver(self, ids: Sequence[int] | None, subscription: str | None, group: str | None) -> int:
         """Make dead letters due now. Returns how many."""
-        return len(await self._database.fetch(self._sql.redeliver_letters, ids, subscription))
+        rows = await self._database.fetch(
+            self._sql.redeliver_letters, ids, subscription, group, timeout=_GROUPS_TIMEOUT
+        )
+        return len(rows)
+
+    async def purge(self, ids: Sequence[int] | None, subscription: str | None, group: str | None) -> int:
+        """Delete dead letters that are not on their way again. Returns how many."""
+        rows = await self._database.fetch(self._sql.purge_letters, ids, subscription, group, timeout=_GROUPS_TIMEOUT)
+        return len(rows)
 
     async def _find_events(self, requests: Sequence[DueRequest]) -> tuple[list[tuple[int, Delivery]], set[int]]:
         """Failed events that are due, and the epochs of shards that miss the row of one."""
@@ -196,7 +220,7 @@ def _at_work(numbers: Iterable[tuple[int, Sequence[int]]]) -> tuple[list[int], l
 def _event(row: Record, *, attempt: int | None = None, failure: Failure | None = None) -> Event:
     if attempt is None:
         attempt = next_attempt(row["attempt"], row["started_by"])
-    return Event(row, row["position"], row["recorded_at"], attempt, failure)
+    return Event(row, attempt, failure)
 
 
 def _failure(text: str | None) -> Failure | None:

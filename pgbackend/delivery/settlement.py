@@ -20,18 +20,22 @@ from pgbackend.delivery.health import TargetHealth
 from pgbackend.delivery.outcomes import Finished, LetterDelivered, Outcome, Scheduled
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
+from pgbackend.log.notify import Wakeup
 from pgbackend.thrown import Thrown, leave_process
 
 
 class Settlement:
     """Takes deliveries in, and gives outcomes and settled positions out."""
 
-    def __init__(self, shard: Shard, registration: Registration, backlog: Backlog, due: Due, care: Care) -> None:
+    def __init__(
+        self, shard: Shard, registration: Registration, backlog: Backlog, due: Due, care: Care, rounds: Wakeup
+    ) -> None:
         self._shard = shard
         self._registration = registration
         self._backlog = backlog
         self._due = due
         self._care = care
+        self._rounds = rounds
         self._ordered = shard.lease.order != "none"
         self._strict = shard.lease.order == "strict"
 
@@ -59,15 +63,38 @@ class Settlement:
         else:
             self.drop(delivery)
 
+    def handled_at_once(self, event: Event, health: TargetHealth) -> None:
+        """Its first dispatch handled an event of the log, so there is no row to delete. Five times as fast in lanes."""
+        self.succeed(health)
+        if not self._shard.lost:
+            self._backlog.leave(event)
+            self._shard.window.settle(event.position)
+            self._shard.changed()
+
+    def committed(self, delivery: Delivery, health: TargetHealth) -> None:
+        """Its dispatcher returned, and its outcome is committed with the dispatcher's transaction."""
+        if not delivery.given_up:
+            self.succeed(health)
+        if delivery.origin is Origin.LOG:
+            self._backlog.leave(delivery.event)
+        else:
+            self._backlog.undecided.discard(delivery.event.position)
+
     def succeed(self, health: TargetHealth) -> None:
         """The target handled an event."""
         if health.succeeded():
             facts.emit("target is up", level=logging.WARNING, subscription=self._registration.name)
 
     def failed(
-        self, delivery: Delivery, error: BaseException, health: TargetHealth, *, probe: bool = False, asked: bool = True
+        self,
+        delivery: Delivery,
+        error: BaseException,
+        health: TargetHealth,
+        *,
+        probe: bool = False,
+        at_fault: bool = True,
     ) -> None:
-        """Its dispatcher raised `error`, or its filter if the target was not `asked`.
+        """Its dispatcher raised `error`, or its filter. `at_fault`: whether the target may be the reason.
 
         SystemExit and KeyboardInterrupt end the process next.
         """
@@ -85,11 +112,11 @@ class Settlement:
         )
         if isinstance(decision, PutBack):
             self.put_back(delivery)
-            self._pause(event, thrown, health)
+            self.pause(event, thrown, health)
             return
         self._log(event, thrown, decision)
         # Under order="strict" nothing can be probed past the event that fails, so every attempt counts.
-        counts = asked and not (delivery.given_up or thrown.final or self._strict)
+        counts = at_fault and not (delivery.given_up or thrown.final or self._strict)
         if counts and health.failed(event.position, now=monotonic(), probe=probe):
             facts.emit("target is down", level=logging.WARNING, subscription=registration.name, error=thrown.error)
         outcome = outcome_of(delivery, decision, error=thrown.error, details=thrown.details)
@@ -111,6 +138,21 @@ class Settlement:
             return False
         self.drop(delivery)
         return True
+
+    def drop_refused(self) -> int:
+        """Drop the waiting events that the filter refuses now. Returns how many."""
+        registration, shard, backlog = self._registration, self._shard, self._backlog
+        if registration.filter is None or shard.lost:
+            return 0
+        parked, removed = backlog.sift(self.is_wanted)
+        for event in parked:
+            for position in backlog.forget_carried(event.position, event.position + 1):
+                shard.record(Finished(position=position))
+            shard.window.settle(event.position)
+        for delivery in removed:
+            self.drop(delivery)
+        shard.changed()
+        return len(parked) + len(removed)
 
     def bury_for_want_of_dispatcher(self, delivery: Delivery) -> None:
         """The event was on its way to a dead-letter dispatcher that this process does not have."""
@@ -158,15 +200,10 @@ class Settlement:
         shard.window.settle(event.position)
         shard.changed()
 
-    def _pause(self, event: Event, signal: Thrown, health: TargetHealth) -> None:
-        """Dispatch nothing more to a target that wants nothing more."""
-        reason = signal.reason or "no reason was given"
-        if health.pause(reason):
-            facts.emit(
-                "subscription paused", level=logging.WARNING,
-                subscription=self._registration.name, reason=reason, position=event.position,
-                event_id=event.id, event_source=event.source, details=signal.details,
-            )  # fmt: skip
+    def pause(self, event: Event, signal: Thrown, health: TargetHealth) -> None:
+        """Dispatch nothing more to a target that wants nothing more. The next round stores that."""
+        if not health.retired and self._registration.pause(event, signal):
+            self._rounds.wake()
 
     def _log(self, event: Event, thrown: Thrown, decision: Decision) -> None:
         """Name the event, its error, and what follows."""

@@ -119,13 +119,17 @@ class Shard:
 
     def take_mark(self) -> Mark | None:
         """Take what there is to commit; None when the row says it already."""
+        mark = self.take_mark_with(())
+        is_new = mark.outcomes or mark.complete or mark.forget_crashes
+        return mark if is_new or (mark.position, mark.pending, mark.holes) != self.committed else None
+
+    def take_mark_with(self, settling: Collection[int]) -> Mark:
+        """Take what there is to commit, and with it that these events, which are in flight, are settled."""
         self.is_queued = False
-        position, pending = self.window.mark()
+        position, pending = self.window.mark(settling)
         text, holes = str(pending), str(self.window.unseen(position))
         outcomes, self.outcomes = self.outcomes, {}
         forget = self.forgets_crashes and self.crashes > 0
-        if not (outcomes or self.complete or forget) and (position, text, holes) == self.committed:
-            return None
         return Mark(position, text, holes, self.complete, forget, outcomes)
 
     def restore(self, mark: Mark) -> None:

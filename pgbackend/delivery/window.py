@@ -9,7 +9,7 @@ into an offset:
     mark() == (6, {[3,4),[5,6)})      └ nothing above 6 is settled, so the offset ends there
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from pgbackend.log.ranges import Range, RangeSet
 
@@ -17,7 +17,9 @@ from pgbackend.log.ranges import Range, RangeSet
 class Window:
     """Positions in flight, bounded by count and bytes."""
 
-    __slots__ = ("_in_flight", "_put_off", "_seen", "_top", "bytes", "holes", "max_bytes", "max_events", "position")
+    __slots__ = (
+        "_bytes", "_in_flight", "_put_off", "_seen", "_settled", "_top", "holes", "max_bytes", "max_events", "position",
+    )  # fmt: skip
 
     def __init__(
         self, *, position: int, pending: RangeSet, max_events: int, max_bytes: int, seen: RangeSet | None = None
@@ -31,38 +33,46 @@ class Window:
         self.holes = pending.copy()
         self.max_events = max_events
         self.max_bytes = max_bytes
-        self.bytes = 0
+        self._bytes = 0
         self._in_flight: dict[int, int] = {}
+        """Their positions, and their bytes. Those in `_settled` may still be here."""
+        self._settled: list[int] = []
         self._put_off = RangeSet()
         self._seen = RangeSet() if seen is None else seen.copy()
         self._top = position
 
     def __len__(self) -> int:
         """How many events are in flight."""
-        return len(self._in_flight)
+        return len(self._flying())
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all events in flight."""
+        self._flying()
+        return self._bytes
 
     @property
     def full(self) -> bool:
         """Whether it takes no more. An empty window takes one event, however large."""
-        return len(self._in_flight) >= self.max_events or self.bytes >= self.max_bytes
+        return len(self._flying()) >= self.max_events or self._bytes >= self.max_bytes
 
     def fits(self, size: int) -> bool:
         """Whether an event of that size may be taken on now."""
-        count = len(self._in_flight)
-        return not count or (count < self.max_events and self.bytes + size <= self.max_bytes)
+        count = len(self._flying())
+        return not count or (count < self.max_events and self._bytes + size <= self.max_bytes)
 
     def is_settled(self, upto: int) -> bool:
         """Whether everything up to a position was read and is not in flight."""
-        return self.position >= upto and all(position > upto for position in self._in_flight)
+        return self.position >= upto and all(position > upto for position in self._flying())
 
     def owes(self, position: int) -> bool:
         """Whether a position that was read is in flight, put off, or a hole."""
-        return position in self._in_flight or position in self.holes or position in self._put_off
+        return position in self._flying() or position in self.holes or position in self._put_off
 
     def open(self, position: int, size: int) -> None:
         """Take on an event that is above `position` or in a hole."""
-        self._in_flight[position] = size
-        self.bytes += size
+        self._flying()[position] = size
+        self._bytes += size
         if position > self.position:
             self.position = position
         else:
@@ -70,8 +80,8 @@ class Window:
 
     def open_run(self, positions: Sequence[int], sizes: Sequence[int]) -> None:
         """The same for many at once, in ascending order, all above `position`."""
-        self._in_flight.update(zip(positions, sizes, strict=True))
-        self.bytes += sum(sizes)
+        self._flying().update(zip(positions, sizes, strict=True))
+        self._bytes += sum(sizes)
         self.position = positions[-1]
 
     def skip(self, position: int) -> None:
@@ -80,6 +90,13 @@ class Window:
             self.position = position
         else:
             self._fill(position)
+
+    def skip_late(self, ranges: RangeSet) -> None:
+        """Pass the events at these positions, at or below `position`: they are other shards'."""
+        for lower, upper in ranges:
+            self.holes.remove(lower, upper)
+            self._seen.remove(lower, upper)
+            self._put_off.remove(lower, upper)
 
     def put_off(self, position: int) -> None:
         """Leave an event pending for a later end of the subscription."""
@@ -99,10 +116,20 @@ class Window:
             self._put_off.discard(position)
 
     def settle(self, position: int) -> None:
-        """The event leaves the window. KeyError if it is not in flight."""
-        self.bytes -= self._in_flight.pop(position)
-        if position > self._top:  # noqa: PLR1730 - per event: max() costs three times as much
-            self._top = position
+        """The event leaves the window, which must have it."""
+        self._settled.append(position)
+
+    def settler(self) -> Callable[[int], None]:
+        """`settle()` as a function in C, for a deliverer that calls it for each event: it saves 3 % of a dispatch."""
+        return self._settled.append
+
+    def _flying(self) -> dict[int, int]:
+        """Apply what was settled, and return the rest. Raises KeyError if a settled event was not in flight."""
+        if self._settled:
+            self._bytes -= sum(map(self._in_flight.pop, self._settled))
+            self._top = max(self._top, *self._settled)
+            self._settled.clear()
+        return self._in_flight
 
     def add_hole(self, hole: Range) -> None:
         """Add a hole that the reader passed. The part at or below `position` is known already."""
@@ -130,17 +157,21 @@ class Window:
 
     def seal(self) -> None:
         """From now on the offset covers all that was read, with everything in flight as pending."""
+        self._flying()
         self._top = self.position
 
-    def mark(self) -> tuple[int, RangeSet]:
+    def mark(self, settling: Collection[int] = ()) -> tuple[int, RangeSet]:
         """The offset to commit now: a position, and what is pending at or below it.
 
+        `settling`: events in flight that this very commit settles. They stay in flight, in case it does not happen.
         The position never goes back. An event that fills a hole below an earlier mark is pending instead.
         """
-        if not self._in_flight:
+        flying = self._flying()
+        in_flight = sorted(flying.keys() - settling if settling else flying)
+        if not in_flight:
             self._top = self.position
             return self.position, self._left_below(self.position)
-        in_flight = sorted(self._in_flight)
+        self._top = max(self._top, *settling, 0)
         above = next((position for position in in_flight if position > self._top), None)
         mark = self._top = self.position if above is None else above - 1
         pending = RangeSet.of(position for position in in_flight if position <= mark)

@@ -23,21 +23,25 @@ from pgbackend.delivery.claims import Claims
 from pgbackend.delivery.committer import Committer
 from pgbackend.delivery.handover import CANCEL_TIMEOUT, Handover
 from pgbackend.delivery.offsets import Committed, Offsets
+from pgbackend.delivery.pause_sync import PauseSync
 from pgbackend.delivery.pump import Pump
 from pgbackend.delivery.pumps import Pumps
 from pgbackend.delivery.redeliverer import Redeliverer
 from pgbackend.delivery.redelivery import Outlived, Redelivery
 from pgbackend.delivery.registration import Registration
+from pgbackend.delivery.retries import Retries, RetryWatch
 from pgbackend.errors import DatabaseError
 from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
 from pgbackend.log.maintenance import Maintenance
-from pgbackend.log.notify import LEASES, Notifier, Wakeup
+from pgbackend.log.notify import LEASES, RETRIES, Notifier, Wakeup
+from pgbackend.log.retention import Retainer
 from pgbackend.log.tail import Tail
 from pgbackend.settings import Settings
 from pgbackend.subscriptions.alterations import Alterations
 from pgbackend.subscriptions.leases import Leases
 from pgbackend.subscriptions.overview import Overview
+from pgbackend.subscriptions.pauses import Pauses
 from pgbackend.subscriptions.presence import Presence, Tenure
 
 _Result = TypeVar("_Result")
@@ -51,11 +55,12 @@ def process_name() -> str:
 class Hints:
     """Wakes what a NOTIFY of another process is for."""
 
-    def __init__(self, sender: str, *, readers: Wakeup, rounds: Wakeup) -> None:
+    def __init__(self, sender: str, *, readers: Wakeup, rounds: Wakeup, retries: Wakeup) -> None:
         """`sender`: of this process's own NOTIFYs."""
         self._sender = sender
         self._readers = readers
         self._rounds = rounds
+        self._retries = retries
 
     def take(self, payload: str) -> None:
         """A NOTIFY came, or ("") the listener connected and may have missed some."""
@@ -63,7 +68,9 @@ class Hints:
             return
         if payload in (LEASES, ""):
             self._rounds.wake()
-        if payload != LEASES:
+        if payload in (RETRIES, ""):
+            self._retries.wake()
+        if payload not in (LEASES, RETRIES):
             self._readers.wake()
 
 
@@ -75,6 +82,7 @@ class Worker:
         *,
         log: Log,
         maintenance: Maintenance,
+        retainer: Retainer,
         settings: Settings,
         registrations: Mapping[str, Registration],
         wakeup: Wakeup,
@@ -88,15 +96,15 @@ class Worker:
         `wakeup`: wakes the readers. `channel`, `sender`: of the NOTIFYs of this log, and of this process.
         """
         self.id = uuid4()
-        tenure, schema, rounds = Tenure(), settings.schema, Wakeup()
+        tenure, schema, rounds, retries = Tenure(), settings.schema, Wakeup(), Wakeup()
         redelivery = Redelivery(log.database, schema=schema)
         alterations = Alterations(log, schema=schema)
-        committer = Committer(
-            Offsets(log, schema=schema, worker=self.id), commit_interval=settings.commit_interval, apply=self._apply
-        )
+        offsets = Offsets(log, schema=schema, worker=self.id)
+        committer = Committer(offsets, commit_interval=settings.commit_interval, apply=self._apply)
         tail = Tail(log, wakeup, poll_interval=settings.poll_interval, buffer_bytes=settings.buffer_bytes)
         self._log = log
         self._notifier = notifier
+        self._retries = retries
         self._outlived = outlived
         self._leases = Leases(log, schema=schema, worker=self.id)
         self._presence = Presence(
@@ -108,17 +116,22 @@ class Worker:
             channel=channel,
             notify=log.sql.notify,
             tenure=tenure,
-            on_hint=Hints(sender, readers=wakeup, rounds=rounds).take,
+            on_hint=Hints(sender, readers=wakeup, rounds=rounds, retries=retries).take,
             on_held=self._on_held,
         )
-        self.pumps = Pumps(self.id, log, tail, committer, redelivery, tenure, settings)
+        self.pumps = Pumps(self.id, log, tail, committer, offsets, redelivery, tenure, settings, rounds=rounds)
         self._redeliverer = Redeliverer(redelivery, self.pumps, log.database, poll_interval=settings.poll_interval)
+        retry_watch = RetryWatch(
+            Retries(log.database, schema=schema), self.pumps, self._redeliverer, retries,
+            poll_interval=settings.poll_interval,
+        )  # fmt: skip
         self._handover = Handover(
             self.pumps, committer, self._leases, alterations, notifier,
             rounds=rounds, drain_timeout=settings.drain_timeout,
         )  # fmt: skip
+        pauses = PauseSync(self.id, Pauses(log, schema=schema), registrations, self.pumps, notifier)
         self._claims = Claims(
-            self.id, log, self._leases, alterations, Overview(log.database, schema=schema),
+            self.id, log, self._leases, alterations, pauses, Overview(log.database, schema=schema),
             registrations, self.pumps, self._handover, notifier,
             rounds=rounds, poll_interval=settings.poll_interval,
         )  # fmt: skip
@@ -126,7 +139,9 @@ class Worker:
             "read the log": tail.run,
             "commit offsets": committer.run,
             "redeliver": self._redeliverer.run,
+            "watch for retries now": retry_watch.run,
             "maintain the log": maintenance.run,
+            "retain the log": retainer.run,
             "watch the pumps": self.pumps.watch,
             "watch the presence": self._presence.watch,
         }
@@ -198,13 +213,24 @@ class Worker:
         """There are new registrations."""
         self._claims.wake()
 
+    async def heed_pauses(self) -> None:
+        """This worker obeys what was stored about pauses before this call. Raises DatabaseError."""
+        await self._claims.heed_pauses()
+        self._redeliverer.wake()
+
     def redeliver_soon(self) -> None:
         """An operator sent dead letters again."""
         self._redeliverer.wake()
 
+    def retry_soon(self) -> None:
+        """Failed events are to be tried again now."""
+        self._retries.wake()
+
     def reconfigured(self, registration: Registration) -> int:
         """Go on as the registration says now. Returns how many waiting events its filter refuses."""
         self._redeliverer.wake()
+        # The next round stores that a pause has ended.
+        self._claims.wake()
         return sum(pump.reconfigured() for pump in self.pumps.of(registration.name))
 
     async def stop_subscription(self, name: str) -> None:

@@ -46,7 +46,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import NoReturn, TypedDict
 
@@ -345,11 +344,13 @@ def _processes_at(path: Path, fd: int | None = None, *, of: str = "") -> list[in
     if home.PROC.exists():
         found = set()
         wanted = path.stat() if fd is None else os.fstat(fd)
-        for link in chain(Path("/proc").glob("[0-9]*/fd/*"), Path("/proc").glob("[0-9]*/cwd")):
-            with suppress(OSError):  # the process has ended, or we may not look at it
-                process = link.parts[2]
-                if os.path.samestat(link.stat(), wanted) and of in Path(f"/proc/{process}/comm").read_text():
-                    found.add(int(process))
+        for process in Path("/proc").glob("[0-9]*"):
+            # A process may end at any moment, and we may not look at some.
+            with suppress(OSError):
+                for link in (process / "cwd", *(process / "fd").iterdir()):
+                    with suppress(OSError):
+                        if os.path.samestat(link.stat(), wanted) and of in (process / "comm").read_text():
+                            found.add(int(process.name))
     else:
         command = ["lsof", "-t", *(["-a", "-c", of] if of else []), "--", str(path)]
         listed = subprocess.run(command, env=home.ENVIRONMENT, stdout=subprocess.PIPE, check=False)  # noqa: S603

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from pgbackend import facts
-from pgbackend.embedded import binaries
+from pgbackend.embedded import binaries, home
 from pgbackend.errors import EmbeddedServerError, NotRunningError
 from pgbackend.postgres.sockets import in_thread
 
@@ -52,6 +52,14 @@ def default_directory() -> Path:
         if directory.is_absolute():
             return directory
     raise EmbeddedServerError("This user has no home directory. Name the directory of the embedded PostgreSQL.")
+
+
+def has_database(directory: Path) -> bool:
+    """Whether an embedded server has kept its data in this directory. True if this user may not look."""
+    try:
+        return (directory.expanduser() / home.NAME / home.CLUSTER).exists()
+    except PermissionError:
+        return True
 
 
 class EmbeddedServer:

@@ -15,15 +15,22 @@ from uuid import uuid4
 from pgbackend.delivery.changes import Changes
 from pgbackend.delivery.handler_calls import HandlerCalls
 from pgbackend.delivery.redelivery import Redelivery
+from pgbackend.delivery.retries import Retries
 from pgbackend.delivery.runner import Runner, refuse, verify_log
+from pgbackend.delivery.steering import Steering
 from pgbackend.delivery.worker import Worker
 from pgbackend.log.appender import Appender
+from pgbackend.log.deduplication import Deduplication
 from pgbackend.log.log import Log
 from pgbackend.log.maintenance import Maintenance
 from pgbackend.log.notify import Notifier, Wakeup, channel
+from pgbackend.log.redaction import Redactions
 from pgbackend.log.requirements import Requirements
+from pgbackend.log.retention import Retainer
 from pgbackend.log.segments import Segments
 from pgbackend.log_check import LogCheck
+from pgbackend.outbox.asynchronous import Outbox
+from pgbackend.outbox.commits import Commits
 from pgbackend.postgres import schema as tables
 from pgbackend.postgres.dsn import describe_dsn, normalize_dsn
 from pgbackend.postgres.pool import Database
@@ -31,6 +38,9 @@ from pgbackend.settings import Settings
 from pgbackend.subscriptions.alterations import Alterations
 from pgbackend.subscriptions.definitions import Subscriptions
 from pgbackend.subscriptions.overview import Overview
+from pgbackend.subscriptions.pauses import Pauses
+from pgbackend.subscriptions.previews import Previews
+from pgbackend.subscriptions.skipping import Skips
 
 if TYPE_CHECKING:
     from pgbackend.embedded.server import EmbeddedServer
@@ -77,19 +87,25 @@ class OpenLog:
     database: Database
     log: Log
     segments: Segments
+    retainer: Retainer
     overview: Overview
     redelivery: Redelivery
+    redactions: Redactions
     appender: Appender
+    outbox: Outbox
+    deduplication: Deduplication
     notifier: Notifier
     tasks: "frozenset[asyncio.Task[None]]"
-    """The appender's and the notifier's."""
+    """Those of the appender, of the deduplication and of the notifier."""
     check: LogCheck
     runner: Runner
     calls: HandlerCalls
     changes: Changes
+    steering: Steering
 
     async def close(self, deadline: float) -> None:
         """Every event that was being produced is answered, and nothing of what `init()` made is left."""
+        self.outbox.close()
         try:
             await self.appender.drain(timeout=seconds_left(deadline))
         finally:
@@ -114,6 +130,8 @@ async def open_log(server: Server, settings: Settings, *, migrate: bool) -> Open
         refuse(await requirements.test_evidence())
         segments = Segments(database, schema=schema)
         await segments.extend()
+        deduplication = Deduplication(database, schema=schema)
+        await deduplication.enter(settings.deduplicate)
         await log.incarnation.enter()
     except BaseException:
         try:
@@ -122,7 +140,7 @@ async def open_log(server: Server, settings: Settings, *, migrate: bool) -> Open
         finally:
             await server.stop()
         raise
-    return _start_actors(log, requirements, overview, segments, settings)
+    return _start_actors(log, requirements, overview, segments, deduplication, settings)
 
 
 def seconds_left(deadline: float) -> float:
@@ -139,28 +157,36 @@ async def _prepare_tables(database: Database, schema: str, *, migrate: bool) -> 
 
 
 def _start_actors(
-    log: Log, requirements: Requirements, overview: Overview, segments: Segments, settings: Settings
+    log: Log,
+    requirements: Requirements,
+    overview: Overview,
+    segments: Segments,
+    deduplication: Deduplication,
+    settings: Settings,
 ) -> OpenLog:
     database, schema = log.database, settings.schema
     sender, notify_channel, wakeup = str(uuid4()), channel(schema), Wakeup()
 
-    def wake_readers() -> None:
-        wakeup.wake()
-        notifier.notify()
+    def idle() -> float:
+        return appender.idle()
 
+    notifier = Notifier(database, log.sql, channel=notify_channel, sender=sender, idle=idle)
     appender = Appender(
         database,
         log.sql,
         schema=schema,
         produce_timeout=settings.produce_timeout,
-        on_append=wake_readers,
+        wakeup=wakeup,
+        notifier=notifier,
         on_full=segments.extend,
+        deduplication=deduplication,
     )
-    notifier = Notifier(database, log.sql, channel=notify_channel, sender=sender, idle=appender.idle)
+    retainer = Retainer(database, segments, schema=schema)
     new_worker = partial(
         Worker,
         log=log,
         maintenance=Maintenance(requirements, segments, wakeup),
+        retainer=retainer,
         settings=settings,
         wakeup=wakeup,
         notifier=notifier,
@@ -168,17 +194,25 @@ def _start_actors(
         sender=sender,
     )
     subscriptions = Subscriptions(log, schema=schema)
-    redelivery = Redelivery(database, schema=schema)
+    pauses, redelivery = Pauses(log, schema=schema), Redelivery(database, schema=schema)
     runner = Runner(log, requirements, subscriptions, overview, redelivery, new_worker=new_worker)
     calls = HandlerCalls(runner)
-    tasks = (asyncio.create_task(appender.run(), name="append"), asyncio.create_task(notifier.run(), name="notify"))
+    tasks = (
+        asyncio.create_task(appender.run(), name="append"),
+        asyncio.create_task(deduplication.run(), name="deduplicate"),
+        asyncio.create_task(notifier.run(), name="notify"),
+    )
     return OpenLog(
         database=database,
         log=log,
         segments=segments,
+        retainer=retainer,
         overview=overview,
         redelivery=redelivery,
+        redactions=Redactions(database, schema=schema),
         appender=appender,
+        outbox=Outbox(Commits(wakeup, notifier), schema=schema),
+        deduplication=deduplication,
         notifier=notifier,
         tasks=frozenset(tasks),
         check=LogCheck(database, overview, requirements, segments, schema=schema),
@@ -188,10 +222,15 @@ def _start_actors(
             log,
             subscriptions=subscriptions,
             alterations=Alterations(log, schema=schema),
+            pauses=pauses,
+            previews=Previews(log, schema=schema),
             redelivery=redelivery,
+            retries=Retries(database, schema=schema),
+            skips=Skips(log, schema=schema),
             notifier=notifier,
             runner=runner,
             calls=calls,
             settings=settings,
         ),
+        steering=Steering(pauses, notifier, runner),
     )

@@ -10,7 +10,13 @@ its call back, or, once the call was sent, only stops waiting.
 
 The promise: each call gets exactly one answer. It is committed; or it is not stored, and the error says why; or the
 error is `ProduceUncertainError`, and it may be stored or not: the connection was lost after sending, or a standby was
-not waited for. An uncertain batch is never sent again.
+not waited for. An uncertain batch is never sent again, unless the log deduplicates.
+
+Then a batch first claims a key for each event (see `deduplication`), appends those events that are no repeats, and
+commits both together. Two kinds of calls go on aside, on a second connection, where they delay no others:
+
+    blocked     an open transaction has claimed a key of the call: tried again until that transaction has ended
+    uncertain   the connection was lost after sending: sent again, because a second copy is refused
 """
 
 import asyncio
@@ -18,14 +24,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from pgbackend import facts
-from pgbackend.codec.attributes import COLUMNS, Row
+from pgbackend.codec.attributes import Row
 from pgbackend.errors import (
-    ConfigError,
     ConnectionLostError,
     DatabaseError,
     EventError,
@@ -34,7 +40,9 @@ from pgbackend.errors import (
     ProduceTimeoutError,
     ProduceUncertainError,
 )
-from pgbackend.postgres.connections import Connection, end_copy_with, on_unconfirmed
+from pgbackend.log.deduplication import Deduplication, key_of
+from pgbackend.log.notify import Notifier, Wakeup
+from pgbackend.log.writer import Blocked, OtherWindow, Rows, Writer
 from pgbackend.postgres.errors import is_definite, is_out_of_segments, is_position_taken, is_refused_for_data, translate
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay, repeat
@@ -44,21 +52,32 @@ _BATCH_EVENTS = 1000
 _BATCH_BYTES = 4 << 20
 _GRACE = 1.0
 """Seconds that `drain()` may take longer than a call."""
+_ASIDE_INTERVAL = 0.05
+"""Seconds between two tries at the calls that are blocked or uncertain."""
 
 
 Done = Callable[[Exception | None], None]
 """Called once with the answer to a call: None when it is committed."""
+OnRepeats = Callable[[int], None]
+"""Called before the answer to a committed call that has repeats, with their number. They were not appended again."""
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    rows: Sequence[Row]
+    rows: Rows
     weight: int
     """Bytes that the rows may take in memory."""
     done: Done | None
     """None once the call was answered or its caller has given up."""
     deadline: float
     sent: bool = False
+    deduplicate: bool = True
+    on_repeats: "OnRepeats | None" = None
+    repeats: int = 0
+    """How many of its rows are repeats, once it is committed."""
+    is_aside: bool = False
+    is_uncertain: bool = False
+    """Whether it was sent before, and may be stored."""
 
     def answer(self, error: Exception | None) -> None:
         self.rows = ()  # the call may stay among the deadlines a while longer
@@ -66,6 +85,9 @@ class _Call:
         if done is None:
             return
         try:
+            # An event that an uncertain call finds in the log may be its own first copy.
+            if error is None and self.repeats and self.on_repeats is not None and not self.is_uncertain:
+                self.on_repeats(self.repeats)
             done(error)
         except Exception as failure:  # noqa: BLE001 - a caller's bug must not harm the other calls
             facts.emit("produce callback failed", level=logging.ERROR, exc_info=failure)
@@ -81,15 +103,25 @@ class Appender:
         *,
         schema: str,
         produce_timeout: float,
-        on_append: Callable[[], None],
+        wakeup: Wakeup,
+        notifier: Notifier,
         on_full: Callable[[], Awaitable[object]],
+        deduplication: Deduplication,
     ) -> None:
-        """`on_append()` is called after each COMMIT; `on_full` is awaited when the log has no segment left."""
+        """`wakeup` and `notifier` hear of each COMMIT; `on_full` is awaited when the log has no segment left."""
         self._database = database
         self._timeout = produce_timeout
-        self._on_append = on_append
+        self._wakeup = wakeup
+        self._notifier = notifier
         self._on_full = on_full
-        self._writer = _Writer(database, sql, schema=schema, timeout=2 * produce_timeout)
+        self._deduplication = deduplication
+        self._writer = Writer(database, sql, notifier, schema=schema, timeout=2 * produce_timeout)
+        self._second = Writer(database, sql, notifier, schema=schema, timeout=2 * produce_timeout)
+        """Connected while calls are aside."""
+        self._aside: list[_Call] = []
+        self._aside_work = asyncio.Event()
+        self._all_sent = False
+        """Set when no more calls can come aside, unless those that are there already."""
         self._unsent: deque[_Call] = deque()
         self._unanswered: deque[_Call] = deque()
         """In the order of their deadlines. Calls that were answered leave it when they come to the front."""
@@ -109,12 +141,17 @@ class Appender:
         """
         self._ended = asyncio.Event()
         try:
-            await self._send_batches()
-        except Exception as error:  # noqa: BLE001 - producers hear of it, and the rest of the backend goes on
-            self._fail_for_good(error)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._send_aside(), name="append aside")
+                await self._send_batches()
+                self._all_sent = True
+                self._aside_work.set()
+        except ExceptionGroup as group:
+            # Producers hear of it, and the rest of the backend goes on.
+            self._fail_for_good(group.exceptions[0])
         finally:
             self._refuse_from_now_on()
-            self._writer.drop()
+            self._drop()
             self._answer_the_rest()
             self._ended.set()
 
@@ -137,18 +174,26 @@ class Appender:
         except TimeoutError:
             facts.emit("append was cut short", level=logging.WARNING, calls=len(self._unanswered))
         finally:
-            self._writer.drop()
+            self._drop()
             self._answer_the_rest()
 
-    async def append(self, rows: Sequence[Row], weight: int) -> None:
+    def _drop(self) -> None:
+        self._writer.drop()
+        self._second.drop()
+
+    async def append(
+        self, rows: Rows, weight: int, *, deduplicate: bool = True, on_repeats: OnRepeats | None = None
+    ) -> None:
         """Return once the rows are committed, all of them in one transaction. `weight`: the sum of what `encode` says.
 
-        Raises EventError when PostgreSQL refuses their values, ProduceTimeoutError when they were not sent in time,
-        ProduceUncertainError when they may be stored or not, and DatabaseError when they are not stored for any other
-        reason.
+        `deduplicate=False`: repeats are appended, too, even if the log deduplicates.
+
+        Raises EventError when PostgreSQL refuses their values or iterating over them raises it, ProduceTimeoutError
+        when they were not sent in time, ProduceUncertainError when they may be stored or not, and DatabaseError when
+        they are not stored for any other reason.
         """
         committed = asyncio.get_running_loop().create_future()
-        call = self._submit(rows, weight, partial(_settle, committed))
+        call = self._submit(rows, weight, partial(_settle, committed), deduplicate=deduplicate, on_repeats=on_repeats)
         try:
             await committed
         except asyncio.CancelledError:
@@ -157,18 +202,18 @@ class Appender:
                 self._unsent.remove(call)
             raise
 
-    def append_soon(self, row: Row, weight: int, done: Done) -> None:
+    def append_soon(self, row: Row, weight: int, done: Done, *, on_repeats: OnRepeats | None = None) -> None:
         """As `append()` of one row, without a task: `done` gets None, or the error that `append()` would raise.
 
         An exception that `done` raises is logged. Saves a task and a future: 4 µs an event.
         """
-        self._submit((row,), weight, done)
+        self._submit((row,), weight, done, deduplicate=True, on_repeats=on_repeats)
 
-    def _submit(self, rows: Sequence[Row], weight: int, done: Done) -> _Call:
+    def _submit(self, rows: Rows, weight: int, done: Done, *, deduplicate: bool, on_repeats: OnRepeats | None) -> _Call:
         if self._refusal is not None:
             raise _copy(self._refusal)
         loop = asyncio.get_running_loop()
-        call = _Call(rows, weight, done, loop.time() + self._timeout)
+        call = _Call(rows, weight, done, loop.time() + self._timeout, False, deduplicate, on_repeats)
         self._unsent.append(call)
         unanswered = self._unanswered
         while unanswered and unanswered[0].done is None:
@@ -191,7 +236,7 @@ class Appender:
                 continue
             try:
                 await self._writer.connect()
-            except (DatabaseError, ConfigError) as error:
+            except DatabaseError as error:
                 # Nothing was sent, so calls may wait for the server to come back until their deadlines.
                 self._unreachable = str(error)
                 facts.emit("append cannot connect", level=delay.failed(), failures=delay.failures, error=str(error))
@@ -208,40 +253,48 @@ class Appender:
 
     def _gather(self) -> list[_Call]:
         """The next calls, of at most 1,000 events and 4 MiB together. A call beyond the bound travels alone."""
-        batch: list[_Call] = []
-        events = weight = 0
-        unsent = self._unsent
-        while unsent:
-            call = unsent[0]
-            events += len(call.rows)
-            weight += call.weight
-            if batch and (events > _BATCH_EVENTS or weight > _BATCH_BYTES):
-                break
-            batch.append(unsent.popleft())
+        batch = _first_batch(self._unsent)
+        for _ in batch:
+            self._unsent.popleft()
         return batch
 
     async def _send(self, batch: list[_Call]) -> None:
         """Commit a batch and answer its calls."""
         for call in batch:
             call.sent = True
-        rows = batch[0].rows if len(batch) == 1 else [row for call in batch for row in call.rows]
-        try:
-            await self._insert(rows)
-        except Exception as error:  # noqa: BLE001 - `_answer_to` tells them apart
-            await self._handle_error(batch, error)
+        if self._deduplication.window_us and any(call.deduplicate for call in batch):
+            await self._send_fresh(batch, self._writer)
             return
-        if self._writer.unconfirmed:
+        # A call that is answered meanwhile forgets its rows.
+        rows = batch[0].rows if len(batch) == 1 else _Together([call.rows for call in batch])
+        try:
+            is_notified = await self._insert(rows)
+        except Exception as error:  # noqa: BLE001 - `_answer_to` tells them apart
+            await self._handle_error(batch, error, self._writer)
+            return
+        self._answer_committed(batch, self._writer)
+        self._wakeup.wake()
+        if not is_notified:
+            self._notifier.notify()
+
+    def _answer_committed(self, batch: list[_Call], writer: Writer) -> None:
+        """Answer the calls of a batch that is committed."""
+        if writer.unconfirmed:
             self._answer(batch, ProduceUncertainError(
                 "PostgreSQL committed without waiting for its synchronous standby: a failover now may lose the event."
             ))  # fmt: skip
-        else:
+        elif self._unsent:
             # Answer after the next batch was sent: PostgreSQL commits that one meanwhile. Answering a batch of HTTP
             # clients takes as long as a commit.
             asyncio.get_running_loop().call_soon(_confirm, batch)
-        self._on_append()
+        else:
+            _confirm(batch)
 
-    async def _insert(self, rows: Sequence[Row]) -> None:
+    async def _insert(self, rows: Rows) -> bool:
+        """Whether other processes were notified in the transaction."""
         try:
+            if len(rows) == 1 and not self._unsent and self._notifier.may_join():
+                return await repeat(lambda: self._writer.insert_and_notify(rows), self._timeout)
             await repeat(lambda: self._writer.insert(rows), self._timeout)
         except Exception as error:
             if not is_out_of_segments(error):
@@ -249,33 +302,175 @@ class Appender:
             # No worker ran for a hundred million events: make room, and nothing has failed.
             await self._on_full()
             await self._writer.insert(rows)
+        return False
 
-    async def _handle_error(self, batch: list[_Call], error: Exception) -> None:
+    async def _send_fresh(self, batch: list[_Call], writer: Writer) -> None:
+        """Commit those events of a batch that are no repeats, and answer its calls."""
+        while batch:
+            # A call that is answered meanwhile forgets its rows.
+            parts = [(call.rows, call.deduplicate) for call in batch]
+            try:
+                repeats, appended = await self._insert_fresh(parts, writer)
+            except Blocked:
+                batch = await self._set_aside(batch, writer)
+                continue
+            except OtherWindow:
+                await self._follow_window(batch, writer)
+            except Exception as error:  # noqa: BLE001 - `_answer_to` tells them apart
+                await self._handle_error(batch, error, writer)
+            else:
+                for call, count in zip(batch, repeats, strict=True):
+                    call.repeats = count
+                self._answer_committed(batch, writer)
+                if appended:
+                    self._wakeup.wake()
+                    self._notifier.notify()
+            return
+
+    async def _insert_fresh(self, parts: Sequence[tuple[Rows, bool]], writer: Writer) -> tuple[list[int], int]:
+        """How many rows of each part are repeats, and how many events were appended."""
+        known = self._deduplication.window_us
+        try:
+            return await repeat(lambda: writer.insert_fresh(parts, known), self._timeout)
+        except Exception as error:
+            if not is_out_of_segments(error):
+                raise
+            await self._on_full()
+            return await writer.insert_fresh(parts, known)
+
+    async def _set_aside(self, batch: list[_Call], writer: Writer) -> list[_Call]:
+        """The blocked calls of a batch are aside. Returns the others."""
+        try:
+            blocked = await self._find_blocked(batch, writer)
+        except Exception as error:  # noqa: BLE001 - nothing of the batch is stored
+            await self._handle_error(batch, translate(error), writer)
+            return []
+        for call in blocked:
+            call.sent = False
+            self._put_aside(call)
+        return [call for call in batch if call.done is not None and call not in blocked]
+
+    async def _find_blocked(self, batch: list[_Call], writer: Writer) -> list[_Call]:
+        """The calls that wait for an open transaction."""
+        keys = {id(call): [key_of(row) for row in call.rows] for call in batch if call.deduplicate}
+        blocked = await writer.find_blocked(list(chain.from_iterable(keys.values())))
+        return [call for call in batch if call.done is not None and not blocked.isdisjoint(keys.get(id(call), ()))]
+
+    async def _follow_window(self, batch: list[_Call], writer: Writer) -> None:
+        """The window is known, and the calls of a batch that met another one are to be sent again."""
+        try:
+            await self._deduplication.look()
+        except DatabaseError as error:
+            await self._handle_error(batch, error, writer)
+            return
+        # A first copy under the former window cannot be recognized under the new one.
+        self._answer((call for call in batch if call.is_uncertain), ProduceUncertainError(
+            "The connection was lost while PostgreSQL was committing, and the log's deduplication was changed before "
+            "the event could be sent again: it may or may not be stored."
+        ))  # fmt: skip
+        again = [call for call in batch if call.done is not None]
+        for call in again:
+            call.sent = call.is_aside = False
+        self._unsent.extendleft(reversed(again))
+        self._work.set()
+
+    async def _send_aside(self) -> None:
+        """Send the calls that are aside, until no more can come."""
+        delay = GrowingDelay(self._database, cap=1.0)
+        while True:
+            self._aside = [call for call in self._aside if call.done is not None and call.is_aside]
+            if not self._aside:
+                self._second.drop()
+                if self._all_sent:
+                    return
+                self._aside_work.clear()
+                await self._aside_work.wait()
+                continue
+            try:
+                await self._second.connect()
+                await self._try_aside()
+            except DatabaseError as error:
+                # Nothing was sent, so the calls may wait until their deadlines.
+                facts.emit("append cannot connect", level=delay.failed(), failures=delay.failures, error=str(error))
+                await delay.wait()
+                continue
+            delay.reset()
+            await asyncio.sleep(_ASIDE_INTERVAL)
+
+    async def _try_aside(self) -> None:
+        """Send the calls that are aside and are no longer blocked. Raises DatabaseError when it cannot be found out."""
+        calls = list(self._aside)
+        if not self._deduplication.window_us:
+            await self._follow_window(calls, self._second)
+            return
+        try:
+            blocked = await self._find_blocked(calls, self._second)
+        except Exception as error:
+            self._second.drop()
+            raise translate(error) from error
+        free = [call for call in calls if call.done is not None and call not in blocked]
+        while free:
+            batch = _first_batch(free)
+            del free[: len(batch)]
+            batch = [call for call in batch if call.done is not None]
+            for call in batch:
+                call.sent = True
+            if batch:
+                await self._second.connect()
+                await self._send_fresh(batch, self._second)
+
+    def _put_aside(self, call: _Call) -> None:
+        if not call.is_aside:
+            call.is_aside = True
+            self._aside.append(call)
+        self._aside_work.set()
+
+    async def _handle_error(self, batch: list[_Call], error: Exception, writer: Writer) -> None:
         """Answer the calls of a batch that was not committed, or may not have been."""
         answer = _answer_to(error)
         if isinstance(answer, EventError) and len(batch) > 1:
-            await self._send_apart(batch)
+            await self._send_apart(batch, writer)
             return
         if isinstance(answer, ConnectionLostError | ProduceUncertainError):
-            self._writer.drop()
+            writer.drop()
         if isinstance(answer, ProduceUncertainError):
             facts.emit("append is uncertain", level=logging.WARNING, calls=len(batch), error=str(error))
-        self._answer(batch, answer)
+        self._answer(self._without_retried(batch, answer), answer)
 
-    async def _send_apart(self, batch: list[_Call]) -> None:
+    def _without_retried(self, batch: list[_Call], answer: Exception) -> list[_Call]:
+        """The calls of a batch with this answer, except those that are sent again first: they are uncertain."""
+        rest = []
+        for call in batch:
+            if isinstance(answer, ProduceUncertainError):
+                # A copy that is sent again within the window is refused if the first one is stored.
+                may_retry = call.deduplicate and self._deduplication.window_us >= self._timeout * 1_000_000
+            else:
+                may_retry = call.is_uncertain and isinstance(answer, ConnectionLostError)
+            if may_retry and call.done is not None:
+                call.sent, call.is_uncertain = False, True
+                self._put_aside(call)
+            else:
+                rest.append(call)
+        return rest
+
+    async def _send_apart(self, batch: list[_Call], writer: Writer) -> None:
         """Send each call by itself, in order, so that a bad event fails only its own caller."""
         for index, call in enumerate(batch):
             # A call whose deadline passed meanwhile was answered, and has no rows any more.
             if call.done is None:
                 continue
-            if not self._writer.is_connected:
+            if not writer.is_connected:
                 # The rest is not stored, since its batch was refused: it goes with the next connection.
                 rest = [call for call in batch[index:] if call.done is not None]
                 for unsent in rest:
                     unsent.sent = False
-                self._unsent.extendleft(reversed(rest))
+                if writer is self._writer:
+                    self._unsent.extendleft(reversed(rest))
                 return
-            await self._send([call])
+            if writer is self._writer:
+                await self._send([call])
+            else:
+                await self._send_fresh([call], writer)
 
     def _expire_calls(self) -> None:
         """Answer the calls whose deadlines have passed."""
@@ -288,9 +483,15 @@ class Appender:
         self._alarm = loop.call_at(unanswered[0].deadline, self._expire_calls) if unanswered else None
 
     def _expire(self, call: _Call) -> None:
-        if call.sent:
+        if call.sent or call.is_uncertain:
             call.answer(ProduceUncertainError(
                 f"PostgreSQL did not confirm the commit within {self._timeout:g} s: the event may or may not be stored."
+            ))  # fmt: skip
+            return
+        if call.is_aside:
+            call.answer(ProduceTimeoutError(
+                "Another transaction has appended an event with the same source and id, and was still open after "
+                f"{self._timeout:g} s. The event of this call is not stored. Produce it again when that has ended."
             ))  # fmt: skip
             return
         self._unsent.remove(call)
@@ -312,7 +513,7 @@ class Appender:
             f"This backend takes no events any more: its appender died of a bug ({bug}). Restart it; the log has the "
             "traceback."
         )
-        sent = [call for call in self._unanswered if call.sent]
+        sent = [call for call in self._unanswered if call.sent or call.is_uncertain]
         self._answer(sent, ProduceUncertainError(
             f"The appender died of a bug while this was being committed ({bug}): the event may or may not be stored."
         ))  # fmt: skip
@@ -327,12 +528,13 @@ class Appender:
         if self._alarm is not None:
             self._alarm.cancel()
         self._unsent.clear()
+        self._aside.clear()
         for call in self._unanswered:
             call.answer(
                 ProduceUncertainError(
                     "The backend was stopped before PostgreSQL confirmed the commit: the event may be stored or not."
                 )
-                if call.sent
+                if call.sent or call.is_uncertain
                 else NotRunningError("The backend was stopped before the event could be sent: it is not stored.")
             )
         self._unanswered.clear()
@@ -340,8 +542,40 @@ class Appender:
     @staticmethod
     def _answer(calls: Iterable[_Call], error: Exception) -> None:
         for call in calls:
-            # Each call gets an exception of its own: a traceback grows on it where it is raised.
-            call.answer(_copy(error))
+            if call.is_uncertain and not isinstance(error, ProduceUncertainError):
+                call.answer(ProduceUncertainError(
+                    "The connection was lost while PostgreSQL was committing, and sending the event again failed: it "
+                    f"may or may not be stored. {error}"
+                ))  # fmt: skip
+            else:
+                # Each call gets an exception of its own: a traceback grows on it where it is raised.
+                call.answer(_copy(error))
+
+
+def _first_batch(calls: Iterable[_Call]) -> list[_Call]:
+    """The first of these calls, within the bounds of a batch."""
+    batch: list[_Call] = []
+    events = weight = 0
+    for call in calls:
+        events += len(call.rows)
+        weight += call.weight
+        if batch and (events > _BATCH_EVENTS or weight > _BATCH_BYTES):
+            break
+        batch.append(call)
+    return batch
+
+
+class _Together:
+    """The rows of several calls, in their order."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self._parts)
 
 
 class _Work:
@@ -371,59 +605,11 @@ class _Work:
         return self._idle if self._since is None else self._idle + time.monotonic() - self._since
 
 
-class _Writer:
-    """The connection that appends."""
-
-    def __init__(self, database: Database, sql: LogSql, *, schema: str, timeout: float) -> None:
-        """`timeout`: seconds without an answer after which the connection is given up, longer than any call waits."""
-        self._database = database
-        self._sql = sql
-        self._schema = schema
-        self._timeout = timeout
-        self._connection: Connection | None = None
-        self.unconfirmed = False
-        """Whether the last commit did not wait for the synchronous standby."""
-
-    @property
-    def is_connected(self) -> bool:
-        return self._connection is not None and not self._connection.is_closed()
-
-    async def connect(self) -> None:
-        """There is a connection. Raises DatabaseError, and ConfigError for a certificate that is missing just now."""
-        if not self.is_connected:
-            connection = self._connection = await self._database.connect()
-            on_unconfirmed(connection, self._note_unconfirmed)
-            end_copy_with(connection)
-
-    async def insert(self, rows: Sequence[Row]) -> None:
-        """The rows are committed, in their order and in one transaction. Raises what the driver raises."""
-        connection = self._connection
-        assert connection is not None  # noqa: S101 - `connect()` comes first
-        self.unconfirmed = False
-        give_up = asyncio.get_running_loop().call_later(self._timeout, connection.terminate)
-        try:
-            if len(rows) == 1:
-                # A plain INSERT of one event takes 20 % less time than COPY of one (1.9 and 2.4 ms, on a busy machine).
-                await connection.execute(self._sql.append_one, *rows[0])
-            else:
-                await connection.copy_records_to_table(
-                    "events", schema_name=self._schema, columns=COLUMNS, records=rows
-                )
-        finally:
-            give_up.cancel()
-
-    def drop(self) -> None:
-        """There is no connection any more."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()
-
-    def _note_unconfirmed(self) -> None:
-        self.unconfirmed = True
-
-
 def _answer_to(error: Exception) -> Exception:
     """The error for callers when an INSERT has failed. Nothing is stored, unless it is ProduceUncertainError."""
+    if isinstance(error, EventError):
+        # Iterating over the rows raised it, and COPY was called off.
+        return error
     if isinstance(error, DatabaseError):
         # The INSERT was refused because the log is out of segments, and this is why none could be made.
         return error

@@ -215,6 +215,11 @@ class Fence:
         self._holes.append(_Hole(lower, upper, blockers, passed=False))
         return False
 
+    def expect(self, positions: Iterable[int]) -> None:
+        """Wait for events at these positions, of which copies are there to be read."""
+        self._holes.extend(_Hole(position, position + 1, None, passed=False) for position in positions)
+        self._holes.sort(key=lambda hole: hole.lower)
+
     def pass_overdue(self, clock: AppenderClock, *, now: float) -> list[Range]:
         """Pass the first holes, as far as all their appenders are overdue. Returns those holes."""
         if self._strict:

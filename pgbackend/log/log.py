@@ -6,17 +6,29 @@ the incarnation that this process entered, and never goes back behind evidence t
 
 import asyncio
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from pgbackend.log.fence import AppenderClock, Evidence
 from pgbackend.log.incarnation import Incarnation
 from pgbackend.log.pages import Pages
-from pgbackend.log.ranges import Range
+from pgbackend.log.ranges import Range, RangeSet
 from pgbackend.model import BlockingAppender
 from pgbackend.postgres.connections import Connection
 from pgbackend.postgres.pool import STATEMENT_TIMEOUT, Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import FenceSql, LogSql
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Which positions the log has."""
+
+    segments: Sequence[Range]
+    """Those of each segment that was not removed, in order."""
+    unused: Sequence[Range]
+    """Those at the ends of segments that were cut, in order: no event ever had one."""
 
 
 class Log:
@@ -69,15 +81,22 @@ class Log:
 
     async def oldest_appender_start(self) -> datetime | None:
         """When the oldest open appender's transaction began; None when that cannot be seen of each of them."""
-        starts = [row["xact_start"] for row in await self.database.fetch(self._fence_sql.describe_appenders)]
+        starts = [row["began_at"] for row in await self.database.fetch(self._fence_sql.describe_appenders)]
         return None if None in starts else min(starts, default=None)
 
-    async def find_segments(self) -> list[Range]:
-        """The positions of each segment that is attached to the log, in order."""
+    async def find_segments(self) -> Extent:
+        """Where events are or will be, and where none ever was."""
         rows = await self.database.fetch(self.sql.find_segments)
-        return [(row["lower"], row["upper"]) for row in rows]
+        return Extent(
+            segments=[(row["lower"], row["upper"]) for row in rows if row["is_attached"]],
+            unused=[(row["lower"], row["upper"]) for row in rows if not row["is_attached"]],
+        )
+
+    async def find_kept(self, ranges: RangeSet) -> list[int]:
+        """The positions in these ranges whose events were removed, and of which copies are kept."""
+        return [row["position"] for row in await self.database.fetch(self.sql.find_kept, str(ranges))]
 
     async def find_first_segment(self) -> int:
         """Where the log's first segment begins."""
-        segments = await self.find_segments()
+        segments = (await self.find_segments()).segments
         return segments[0][0] if segments else 0

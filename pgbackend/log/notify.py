@@ -1,8 +1,8 @@
 """Wake-ups: a process that appends tells readers, which may sleep meanwhile. They are hints (I10): readers also poll.
 
-A `Wakeup` wakes the tasks of one process. A `Notifier` wakes other processes, with a NOTIFY that follows the commit in
-a transaction of its own. NOTIFY takes a lock at commit that the whole cluster shares: inside producers' transactions it
-slowed them from 7,500 to 2,400 durable inserts a second.
+A `Wakeup` wakes the tasks of one process. A `Notifier` wakes other processes. NOTIFY takes a lock at commit that the
+whole cluster shares: inside all transactions of busy producers it slowed them from 7,500 to 2,400 durable inserts a
+second. So it follows the commit, in a transaction of its own, or is part of it while a budget of time allows that.
 """
 
 import asyncio
@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable
 
 from pgbackend import facts
-from pgbackend.errors import ConfigError, DatabaseError
+from pgbackend.errors import DatabaseError
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.postgres.sql.statements import LogSql
 
 LEASES = "leases"
 """The payload of a notification about shards, not about events."""
+RETRIES = "retries"
+"""The payload of a notification that failed events are to be tried again now."""
 _NOTIFY_PATIENCE = "500ms"
 """How long a NOTIFY may wait for its turn."""
 _SHARE = 0.05
@@ -29,6 +31,8 @@ _MOST_CREDIT = 0.005
 """Seconds of NOTIFYs that a quiet time saves up."""
 _MOST_COST = 0.002
 """Seconds that one NOTIFY counts at most: a slow network delays it, and costs nobody anything."""
+_ADDED = 0.25
+"""The part of an append's time that a NOTIFY in its transaction adds, and costs other producers."""
 _MAX_CHANNEL_BYTES = 63
 _QUEUE_FULL = "54000"  # program_limit_exceeded
 _END_LISTENER = " A session that listens keeps a transaction open: end the oldest one in pg_stat_activity."
@@ -112,25 +116,28 @@ class Notifier:
 
         `idle()` are the seconds so far in which this process had nothing to append.
         """
+        self.channel = channel
+        self.sender = sender
         self._database = database
         self._sql = sql
-        self._channel = channel
-        self._sender = sender
+        self._budget = Budget()
         self._idle = idle
         self._due = asyncio.Event()
         self._delay = GrowingDelay(database)
 
     async def run(self) -> None:
         """Send the notifications that `notify()` asks for, until cancelled."""
-        budget, clock = Budget(), time.monotonic
+        clock = time.monotonic
         while True:
             await self._due.wait()
-            if (pause := budget.pause(clock(), self._idle())) > 0:
+            if (pause := self._budget.pause(clock(), self._idle())) > 0:
                 await asyncio.sleep(pause)
+            if not self._due.is_set():
+                continue  # one was part of an append meanwhile
             self._due.clear()
             began = clock()
-            if await self._send(self._sender):
-                budget.spend(clock() - began)
+            if await self._send(self.sender):
+                self._budget.spend(clock() - began)
             else:
                 await self._delay.wait()
 
@@ -138,16 +145,30 @@ class Notifier:
         """Have other processes read the log soon. Returns at once."""
         self._due.set()
 
+    def may_join(self) -> bool:
+        """Whether an append may have a NOTIFY in its transaction now."""
+        return self._budget.pause(time.monotonic(), self._idle()) == 0
+
+    def joined(self, seconds: float) -> None:
+        """An append had one, and took so long."""
+        self._budget.spend(seconds * _ADDED)
+        self._due.clear()
+        self._succeeded()
+
     async def notify_leases(self) -> None:
         """Have other workers look at the shards now. Returns once the notification was sent, or has failed."""
         await self._send(LEASES)
 
+    async def notify_retries(self) -> None:
+        """Have workers look for failed events that are due now. Returns once it was sent, or has failed."""
+        await self._send(RETRIES)
+
     async def _send(self, payload: str) -> bool:
         """Whether it was sent. A failure costs only a hint, because the others poll."""
         try:
-            await self._database.execute(self._sql.notify, self._channel, payload, _NOTIFY_PATIENCE)
-        except (DatabaseError, ConfigError) as error:
-            is_full = isinstance(error, DatabaseError) and error.sqlstate == _QUEUE_FULL
+            await self._database.execute(self._sql.notify, self.channel, payload, _NOTIFY_PATIENCE)
+        except DatabaseError as error:
+            is_full = error.sqlstate == _QUEUE_FULL
             facts.emit(
                 "notify failed", level=self._delay.failed(), failures=self._delay.failures, error=str(error),
                 effect="Other processes find events by polling meanwhile." + (_END_LISTENER if is_full else ""),
@@ -155,10 +176,13 @@ class Notifier:
             if is_full:
                 await self._free_queue()
             return False
+        self._succeeded()
+        return True
+
+    def _succeeded(self) -> None:
         if self._delay.failures:
             facts.emit("notify works again", failures=self._delay.failures)
             self._delay.reset()
-        return True
 
     async def _free_queue(self) -> None:
         """Have PostgreSQL free the notifications that all listeners have read. A refused NOTIFY does not do that."""

@@ -8,15 +8,16 @@ The promise: an event is in exactly one batch of a reader. A position at or belo
 open hole, or was removed from the log, or is dead.
 
 **Removed events.** A segment that was removed looks like a rollback of everything in it. So whenever dead positions
-reach from one segment into another, or to the end of the log, the reader looks up which segments there are. A single
-row that was deleted shows only where it had been read before: here between the two reads of a large event, otherwise in
-the subscription that knows its position.
+reach from one segment into another, or to the end of the log, the reader looks up which segments there are. Positions
+that a cut left unused were never events. Of a removed event that waits to be tried again a copy is kept, and the reader
+reads that. A redacted event counts as removed. A single row that was deleted shows only where it had been read before:
+here between the two reads of a large event, otherwise in the subscription that knows its position.
 """
 
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pgbackend import facts
 from pgbackend.codec.event import Event
@@ -35,23 +36,28 @@ _OPEN_HOLE_POLL = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An event whose row the driver cannot decode."""
+    """An event whose row the driver cannot decode: it has nothing but a position and the hash of its key."""
 
-    position: int
-    key_hash: int
+    event: Event
     error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The findings of one round of a reader. Never changed: several subscriptions share it."""
+class Share:
+    """Some events of a batch."""
 
     events: Sequence[Event]
     """In the order of delivery: first those that appeared in passed holes, then the log's next ones."""
     positions: Sequence[int]
-    """Of each event."""
+    """The position of each event, in ascending order."""
     sizes: Sequence[int]
     """Bytes of each event, so that the subscriptions that share a batch do not each work them out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(Share):
+    """The findings of one round of a reader, and its events. Never changed: several subscriptions share it."""
+
     size: int
     """Bytes of all events."""
     upto: int
@@ -67,6 +73,35 @@ class Batch:
     pause: float | None
     """Seconds until the reader should read again. None: after the next wake-up or poll."""
 
+    _shares: dict[int, list[Share]] = field(default_factory=dict)
+    """The events of each shard, by the number of shards. Made for the first shard that asks."""
+    _ranges: list[RangeSet] = field(default_factory=list)
+    """The positions of all events, once they were asked for."""
+
+    def share(self, *, shard: int, shards: int) -> Share:
+        """The events of one shard."""
+        if shards not in self._shares:
+            indices: list[list[int]] = [[] for _ in range(shards)]
+            for index, event in enumerate(self.events):
+                indices[event.key_hash % shards].append(index)
+            self._shares[shards] = [
+                Share(
+                    events=[self.events[index] for index in mine],
+                    positions=[self.positions[index] for index in mine],
+                    sizes=[self.sizes[index] for index in mine],
+                )
+                for mine in indices
+            ]
+        return self._shares[shards][shard]
+
+    def others(self, share: Share, *, upto: int) -> RangeSet:
+        """The positions up to there of the events that are not in a share."""
+        if not self.positions or self.positions[0] > upto:
+            return RangeSet()
+        if not self._ranges:
+            self._ranges.append(RangeSet.of(self.positions))
+        return self._ranges[0].below(upto).difference(RangeSet.of(share.positions))
+
     def __bool__(self) -> bool:
         return bool(self.events or self.opened or self.closed or self.removed or self.unreadable)
 
@@ -74,10 +109,14 @@ class Batch:
 class Reader:
     """Reads on from one position. Only one task at a time may use it."""
 
-    def __init__(self, log: Log, *, after: int, holes: Iterable[Range] = (), strict: bool = False) -> None:
+    def __init__(
+        self, log: Log, *, after: int, holes: Iterable[Range] = (), strict: bool = False, hashes: bool = True
+    ) -> None:
         """`holes`: ranges at or below `after` that may still be filled. `strict`: wait at every hole, pass none."""
         self.position = after
         """Everything at or below was delivered in a batch, or lies in a hole that was passed, or is dead."""
+        self.hashes = hashes
+        """Whether the events that are read from now on get the hashes of their keys."""
         self._log = log
         self._fence = Fence(holes, strict=strict)
         self._segments = SegmentMap()
@@ -97,6 +136,11 @@ class Reader:
         """Whether an open appender holds this reader back, or more holes do than can be passed."""
         return self._fence.barrier is not None
 
+    @property
+    def holds_events(self) -> bool:
+        """Whether it has read events that it has not delivered."""
+        return bool(self._held)
+
     def adopt(self, holes: Iterable[Range]) -> None:
         """Watch these holes too: what appears in them comes with a later batch."""
         self._fence.adopt(holes)
@@ -110,23 +154,36 @@ class Reader:
         """
         evidence = await self._take_evidence() if self._fence or prove else None
         has_room = self._has_room()
-        page = await self._log.pages.read(after=self._top, holes=self._fence.ranges(), page=has_room)
+        page = await self._log.pages.read(
+            after=self._top, holes=self._fence.ranges(), page=has_room, hashes=self.hashes
+        )
         self._lost.update(page.lost)
         late = self._fill_holes(page.late)
         # While there are more late events to read, a hole without blockers may still have some.
         closed = self._fence.remove_dead() if self._fence and not (page.late and page.more) else []
-        dead = [hole for hole in (*closed, *self._hold(page.events)) if not self._segments.has_both(*hole)]
+        dead = [
+            hole
+            for hole in (*closed, *self._hold(page.events))
+            # A passed hole may have been open for so long that its segment is gone by now.
+            if hole[0] <= self.position or not self._segments.has_both(*hole)
+        ]
         if prove and evidence is not None and has_room and not page.more:
             dead += self._account_for_end(evidence)
         if dead:
-            self._removed.extend(await self._find_removed(dead))
+            removed, kept = await self._find_removed(dead)
+            self._removed.extend(removed)
+            self._fence.expect(kept)
         opened = self._fence.pass_overdue(self._log.clock, now=time.monotonic()) if self._fence else []
         before = self.position
-        delivered, unreadable = self._without_lost([*late, *self._release()])
-        sizes = [event.weight for event in delivered]
+        released = self._release()
+        delivered, unreadable = self._without_lost([*late, *released] if late else released)
+        if delivered is page.events and page.measures is not None:
+            positions, sizes = page.measures
+        else:
+            positions, sizes = [event.position for event in delivered], [event.weight for event in delivered]
         return Batch(
             events=delivered,
-            positions=[event.position for event in delivered],
+            positions=positions,
             sizes=sizes,
             size=sum(sizes),
             upto=self.position,
@@ -184,23 +241,27 @@ class Reader:
         self._segments.clear()
         return []
 
-    async def _find_removed(self, dead: Sequence[Range]) -> list[Range]:
-        """The parts of these ranges that belong to no segment any more.
+    async def _find_removed(self, dead: Sequence[Range]) -> tuple[list[Range], list[int]]:
+        """The parts of these ranges whose events were removed, and apart from those the positions that have copies.
 
         Waits for a server that is away: the round has read events, and would lose them if it failed here.
         """
         delay = GrowingDelay(self._log.database)
         while True:
             try:
-                segments = await self._log.find_segments()
+                extent = await self._log.find_segments()
+                removed = RangeSet(dead).difference(extent.segments).difference(extent.unused)
+                kept = await self._log.find_kept(removed) if removed else []
             except SchemaError:
                 raise
             except DatabaseError as error:
                 facts.emit("read failed", level=delay.failed(), failures=delay.failures, error=str(error))
                 await delay.wait()
             else:
-                self._segments.update(segments)
-                return list(RangeSet(dead).difference(segments))
+                self._segments.update(extent.segments)
+                # Copies at or below `position` were read with the hole that they lie in.
+                kept = [position for position in kept if position > self.position]
+                return list(removed.difference((position, position + 1) for position in kept)), kept
 
     def _release(self) -> list[Event]:
         """Take the events below the barrier from `_held`, and move `position` up to it."""
@@ -227,7 +288,7 @@ class Reader:
             elif (error := self._lost.pop(position)) is None:
                 self._removed.append((position, position + 1))
             else:
-                unreadable.append(Unreadable(position, event.key_hash, error))
+                unreadable.append(Unreadable(event, error))
         return whole, unreadable
 
     def _take_removed(self) -> list[Range]:

@@ -11,6 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pgbackend.errors import ConnectionLostError, SchemaError
 from pgbackend.log.fence import Evidence
@@ -19,7 +20,7 @@ from pgbackend.postgres.connections import Record, is_pooled
 from pgbackend.postgres.errors import STANDBY
 from pgbackend.postgres.pool import STATEMENT_TIMEOUT
 from pgbackend.postgres.reconnect import repeat
-from pgbackend.postgres.sql import load, quote_ident
+from pgbackend.postgres.sql import load, quote_ident, quote_literal
 from pgbackend.postgres.sql.statements import RequirementsSql
 
 _POOLED_TIMEOUT = 1.0
@@ -30,6 +31,16 @@ Otherwise processes that start together could take all of the pooler's connectio
 _PATIENCE = 15.0
 """Seconds for which a test through a pooler is tried again."""
 _MAX = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A property of the log without which readers could miss events."""
+
+    text: str
+    """The fault and its repair in words: the rest of a sentence, which may end in further sentences."""
+    cure: str | None = None
+    """The statements that repair it, one a line; None when no statement does."""
 
 
 class Requirements:
@@ -49,22 +60,33 @@ class Requirements:
             raise SchemaError(problem)
 
     async def find_problem(self) -> str | None:
-        """A fault of the log's tables that could lose events, and its repair; None without one."""
+        """The faults of the log's tables that could lose events, and their repairs; None without one."""
+        faults = await self.find_faults()
+        return "Events could be lost: " + " ".join(fault.text for fault in faults) if faults else None
+
+    async def find_faults(self) -> list[Fault]:
+        """Each fault of the log's tables that could lose events."""
         seen = await self._log.database.fetchrow(self._sql.find_properties)
+        where = quote_ident(self._schema)
         if seen is None:
-            return (
-                f"Schema {quote_ident(self._schema)} lacks the table `events` or its sequence `events_position_seq`: "
-                "events could be lost. Restore them."
-            )
-        if problems := list(_problems(seen, quote_ident(self._schema))):
-            return "Events could be lost: " + " ".join(problems)
+            return [
+                Fault(f"schema {where} lacks the table `events` or its sequence `events_position_seq`. Restore them.")
+            ]
+        if faults := list(_faults(seen, where)):
+            return faults
         distributed = await self._log.database.fetchval(self._sql.find_distributed)
         if distributed:
-            return (
-                f"Events could be lost: Citus distributes the log's tables ({', '.join(distributed)}). "
-                "Undistribute them (`undistribute_table`), or put the log in a schema of tables local to one node."
-            )
-        return None
+            return [
+                Fault(
+                    f"Citus distributes the log's tables ({', '.join(distributed)}). "
+                    "Undistribute them (`undistribute_table`), or put the log in a schema of tables local to one node.",
+                    cure="\n".join(
+                        f"SELECT undistribute_table({quote_literal(f'{where}.{quote_ident(name)}')});"
+                        for name in distributed
+                    ),
+                )
+            ]
+        return []
 
     async def test_evidence(self) -> str | None:
         """Why evidence cannot be trusted on this server; None when it names an appender that was opened for the test.
@@ -114,8 +136,8 @@ class Requirements:
             await asyncio.sleep(random.random() * _POOLED_TIMEOUT)  # noqa: S311 - not a secret
 
 
-def _problems(seen: Record, where: str) -> Iterator[str]:
-    """Each property that the tables lack, and how to repair it. `where`: the log's schema, quoted."""
+def _faults(seen: Record, where: str) -> Iterator[Fault]:
+    """Each property that the tables lack. `where`: the log's schema, quoted."""
     sequence, position = f"{where}.events_position_seq", f"{where}.events.position"
     altered = [
         f"{label} is {seen[name]}"
@@ -131,24 +153,36 @@ def _problems(seen: Record, where: str) -> Iterator[str]:
     if seen["minimum"] < 1:
         altered.append(f"MINVALUE is {seen['minimum']}")
     if altered:
-        yield (
-            f"the sequence {sequence} was altered ({', '.join(altered)}). Stop all producers, run ALTER SEQUENCE "
-            f"{sequence} AS bigint INCREMENT BY 1 MINVALUE 1 NO MAXVALUE CACHE 1 NO CYCLE, and start them again."
+        cure = f"ALTER SEQUENCE {sequence} AS bigint INCREMENT BY 1 MINVALUE 1 NO MAXVALUE CACHE 1 NO CYCLE"
+        yield Fault(
+            f"the sequence {sequence} was altered ({', '.join(altered)}). Stop all producers, run {cure}, and start "
+            "them again.",
+            cure=f"{cure};",
         )
     if not seen["is_identity"]:
-        yield (
-            f"{position} is not GENERATED ALWAYS AS IDENTITY, so producers may choose positions. Run ALTER TABLE "
-            f"{where}.events ALTER COLUMN position SET GENERATED ALWAYS."
+        cure = f"ALTER TABLE {where}.events ALTER COLUMN position SET GENERATED ALWAYS"
+        yield Fault(
+            f"{position} is not GENERATED ALWAYS AS IDENTITY, so producers may choose positions. Run {cure}.",
+            cure=f"{cure};",
         )
     if not seen["uses_sequence"]:
-        yield f"{position} does not draw from {sequence}. Make that its identity's sequence again."
+        yield Fault(f"{position} does not draw from {sequence}. Make that its identity's sequence again.")
     if not seen["has_primary_key"]:
-        yield f"{where}.events has no primary key. If a restore is under way, wait for its end; else run it again."
+        yield Fault(
+            f"{where}.events has no primary key. If a restore is under way, wait for its end; else run it again.",
+            cure=f"ALTER TABLE {where}.events ADD CONSTRAINT events_pkey PRIMARY KEY (position);",
+        )
     if not seen["sequence_logged"]:
-        yield f"a crash would set {sequence} back. Run ALTER SEQUENCE {sequence} SET LOGGED."
+        cure = f"ALTER SEQUENCE {sequence} SET LOGGED"
+        yield Fault(f"a crash would set {sequence} back. Run {cure}.", cure=f"{cure};")
     if not seen["events_logged"]:
-        yield f"a crash would empty {where}.events, or a segment of it. Run ALTER TABLE … SET LOGGED on each."
+        yield Fault(
+            f"a crash would empty {where}.events, or a segment of it. Run ALTER TABLE … SET LOGGED on each.",
+            cure="\n".join(f"ALTER TABLE {where}.{quote_ident(name)} SET LOGGED;" for name in seen["unlogged"]),
+        )
     if not seen["offsets_logged"]:
-        yield f"a crash would empty {where}.offsets. Run ALTER TABLE {where}.offsets SET LOGGED."
+        cure = f"ALTER TABLE {where}.offsets SET LOGGED"
+        yield Fault(f"a crash would empty {where}.offsets. Run {cure}.", cure=f"{cure};")
     if not seen["incarnation_unlogged"]:
-        yield f"{where}.incarnation is logged and so hides a crash. Run ALTER TABLE {where}.incarnation SET UNLOGGED."
+        cure = f"ALTER TABLE {where}.incarnation SET UNLOGGED"
+        yield Fault(f"{where}.incarnation is logged and so hides a crash. Run {cure}.", cure=f"{cure};")

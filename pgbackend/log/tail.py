@@ -51,21 +51,26 @@ class Tail:
             # A cursor that enters a new stream from now on waits for the next run.
             self._tasks = None
 
-    def cursor(self, *, after: int, strict: bool = False) -> "Cursor":
-        """A place in the log that reads on behind `after`. Close it when it is not needed any more."""
-        return Cursor(self, after=after, strict=strict)
+    def cursor(self, *, after: int, strict: bool = False, hashes: bool = True) -> "Cursor":
+        """A place in the log that reads on behind `after`. Close it when it is not needed any more.
+
+        `hashes`: whether its events must have the hashes of their keys.
+        """
+        return Cursor(self, after=after, strict=strict, hashes=hashes)
 
     def enter(self, cursor: "Cursor", holes: RangeSet) -> "Stream":
         """Put the cursor into the stream that covers its place and is farthest ahead, or into a new one."""
         stream = self._find_stream(cursor, holes)
         if stream is None:
-            reader = Reader(self.log, after=cursor.position, holes=holes, strict=cursor.strict)
+            reader = Reader(self.log, after=cursor.position, holes=holes, strict=cursor.strict, hashes=cursor.hashes)
             stream = Stream(self, reader, strict=cursor.strict)
             self._streams.append(stream)
             if self._tasks is not None:
                 self._start(stream, self._tasks)
         else:
             stream.reader.adopt(holes)
+        if cursor.hashes:
+            stream.want_hashes()
         stream.cursors.add(cursor)
         return stream
 
@@ -111,18 +116,20 @@ class Stream:
         self.strict = strict
         self.cursors: set[Cursor] = set()
         self.task: asyncio.Task[None] | None = None
-        self.watch = _BlockedWatch(tail.log, reader, strict=strict)
+        self.watch = BlockedWatch(tail.log, reader, strict=strict)
         self._tail = tail
         self._memory = _Memory()
         self._is_reading = False
+        self._hashed_since: int | None = None
+        """The position above which the events of its batches have the hashes of their keys; None if they have none."""
         self._published = asyncio.Event()
         """Replaced by a new one each time it is set."""
         self._demand = asyncio.Event()
 
-    @property
-    def first_number(self) -> int:
-        """The number of the oldest batch that is still here."""
-        return self._memory.first
+    def first_number(self, cursor: "Cursor") -> int:
+        """The number of the first batch that may have something new for a cursor that enters now."""
+        # At the reader's place, the rounds to come have it all: they read the cursor's holes, too.
+        return self._memory.end if cursor.position == self.reader.position else self._memory.first
 
     async def run(self) -> None:
         """Read on while cursors want more, until cancelled. Raises IncarnationChanged and SchemaError."""
@@ -169,13 +176,22 @@ class Stream:
         """Whether the cursor finds here all that follows its place, in its order, without waiting for history."""
         if self.strict != cursor.strict:
             return False
-        if holes:
+        is_next = cursor.position == self.reader.position and not self._is_reading
+        if holes and not is_next:
             # The next round reads what has appeared in its holes. Earlier rounds, and the one under way, may have read
             # later events of the same transactions, which must not come first.
-            return cursor.position == self.reader.position and not self._is_reading
+            return False
+        if cursor.hashes and (self._hashed_since is None or cursor.position < self._hashed_since):
+            # The next round gets them. What was read before has none.
+            return is_next and not self.reader.holds_events
         oldest = self._memory.start
         floor = self.reader.position if oldest is None else oldest
         return floor <= cursor.position <= self.reader.position
+
+    def want_hashes(self) -> None:
+        """From now on the events get the hashes of their keys."""
+        if self._hashed_since is None:
+            self._hashed_since, self.reader.hashes = self.reader.position, True
 
     def take(self, number: int) -> Batch | None:
         """The batch of that number; None while it is still to be read. Raises LookupError when it was forgotten."""
@@ -245,7 +261,7 @@ class _Memory:
         self.first += 1
 
 
-class _BlockedWatch:
+class BlockedWatch:
     """Notices when open appenders hold a reader back for longer than they should, and reports which."""
 
     def __init__(self, log: Log, reader: Reader, *, strict: bool) -> None:
@@ -300,10 +316,11 @@ class _BlockedWatch:
 class Cursor:
     """One shard's place in the log."""
 
-    def __init__(self, tail: Tail, *, after: int, strict: bool) -> None:
+    def __init__(self, tail: Tail, *, after: int, strict: bool, hashes: bool) -> None:
         self.position = after
         """The owner has taken over everything at or below, but for its open holes."""
         self.strict = strict
+        self.hashes = hashes
         self.number = 0
         """The number of the batch that it takes next from its stream."""
         self._tail = tail
@@ -348,5 +365,5 @@ class Cursor:
     def _move(self, holes: RangeSet) -> Stream:
         self.close()
         stream = self._stream = self._tail.enter(self, holes)
-        self.number = stream.first_number
+        self.number = stream.first_number(self)
         return stream

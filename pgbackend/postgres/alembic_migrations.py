@@ -14,6 +14,7 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext, RevisionStep
 from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Connection as SyncConnection
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -32,6 +33,14 @@ OFFLINE_DIALECT = {"paramstyle": "named"}
 """Options of the dialect for printed SQL. Other styles double the percent signs in names."""
 
 _LOCK_NOT_AVAILABLE = "55P03"
+_CHANGED_SETTINGS = """
+    SELECT name, setting
+    FROM pg_catalog.pg_settings
+    WHERE name IN (
+        'statement_timeout', 'idle_in_transaction_session_timeout', 'lock_timeout', 'citus.enable_ddl_propagation'
+    )"""
+"""The settings that `_preparation()` changes until the end of the transaction."""
+_RESTORE = text("SELECT pg_catalog.set_config(:name, :setting, true)")
 
 
 async def migrate(connect: Callable[[], Awaitable[Connection]], schema: str, to: str) -> None:
@@ -56,17 +65,29 @@ def _migrate(connection: SyncConnection, schema: str, to: str) -> None:
     # Under a stricter level the snapshot would be older than the wait for the lock.
     connection = connection.execution_options(isolation_level="READ COMMITTED")
     with connection.begin():
-        options = {"fn": lambda heads, _: _steps(heads, to), **version_table(schema)}
-        run(MigrationContext.configure(connection, opts=options), schema)
+        _run_to(connection, schema, to)
+
+
+def migrate_within(connection: SyncConnection, schema: str, to: str) -> None:
+    """The schema is at revision `to`, in the open transaction of `connection`, whose settings are as they were."""
+    kept = connection.exec_driver_sql(_CHANGED_SETTINGS).all()
+    _run_to(connection, schema, to)
+    for setting in kept:
+        connection.execute(_RESTORE, setting._asdict())
+
+
+def _run_to(connection: SyncConnection, schema: str, to: str) -> None:
+    options = {"fn": lambda heads, _: _steps(heads, to), **version_table(schema)}
+    run(MigrationContext.configure(connection, opts=options), schema)
 
 
 def offline_sql(schema: str, start: str, end: str) -> str:
     """The SQL that brings a schema from revision `start` to `end`."""
-    text = io.StringIO()
+    output = io.StringIO()
     options = {
         "fn": lambda heads, _: _steps(heads, end),
         "as_sql": True,
-        "output_buffer": text,
+        "output_buffer": output,
         "literal_binds": True,
         "starting_rev": start,
         **version_table(schema),
@@ -74,7 +95,7 @@ def offline_sql(schema: str, start: str, end: str) -> str:
     context = MigrationContext.configure(dialect_name="postgresql", dialect_opts=OFFLINE_DIALECT, opts=options)
     with context.begin_transaction():
         run(context, schema)
-    return text.getvalue()
+    return output.getvalue()
 
 
 def version_table(schema: str) -> dict[str, Any]:
@@ -101,13 +122,17 @@ def _stored_revision(context: MigrationContext, connection: SyncConnection, sche
     if stored := context.get_current_revision():
         return stored
     find_unversioned = load(SchemaSql, "schema", schema=schema).find_unversioned
-    return schemas.UNVERSIONED if connection.exec_driver_sql(find_unversioned).scalar_one() else None
+    found = connection.exec_driver_sql(find_unversioned, execution_options={"no_parameters": True})
+    return schemas.UNVERSIONED if found.scalar_one() else None
 
 
 @cache
 def scripts() -> ScriptDirectory:
     """The migrations as Alembic knows them."""
-    return ScriptDirectory(schemas.directory())
+    directory = ScriptDirectory(schemas.directory())
+    # Read all files before threads share the object, which would read them lazily.
+    directory.get_heads()
+    return directory
 
 
 def _steps(heads: Sequence[str], to: str) -> Iterable[RevisionStep]:

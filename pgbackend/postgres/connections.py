@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 else:
     Connection = asyncpg.Connection  # generic in its stubs only
 Record = asyncpg.Record
+Transaction = asyncpg.transaction.Transaction
 
 CONNECT_TIMEOUT = 10.0
 """Seconds that one host has to accept a connection, and to answer each statement that prepares it."""

@@ -37,7 +37,8 @@ def execute(context: "MigrationContext", statement: str) -> None:
         context.impl.static_output(f"{statement};")
     else:
         assert context.connection is not None  # noqa: S101 - only a printed migration has none
-        context.connection.exec_driver_sql(statement)
+        # Drivers read percent signs as parameters, unless they are told that there are none.
+        context.connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
 
 
 def _fill_in(text: str, words: dict[str, str]) -> str:

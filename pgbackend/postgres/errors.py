@@ -33,6 +33,8 @@ _SCHEMA = frozenset({"3F000", "42P01", "42703", "42883"})
 """undefined schema, table, column and function"""
 _POOLER = "08P01"
 """protocol_violation: pgbouncer gives it to each error of its own."""
+LOCK_NOT_AVAILABLE = "55P03"
+_LIMIT_EXCEEDED = "54000"
 _CHECK_VIOLATION = "23514"
 _UNIQUE_VIOLATION = "23505"
 _OUT_OF_MEMORY = "53200"
@@ -52,6 +54,11 @@ def is_definite(error: BaseException) -> bool:
     if not isinstance(error, asyncpg.PostgresError) or error.sqlstate is None:
         return False
     return error.sqlstate[:2] != _CONNECTION and error.sqlstate not in _LOST_IN_WORK
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether PostgreSQL rolled a transaction back because of others: the same again may succeed."""
+    return issubclass(type(error), asyncpg.PostgresError) and getattr(error, "sqlstate", None) in CONFLICTS
 
 
 def is_refused_for_data(error: BaseException) -> bool:
@@ -75,6 +82,25 @@ def is_out_of_segments(error: BaseException) -> bool:
         isinstance(error, asyncpg.PostgresError)
         and error.sqlstate == _CHECK_VIOLATION
         and error.constraint_name is None
+    )
+
+
+def is_notify_refused(error: BaseException) -> bool:
+    """Whether a transaction had no effect because its NOTIFY was refused: the queue is full, or its lock was taken."""
+    return isinstance(error, asyncpg.PostgresError) and error.sqlstate in (LOCK_NOT_AVAILABLE, _LIMIT_EXCEEDED)
+
+
+def is_lock_refused(error: BaseException) -> bool:
+    """Whether a statement had no effect because another transaction keeps a lock for longer than it may wait."""
+    return isinstance(error, asyncpg.PostgresError) and error.sqlstate == LOCK_NOT_AVAILABLE
+
+
+def is_repeat(error: BaseException) -> bool:
+    """Whether a key could not be claimed, because the log has its event."""
+    return (
+        isinstance(error, asyncpg.PostgresError)
+        and error.sqlstate == _UNIQUE_VIOLATION
+        and str(error.constraint_name).startswith("recent_events")
     )
 
 

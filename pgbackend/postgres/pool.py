@@ -114,7 +114,7 @@ class Database:
             raise translated from error
         finally:
             # Also into a pool that is closing: it waits for this.
-            await pool.release(connection)
+            await _release(connection)
 
     async def fetch(self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT) -> list[Record]:
         """All rows of one statement in its own transaction."""
@@ -139,6 +139,17 @@ class Database:
     async def _connect_pooled(self, *_: object, **__: object) -> Connection:
         # asyncpg passes the arguments that it would connect with itself.
         return await self.connect()
+
+
+async def _release(connection: Any) -> None:
+    """Give the connection back to its pool, unless it was closed and has left it.
+
+    As `pool.release()`, but without a task of its own, which takes as long as a short statement: 120,000 of 380,000
+    instructions for `SELECT 1`. There is nothing to shield: a connection whose use was cancelled is closed.
+    """
+    if connection._con is not None:  # noqa: SLF001 - asyncpg has no other way
+        connection._con._on_release()  # noqa: SLF001 - as above
+        await connection._holder.release(None)  # noqa: SLF001 - as above
 
 
 async def _keep_session(_: object) -> None:

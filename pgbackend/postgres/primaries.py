@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
+from pgbackend.errors import ConfigError, ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.postgres.connections import CONNECT_TIMEOUT, Connection, Dialer, Record
 from pgbackend.postgres.dsn import Host, Target
 from pgbackend.postgres.errors import STANDBY, translate
@@ -76,13 +76,14 @@ class Primaries:
 
         Raises ConnectionLostError, after `timeout` seconds at the latest, when no host is a primary now; its `sqlstate`
         is 25006 when one of them is a standby. Raises DatabaseError or ConfigError when all hosts refuse for another
-        reason.
+        reason; ConfigError only for a target that has never led to a primary.
         """
         hosts = target.hosts
         last = self._last.get(target)
         waiting = deque(sorted(hosts, key=lambda host: host != last))
         refusals: dict[Host, Exception] = {}
         asked: dict[asyncio.Task[Connection], Host] = {}
+        found: Connection | None = None
         try:
             async with asyncio.timeout(timeout):
                 while waiting or asked:
@@ -96,7 +97,8 @@ class Primaries:
                         if error is None:
                             self._last[target] = host
                             self._wake_waiters()
-                            return task.result()
+                            found = task.result()
+                            return found
                         assert isinstance(error, Exception)  # noqa: S101 - only this method cancels these tasks
                         refusals[host] = error
                     if not done and not waiting:
@@ -107,12 +109,21 @@ class Primaries:
                 refusals.setdefault(host, translate(error, where=target.name_of(host)))
         finally:
             for task in asked:
+                # In callbacks, because this wait may be cancelled in turn.
+                task.add_done_callback(_close_unused)
                 task.cancel()
-            for other in await asyncio.gather(*asked, return_exceptions=True):
-                if isinstance(other, asyncpg.Connection):
-                    other.terminate()
+            try:
+                await asyncio.gather(*asked, return_exceptions=True)
+            except asyncio.CancelledError:
+                if found is not None:
+                    found.terminate()
+                raise
         self._is_missing = True
-        raise _no_primary(target, [refusals[host] for host in hosts if host in refusals])
+        refusal = _no_primary(target, [refusals[host] for host in hosts if host in refusals])
+        if isinstance(refusal, ConfigError) and last is not None:
+            # The DSN was good before: a certificate that is being replaced is an outage, which every loop waits out.
+            raise ConnectionLostError(f"PostgreSQL at {target.where} cannot be reached now: {refusal}") from refusal
+        raise refusal
 
     async def wait(self, timeout: float) -> None:
         """Return when a primary is found after none was, or `timeout` seconds have passed."""
@@ -201,6 +212,12 @@ def _wake(waiter: "asyncio.Future[None]") -> None:
         waiter.set_result(None)
 
 
+def _close_unused(task: "asyncio.Task[Connection]") -> None:
+    """Close the connection that this task has made, if it has."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
+
+
 def _terminate(connection: Connection) -> None:
     if not connection.is_closed():
         connection.terminate()
@@ -209,12 +226,11 @@ def _terminate(connection: Connection) -> None:
 def _check_server(target: Target, where: str, server: Record) -> None:
     """Raise the error that says why this server cannot hold the log, if it cannot."""
     version, encoding = server["version"], server["encoding"]
-    for mark, name in _OTHER_ENGINES.items():
-        if mark in version.lower():
-            raise DatabaseError(
-                f"PostgreSQL at {where} is {name} ({version}): its locks do not show which transactions append, so "
-                "events could be lost. Use PostgreSQL itself."
-            )
+    if name := other_engine(version):
+        raise DatabaseError(
+            f"PostgreSQL at {where} is {name} ({version}): its locks do not show which transactions append, so "
+            "events could be lost. Use PostgreSQL itself."
+        )
     if server["in_recovery"]:
         raise ConnectionLostError(f"PostgreSQL at {where} is a standby: connect to the primary.", sqlstate=STANDBY)
     if server["read_only"] and target.read_write:
@@ -227,6 +243,11 @@ def _check_server(target: Target, where: str, server: Record) -> None:
             found=encoding,
             expected="UTF8",
         )
+
+
+def other_engine(version: str) -> str | None:
+    """The name of the database that is not PostgreSQL but speaks its protocol, by `version` of `examine_server`."""
+    return next((name for mark, name in _OTHER_ENGINES.items() if mark in version.lower()), None)
 
 
 def _no_primary(target: Target, refusals: Sequence[Exception]) -> Exception:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgbackend.errors import ConfigError, SchemaError
 from pgbackend.postgres.connections import Connection
@@ -18,6 +18,9 @@ from pgbackend.postgres.pool import STATEMENT_TIMEOUT
 from pgbackend.postgres.reconnect import repeat
 from pgbackend.postgres.sql import load, quote_ident
 from pgbackend.postgres.sql.statements import SchemaSql
+
+if TYPE_CHECKING:
+    import sqlalchemy
 
 UNVERSIONED = "unknown"
 """The revision of a log that has no version table of ours."""
@@ -99,6 +102,18 @@ async def migrate(connect: Callable[[], Awaitable[Connection]], schema: str, *, 
     quote_ident(schema)
     _check_known(to)
     await repeat(lambda: alembic_migrations.migrate(connect, schema, to), STATEMENT_TIMEOUT)
+
+
+def migrate_within(connection: "sqlalchemy.Connection", schema: str, *, to: str = "head") -> None:
+    """The schema is at revision `to` in the open transaction of the caller's connection.
+
+    Raises ConfigError and SchemaError as `migrate()` does, and SQLAlchemy's errors.
+    """
+    from pgbackend.postgres import alembic_migrations  # noqa: PLC0415 - as in `migrate()`
+
+    quote_ident(schema)
+    _check_known(to)
+    alembic_migrations.migrate_within(connection, schema, to)
 
 
 def offline_sql(schema: str, to: str = "head") -> str:

@@ -51,21 +51,21 @@ def alter(stored: Stored, wanted: Definition, waiting: Mapping[Key, RangeSet]) -
         if is_ordered and not was_ordered:
             row = replace(row, pending=row.pending.union(failed), holes=row.holes.difference(failed))
         elif was_ordered and not is_ordered:
-            row = _settle(row, failed)
+            row = settle(row, failed)
         written.append(row)
     return Change(
         definition=wanted, written=written, drops_redeliveries_above=barrier if was_ordered and not is_ordered else None
     )
 
 
-def _settle(row: OffsetRow, failed: RangeSet) -> OffsetRow:
-    """The row once the failed events are settled: up to the last of them, with everything unread below it pending."""
-    position = max([row.position, *(upper - 1 for _, upper in failed)])
+def settle(row: OffsetRow, events: RangeSet) -> OffsetRow:
+    """The row once these events are settled: up to the last of them, with everything unread below it pending."""
+    position = max([row.position, *(upper - 1 for _, upper in events)])
     # Positions that were not read yet count as holes: they may have no event.
     unread = RangeSet([(row.position + 1, position + 1)])
     return replace(
         row,
         position=position,
-        pending=row.pending.union(unread).difference(failed),
-        holes=row.holes.union(unread).difference(failed),
+        pending=row.pending.union(unread).difference(events),
+        holes=row.holes.union(unread).difference(events),
     )

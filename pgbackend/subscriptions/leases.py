@@ -4,7 +4,7 @@ A claim gives the shard a new epoch. Whatever a former owner still sends under t
 workers can never both commit for a shard, whoever believes what.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -15,6 +15,7 @@ from pgbackend.log.ranges import RangeSet
 from pgbackend.model import Epoch, Order, Position
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LeasesSql
+from pgbackend.subscriptions.pauses import PauseState
 from pgbackend.subscriptions.sharing import Peer, ShardKey
 
 
@@ -52,6 +53,8 @@ class Lease:
     """Events at or behind it are not delivered."""
     end_at: datetime | None
     """Events recorded at or after it are not delivered."""
+    pause: PauseState
+    """As it was when the shard was claimed. It may change under the same epoch."""
 
     @property
     def key(self) -> ShardKey:
@@ -92,6 +95,8 @@ class Survey:
 
     peers: Sequence[Peer]
     shards: Sequence[SurveyedShard]
+    pauses: Mapping[str, PauseState]
+    """By subscription."""
 
     def claimable(self) -> list[SurveyedShard]:
         """The shards that some worker may run now, by the same rules as the statement `claim`."""
@@ -137,6 +142,7 @@ class Leases:
                 )
                 for row in shards
             ],
+            pauses={row["subscription"]: PauseState.of(row) for row in shards},
         )
 
     async def announce(self, subscriptions: Sequence[str], *, asks: bool) -> None:
@@ -172,6 +178,7 @@ class Leases:
                 start_at=row["start_at"],
                 end_position=row["end_position"],
                 end_at=row["end_at"],
+                pause=PauseState.of(row),
             )
             for row in rows
         ]

@@ -13,7 +13,7 @@ from pgbackend.errors import DatabaseError
 from pgbackend.log.fence import MAX_PENDING_RANGES
 from pgbackend.log.log import Log
 from pgbackend.log.ranges import RangeSet
-from pgbackend.subscriptions.places import FIRST_DATE, Place, Start
+from pgbackend.subscriptions.places import FIRST_DATE, LAST_DATE, Place, Start
 
 _SKEW = timedelta(seconds=60)
 """How far `recorded_at` may be out of the order of positions: an appender can be held up between drawing the two."""
@@ -37,6 +37,10 @@ class Locator:
         if start.position >= before:
             return start
         return replace(start, position=max(start.position, min(before, (await self._log.check()).upto)))
+
+    async def find_end(self, date: datetime) -> int:
+        """A position above which nothing was recorded before `date`."""
+        return await self._position_before(min(date, LAST_DATE - 2 * _SKEW) + 2 * _SKEW)
 
     async def _locate_latest(self) -> Start:
         """The log's head. Pending is what at or below it may still appear: those events are acknowledged later."""

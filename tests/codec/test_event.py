@@ -77,7 +77,7 @@ def test_a_subscriptions_changes_stay_its_own() -> None:
 
 def test_a_database_record_works_like_a_row() -> None:
     row = parse_structured(structured(n=1)).row
-    event = Event((*row, 7, datetime(2026, 1, 1, tzinfo=UTC), 99), 7)
+    event = Event((*row, 7, bytes(8), 99, 1000))
     assert event.row == row
     assert event.position == 7
     assert encode(event, max_event_bytes=9999)[0] == row
@@ -86,14 +86,32 @@ def test_a_database_record_works_like_a_row() -> None:
 
 
 def test_a_delivery_is_a_copy() -> None:
-    event = Event(parse_structured(structured()).row, 7, datetime(2026, 1, 1, tzinfo=UTC))
+    event = Event((*parse_structured(structured()).row, 7, bytes(8), 99, 1000))
     again = event.with_delivery(attempt=3)
     assert (event.attempt, again.attempt, again.with_delivery().attempt) == (1, 3, 3)
-    assert again.row is event.row
-    assert (again.position, again.recorded_at) == (7, event.recorded_at)
+    assert again.row == event.row
+    assert (again.position, again.recorded_at) == (7, datetime(2000, 1, 1, tzinfo=UTC))
     assert again == event == pickle.loads(pickle.dumps(event))  # noqa: S301 - our own
     assert len({again, event}) == 1
     assert "'t' id='1' source='/s'" in repr(event)
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "date"),
+    [
+        (0, datetime(2000, 1, 1, tzinfo=UTC)),
+        (820_454_400_000_001, datetime(2025, 12, 31, 0, 0, 0, 1, tzinfo=UTC)),
+        (-1, datetime(1999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
+        (2_921_940 * 86_400_000_000 - 1, datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
+        (2_921_940 * 86_400_000_000, None),
+        ((1 << 63) - 1, None),
+        (-1 << 63, None),
+    ],
+)
+def test_the_date_of_recording_is_none_where_python_has_none(microseconds: int, date: datetime | None) -> None:
+    row = parse_structured(structured()).row
+    assert Event((*row, 7, microseconds.to_bytes(8, signed=True), 99, 1000)).recorded_at == date
+    assert Event(row).recorded_at is None
 
 
 def test_the_key_is_the_partition_key_else_the_subject_within_its_source() -> None:
@@ -121,7 +139,7 @@ def test_plain_sql_may_store_what_no_producer_would() -> None:
 
 
 def test_extension_attributes_can_be_added_and_replaced() -> None:
-    event = Event(parse_structured(structured(n=1, kept=True, partitionkey="k", data=[1])).row, 5)
+    event = Event((*parse_structured(structured(n=1, kept=True, partitionkey="k", data=[1])).row, 5, bytes(8), 9, 1000))
     changed = attributes_with(event, {"n": "2", "knativeerrordata": 'é"\\', "partitionkey": "other"})
     assert changed.attributes_text == {
         **BARE,

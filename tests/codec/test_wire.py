@@ -2,6 +2,7 @@ import base64
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from cloudevents.core.v03.event import CloudEvent as CloudEvent03
@@ -9,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pgbackend.codec import binary_mode, json_format
+from pgbackend.codec.attributes import Row, event_size
 from pgbackend.codec.event import Event
 from pgbackend.codec.wire import (
     ContentTypeError,
@@ -571,10 +573,46 @@ def nearly_usual(draw: st.DrawFn) -> str:
 @example('{,"data":1}')
 @example('{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"data":2}')
 def test_both_ways_of_reading_an_event_come_to_the_same_result(text: str) -> None:
-    def read(parse: Callable[[str], Event]) -> object:
+    def read(parse: Callable[[str], Row]) -> object:
         try:
-            return parse(text).row
+            row = parse(text)
         except EventError as error:
             return str(error)
+        # So what is small enough as JSON is within the limits of events.
+        assert event_size(row) <= len(text.encode())
+        return row
 
-    assert read(lambda whole: parse_structured(whole.encode())) == read(json_format._parse_any)
+    assert read(lambda whole: json_format.structured_row(whole.encode())) == read(json_format._any_row)
+
+
+@given(
+    st.lists(nearly_usual(), max_size=4), st.sampled_from([",", ", ", "\n,", ",\n  "]), st.none() | st.integers(40, 200)
+)
+@example(['{"specversion":"1.0","id":"1","source":"/","type":"t","data":[{"a":1},{"b":2}]}'] * 3, ",", None)
+@example(['{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"subject":""}'] * 3, ",", None)
+@example(['{"specversion":"1.0","id":"1","source":"/","type":"t","data":1,"data":[{},{}]}'] * 3, ",", None)
+@example(['{"specversion":"1.0","id":"1","source":"","type":"t","data":1}'] * 3, ",", None)
+def test_both_ways_of_reading_a_batch_come_to_the_same_result(events: list[str], comma: str, most: int | None) -> None:
+    usual = '{"specversion":"1.0","id":"1","source":"/s","type":"t","data":{"a":[{},{}]}}'
+    text = "[" + comma.join([usual, *events, usual]) + "]"
+
+    def read() -> object:
+        rows: list[object] = []
+        try:
+            rows.extend(event.row for event in parse_batch(text.encode(), max_characters=most))
+        except EventError as error:
+            return rows, type(error), str(error)
+        return rows
+
+    found = read()
+    with patch.object(json_format, "_usual_event", return_value=None):
+        assert found == read()
+
+
+def test_usual_events_of_a_batch_take_the_fast_way() -> None:
+    event = '{"specversion":"1.0","id":"1","source":"/s","type":"t","data":{"a":[{},{}]}}'
+    for border in (",", ", ", ",\n  "):
+        with patch.object(json_format, "_read_event", wraps=json_format._read_event) as slow:
+            assert len(list(parse_batch(f"[{border.join([event] * 10)}]".encode()))) == 10
+        # The first one shows the border, and nothing follows the last one.
+        assert slow.call_count == (1 if border == "," else 2)

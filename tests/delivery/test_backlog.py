@@ -19,7 +19,7 @@ FAILURE = Failure(error="no", attempts=1, details={})
 def event(position: int, key: str | None = None) -> Event:
     row = list(log_row(position))
     row[8] = key
-    return Event(tuple(row), position)
+    return Event(tuple(row))
 
 
 def carried(
@@ -48,6 +48,7 @@ class BacklogMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.added: dict[int, Event] = {}
         self.at_work: dict[int, Delivery] = {}
+        self.groups: list[list[Event]] = []
         self.gone: set[int] = set()
         self.seen: dict[object, list[int]] = defaultdict(list)
 
@@ -68,9 +69,47 @@ class BacklogMachine(RuleBasedStateMachine):
             position = delivery.event.position
             assert position not in self.at_work
             lane = self.lane(delivery.event)
-            assert lane is None or lane not in [self.lane(other.event) for other in self.at_work.values()]
+            assert lane is None or lane not in self.busy_lanes()
             self.at_work[position] = delivery
             self.seen[lane].append(position)
+
+    def busy_lanes(self) -> list[object]:
+        grouped = [one for group in self.groups for one in group]
+        return [self.lane(one) for one in (*grouped, *(delivery.event for delivery in self.at_work.values()))]
+
+    @rule(most=st.integers(1, 6))
+    def take_group(self, most: int) -> None:
+        is_full = self.backlog.has_group(most)
+        group = self.backlog.take_group(most)
+        assert len(group) <= most
+        assert group == sorted(group, key=lambda one: one.position)
+        # Behind an event that the filter has not decided on, a lane gives no more.
+        assert len(group) == most or not is_full or self.backlog.undecided
+        busy = self.busy_lanes()
+        assert not [one for one in group if self.lane(one) is not None and self.lane(one) in busy]
+        if group:
+            self.groups.append(group)
+
+    @precondition(lambda self: self.groups)
+    @rule(number=st.integers(0, 9), handled=st.integers(0, 6), fails=st.booleans())
+    def finish_group(self, number: int, handled: int, fails: bool) -> None:
+        group = self.groups.pop(number % len(self.groups))
+        for one in group[:handled]:
+            self.see(one)
+            self.gone.add(one.position)
+            self.backlog.leave(one)
+        rest = group[handled:]
+        if fails and rest:
+            bad, *rest = rest
+            self.see(bad)
+            held = [one for one in rest if self.lane(one) is not None and self.lane(one) == self.lane(bad)]
+            self.backlog.hold_back(held)
+            rest = [one for one in rest if one not in held]
+            self.backlog.put_later(Delivery(bad.with_delivery(attempt=2)), self.now + 3.0)
+        self.backlog.put_back_group(rest)
+
+    def see(self, one: Event) -> None:
+        self.seen[self.lane(one)].append(one.position)
 
     @precondition(lambda self: self.at_work)
     @rule(data=st.data(), how=st.sampled_from(["leave", "put back", "later"]))
@@ -91,13 +130,21 @@ class BacklogMachine(RuleBasedStateMachine):
         self.now += seconds
         self.backlog.promote(self.now)
 
+    @rule()
+    def hasten(self) -> None:
+        waiting = self.backlog.waiting()
+        assert not waiting.keys() & self.at_work.keys()
+        self.backlog.hasten(waiting, self.now)
+        assert (self.backlog.next_due() or self.now) <= self.now
+
     @rule(refused=st.sets(st.integers(1, 20), max_size=5))
     def sift(self, refused: set[int]) -> None:
         parked, removed = self.backlog.sift(lambda one: one.position not in refused)
         for delivery in removed:
             self.backlog.leave(delivery.event)
         left = {one.position for one in parked} | {delivery.event.position for delivery in removed}
-        assert left <= refused - self.at_work.keys() - self.gone
+        grouped = {one.position for group in self.groups for one in group}
+        assert left <= refused - self.at_work.keys() - self.gone - grouped
         assert len(parked) + len(removed) == len(left)
         self.gone |= left
 
@@ -115,6 +162,9 @@ class BacklogMachine(RuleBasedStateMachine):
         for position in list(self.at_work):
             self.gone.add(position)
             self.backlog.leave(self.at_work.pop(position).event)
+        for one in [one for group in self.groups for one in group]:
+            self.gone.add(one.position)
+            self.backlog.leave(one)
         self.backlog.promote(float("inf"))
         while (delivery := take(self.backlog)) is not None:
             assert delivery.event.position not in self.gone
@@ -143,6 +193,18 @@ def test_an_event_that_failed_under_a_former_owner_comes_when_it_is_due_with_its
     assert (delivery.event.position, delivery.event.attempt, delivery.suspect) == (1, 4, True)
     backlog.leave(delivery.event)
     assert [one.position for one in backlog.ready] == [2]
+
+
+def test_an_event_that_may_have_killed_its_process_waits_for_a_report_and_not_for_its_time() -> None:
+    backlog = Backlog(order="key", carried={1: carried(started_by=uuid4()), 2: carried(3, due_at=9.0)})
+    backlog.put_later(Delivery(event(3), started_by=uuid4()), 9.0)
+    backlog.put_later(Delivery(event(4).with_delivery(attempt=2)), 9.0)
+
+    assert backlog.waiting() == {2: 3, 4: 1}
+    backlog.hasten({2, 4}, 1.0)
+    backlog.add(event(2))
+    backlog.promote(1.0)
+    assert [delivery.event.position for delivery in backlog.retries] == [4, 2]
 
 
 def test_what_was_given_up_under_a_former_owner_waits_for_the_dead_letter_dispatcher() -> None:

@@ -19,6 +19,7 @@ from pgbackend.log.ranges import RangeSet
 from pgbackend.subscriptions.presence import Tenure
 from tests.delivery.test_shard import make_shard
 from tests.support.events import log_row
+from tests.support.handling import make_handling
 
 ME, OTHER = uuid4(), uuid4()
 
@@ -34,27 +35,43 @@ def make_care(
     commit: Any = committed,
     rows: Any = None,
     grace: float = 5.0,
+    **handling: Any,
 ) -> Care:
     lease = replace(make_shard().lease, crashes=crashes)
     tenure = Tenure()
     tenure.valid_until = float("inf")
     window = Window(position=0, pending=RangeSet(), max_events=window_events, max_bytes=1000)
     shard = Shard(lease=lease, window=window, tenure=tenure, on_change=lambda _: None)
-    registration = Registration(
-        "s", dispatcher=print, dead_letter=None, filter=None, concurrency=64, retry=Retry(delay=2.0)
-    )
+    registration = Registration("s", make_handling(retry=Retry(delay=2.0), **handling))
     common = WorkerCare(ME, cast("Redelivery", rows), commit, grace, alone or asyncio.Lock())
     return Care(shard, registration, Gate(), common)
 
 
 def delivery(attempt: int = 1, *, started_by: UUID | None = None) -> Delivery:
-    return Delivery(Event(log_row(7), 7, None, attempt), started_by=started_by)
+    return Delivery(Event(log_row(7), attempt), started_by=started_by)
 
 
 def test_care_starts_with_the_second_crash_and_ends_after_a_window_of_events() -> None:
     assert not make_care(crashes=1).active
     care = make_care(crashes=2)
     for _ in range(3):
+        assert care.active
+        care.survived()
+    assert not care.active
+
+
+@pytest.mark.parametrize(
+    ("handling", "enough"),
+    [({"concurrency": 3}, 6), ({"concurrency": 3, "batch": 2}, 12), ({"transactional": True}, 2),
+     ({"transactional": True, "batch": 5}, 10)],
+    ids=str,
+)  # fmt: skip
+def test_with_slow_events_care_ends_after_twice_as_many_as_a_shard_has_at_work(
+    monkeypatch: pytest.MonkeyPatch, handling: dict[str, Any], enough: int
+) -> None:
+    monkeypatch.setattr("pgbackend.delivery.care._ENOUGH", -1.0)
+    care = make_care(crashes=2, window_events=1000, **handling)
+    for _ in range(enough):
         assert care.active
         care.survived()
     assert not care.active
@@ -133,7 +150,7 @@ async def test_a_start_is_taken_back_when_the_shard_stops_before_it_is_committed
 
 
 class Rows:
-    """What `find_start` finds, and what is reported."""
+    """The row that `find_start` finds, and the report."""
 
     def __init__(self, start: Start | None = None, *, failures: int = 0) -> None:
         """`failures`: how many reports fail first."""

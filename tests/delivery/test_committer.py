@@ -121,7 +121,7 @@ async def test_what_was_refused_is_committed_again_and_the_flush_says_why_it_was
         with pytest.raises(DatabaseError, match="no"):
             await committer.flush()
         assert done == []
-        # Nor does the next one wait until the committer would try again by itself.
+        # The next one does not wait, either, until the committer would try again by itself.
         await committer.flush()
         assert done == [shard]
 

@@ -26,7 +26,7 @@ def deliveries(draw: st.DrawFn) -> Delivery:
     origin = draw(st.sampled_from(Origin))
     given_up = origin is not Origin.LETTER and draw(st.booleans())
     failure = Failure(error="first", attempts=3, details={"a": "1"}) if given_up else None
-    one = Event(log_row(7), 7, None, draw(st.integers(1, 12)), failure)
+    one = Event(log_row(7), draw(st.integers(1, 12)), failure)
     return Delivery(one, origin, letter=5 if origin is Origin.LETTER else None, started_by=draw(st.none() | st.uuids()))
 
 
@@ -101,7 +101,7 @@ def test_the_outcome_belongs_to_the_event_or_the_letter(
 
 def test_the_first_dispatchers_error_stays_the_reason_of_a_dead_letter() -> None:
     first = Failure(error="first", attempts=3, details={"a": "1"})
-    delivery = Delivery(Event(log_row(7), 7, None, 5, first), Origin.REDELIVERY)
+    delivery = Delivery(Event(log_row(7), 5, first), Origin.REDELIVERY)
     thrown = Thrown(error="second", reason="second", details={}, pauses=False, final=False, delay=0.0)
 
     decision = decided(delivery, thrown, Retry(attempts=5))
@@ -112,6 +112,6 @@ def test_the_first_dispatchers_error_stays_the_reason_of_a_dead_letter() -> None
 
 
 def test_a_dropped_event_leaves_no_row() -> None:
-    delivery = Delivery(Event(log_row(7), 7))
+    delivery = Delivery(Event(log_row(7)))
 
     assert outcome_of(delivery, Drop(), error="", details={}) == Finished(position=7)

@@ -21,7 +21,7 @@ def due() -> Due:
 
 def begin(account: Due, positions: Iterable[int], failure: Failure | None = None) -> None:
     for position in positions:
-        account.begin(Event(log_row(position), position, None, 1, failure))
+        account.begin(Event(log_row(position), 1, failure))
 
 
 def asked(account: Due, *, down: bool, dead_letters: bool = True) -> tuple[int, bool] | None:

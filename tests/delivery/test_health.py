@@ -78,6 +78,16 @@ def test_probes_are_no_flood_even_without_a_delay() -> None:
     assert health.next_probe > 100.0
 
 
+def test_a_probe_on_request_does_not_wait_and_the_waits_go_on_growing() -> None:
+    health = down_target(Retry(delay=1.0, max_delay=600.0))
+    health.failed(99, now=200.0, probe=True)
+
+    health.probe_now()
+    assert health.next_probe < 200.0
+    health.failed(99, now=201.0, probe=True)
+    assert health.next_probe == 201.0 + 1.5**2
+
+
 @given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=200))
 def test_it_is_down_after_failures_of_ten_events_with_no_success_between(outcomes: list[int | None]) -> None:
     health, failed, down = TargetHealth(Retry()), set[int](), False
@@ -96,8 +106,7 @@ def test_it_is_down_after_failures_of_ten_events_with_no_success_between(outcome
 def test_a_paused_target_stays_so_whatever_those_at_work_still_say() -> None:
     health = TargetHealth(Retry())
 
-    assert health.pause("gone")
-    assert not health.pause("gone for good"), "no news"
+    health.pause("gone")
     assert not health.succeeded()
     assert (health.paused, health.held) == ("gone", True)
 
@@ -110,12 +119,21 @@ def test_a_target_that_is_down_can_be_paused_and_is_up_again_only_for_the_next_o
     assert health.held
 
 
+def test_a_target_that_goes_on_is_up_or_down_as_before() -> None:
+    up, down = TargetHealth(Retry()), down_target(Retry())
+    for health in (up, down):
+        health.pause("gone")
+        health.pause(None)
+
+    assert (up.paused, up.held) == (None, False)
+    assert (down.paused, down.down, down.held) == (None, True, True)
+
+
 def test_nobody_listens_to_a_retired_target() -> None:
     health = down_target(Retry())
     health.retire()
     for position in range(100, 100 + FAILURES_IN_A_ROW):
         assert not health.failed(position, now=0.0, probe=False)
 
-    assert not health.pause("gone")
     assert not health.succeeded()
     assert (health.held, health.down, health.paused) == (True, False, None), "whoever holds it looks for the new one"

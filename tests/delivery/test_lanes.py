@@ -9,7 +9,7 @@ from pgbackend.delivery.lanes import Lanes, sift
 
 
 def event(position: int, key: str | None) -> Event:
-    return Event(("1.0", "i", "/s", "t", None, None, None, None, key, "{}", None, None), position)
+    return Event(("1.0", "i", "/s", "t", None, None, None, None, key, "{}", None, None, position))
 
 
 @given(

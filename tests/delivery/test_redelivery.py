@@ -58,7 +58,8 @@ async def test_what_is_due_again_stays_within_the_bytes_of_a_window(
             connection = await asyncpg.connect(database)
             await connection.execute("""
                 INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
-                SELECT 's', position, key_hash, 1, now(), 'failed' FROM pgbackend.events""")
+                SELECT 's', position, pgbackend.key_hash(partitionkey, subject, source, id),
+                    1, now(), 'failed' FROM pgbackend.events""")
             await connection.close()
         await eventually("all are handled", all_handled)
 
@@ -166,7 +167,7 @@ async def test_more_events_than_fit_at_once_are_all_tried_again(database: str) -
     async with Backend(database, **SETTINGS, window_events=50) as backend:
         # Every other event succeeds, so that the target does not count as down.
         await backend.subscribe(
-            "s", lambda event: catch(event) if int(event.id) % 2 else asyncio.sleep(0), retry=Retry(delay=0.5),
+            "s", lambda event: catch(event) if int(event.id) % 2 else asyncio.sleep(0), retry=Retry(delay=2.0),
             concurrency=1,
         )  # fmt: skip
         await backend.produce_many([make_event(str(number)) for number in range(1000)])
@@ -190,7 +191,8 @@ async def test_a_target_that_is_down_does_not_hold_what_is_for_the_dead_letter_d
     await observer.execute(
         """
         INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error, failure)
-        SELECT 's', position, key_hash, 1, now() + make_interval(secs => position::float8 / 1000 - 1), 'it failed',
+        SELECT 's', position, pgbackend.key_hash(partitionkey, subject, source, id),
+            1, now() + make_interval(secs => position::float8 / 1000 - 1), 'it failed',
             CASE WHEN id = '259' THEN '{"error": "no", "attempts": 1, "details": {}}' END::jsonb
         FROM pgbackend.events
         """

@@ -149,6 +149,7 @@ async def test_a_paused_subscription_drains_and_the_next_one_goes_on_with_what_i
                 await backend.unsubscribe("s")
             catch = Catch()
             await backend.subscribe("s", catch, order=order)
+            await backend.resume("s")
             await catch.has("a", "b")
             await settled(backend)
 

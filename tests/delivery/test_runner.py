@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from pgbackend import Backend, PgBackendError, ProbeError, SchemaError
+from pgbackend import Backend, ConfigError, PgBackendError, ProbeError, SchemaError
 from pgbackend.facts import Recorder
+from pgbackend.postgres.connections import Dialer
 from pgbackend.postgres.pool import Database
 from pgbackend.torture.proxy import Proxy
 from tests.support.databases import execute, query_value
@@ -159,5 +160,32 @@ async def test_start_waits_until_the_server_is_back(database: str) -> None:
             async with Backend(database) as producer:
                 await producer.produce(make_event("a"))
             await catch.has("a")
+        await backend.stop()
+        await running
+
+
+async def test_a_certificate_that_is_missing_for_a_moment_ends_no_worker(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise ConfigError("sslcert in the DSN is '/gone': there is no such file, or it may not be read.")
+
+    catch = Catch()
+    async with Proxy(database) as proxy:
+        backend = Backend(proxy.dsn, poll_interval=0.1)
+        await backend.init()
+        await backend.subscribe("s", catch)
+        with Recorder() as recorder:
+            running = asyncio.create_task(backend.start())
+            await backend.produce(make_event("before"))
+            await catch.has("before")
+            with monkeypatch.context() as patched:
+                patched.setattr(Dialer, "dial", refuse)
+                proxy.reset()
+                for fact in ("presence lost", "claim failed", "redelivery failed", "retry watch failed"):
+                    await recorder.wait(fact)
+            await backend.produce(make_event("after"))
+            await catch.has("after")
+        assert not running.done()
         await backend.stop()
         await running

@@ -6,6 +6,7 @@ from pgbackend.delivery.window import Window
 from pgbackend.log.ranges import RangeSet
 from pgbackend.model import Epoch, Failure, Position
 from pgbackend.subscriptions.leases import Lease
+from pgbackend.subscriptions.pauses import PauseState
 from pgbackend.subscriptions.presence import Tenure
 
 
@@ -15,6 +16,7 @@ def make_shard(*, position: int = 0, pending: str = "{}") -> Shard:
         subscription="billing", shard=1, shards=2, epoch=Epoch(7), until=None, position=Position(position),
         pending=ranges, holes=ranges, place=(0, 1), complete=False, crashes=0, head=0, order="none",
         start_position=None, start_at=None, end_position=None, end_at=None,
+        pause=PauseState(None, None),
     )  # fmt: skip
     return Shard(
         lease=lease,

@@ -89,6 +89,15 @@ class WindowMachine(RuleBasedStateMachine):
             self.bridged.discard(position)
 
     @rule(number=st.integers(0, 20), width=st.integers(1, 3))
+    def fill_holes_with_events_of_other_shards(self, number: int, width: int) -> None:
+        position = self.pick("hole", number)
+        if position is not None:
+            late = [one for one in range(position, position + width) if self.state.get(one) == "hole"]
+            self.window.skip_late(RangeSet.of(late))
+            self.state.update(dict.fromkeys(late, "done"))
+            self.bridged.difference_update(late)
+
+    @rule(number=st.integers(0, 20), width=st.integers(1, 3))
     def close_a_hole(self, number: int, width: int) -> None:
         position = self.pick("hole", number)
         if position is not None:
@@ -105,11 +114,23 @@ class WindowMachine(RuleBasedStateMachine):
             self.state[position] = "done"
             self.handled.add(position)
 
+    @rule(chosen=st.sets(st.integers(0, 8), min_size=1), is_committed=st.booleans())
+    def settle_with_a_commit(self, chosen: set[int], is_committed: bool) -> None:
+        settling = sorted({p for number in chosen if (p := self.pick("flying", number)) is not None})
+        mark, pending = self.window.mark(settling)
+        for position in settling if is_committed else ():
+            self.window.settle(position)
+            self.state[position] = "done"
+            self.handled.add(position)
+        if is_committed:
+            self.check(mark, pending)
+
     @precondition(lambda self: hasattr(self, "window"))
     @invariant()
     def mark_tells_the_truth(self) -> None:
-        mark, pending = self.window.mark()
+        self.check(*self.window.mark())
 
+    def check(self, mark: int, pending: RangeSet) -> None:
         assert mark >= self.last_mark, "it went back"
         self.last_mark = mark
         unsettled = {p for p, state in self.state.items() if state != "done" and p <= mark}
@@ -174,9 +195,10 @@ def test_an_event_is_settled_once() -> None:
     shown = window()
     shown.open(1, 1)
     shown.settle(1)
+    shown.settle(1)
 
     with pytest.raises(KeyError):
-        shown.settle(1)
+        shown.mark()
 
 
 def test_a_hole_that_reaches_into_what_was_read_is_added_for_the_rest_only() -> None:

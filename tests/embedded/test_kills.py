@@ -341,6 +341,21 @@ def test_processes_are_found_by_a_file_that_they_have_open(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not home.PROC.exists(), reason="there is no /proc")
+def test_processes_are_found_while_others_end(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("wb") as file:
+        holder = subprocess.Popen(["sleep", "1000"], pass_fds=(file.fileno(),))
+    crowds = [subprocess.Popen(["sh", "-c", "while :; do true & true & true & true & wait; done"]) for _ in range(2)]
+    try:
+        for _ in range(500):
+            assert keeper._processes_at(tmp_path / "lock") == [holder.pid]
+    finally:
+        for process in (*crowds, holder):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
 async def test_users_that_come_go_and_die_at_any_moment_always_get_a_server(directory: Path) -> None:
     async def come_and_go(seed: int) -> None:
         chance = random.Random(seed)

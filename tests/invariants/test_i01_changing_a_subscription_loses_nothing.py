@@ -2,7 +2,7 @@
 
 Nothing is lost, nothing is handled twice, and each order is kept while it is promised. The two backends stand for
 processes with one configuration file: each reconfigures what it runs and asks for the same alteration. Dispatchers
-fail, block threads, and report that their target is gone.
+fail, block threads, and report that their target is gone. Operators pause and resume.
 """
 
 import asyncio
@@ -137,7 +137,7 @@ class Changes:
     async def one(self) -> None:
         """One change, of what runs or of what is stored."""
         chance = self.chance
-        match chance.randrange(8 if len(self.counts) == 1 else 11):
+        match chance.randrange(9 if len(self.counts) == 1 else 12):
             case 0:
                 self.options["filter"] = chance.choice([None, filters.Exact({"type": "real"}), _not_chaff])
             case 1:
@@ -159,7 +159,12 @@ class Changes:
                 )
                 await self.alter()
                 return
-            case 8 | 9 | 10:
+            case 8:
+                await chance.choice(self.backends).pause("s")
+                await asyncio.sleep(chance.random() * 0.05)
+                await chance.choice(self.backends).resume("s")
+                return
+            case 9 | 10 | 11:
                 count = chance.choice(self.counts)
                 await asyncio.gather(*(one.reshard("s", count) for one in self.backends[: chance.choice([1, 2])]))
                 return

@@ -352,6 +352,8 @@ async def test_a_careful_dispatch_that_raises_pause_is_no_attempt(database: str,
             return [tuple(row) for row in rows] == [(0, None)]
 
         await eventually("the attempt does not count", is_not_counted)
+    async with Backend(database) as operator:
+        await operator.resume("s")
     await handled_by_the_next_owner(database)
 
 
@@ -366,7 +368,7 @@ async def test_an_event_with_more_attempts_than_there_are_now_is_tried_once_more
         await sql.execute(
             """
             INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
-            SELECT 's', position, key_hash, 3, now(), 'it failed'
+            SELECT 's', position, pgbackend.key_hash(partitionkey, subject, source, id), 3, now(), 'it failed'
             FROM pgbackend.events
             WHERE id = 'a'
             """

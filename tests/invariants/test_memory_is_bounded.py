@@ -108,7 +108,8 @@ async def test_large_events_that_fail_stay_within_the_byte_windows_when_they_are
         before = peak(worker.pid)
         await connection.execute(
             "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)"
-            " SELECT 'test', position, key_hash, 1, now(), 'failed' FROM pgbackend.events"
+            " SELECT 'test', position, pgbackend.key_hash(partitionkey, subject, source, id),"
+            " 1, now(), 'failed' FROM pgbackend.events"
         )
 
         async def none_left() -> bool:

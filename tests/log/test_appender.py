@@ -3,13 +3,17 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import Any
 
 import asyncpg
 import pytest
 from cloudevents.core.v1.event import CloudEvent
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pgbackend import Backend
 from pgbackend.codec.attributes import COLUMNS, Row
+from pgbackend.codec.wire import parse_structured
 from pgbackend.errors import (
     ConfigError,
     ConnectionLostError,
@@ -22,10 +26,15 @@ from pgbackend.errors import (
 )
 from pgbackend.facts import Recorder
 from pgbackend.log.appender import Appender, _Call
+from pgbackend.log.deduplication import Deduplication
+from pgbackend.log.notify import Notifier, Wakeup
+from pgbackend.postgres.connections import Dialer
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogSql
 from pgbackend.torture.proxy import Proxy
+from tests.support.codec import attributes, content_type, json_value, put, sdk, structured
+from tests.support.databases import connected
 from tests.support.polling import eventually
 
 
@@ -33,25 +42,32 @@ def row(id_: str, *, time: str | None = None, data: bytes | None = None) -> Row:
     return ("1.0", id_, "test", "test", None, time, None, None, None, "{}", data, None)
 
 
-BAD = "not a time"
-"""A value that the log's CHECK refuses. `produce()` would refuse it first."""
+BAD = "\0"
+"""A value that PostgreSQL refuses. `produce()` would refuse it first."""
 
 
 async def nothing_to_extend() -> None:
     raise AssertionError("the log has segments")
 
 
-@asynccontextmanager
-async def appending(dsn: str, *, timeout: float = 30.0) -> AsyncIterator[Appender]:
-    database = Database(dsn)
-    appender = Appender(
+def make_appender(database: Database, *, timeout: float) -> Appender:
+    sql = load(LogSql, "log", schema="pgbackend")
+    notifier = Notifier(database, sql, channel="test", sender="me", idle=lambda: 0.0)
+    return Appender(
         database,
-        load(LogSql, "log", schema="pgbackend"),
+        sql,
         schema="pgbackend",
         produce_timeout=timeout,
-        on_append=lambda: None,
+        wakeup=Wakeup(),
+        notifier=notifier,
         on_full=nothing_to_extend,
+        deduplication=Deduplication(database, schema="pgbackend"),
     )
+
+
+@asynccontextmanager
+async def appending(dsn: str, *, timeout: float = 30.0) -> AsyncIterator[Appender]:
+    appender = make_appender(Database(dsn), timeout=timeout)
     running = asyncio.create_task(appender.run(), name="append")
     try:
         yield appender
@@ -171,11 +187,11 @@ async def test_an_event_alone_and_events_together_are_stored_alike(database: str
         await append(appender, [full, sparse])
     connection = await asyncpg.connect(database)
     columns = ", ".join("extensions::text" if name == "extensions" else name for name in COLUMNS)
-    stored = await connection.fetch(f"SELECT {columns}, key_hash FROM pgbackend.events ORDER BY position")
+    stored = await connection.fetch(f"SELECT {columns} FROM pgbackend.events ORDER BY position")
     await connection.close()
 
     assert stored[:2] == stored[2:]
-    assert [tuple(record)[:12] for record in stored[:2]] == [full, sparse]
+    assert [tuple(record) for record in stored[:2]] == [full, sparse]
 
 
 async def test_a_call_that_is_left_when_the_appender_is_cancelled_is_answered(database: str) -> None:
@@ -194,10 +210,7 @@ async def test_a_call_that_is_left_when_the_appender_is_cancelled_is_answered(da
 
 
 async def test_an_appender_that_never_ran_drains_at_once_and_answers_its_calls(database: str) -> None:
-    appender = Appender(
-        Database(database), load(LogSql, "log", schema="pgbackend"), schema="pgbackend", produce_timeout=30.0,
-        on_append=lambda: None, on_full=nothing_to_extend,
-    )  # fmt: skip
+    appender = make_appender(Database(database), timeout=30.0)
     call = asyncio.create_task(append(appender, [row("a")]))
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
@@ -393,20 +406,25 @@ async def test_a_connection_that_ends_in_the_middle_of_a_large_batch_fails_that_
     assert await stored(database) == ["before", "after"]
 
 
-async def test_a_certificate_that_is_missing_for_a_moment_fails_only_the_calls_of_that_moment(
+async def test_calls_wait_for_a_certificate_that_is_missing_for_a_moment(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse(*_: object, **__: object) -> None:
+    async def refuse(*_: object) -> None:
         raise ConfigError("sslcert in the DSN is '/gone': there is no such file, or it may not be read.")
 
     async with appending(database) as appender:
-        with monkeypatch.context() as patched:
-            patched.setattr(Database, "connect", refuse)
-            with pytest.raises(ConfigError, match="sslcert"):
-                await append(appender, [row("refused")])
-        await append(appender, [row("after")])
+        await append(appender, [row("before")])
+        connection = appender._writer._connection
+        assert connection is not None
+        with monkeypatch.context() as patched, Recorder() as recorder:
+            patched.setattr(Dialer, "dial", refuse)
+            connection.terminate()
+            call = asyncio.create_task(append(appender, [row("meanwhile")]))
+            failed = await recorder.wait("append cannot connect")
+            assert "sslcert" in str(failed)
+        await call
 
-    assert await stored(database) == ["after"]
+    assert await stored(database) == ["before", "meanwhile"]
 
 
 @pytest.mark.parametrize("while_sending", [True, False])
@@ -576,6 +594,7 @@ async def test_a_call_that_timed_out_is_not_sent_again_when_its_batch_is_refused
             await insert(rows)
 
         monkeypatch.setattr(appender._writer, "insert", counting)
+        monkeypatch.setattr(appender._notifier, "may_join", lambda: False)
         async with log_locked(database):
             for id_, time in (("expired", None), ("bad", BAD), ("good", None)):
                 appender.append_soon(row(id_, time=time), 1, partial(answers.__setitem__, id_))
@@ -619,3 +638,45 @@ async def test_after_a_bug_in_the_appender_every_call_fails_and_so_do_later_ones
     (record,) = (record for record in caplog.records if record.levelname == "ERROR")
     assert record.exc_info is not None
     assert await stored(database) == ["before"]
+
+
+async def test_the_log_needs_to_check_no_event_that_the_codec_has_checked(database: str) -> None:
+    """So the check is skipped in sessions that append."""
+    rows: list[Row] = []
+
+    @given(attributes, json_value, st.none() | content_type)
+    def collect(values: dict[str, Any], data: Any, kind: str | None) -> None:
+        members = values | ({"datacontenttype": kind} if kind else {})
+        rows.append(parse_structured(structured(**members, data=data)).row)
+        rows.append(parse_structured(structured(**members, data_base64="AA==")).row)
+        members.pop("time", None)
+        rows.append(put(sdk(data, **members)).row)
+
+    collect()
+    checked = ", ".join(f"${n}" for n in range(1, len(COLUMNS) + 1))
+    async with connected(database) as connection:
+        await connection.executemany(f"SELECT pgbackend.check_event(now(), {checked})", rows)
+        with pytest.raises(asyncpg.CheckViolationError):
+            await connection.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('', '/s', 't')")
+    assert len(rows) > 25
+
+
+async def test_a_connection_that_is_lost_as_soon_as_it_is_open_is_opened_again(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = Database.connect
+    lost: list[bool] = []
+
+    async def connect_and_lose(self: Database, **options: Any) -> Any:
+        connection = await connect(self, **options)
+        if not lost:
+            lost.append(True)
+            connection.terminate()
+        return connection
+
+    monkeypatch.setattr(Database, "connect", connect_and_lose)
+    async with appending(database) as appender:
+        await append(appender, [row("a")])
+
+    assert await stored(database) == ["a"]
+    assert lost

@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -8,15 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgbackend import Backend
+from pgbackend.codec.attributes import Row
 from pgbackend.facts import Recorder
+from pgbackend.log.appender import Appender
+from pgbackend.log.deduplication import Deduplication
 from pgbackend.log.notify import Budget, Notifier, Wakeup, channel
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import load
 from pgbackend.postgres.sql.statements import LogSql
 from pgbackend.torture.proxy import Proxy
+from tests.support.databases import execute, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
+
+ROW: Row = ("1.0", "i", "/s", "t", None, None, None, None, None, "{}", None, None)
 
 
 async def test_a_wake_up_before_the_wait_is_not_missed() -> None:
@@ -93,6 +100,68 @@ async def test_many_appends_make_few_notifications_and_the_last_is_not_lost(data
 
     assert set(heard) == {"me"}
     assert len(heard) <= 11
+
+
+@pytest.mark.parametrize(("standbys", "is_joined"), [("", True), ("nobody", False)])
+async def test_a_lone_append_notifies_in_its_own_transaction_unless_it_may_wait_for_a_standby(
+    database: str, heard: list[object], standbys: str, is_joined: bool
+) -> None:
+    """The notifier does not run, so what is heard was part of an append."""
+    sql = load(LogSql, "log", schema="pgbackend")
+    standby_names = "current_setting('synchronous_standby_names')"
+    assert standby_names in sql.append_one_and_notify
+    sql = replace(sql, append_one_and_notify=sql.append_one_and_notify.replace(standby_names, f"'{standbys}'"))
+    opened = Database(database)
+    await opened.open()
+    notifier = make_notifier(opened)
+    appender = Appender(
+        opened, sql, schema="pgbackend", produce_timeout=30.0, wakeup=Wakeup(), notifier=notifier,
+        on_full=asyncio.Event().wait, deduplication=Deduplication(opened, schema="pgbackend"),
+    )  # fmt: skip
+    running = asyncio.create_task(appender.run())
+    await appender.append([ROW], 1)
+    assert notifier._due.is_set() != is_joined
+    await appender.append([ROW, ROW], 1)
+    await execute(database, "SELECT pg_notify($1, 'last')", channel("pgbackend"))
+    await eventually("the last one is heard", lambda: "last" in heard)
+    await appender.drain()
+    await running
+    await opened.close()
+
+    assert heard == (["me", "last"] if is_joined else ["last"])
+    assert notifier._due.is_set()
+    assert await query_value(database, "SELECT count(*) FROM pgbackend.events") == 3
+
+
+@pytest.mark.owner
+@pytest.mark.parametrize("sqlstate", ["55P03", "54000"])
+async def test_a_lone_append_whose_notify_is_refused_is_stored_once_and_notified_later(
+    database: str, heard: list[object], sqlstate: str
+) -> None:
+    """Another commit keeps the lock of all NOTIFYs, or their queue is full."""
+    await execute(
+        database,
+        "CREATE FUNCTION refuse() RETURNS boolean LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE EXCEPTION USING ERRCODE = '{sqlstate}'; END $$",
+    )
+    sql = load(LogSql, "log", schema="pgbackend")
+    sql = replace(sql, append_one_and_notify=f"{sql.append_one_and_notify} AND refuse()")
+    opened = Database(database)
+    await opened.open()
+    notifier = make_notifier(opened)
+    appender = Appender(
+        opened, sql, schema="pgbackend", produce_timeout=30.0, wakeup=Wakeup(), notifier=notifier,
+        on_full=asyncio.Event().wait, deduplication=Deduplication(opened, schema="pgbackend"),
+    )  # fmt: skip
+    running = [asyncio.create_task(appender.run()), asyncio.create_task(notifier.run())]
+    await appender.append([ROW], 1)
+    await eventually("the event is heard of", lambda: heard == ["me"])
+    await appender.drain()
+    running[1].cancel()
+    await asyncio.wait(running)
+    await opened.close()
+
+    assert await query_value(database, "SELECT count(*) FROM pgbackend.events") == 1
 
 
 # A busy process may notify for 5 % of its time, and for what it saved up before.

@@ -5,8 +5,11 @@ from typing import Any, cast
 
 import asyncpg
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pgbackend.codec.attributes import COLUMNS
+from pgbackend.codec.event import Event
 from pgbackend.errors import ConnectionLostError
 from pgbackend.log.incarnation import IncarnationChanged
 from pgbackend.log.log import Log
@@ -14,6 +17,7 @@ from pgbackend.log.pages import PAGE_BYTES, PAGE_EVENTS, _read_by_halves
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Batch, Reader
 from pgbackend.postgres.pool import Database
+from tests.support.events import log_row
 from tests.support.polling import eventually
 from tests.support.producers import INSERT
 
@@ -260,7 +264,7 @@ async def test_a_page_of_large_attributes_is_bounded_and_nothing_is_left_out(
     log: Log, sql: Any, column: str, count: int, size: int, more: str
 ) -> None:
     """Larger ones than the log accepts today, and text of which Python keeps four bytes for each character."""
-    await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_attributes_size")
+    await sql.execute("ALTER TABLE pgbackend.events DROP CONSTRAINT events_valid")
     value = f'{{"a": "{"x" * size}{more}"}}' if column == "extensions" else "x" * size + more
     columns = {"id": "a", "source": "/s", "type": "t", "datacontenttype": "text/plain", column: value}
     await sql.execute(
@@ -422,3 +426,25 @@ async def test_a_connection_lost_while_segments_are_looked_up_loses_no_event(
 
     assert seen == ["late", "in the next segment"]
     assert failures > 1
+
+
+@given(
+    positions=st.sets(st.integers(1, 30)), hashes=st.lists(st.integers(0, 99), min_size=30, max_size=30),
+    shards=st.integers(2, 5), upto=st.integers(0, 31),
+)  # fmt: skip
+def test_a_share_of_a_batch_has_the_events_of_its_shard_and_the_others_are_known(
+    positions: set[int], hashes: list[int], shards: int, upto: int
+) -> None:
+    events = [Event(log_row(position, key_hash=hashes[position - 1])) for position in sorted(positions)]
+    batch = Batch(
+        events=events, positions=sorted(positions), sizes=[position * 10 for position in sorted(positions)], size=0,
+        upto=30, opened=(), closed=(), removed=(), unreadable=(), pause=None,
+    )  # fmt: skip
+    for shard in range(shards):
+        wanted = [one for one in events if one.key_hash % shards == shard]
+        share = batch.share(shard=shard, shards=shards)
+        assert share.events == wanted
+        assert share.positions == [event.position for event in wanted]
+        assert share.sizes == [event.position * 10 for event in wanted]
+        others = [one.position for one in events if one not in wanted and one.position <= upto]
+        assert batch.others(share, upto=upto) == RangeSet.of(others)

@@ -33,13 +33,20 @@ async def tail_of(log: SimulatedLog, *, buffer_events: int = 10, poll_interval: 
 class Taker:
     """A subscription behind a cursor."""
 
-    def __init__(self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, strict: bool) -> None:
+    def __init__(
+        self, tail: Tail, log: SimulatedLog, *, after: int, holes: RangeSet, strict: bool, hashes: bool = False
+    ) -> None:
         self.account = Account(log, position=after, strict=strict)
         self.account.holes = holes
-        self.cursor: Cursor = tail.cursor(after=after, strict=strict)
+        self.cursor: Cursor = tail.cursor(after=after, strict=strict, hashes=hashes)
 
     async def take(self) -> None:
         batch = await self.cursor.next(self.account.holes)
+        if self.cursor.hashes:
+            new = [
+                one for one in batch.events if one.position > self.cursor.position or one.position in self.account.holes
+            ]
+            assert all(event.key_hash for event in new)
         self.account.take(batch.positions, batch.opened, batch.closed, batch.upto)
         self.cursor.advance(batch.upto)
 
@@ -74,7 +81,7 @@ async def test_cursors_that_move_between_streams_lose_repeat_and_misorder_nothin
         async with tail_of(log) as tail, asyncio.TaskGroup() as tasks:
             following = []
             for number in range(6):
-                taker = Taker(tail, log, after=0, holes=RangeSet(), strict=number % 3 == 2)
+                taker = Taker(tail, log, after=0, holes=RangeSet(), strict=number % 3 == 2, hashes=number % 2 == 1)
                 takers.append(taker)
                 following.append(tasks.create_task(follow(taker, (1, 10, 60)[number // 2])))
             await act()
@@ -101,6 +108,28 @@ async def test_cursors_at_one_place_share_a_stream_and_its_pages() -> None:
         for taker in takers:
             taker.cursor.close()
         assert tail._streams == []
+
+
+async def test_a_cursor_that_needs_hashes_shares_a_stream_without_from_the_next_page_on() -> None:
+    log = SimulatedLog(page=PAGE, step=lambda: asyncio.sleep(0))
+    for _ in range(5):
+        log.append()
+    async with tail_of(log) as tail, asyncio.TaskGroup() as tasks, asyncio.timeout(30):
+        plain = Taker(tail, log, after=0, holes=RangeSet(), strict=False)
+        while not await plain.has_all():
+            await plain.take()
+        late = Taker(tail, log, after=0, holes=RangeSet(), strict=False, hashes=True)
+        while not await late.has_all():
+            await late.take()
+        waiting = [tasks.create_task(taker.take()) for taker in (plain, late)]
+        while len(tail._streams) > 1:
+            await asyncio.sleep(0)
+        log.append()
+        await asyncio.gather(*waiting)
+        assert await plain.has_all()
+        assert await late.has_all()
+        for taker in (plain, late):
+            taker.cursor.close()
 
 
 async def test_a_cursor_that_falls_behind_reads_for_itself_and_rejoins() -> None:

@@ -5,19 +5,24 @@ The log belongs to a role that is no superuser, and each kind connects as a role
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
+import psycopg
 import pytest
 
-from pgbackend import Backend, ConfigError, DatabaseError, Retry
+from pgbackend import Backend, ConfigError, DatabaseError, Retry, outbox
+from pgbackend.cli.options import LogAddress
+from pgbackend.cli.reading import reading
 from pgbackend.codec.attributes import COLUMNS
 from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
@@ -33,6 +38,8 @@ from tests.support.polling import eventually
 from tests.support.programs import programs
 
 pytestmark = pytest.mark.direct
+
+ROOT = Path(__file__).parents[2]
 
 SETTINGS: dict[str, Any] = {"commit_interval": 0.01, "poll_interval": 0.1}
 INSERT = "INSERT INTO pgbackend.events (id, source, type) VALUES ($1, '/plain', 'sql')"
@@ -81,7 +88,7 @@ class Roles:
             await backend.stop()
 
 
-KINDS = ("producer", "consumer", "operator")
+KINDS = ("producer", "consumer", "reader", "operator")
 
 
 @pytest.fixture
@@ -109,6 +116,7 @@ async def roles(unprivileged: Roles) -> Roles:
         "pgbackend",
         producers=[unprivileged.name("producer")],
         consumers=[unprivileged.name("consumer")],
+        readers=[unprivileged.name("reader")],
         operators=[unprivileged.name("operator")],
     )
     await unprivileged.execute("owner", sql)
@@ -126,6 +134,45 @@ async def test_an_inaccessible_schema_named_like_another_engines_does_no_harm(ro
         await backend.produce(make_event("one"))
 
 
+async def test_an_operator_sets_the_retention_and_a_consumer_carries_it_out(roles: Roles) -> None:
+    async with roles.backend("consumer") as backend:
+        with pytest.raises(DatabaseError, match=r"this role may not change that.*`pgbackend grants --operator`"):
+            await backend.set_retention(keep=timedelta(seconds=2))
+    async with roles.backend("operator") as backend:
+        await backend.set_retention(keep=timedelta(seconds=1))
+        assert (await backend.status()).retention == await backend.retention()
+    await roles.execute("producer", INSERT, "old")
+    catch = Catch()
+
+    async with Backend(roles.dsn("consumer"), **SETTINGS) as backend:
+        await backend.subscribe("s", catch, start="earliest")
+
+        async def is_gone() -> bool:
+            segments = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'pgbackend.events'::regclass"
+            oldest = "SELECT to_regclass('pgbackend.events_0') IS NULL"
+            return bool(await roles.fetchval("owner", segments) < 15 and await roles.fetchval("owner", oldest))
+
+        await eventually("the first segment is gone", is_gone)
+
+    assert catch.ids == ["old"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_no_role_can_drop_what_the_retention_keeps(roles: Roles, kind: str) -> None:
+    await roles.execute("producer", INSERT, "a")
+    for call in ("cut_segment()", "empty_segment()", "remove_segments(50)", "forget_letters()", "forget_removed()"):
+        if kind == "consumer":
+            await roles.execute(kind, f"SELECT * FROM pgbackend.{call}")
+        else:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await roles.execute(kind, f"SELECT * FROM pgbackend.{call}")
+    assert await roles.fetchval("owner", "SELECT last_value FROM pgbackend.events_position_seq") == 1
+    assert await roles.fetchval("owner", "SELECT count(*) FROM pgbackend.events") == 1
+    for function in ("cut_segment_of('pgbackend.events', 'pgbackend.events', 'pgbackend.events')", "unsettled(0, 9)"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await roles.execute(kind, f"SELECT pgbackend.{function}")
+
+
 async def test_a_producer_appends_in_every_way_and_probes(roles: Roles) -> None:
     async with roles.backend("producer") as backend, roles.connected("producer") as plain:
         await backend.produce(make_event("one"))
@@ -140,6 +187,64 @@ async def test_a_producer_appends_in_every_way_and_probes(roles: Roles) -> None:
         await backend.probe()
 
     assert await roles.fetchval("owner", "SELECT count(*) FROM pgbackend.events") == 106
+
+
+async def test_a_producer_appends_in_its_own_transaction(roles: Roles) -> None:
+    async with (
+        roles.backend("producer") as backend,
+        roles.connected("producer") as connection,
+        connection.transaction(),
+    ):
+        await backend.produce(make_event("asyncpg"), connection=connection, notify=True)
+    with psycopg.connect(roles.dsn("producer")) as plain:
+        outbox.produce_many(plain, [make_event("one"), make_event("two")])
+
+    assert await roles.fetchval("owner", "SELECT string_agg(id, ' ' ORDER BY position) FROM pgbackend.events") == (
+        "asyncpg one two"
+    )
+
+
+async def test_a_producer_deduplicates_within_the_window_that_an_operator_has_set(roles: Roles) -> None:
+    """In every way. It may not change the window, and touches keys in no other way."""
+    day = timedelta(days=1)
+    with pytest.raises(DatabaseError, match=r"may not change.*--operator") as caught:
+        async with roles.backend("producer", deduplicate=day):
+            pass
+    assert caught.value.sqlstate == "42501"
+    async with roles.backend("operator", deduplicate=day):
+        pass
+    async with roles.backend("producer", deduplicate=day) as backend, roles.connected("producer") as plain:
+        for _ in range(2):
+            await backend.produce(make_event("one"))
+            await backend.produce_many([make_event(f"many {number}") for number in range(3)])
+            await plain.execute("SELECT pgbackend.produce('t', '/s', id => 'sql')")
+        async with plain.transaction():
+            await plain.execute("SELECT pgbackend.produce('t', 'test', id => 'open')")
+            blocked = asyncio.create_task(backend.produce(make_event("open")))
+            appender = backend._lifecycle.opened().appender
+            await eventually("it is aside", lambda: bool(appender._aside))
+        await blocked
+        assert await backend._lifecycle.opened().deduplication.run_once() == 0
+        for statement in ("SELECT FROM pgbackend.recent_events", "DELETE FROM pgbackend.recent_events"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await plain.execute(statement)
+
+    assert await roles.fetchval("owner", "SELECT count(*) FROM pgbackend.events") == 6
+
+
+@pytest.mark.parametrize("operator", ["=", "~", "~~"])
+async def test_a_producer_cannot_replace_the_operators_that_check_its_events(roles: Roles, operator: str) -> None:
+    await roles.execute("superuser", f"CREATE SCHEMA lax AUTHORIZATION {roles.name('producer')}")
+    async with roles.connected("producer") as plain:
+        verdict = "false" if operator == "=" else "true"
+        await plain.execute(f"""
+            CREATE FUNCTION lax.says(text, text) RETURNS boolean LANGUAGE sql RETURN {verdict};
+            CREATE OPERATOR lax.{operator} (FUNCTION = lax.says, LEFTARG = text, RIGHTARG = text);
+            SET search_path = lax, pg_catalog""")
+        with pytest.raises(asyncpg.CheckViolationError, match='"id" is empty'):
+            await plain.execute("INSERT INTO pgbackend.events (id, source, type) VALUES ('', '/s', 't')")
+        with pytest.raises(asyncpg.CheckViolationError, match='"time" is no RFC 3339 timestamp'):
+            await plain.execute("INSERT INTO pgbackend.events (id, source, type, time) VALUES ('1', '/s', 't', 'now')")
 
 
 async def test_a_producer_alone_makes_segments_when_none_are_left(roles: Roles) -> None:
@@ -232,12 +337,24 @@ async def test_an_operator_reads_the_status_and_repairs(roles: Roles) -> None:
 
             (letter,) = await eventually("it is buried", buried)
             assert letter.event.id == "bad"
-            assert await operator.redeliver(letter.id) == 1
+            (group,) = await operator.dead_letter_groups()
+            assert await operator.redeliver(group=group.name) == 1
+
+            async def purged() -> int:
+                return await operator.purge_dead_letters(letter.id)
+
+            assert await eventually("it failed again and is purged", purged) == 1
             (subscription,) = (await operator.status()).subscriptions
             assert subscription.state == "elsewhere"
 
+            await operator.pause("s", reason="later")
+            await operator.resume("s")
+            await consumer.pause("s")
+            await consumer.resume("s")
+
             await consumer.unsubscribe("s")
             for place in ("earliest", "latest", datetime.now(UTC), 0):
+                assert (await operator.preview_seek("s", place)).again <= 1
                 await operator.seek("s", place)
             await operator.alter_subscription("s", order="strict", end=5, start=1)
             (subscription,) = (await operator.status()).subscriptions
@@ -250,6 +367,45 @@ async def test_an_operator_reads_the_status_and_repairs(roles: Roles) -> None:
             assert (await operator.status()).subscriptions == ()
         await consumer.stop()
         await running
+
+
+@pytest.mark.parametrize("kind", ["consumer", "operator"])
+async def test_failed_events_are_listed_retried_and_skipped_by_either_and_redacted_by_an_operator(
+    roles: Roles, kind: str
+) -> None:
+    catch = Catch(fails=lambda event: event.id in {"bad", "worse"})
+    async with roles.backend("producer") as producer, Backend(roles.dsn("consumer"), **SETTINGS) as consumer:
+        await consumer.subscribe("s", catch, retry=Retry(attempts=9, delay=600.0))
+        await producer.produce_many([make_event("good"), make_event("bad"), make_event("worse")])
+        async with roles.backend(kind) as backend:
+
+            async def both_wait() -> bool:
+                return [event.id async for event in backend.waiting("s")] == ["bad", "worse"]
+
+            await eventually("both wait", both_wait)
+            assert await backend.retry_now("s", position=2) == 1
+            await eventually("it is tried again", lambda: catch.attempts.count("bad") == 2)
+            await backend.skip("s", 3)
+            (letter,) = [letter async for letter in backend.dead_letters()]
+            assert (letter.event.id, letter.failure.error) == ("worse", f"Skipped by {roles.name(kind)}")
+            if kind == "operator":
+                assert (await backend.redact(3)).redacted_by == roles.name("operator")
+                assert not [letter async for letter in backend.dead_letters()]
+            else:
+                with pytest.raises(DatabaseError) as caught:
+                    await backend.redact(3)
+                assert caught.value.sqlstate == "42501"
+
+
+async def test_a_reader_follows_the_log_from_any_place(roles: Roles) -> None:
+    async with roles.backend("producer") as producer:
+        await producer.produce_many([make_event("one"), make_event("two")])
+    log = LogAddress(dsn=roles.dsn("reader"), listen_dsn=None, schema="pgbackend", directory=None)
+    for place, expected in (("earliest", ["one", "two"]), (1, ["two"]), (datetime(2026, 1, 1, tzinfo=UTC), None)):
+        async with reading(log, place, end=None, wanted=None) as events:  # type: ignore[arg-type] # a literal in a tuple is a str
+            assert [event.id for event in await events.next()] == (expected or ["one", "two"])
+    async with reading(log, "latest", end="latest", wanted=None) as events:
+        assert events.is_done
 
 
 @pytest.mark.parametrize("kind", ["consumer", "operator"])
@@ -279,6 +435,40 @@ async def test_appender_began_tells_nothing_about_backends_that_do_not_append(ro
         assert await roles.fetchval("operator", began, producer.get_server_pid()) is None
         await producer.execute(INSERT, "open")
         assert await roles.fetchval("operator", began, producer.get_server_pid()) is not None
+
+
+STATUS_VIEWS = ("log_status", "lag", "shard_lag", "holes", "appenders", "worker_status", "rates")
+
+
+@pytest.mark.parametrize("kind", ["consumer", "reader", "operator"])
+async def test_all_but_producers_read_the_status(roles: Roles, kind: str) -> None:
+    async with roles.backend("consumer") as consumer:
+        await consumer.subscribe("s", Catch())
+    async with roles.connected("producer") as producer, producer.transaction():
+        await producer.execute(INSERT, "open")
+        await roles.execute("producer", INSERT, "later")
+        async with roles.backend(kind) as backend:
+            status = await backend.status()
+            assert (status.head, status.subscriptions[0].lag) == (2, 2)
+            assert status.appenders[0].pid == producer.get_server_pid()
+        async with roles.connected(kind) as connection:
+            for view in STATUS_VIEWS:
+                await connection.fetch(f"SELECT * FROM pgbackend.{view}")
+            holes = "SELECT first_position, pid FROM pgbackend.holes"
+            assert [tuple(row) for row in await connection.fetch(holes)] == [(1, producer.get_server_pid())]
+
+
+async def test_a_role_that_watches_reads_the_views_and_nothing_else(unprivileged: Roles) -> None:
+    """With the rights that docs/status.md names."""
+    [sql] = re.findall(r"```sql\n(GRANT.*?)```", (ROOT / "docs" / "status.md").read_text(), re.DOTALL)
+    watcher = unprivileged.name("reader")
+    await unprivileged.execute("owner", sql.replace("grafana", watcher))
+    async with unprivileged.connected("reader") as connection:
+        for view in STATUS_VIEWS:
+            await connection.fetch(f"SELECT * FROM pgbackend.{view}")
+        for table in ("events", "subscriptions", "offsets", "dead_letters", "workers"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.fetch(f"SELECT * FROM pgbackend.{table}")
 
 
 # Denied to each kind.
@@ -328,29 +518,55 @@ FORBIDDEN = {
         "DELETE FROM pgbackend.subscriptions",
         "SELECT 1 FROM pgbackend.workers",
         "SELECT 1 FROM pgbackend.living_workers",
+        *[f"SELECT 1 FROM pgbackend.{view}" for view in STATUS_VIEWS],
         "SELECT 1 FROM pgbackend.redeliveries",
         "SELECT 1 FROM pgbackend.dead_letters",
         "SELECT nextval('pgbackend.epochs')",
         "SELECT pgbackend.appender_began(1)",
         "SELECT pgbackend.end_life('')",
         "SELECT pgbackend.bury('[]')",
+        "SELECT pgbackend.bury_skipped('s', 1)",
+        "SELECT pgbackend.redact(1)",
+        "SELECT pgbackend.waiting_events('s', 0, 1)",
+        "SELECT 1 FROM pgbackend.all_events",
     ],
     "consumer": [
+        "SELECT pgbackend.redact(1)",
+        "DELETE FROM pgbackend.redactions",
         INSERT.replace("$1", "'1'"),
         "UPDATE pgbackend.subscriptions SET created_at = now()",
         "UPDATE pgbackend.redeliveries SET position = 1",
     ],
+    "reader": [
+        INSERT.replace("$1", "'1'"),
+        "SELECT subscription FROM pgbackend.offsets",
+        "UPDATE pgbackend.offsets SET position = 1",
+        "SELECT target FROM pgbackend.subscriptions",
+        "UPDATE pgbackend.subscriptions SET paused_at = now(), paused_by = 'operator', pause_reason = ''",
+        "SELECT 1 FROM pgbackend.workers",
+        "SELECT 1 FROM pgbackend.redeliveries",
+        "SELECT 1 FROM pgbackend.dead_letters",
+        "SELECT nextval('pgbackend.epochs')",
+        "SELECT pgbackend.key_hashes('{}')",
+        "SELECT pgbackend.end_life('')",
+        "SELECT pgbackend.bury('[]')",
+        "SELECT pgbackend.bury_skipped('s', 1)",
+        "SELECT pgbackend.redact(1)",
+    ],
     "operator": [
+        "SELECT pgbackend.redact_of('pgbackend.events', 1)",
+        "UPDATE pgbackend.redactions SET redacted_by = 'another'",
+        "INSERT INTO pgbackend.redactions (position, redacted_by) VALUES (1, 'another')",
         INSERT.replace("$1", "'1'"),
         "SELECT id FROM pgbackend.events",
         "SELECT data FROM pgbackend.events",
         "INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('s', 'none', 1)",
+        "UPDATE pgbackend.subscriptions SET target = 'other'",
         "UPDATE pgbackend.offsets SET crashes = 0",
         "DELETE FROM pgbackend.workers",
         "UPDATE pgbackend.workers SET heartbeat_at = now()",
         "UPDATE pgbackend.redeliveries SET attempt = 1",
         "UPDATE pgbackend.dead_letters SET error = ''",
-        "DELETE FROM pgbackend.dead_letters",
         "SELECT pgbackend.bury('[]')",
     ],
 }
@@ -380,7 +596,8 @@ async def test_no_role_has_any_privilege_on_a_segment(roles: Roles, kind: str) -
         FROM pg_inherits JOIN pg_class ON oid = inhrelid AND relkind = 'r'"""
     await roles.execute("owner", "SELECT pgbackend.make_segment()")
     async with roles.connected("superuser") as connection:
-        assert tuple(await connection.fetchrow(query, roles.name(kind)) or ()) == (0, 11)
+        # Eleven segments, and the three partitions of `recent_events`.
+        assert tuple(await connection.fetchrow(query, roles.name(kind)) or ()) == (0, 14)
 
 
 async def test_a_producer_may_write_exactly_the_columns_of_an_event(roles: Roles) -> None:
@@ -538,7 +755,7 @@ async def test_roles_that_extend_the_log_at_once_make_each_segment_once(roles: R
     [
         ("producer", lambda backend: backend.subscribe("s", Catch()), "subscriptions"),
         ("producer", lambda backend: backend.start(), "workers|offsets"),
-        ("producer", lambda backend: backend.status(), "events|subscriptions|living_workers"),
+        ("producer", lambda backend: backend.status(), "log_status"),
         ("consumer", lambda backend: backend.produce(make_event("1")), "events"),
         ("consumer", lambda backend: backend.produce_many([make_event("1")] * 100), "events"),
         ("operator", lambda backend: backend.subscribe("s", Catch()), "subscriptions|offsets"),
@@ -615,7 +832,7 @@ async def test_no_role_can_keep_others_from_making_segments(roles: Roles, held: 
 
 
 async def test_the_sql_can_be_run_again_and_added_to(roles: Roles) -> None:
-    everything = {kind: [roles.name("producer")] for kind in ("producers", "consumers", "operators")}
+    everything = {kind: [roles.name("producer")] for kind in ("producers", "consumers", "readers", "operators")}
     for _ in range(2):
         await roles.execute("owner", grants("pgbackend", **everything))
     async with roles.backend("producer") as backend:
@@ -632,7 +849,7 @@ async def test_any_name_is_quoted_for_psql(empty_database: str, name: str) -> No
     await connection.execute(f"CREATE ROLE {quote_ident(role)}")
     try:
         await schema.migrate(lambda: asyncpg.connect(empty_database), name)
-        sql = grants(name, producers=[role], consumers=[role], operators=[role])
+        sql = grants(name, producers=[role], consumers=[role], readers=[role], operators=[role])
         await asyncio.to_thread(psql, empty_database, sql)
         await connection.execute(f"SET ROLE {quote_ident(role)}")
         await connection.execute(f"INSERT INTO {quote_ident(name)}.events (id, source, type) VALUES ('1', '/s', 't')")

@@ -15,6 +15,7 @@ from pgbackend.errors import ConnectionLostError
 from pgbackend.facts import Recorder
 from pgbackend.log import requirements
 from pgbackend.log.log import Log
+from pgbackend.log.retention import Retainer
 from pgbackend.log.segments import Segments
 from pgbackend.postgres.connections import is_pooled
 from pgbackend.postgres.pool import Database
@@ -24,7 +25,7 @@ from pgbackend.subscriptions.presence import Presence, Tenure
 from pgbackend.torture.proxy import Proxy
 from tests.postgres.test_statements import STATEMENTS
 from tests.support.claims import claim_free
-from tests.support.databases import query_value
+from tests.support.databases import Sql, query_value
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.ledger import Ledger
@@ -289,6 +290,22 @@ async def test_segments_are_made_through_a_pooler(pooler: Pooler, database: str)
     await there.close()
 
     assert upto >= 100_000_000
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+async def test_segments_go_through_a_pooler_whatever_isolation_the_database_sets(
+    pooler: Pooler, database: str, sql: Sql, isolation: str
+) -> None:
+    name = await sql.fetchval("SELECT quote_ident(current_database())")
+    await sql.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'")
+    there = await opened(pooler.dsn(database))
+    async with Backend(database) as backend:
+        await backend.produce(make_event("a"))
+    await sql.execute("UPDATE pgbackend.events SET recorded_at = recorded_at - interval '10 days'")
+    done = await Retainer(there, Segments(there, schema="pgbackend"), schema="pgbackend").run_once()
+    await there.close()
+
+    assert (done.cut, done.emptied, done.removed) == (True, 1, 1)
 
 
 # Dead and living workers.

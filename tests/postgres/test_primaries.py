@@ -7,7 +7,9 @@ import asyncpg
 import pytest
 
 from pgbackend.errors import ConnectionLostError, DatabaseError
+from pgbackend.postgres.connections import Connection, Dialer
 from pgbackend.postgres.pool import Database
+from pgbackend.postgres.primaries import Primaries
 from pgbackend.torture.proxy import Proxy, vanished
 from tests.support.polling import eventually
 
@@ -118,3 +120,51 @@ async def test_finding_the_primary_ends_all_waits_for_it(database: str) -> None:
 
         await eventually("both waits end", both_ended)
         await asyncio.gather(here, there)
+
+
+async def test_a_connection_made_while_its_caller_is_cancelled_twice_is_closed(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Connection] = []
+    loop = asyncio.get_running_loop()
+    prepare = Dialer.prepare
+
+    async def prepare_and_cancel(dialer: Dialer, connection: Connection) -> None:
+        await prepare(dialer, connection)
+        made.append(connection)
+        # The first cancellation finds the caller waiting for this task, the second one waiting for its end.
+        caller.cancel()
+        loop.call_soon(caller.cancel)
+
+    monkeypatch.setattr(Dialer, "prepare", prepare_and_cancel)
+    caller = asyncio.create_task(Database(database).connect())
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await eventually("the connection is closed", made[0].is_closed)
+
+
+async def test_a_connection_whose_caller_is_cancelled_while_other_hosts_are_left_is_closed(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Connection] = []
+    loop = asyncio.get_running_loop()
+    prepare = Dialer.prepare
+
+    async def keep(dialer: Dialer, connection: Connection) -> None:
+        await prepare(dialer, connection)
+        made.append(connection)
+
+    monkeypatch.setattr(Dialer, "prepare", keep)
+
+    def cancel(_: Primaries) -> None:
+        loop.call_soon(caller.cancel)
+
+    # The caller does this last before it waits for the end of the other attempts.
+    monkeypatch.setattr(Primaries, "_wake_waiters", cancel)
+    caller: asyncio.Task[Connection]
+    async with Proxy(database) as proxy:
+        with vanished() as port:
+            caller = asyncio.create_task(Database(_with_hosts(proxy.dsn, f"127.0.0.1:{port}", "")).connect())
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+        await eventually("the connection is closed", made[0].is_closed)

@@ -16,7 +16,7 @@ from tests.postgres.test_statements import FILES
 PACKAGE = Path(pgbackend.__file__).parent
 USERS = ("bench", "torture")
 """Packages that use a log like any application, and write events to it in SQL of their own."""
-ADVICE = {"subscriptions.overview"}
+ADVICE = {"doctor.definition", "doctor.subscriptions", "subscriptions.overview"}
 """Modules with SQL that they only print, for people to run."""
 WRITE = r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|TRUNCATE(?:\s+TABLE)?)\s+(?:ONLY\s+)?"
 TABLES = {table.name for table in metadata().tables.values()}
@@ -109,9 +109,14 @@ def declared() -> dict[str, set[str]]:
 
 
 def functions() -> dict[str, set[str]]:
-    """The tables that each function of the log writes."""
-    created = re.findall(r'CREATE FUNCTION "log"\.(\w+)(.*?);\n\n', schema.offline_sql("log"), re.DOTALL)
-    return {name: set(re.findall(WRITE + r'"log"\.(\w+)', text)) for name, text in created}
+    """The tables that each function of the log writes, by itself or by the functions that it calls."""
+    created = dict(re.findall(r'CREATE FUNCTION "log"\.(\w+)(.*?);\n\n', schema.offline_sql("log"), re.DOTALL))
+
+    def tables(name: str) -> set[str]:
+        called = set(re.findall(r'"log"\.(\w+)\(', created[name])) & created.keys()
+        return set(re.findall(WRITE + r'"log"\.(\w+)', created[name])).union(*map(tables, called))
+
+    return {name: tables(name) for name in created}
 
 
 DECLARED = declared()

@@ -186,7 +186,8 @@ async def test_a_failure_committed_while_the_alteration_waits_is_not_overlooked(
         await owner.execute("UPDATE pgbackend.offsets SET position = 1")
         await owner.execute(
             "INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)"
-            " SELECT 's', position, key_hash, 1, now(), 'no' FROM pgbackend.events"
+            " SELECT 's', position, pgbackend.key_hash(partitionkey, subject, source, id),"
+            " 1, now(), 'no' FROM pgbackend.events"
         )
         altering = asyncio.create_task(alter(backend, order="key"))
 

@@ -1,4 +1,4 @@
-"""What `altering` and `resharding` decide, on a model of the log: every event is owed exactly once."""
+"""The decisions of `altering` and `resharding`, on a model of the log: every event is owed exactly once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

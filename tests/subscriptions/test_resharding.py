@@ -111,7 +111,10 @@ async def test_lagging_shards_go_on_to_the_barrier(database: str) -> None:
     # As if only one of the shards had been run.
     of_one = [
         row["id"]
-        for row in await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 1 AND position <= 80")
+        for row in await observer.fetch(
+            "SELECT id FROM pgbackend.events"
+            " WHERE pgbackend.key_hash(partitionkey, subject, source, id) % 2 = 1 AND position <= 80"
+        )
     ]
     await observer.execute("UPDATE pgbackend.offsets SET position = 80 WHERE shard = 1")
     await producer.reshard("s", 3)
@@ -140,7 +143,10 @@ async def test_the_number_can_be_changed_again_before_the_old_shards_have_finish
     await observer.execute("UPDATE pgbackend.offsets SET position = 10 WHERE shard = 1")
     gone = [
         r["id"]
-        for r in await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 1 AND position <= 10")
+        for r in await observer.fetch(
+            "SELECT id FROM pgbackend.events"
+            " WHERE pgbackend.key_hash(partitionkey, subject, source, id) % 2 = 1 AND position <= 10"
+        )
     ]
     await backend.reshard("s", 3)
     await backend.reshard("s", 5)
@@ -199,7 +205,9 @@ async def test_pending_events_go_to_the_new_shard_of_their_key(database: str) ->
     await backend.produce_many([make_event(str(number), key=str(number)) for number in range(60)])
     hashes = {
         row["position"]: row["key_hash"]
-        for row in await observer.fetch("SELECT position, key_hash FROM pgbackend.events")
+        for row in await observer.fetch(
+            "SELECT position, pgbackend.key_hash(partitionkey, subject, source, id) AS key_hash FROM pgbackend.events"
+        )
     }
     # Each shard has handled every third event, and a hole is open.
     hole = 61
@@ -435,7 +443,8 @@ async def test_events_between_an_earlier_end_and_the_barrier_are_kept_for_a_late
         """
         SELECT event.id
         FROM pgbackend.events AS event
-        JOIN (VALUES (0, 12), (1, 25)) AS stand (shard, position) ON event.key_hash % 2 = stand.shard
+        JOIN (VALUES (0, 12), (1, 25)) AS stand (shard, position)
+            ON pgbackend.key_hash(partitionkey, subject, source, id) % 2 = shard
         WHERE event.position <= stand.position
         """
     )
@@ -465,7 +474,10 @@ async def test_going_back_to_the_old_number_waits_for_running_dispatches_of_old_
         await backend.unsubscribe("s")
         # As if one shard had fallen behind.
         await observer.execute("UPDATE pgbackend.offsets SET position = 0 WHERE shard = 0")
-        lagging = await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 0 ORDER BY position")
+        lagging = await observer.fetch(
+            "SELECT id FROM pgbackend.events"
+            " WHERE pgbackend.key_hash(partitionkey, subject, source, id) % 2 = 0 ORDER BY position"
+        )
         await caller.reshard("s", 3)
         await backend.subscribe("s", gate, shards=3, concurrency=2)
         await gate.holds(2)
@@ -493,18 +505,23 @@ async def test_an_event_that_failed_in_order_above_the_barrier_is_not_delivered_
     await backend.init()
     await backend.subscribe("s", catch, start="earliest", order="key", shards=2)
     await backend.produce_many([make_event(str(number), key=str(number)) for number in range(20)])
-    gone = await observer.fetch("SELECT id FROM pgbackend.events WHERE key_hash % 2 = 1 AND position <= 10")
+    gone = await observer.fetch(
+        "SELECT id FROM pgbackend.events"
+        " WHERE pgbackend.key_hash(partitionkey, subject, source, id) % 2 = 1 AND position <= 10"
+    )
     await observer.execute("UPDATE pgbackend.offsets SET position = 10 WHERE shard = 1")
     # One failed in the farthest shard, above its offset, and one in the other shard.
     await observer.execute(
         """
         INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
-        SELECT 's', position, key_hash, 1, now(), 'it failed'
+        SELECT 's', position, pgbackend.key_hash(partitionkey, subject, source, id), 1, now(), 'it failed'
         FROM pgbackend.events
         WHERE position IN (
-            SELECT min(position) FROM pgbackend.events WHERE key_hash % 2 = 1 AND position > 12
+            SELECT min(position) FROM pgbackend.events
+            WHERE pgbackend.key_hash(partitionkey, subject, source, id) % 2 = 1 AND position > 12
             UNION
-            SELECT min(position) FROM pgbackend.events WHERE key_hash % 2 = 0 AND position > 2
+            SELECT min(position) FROM pgbackend.events
+            WHERE pgbackend.key_hash(partitionkey, subject, source, id) % 2 = 0 AND position > 2
         )
         """
     )

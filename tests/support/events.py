@@ -8,7 +8,7 @@ def make_event(id_: str, data: bytes | str = b"", *, key: str | None = None) -> 
     return CloudEvent(attributes | ({"partitionkey": key} if key else {}), data)
 
 
-def log_row(position: int) -> tuple[object, ...]:
+def log_row(position: int, *, key_hash: int | None = 1) -> tuple[object, ...]:
     """A row as the log's statements return it, of a small event."""
     event = ("1.0", str(position), "/s", "t", None, None, None, None, None, "{}", None, None)
-    return (*event, position, None, 1, 1000)
+    return (*event, position, bytes(8), key_hash, 1000)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from pgbackend.codec.event import Event
 from pgbackend.log.fence import AppenderClock, Evidence
-from pgbackend.log.log import Log
+from pgbackend.log.log import Extent, Log
 from pgbackend.log.pages import Page
 from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Reader
@@ -148,17 +148,17 @@ class SimulatedLog:
         await self._step()
         return Evidence(upto, appenders, None)
 
-    async def find_segments(self) -> list[tuple[int, int]]:
-        return [(0, 1 << 62)]
+    async def find_segments(self) -> Extent:
+        return Extent(segments=[(0, 1 << 62)], unused=[])
 
-    async def read(self, *, after: int, holes: RangeSet, page: bool = True) -> Page:
+    async def read(self, *, after: int, holes: RangeSet, page: bool = True, hashes: bool = True) -> Page:
         await self._step()
         late = [position for position in sorted(self.visible) if position in holes][: self._page]
         above = [position for position in sorted(self.visible) if position > after][: self._page] if page else []
         if len(late) >= self._page:
             above = []
         await self._step()
-        return Page(_events(late), _events(above), len(late) >= self._page or len(above) >= self._page)
+        return Page(_events(late, hashes), _events(above, hashes), len(late) >= self._page or len(above) >= self._page)
 
     async def appenders(self) -> tuple[str, ...]:
         return tuple(sorted(self.open_now()))
@@ -178,8 +178,8 @@ class _SimulatedClock(AppenderClock):
         return super().is_overdue(appender, now=self._log.now)
 
 
-def _events(positions: Iterable[int]) -> list[Event]:
-    return [Event(log_row(position), position) for position in positions]
+def _events(positions: Iterable[int], hashes: bool) -> list[Event]:
+    return [Event(log_row(position, key_hash=1 if hashes else None)) for position in positions]
 
 
 class Account:

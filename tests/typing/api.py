@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
+import asyncpg
 from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.v1.event import CloudEvent
+from sqlalchemy.orm import Session
 
 from pgbackend import (
     Backend,
@@ -17,12 +19,16 @@ from pgbackend import (
     Interface,
     ProbeError,
     ProduceUncertainError,
+    Redaction,
     Reject,
     Retry,
     RetryAfter,
     Status,
     Subscribable,
+    WaitingEvent,
     filters,
+    outbox,
+    schema,
 )
 
 
@@ -76,6 +82,12 @@ async def operating(backend: Backend) -> None:
     async for letter in letters:
         count: int = await backend.redeliver(letter.id)
     count = await backend.redeliver(subscription="billing")
+    async for waiting in backend.waiting("billing"):
+        failed: WaitingEvent = waiting
+        count = await backend.retry_now("billing", position=failed.position)
+        await backend.skip("billing", failed.position)
+        redaction: Redaction = await backend.redact(failed.position)
+        assert redaction.tables
     try:
         await backend.probe()
     except ProbeError as error:
@@ -92,6 +104,18 @@ async def producing(producer: EventProducer, event: BaseCloudEvent) -> None:
         await producer.produce(event)
     except ProduceUncertainError:
         await producer.produce(event)
+
+
+async def in_a_transaction(
+    backend: Backend, event: Event, connection: "asyncpg.Connection[asyncpg.Record]", session: Session
+) -> None:
+    async with connection.transaction():
+        await backend.produce(event, connection=connection)
+        await backend.produce_many([event], connection=connection, notify=True)
+    with session.begin():
+        outbox.produce(session, event)
+        outbox.produce_many(session, (event for _ in range(2)), schema="other", notify=True)
+        schema.upgrade(session.connection(), schema="other")
 
 
 async def protocols(backend: Backend, event: Event) -> None:

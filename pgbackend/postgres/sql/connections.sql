@@ -5,6 +5,9 @@
 -- the connection of the leases is idle for long. client_min_messages: a commit without its standby causes a warning.
 -- Joined with pg_settings, because older servers do not know all of these.
 -- Not here: synchronous_commit, search_path, TimeZone and default_transaction_read_only are the user's to set.
+-- pgbackend.checked: events are checked before they are sent, so the log need not check them again.
+SELECT set_config('pgbackend.checked', 'on', false)
+UNION ALL
 SELECT set_config(wanted.name, wanted.setting, false)
 FROM (
     VALUES

@@ -41,7 +41,8 @@ SELECT
     worker.id IS NULL AS free,
     coalesce(subscription.draining_until > clock_timestamp(), false) AS draining,
     stored.until IS NOT NULL AS old,
-    coalesce(stored.position >= least(stored.until, subscription.end_position - 1), false) AS finished
+    coalesce(stored.position >= least(stored.until, subscription.end_position - 1), false) AS finished,
+    subscription.paused_at, subscription.paused_by, subscription.pause_reason, subscription.resumed_at
 FROM {schema}.offsets AS stored
 JOIN {schema}.subscriptions AS subscription ON subscription.name = stored.subscription
 LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner;
@@ -52,7 +53,7 @@ LEFT JOIN {schema}.living_workers AS worker ON worker.id = stored.owner;
 -- Free rows are found first and locked by epoch afterwards. A row that another worker claims in between has a new epoch
 -- and drops out. The lock's own recheck would let it pass, because it does not join the new owner's row in `workers`.
 -- The same holds for the subscription's terms: they belong to the epoch that was found, since every change of them
--- gives a new one.
+-- gives a new one. A pause gives none: it is as old as this statement's snapshot.
 WITH given AS (
     SELECT $1::text[] AS subscriptions, $2::int[] AS counts, $3::int[] AS shards, $4::uuid AS worker,
         $5::text AS incarnation
@@ -60,7 +61,8 @@ WITH given AS (
 free AS MATERIALIZED (
     SELECT stored.subscription, stored.shards, stored.shard, stored.epoch,
         subscription.ordering, subscription.start_position, subscription.start_at, subscription.end_position,
-        subscription.end_at
+        subscription.end_at, subscription.paused_at, subscription.paused_by, subscription.pause_reason,
+        subscription.resumed_at
     FROM given
     CROSS JOIN LATERAL unnest(given.subscriptions, given.counts, given.shards) AS wanted (subscription, shards, shard)
     JOIN {schema}.offsets AS stored
@@ -81,7 +83,8 @@ free AS MATERIALIZED (
 ),
 locked AS (
     SELECT stored.subscription, stored.shards, stored.shard,
-        free.ordering, free.start_position, free.start_at, free.end_position, free.end_at
+        free.ordering, free.start_position, free.start_at, free.end_position, free.end_at, free.paused_at,
+        free.paused_by, free.pause_reason, free.resumed_at
     FROM {schema}.offsets AS stored
     JOIN free USING (subscription, shards, shard, epoch)
     ORDER BY stored.subscription, stored.shards, stored.shard
@@ -102,7 +105,8 @@ RETURNING stored.subscription, stored.shard, stored.shards, stored.until, stored
     stored.pending::text AS pending, stored.holes::text AS holes, stored.epoch, stored.ctid, stored.completed_at,
     stored.crashes,
     (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.events_position_seq) AS head,
-    locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at;
+    locked.ordering, locked.start_position, locked.start_at, locked.end_position, locked.end_at, locked.paused_at,
+    locked.paused_by, locked.pause_reason, locked.resumed_at;
 
 -- name: release
 UPDATE {schema}.offsets

@@ -1,7 +1,7 @@
 -- Whether the log can be appended to, for `Backend.probe()`.
 
 -- name: examine
--- What would make an append fail, as seen by the role and in the session that would append.
+-- Everything that would make an append fail, as seen by the role and in the session that would append.
 SELECT
     current_setting('transaction_read_only')::boolean AS read_only,
     current_user AS role,

@@ -26,46 +26,47 @@ RETURNING stored.epoch, stored.ctid;
 -- The same by primary key, together with what became of failed events. Both change in this one statement, so an event is
 -- either in the log's path or in redelivery, never in both. Every part after `fenced` reads it, and so is fenced too.
 -- An event whose row is gone is neither scheduled nor buried: it is returned as lost, and recorded as skipped.
--- The inputs come first, one set of rows for each kind: see pgbackend/delivery/commit_inputs.py.
+-- The inputs come first, one set of rows for each kind: see pgbackend/delivery/commit_inputs.py. They are sent as text,
+-- because a dispatcher may have set a codec for jsonb on the connection of its transaction.
 WITH given AS (
     SELECT $1::uuid AS worker, $2::text AS incarnation
 ),
 marks AS (
     SELECT *
-    FROM jsonb_to_recordset($3::jsonb) AS mark (
+    FROM jsonb_to_recordset($3::text::jsonb) AS mark (
         subscription text, shards int, shard int, epoch bigint, ordered boolean, position bigint, pending text,
         holes text, complete boolean, clears_crashes boolean
     )
 ),
 retries AS (
     SELECT *
-    FROM jsonb_to_recordset($4::jsonb) AS retry (
+    FROM jsonb_to_recordset($4::text::jsonb) AS retry (
         epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid
     )
 ),
 finished AS (
     SELECT *
-    FROM jsonb_to_recordset($5::jsonb) AS done (epoch bigint, position bigint)
+    FROM jsonb_to_recordset($5::text::jsonb) AS done (epoch bigint, position bigint)
 ),
 given_up AS (
     SELECT *
-    FROM jsonb_to_recordset($6::jsonb) AS dead (
+    FROM jsonb_to_recordset($6::text::jsonb) AS dead (
         epoch bigint, position bigint, attempts int, error text, details jsonb
     )
 ),
 letters_delivered AS (
     SELECT *
-    FROM jsonb_to_recordset($7::jsonb) AS delivered (epoch bigint, letter bigint)
+    FROM jsonb_to_recordset($7::text::jsonb) AS delivered (epoch bigint, letter bigint)
 ),
 letters_failed AS (
     SELECT *
-    FROM jsonb_to_recordset($8::jsonb) AS failed (
+    FROM jsonb_to_recordset($8::text::jsonb) AS failed (
         epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid
     )
 ),
 gaps AS (
     SELECT *
-    FROM jsonb_to_recordset($9::jsonb) AS gap (epoch bigint, lower bigint, upper bigint)
+    FROM jsonb_to_recordset($9::text::jsonb) AS gap (epoch bigint, lower bigint, upper bigint)
 ),
 fenced AS (
     UPDATE {schema}.offsets AS stored
@@ -97,10 +98,10 @@ to_bury AS (
 scheduled AS (
     INSERT INTO {schema}.redeliveries AS kept
         (subscription, position, key_hash, attempt, due_at, last_error, failure, started_by)
-    SELECT due.subscription, due.position, event.key_hash, due.attempt,
+    SELECT due.subscription, due.position, {key_hash}, due.attempt,
         clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.started_by
     FROM to_schedule AS due
-    JOIN {schema}.events AS event ON event.position = due.position
+    JOIN {schema}.stored_events AS event ON event.position = due.position
     ON CONFLICT (subscription, position) DO UPDATE
     SET attempt = excluded.attempt,
         due_at = excluded.due_at,
@@ -174,7 +175,7 @@ lost AS (
         FROM to_bury
     ) AS failed
     -- One look-up for each: a join may read the whole log.
-    WHERE (SELECT event.position FROM {schema}.events AS event WHERE event.position = failed.position) IS NULL
+    WHERE (SELECT event.position FROM {schema}.stored_events AS event WHERE event.position = failed.position) IS NULL
 ),
 skipped AS (
     INSERT INTO {schema}.skipped (subscription, positions)
@@ -213,3 +214,10 @@ SELECT
         WHERE skipped.subscription = fenced.subscription
     ) AS skipped
 FROM fenced;
+
+-- name: bound_transactions
+-- For transactions in which dispatchers work. Their appends in plain SQL are checked, as any others are.
+SELECT
+    set_config('statement_timeout', $1, $3),
+    set_config('idle_in_transaction_session_timeout', $2, $3),
+    set_config('pgbackend.checked', 'off', $3);

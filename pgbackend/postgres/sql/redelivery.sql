@@ -6,10 +6,10 @@
 -- from the log has no position here.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, failure, started_by
+    data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight, epoch, attempt, failure, started_by
 FROM (
     SELECT
-        event.*, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.started_by,
+        event.*, due.key_hash, asked.epoch, asked.room_bytes, due.due_at, due.attempt, due.failure, due.started_by,
         sum(event.weight) OVER (
             PARTITION BY asked.epoch ORDER BY due.due_at, event.position
             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
@@ -37,7 +37,7 @@ FROM (
     LEFT JOIN LATERAL (
         -- By itself for each: a join may read the whole log.
         SELECT *, {weight} AS weight
-        FROM {schema}.events
+        FROM {schema}.stored_events
         WHERE position = due.position
         OFFSET 0
     ) AS event ON true
@@ -53,7 +53,7 @@ FROM {schema}.redeliveries AS waiting
 WHERE waiting.subscription = $1
     AND waiting.key_hash % $3::int = $2::int
     AND waiting.position <> ALL ($4::bigint[])
-    AND (SELECT event.position FROM {schema}.events AS event WHERE event.position = waiting.position) IS NULL
+    AND (SELECT event.position FROM {schema}.stored_events AS event WHERE event.position = waiting.position) IS NULL
 ORDER BY waiting.position
 LIMIT 10000;
 
@@ -61,7 +61,7 @@ LIMIT 10000;
 -- The same for dead letters that an operator sent on their way again, with their content from the letter.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, epoch, attempt, letter_id, started_by
+    data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight, epoch, attempt, letter_id, started_by
 FROM (
     SELECT
         due.*, asked.epoch, asked.room_bytes,
@@ -93,7 +93,7 @@ WHERE bytes_before IS NULL OR bytes_before < room_bytes
 ORDER BY due_at;
 
 -- name: find_attempts
--- Of a shard in an ordered mode: what its waiting positions have behind them. A new owner goes on from there.
+-- The retries of a shard in an ordered mode, by their positions. A new owner goes on from there.
 SELECT position, attempt, failure, started_by, greatest(extract(epoch FROM due_at - clock_timestamp()), 0)::float8 AS delay
 FROM {schema}.redeliveries
 WHERE subscription = $1
@@ -103,23 +103,52 @@ WHERE subscription = $1
 -- A page of them, which ends by count or by weight; the first in any case.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
-    data_encoding, position, {readable_date} AS recorded_at, key_hash, weight, letter_id, subscription, attempts, error, details,
-    buried_at, due_at
+    data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight, letter_id, subscription, attempts, error, details,
+    buried_at, due_at, failure_group
 FROM (
     SELECT
         *,
         sum(weight) OVER (ORDER BY letter_id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS weight_before
     FROM (
-        SELECT *, {weight} + 4 * (octet_length(error) + octet_length(details::text)) AS weight
+        SELECT
+            *,
+            {weight} + 4 * (octet_length(error) + octet_length(details::text)) AS weight,
+            {failure_group} AS failure_group
         FROM {schema}.dead_letters
         WHERE letter_id > $1
             AND ($2::text IS NULL OR subscription = $2)
+            AND ($4::text IS NULL OR {failure_group} = $4)
         ORDER BY letter_id
         LIMIT 100
     ) AS letter
 ) AS page
 WHERE weight_before IS NULL OR weight_before < $3
 ORDER BY letter_id;
+
+-- name: list_groups
+-- The groups of letters that failed alike, the largest first. Equal errors are counted first, because most are equal, and
+-- finding the group of an error takes most of the time.
+SELECT {failure_group} AS failure_group, subscription, sum(letters)::bigint AS letters, sum(due)::bigint AS due,
+    min(first_at) AS first_at, max(last_at) AS last_at, max(error) AS error
+FROM (
+    SELECT subscription, error, count(*) AS letters, count(due_at) AS due, min(buried_at) AS first_at,
+        max(buried_at) AS last_at
+    FROM {schema}.dead_letters
+    WHERE $1::text IS NULL
+        OR subscription = $1
+    GROUP BY subscription, error
+) AS equal
+GROUP BY subscription, {failure_group}
+ORDER BY letters DESC, last_at DESC;
+
+-- name: purge_letters
+-- Without those that are on their way again: a worker may be dispatching them.
+DELETE FROM {schema}.dead_letters
+WHERE ($1::bigint[] IS NULL OR letter_id = ANY ($1))
+    AND ($2::text IS NULL OR subscription = $2)
+    AND ($3::text IS NULL OR {failure_group} = $3)
+    AND due_at IS NULL
+RETURNING letter_id;
 
 -- name: redeliver_letters
 -- Send dead letters on their way again, from the first attempt on.
@@ -130,6 +159,7 @@ SET due_at = clock_timestamp(),
     lives = 0
 WHERE ($1::bigint[] IS NULL OR letter_id = ANY ($1))
     AND ($2::text IS NULL OR subscription = $2)
+    AND ($3::text IS NULL OR {failure_group} = $3)
     AND due_at IS NULL
 RETURNING letter_id;
 

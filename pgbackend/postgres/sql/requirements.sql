@@ -1,4 +1,4 @@
--- What the fence takes for granted: see pgbackend/log/requirements.py.
+-- The assumptions of the fence: see pgbackend/log/requirements.py.
 
 -- name: find_properties
 -- The properties of the log's tables that the proof in pgbackend/log/fence.py rests on, from the catalogs.
@@ -10,6 +10,13 @@ SELECT
         WHERE part.inhparent = log.oid
             AND segment.relpersistence <> 'p'
     ) AS events_logged,
+    ARRAY(
+        SELECT segment.relname::text
+        FROM pg_catalog.pg_inherits AS part
+        JOIN pg_catalog.pg_class AS segment ON segment.oid = part.inhrelid
+        WHERE part.inhparent = log.oid
+            AND segment.relpersistence <> 'p'
+    ) AS unlogged,
     (
         SELECT kept.relpersistence = 'p'
         FROM pg_catalog.pg_class AS kept

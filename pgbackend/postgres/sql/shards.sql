@@ -22,19 +22,59 @@ JOIN {schema}.redeliveries AS waiting ON waiting.subscription = $1
 GROUP BY modulus.shards, waiting.key_hash % modulus.shards;
 
 -- name: find_events
--- Ranges are looked up one by one, or all of the log is read: 800 ranges in a log of 300,000 events took two minutes.
-SELECT event.key_hash % $2::int AS old_shard, event.key_hash % $3::int AS new_shard,
-    range_agg(int8range(event.position, event.position + 1))::text AS positions
-FROM unnest($1::text::int8multirange) AS wanted (range)
-CROSS JOIN LATERAL (
-    SELECT held.position, held.key_hash
-    FROM {schema}.events AS held
-    WHERE held.position >= lower(wanted.range)
-        AND held.position < upper(wanted.range)
-    ORDER BY held.position
-    OFFSET 0
-) AS event
-GROUP BY event.key_hash % $2::int, event.key_hash % $3::int;
+-- By a function of the log, for roles that may not read events.
+SELECT event_hash % $2::int AS old_shard, event_hash % $3::int AS new_shard,
+    range_agg(int8range(event_position, event_position + 1))::text AS positions
+FROM {schema}.key_hashes($1::text::int8multirange)
+GROUP BY event_hash % $2::int, event_hash % $3::int;
+
+-- name: count_events
+-- The events from position $1 on and before $2: those recorded after the date $3, if there is one, and the others.
+SELECT
+    count(*) FILTER (WHERE $3::timestamptz IS NULL OR recorded_at > $3) AS later,
+    count(*) FILTER (WHERE recorded_at <= $3) AS earlier
+FROM {schema}.events
+WHERE position >= $1::bigint
+    AND position < $2::bigint;
+
+-- name: count_by_key
+-- Those of the events in $2 that subscription $1 has settled and that come after a seek to $3 or to the date $4, and
+-- those that it has not settled and that do not come. `coming` are all that come. While the number of shards changes, an
+-- event has two shards.
+SELECT
+    count(*) FILTER (WHERE comes) AS coming,
+    count(*) FILTER (WHERE settled AND comes) AS again,
+    count(*) FILTER (WHERE NOT settled AND NOT comes) AS skipped
+FROM (
+    SELECT found.event_position,
+        bool_and(found.event_position <= stored.position AND NOT stored.pending @> found.event_position) AS settled
+    FROM {schema}.key_hashes($2::text::int8multirange) AS found
+    JOIN {schema}.offsets AS stored
+        ON stored.subscription = $1
+        AND stored.shard = found.event_hash % stored.shards
+        AND (stored.until IS NULL OR found.event_position <= stored.until)
+    GROUP BY found.event_position
+) AS decided
+JOIN LATERAL (
+    SELECT event.position > $3::bigint AND ($4::timestamptz IS NULL OR event.recorded_at > $4) AS comes
+    FROM {schema}.events AS event
+    WHERE event.position = decided.event_position
+) AS placed ON true;
+
+-- name: count_waiting
+-- The failed events of subscription $1 that do not come after a seek to $2 or to the date $3.
+SELECT count(*)
+FROM {schema}.redeliveries AS waiting
+WHERE waiting.subscription = $1
+    AND (
+        waiting.position <= $2::bigint
+        OR EXISTS (
+            SELECT
+            FROM {schema}.events AS event
+            WHERE event.position = waiting.position
+                AND event.recorded_at <= $3::timestamptz
+        )
+    );
 
 -- name: swap_shards
 -- Compare and swap: see pgbackend/subscriptions/shards.py. Offsets are locked before the subscription, as by a commit.
@@ -130,6 +170,61 @@ SET until = excluded.until,
     owner = NULL,
     completed_at = NULL
 RETURNING shard;
+
+-- name: find_standing
+-- For position $2: whether its event is redacted, the hash of its key (null if the log has no such event), and whether it
+-- waits to be tried again in subscription $1.
+SELECT
+    EXISTS (SELECT FROM {schema}.redactions WHERE position = $2::bigint) AS is_redacted,
+    coalesce(
+        (SELECT event_hash FROM {schema}.key_hashes(int8multirange(int8range($2, $2, '[]')))),
+        (
+            SELECT waiting.key_hash
+            FROM {schema}.redeliveries AS waiting
+            JOIN {schema}.kept_events AS copy ON copy.position = waiting.position
+            WHERE waiting.subscription = $1::text
+                AND waiting.position = $2
+        )
+    ) AS key_hash,
+    EXISTS (SELECT FROM {schema}.redeliveries WHERE subscription = $1 AND position = $2) AS is_waiting;
+
+-- name: skip_event
+-- Compare and swap of one shard, which gets a new epoch and no owner, together with the dead letter of the event that it
+-- owes no more. The version is compared once the row is locked, so nothing was committed since it was read.
+WITH given AS (
+    SELECT
+        $1::text AS name, $2::int AS shards, $3::int AS shard, $4::bigint AS epoch, $5::text AS version,
+        $6::text AS incarnation, $7::bigint AS skipped, $8::bigint AS position, $9::text AS pending, $10::text AS holes
+),
+held AS MATERIALIZED (
+    SELECT stored.subscription, stored.shards, stored.shard
+    FROM {schema}.offsets AS stored
+    WHERE stored.subscription = (SELECT name FROM given)
+        AND stored.shards = (SELECT shards FROM given)
+        AND stored.shard = (SELECT shard FROM given)
+        AND stored.epoch = (SELECT epoch FROM given)
+        AND stored.xmin = (SELECT version::xid FROM given)
+        AND (SELECT id FROM {schema}.life) = (SELECT incarnation FROM given)
+    FOR UPDATE
+),
+buried AS MATERIALIZED (
+    SELECT {schema}.bury_skipped(held.subscription, (SELECT skipped FROM given)) AS letters
+    FROM held
+)
+UPDATE {schema}.offsets AS stored
+SET position = given.position,
+    pending = given.pending::int8multirange,
+    holes = given.holes::int8multirange,
+    epoch = nextval(to_regclass(quote_ident({schema_literal}) || '.epochs')),
+    owner = NULL
+FROM given
+CROSS JOIN held
+CROSS JOIN buried
+WHERE buried.letters > 0
+    AND stored.subscription = held.subscription
+    AND stored.shards = held.shards
+    AND stored.shard = held.shard
+RETURNING stored.shard;
 
 -- name: set_start_bound
 UPDATE {schema}.subscriptions

@@ -18,6 +18,11 @@ class ConnectionsSql:
 @dataclass(frozen=True, slots=True)
 class LogSql:
     append_one: str
+    append_one_and_notify: str
+    append_one_fresh: str
+    claim_keys: str
+    claim_new_keys: str
+    find_blocked: str
     read_page: str
     read_page_and_holes: str
     read_large: str
@@ -25,12 +30,20 @@ class LogSql:
     find_position: str
     find_holes: str
     find_segments: str
+    find_kept: str
     find_incarnation: str
     compare_landmarks: str
     end_incarnation: str
     begin_incarnation: str
     notify: str
     free_notifications: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxSql:
+    append_rows: str
+    notify_at_commit: str
+    notify_after_commit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class RequirementsSql:
 class OffsetsSql:
     commit_offsets: str
     commit_by_key: str
+    bound_transactions: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +86,21 @@ class RedeliverySql:
     find_due_letters: str
     find_attempts: str
     list_letters: str
+    list_groups: str
+    purge_letters: str
     redeliver_letters: str
     find_start: str
     report_survival: str
     report_survival_of_letter: str
     report_outlived: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetriesSql:
+    list_waiting: str
+    retry_now: str
+    find_requests: str
+    find_due_among: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +111,24 @@ class SubscriptionsSql:
 
 
 @dataclass(frozen=True, slots=True)
+class PausesSql:
+    pause: str
+    resume: str
+    pause_for_dispatcher: str
+    change_target: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShardsSql:
     read_shards: str
     find_waiting: str
     find_events: str
+    count_events: str
+    count_by_key: str
+    count_waiting: str
     swap_shards: str
+    find_standing: str
+    skip_event: str
     set_start_bound: str
     request_drain: str
     renew_drain: str
@@ -102,6 +139,7 @@ class ShardsSql:
 
 @dataclass(frozen=True, slots=True)
 class OverviewSql:
+    find_figures: str
     list_status: str
     find_extremes: str
 
@@ -119,6 +157,62 @@ class SegmentsSql:
 
 
 @dataclass(frozen=True, slots=True)
+class DeduplicationSql:
+    find_window: str
+    store_window: str
+    forget_keys: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionSql:
+    find_retention: str
+    store_retention: str
+    bound_pauses: str
+    cut_segment: str
+    empty_segment: str
+    remove_segments: str
+    forget_letters: str
+    forget_removed: str
+    find_holders: str
+
+
+@dataclass(frozen=True, slots=True)
+class RedactionSql:
+    redact: str
+
+
+@dataclass(frozen=True, slots=True)
 class SchemaSql:
     find_revision: str
     find_unversioned: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorSql:
+    limit_transaction: str
+    describe_session: str
+    list_settings: str
+    find_capacity: str
+    find_synchrony: str
+    list_sessions: str
+    list_prepared: str
+    list_slots: str
+    list_standbys: str
+    list_appenders: str
+    list_lock_waits: str
+    list_notification_holders: str
+    find_notify_waits: str
+    list_tables: str
+    list_segments: str
+    list_privileges: str
+    list_additions: str
+    list_columns: str
+    list_constraints: str
+    list_routines: str
+    find_rights: str
+    list_subscriptions: str
+    list_losses: str
+    find_retention_state: str
+    find_old_keys: str
+    list_workers: str
+    find_newest_event: str
