@@ -1,0 +1,52 @@
+"""Revisions, and functions that strangers removed or changed."""
+
+import asyncpg
+import pytest
+
+from pgbackend.postgres import schema
+from tests.doctor.conftest import found, only
+from tests.support.databases import execute
+
+
+async def test_a_schema_without_a_log_is_an_error_that_migrating_cures(empty_database: str) -> None:
+    (finding,) = await found(empty_database, schema="Shop's log")
+    assert (finding.check, finding.severity) == ("revision", "error")
+    assert finding.cure == """pgbackend migrate --schema 'Shop'"'"'s log'"""
+
+
+async def test_a_log_of_an_older_revision_is_an_error_that_migrating_cures(empty_database: str) -> None:
+    await schema.migrate(lambda: asyncpg.connect(empty_database), "pgbackend", to=schema.revisions()[-2])
+    finding = only(await found(empty_database), "revision")
+    assert finding.cure == "pgbackend migrate"
+    assert f"is at {schema.revisions()[-2]}" in finding.what
+
+
+async def test_a_log_of_a_newer_version_is_an_error_that_no_line_cures(database: str) -> None:
+    await execute(database, "UPDATE pgbackend.pgbackend_revision SET version_num = 'r9999'")
+    (finding,) = await found(database)
+    assert (finding.check, finding.cure) == ("revision", None)
+    assert "migrated by a newer pgbackend" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("statement", "subject"),
+    [
+        ("DROP FUNCTION pgbackend.blocked_keys(bytea[])", "function or view blocked_keys"),
+        ("DROP TABLE pgbackend.skipped CASCADE", "table skipped"),
+        ("ALTER TABLE pgbackend.events DROP CONSTRAINT events_valid", "check events_valid of events"),
+        (
+            (
+                "CREATE OR REPLACE FUNCTION pgbackend.stays_locked(held text, patience integer) RETURNS boolean "
+                "LANGUAGE plpgsql AS 'BEGIN RETURN false; END'"
+            ),
+            "function pgbackend.stays_locked(text,integer)",
+        ),
+    ],
+)
+async def test_what_the_migrations_make_and_is_not_there_is_an_error(
+    database: str, statement: str, subject: str
+) -> None:
+    await execute(database, statement)
+    drifts = {one.subject: one for one in await found(database) if one.check == "schema-drift"}
+    assert drifts[subject].severity == "error"
+    assert drifts[subject].cure == "pgbackend migrate --sql"
