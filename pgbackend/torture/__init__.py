@@ -10,5 +10,6 @@ these records are judged:
                  ╰─▶ machine ──────────────────────────┤ when it stood still
                                          audit ────────╯ the server's own record
 
-It is a user of `Backend` like any other and has no private way into it. So a user can meet whatever it finds.
+Each plan has an application that works meanwhile: see applications/. It is a user of `Backend` like any other and has
+no private way into it. So a user can meet whatever it finds.
 """

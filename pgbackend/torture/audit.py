@@ -10,7 +10,7 @@ the two is measured at the start and at the end.
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,6 +138,9 @@ _NOT_SET = 0.05
 """Seconds by which two readings of the server's clock may differ though nobody set it."""
 
 
+_Row = TypeVar("_Row", bound=tuple[object, ...])
+
+
 class Change(NamedTuple):
     """An update of an offset row. Those of a row are in the order in which they happened."""
 
@@ -237,10 +240,10 @@ class Audit:
         self._schema = quote_ident(schema)
         self._clock_offset = 0
 
-    async def install(self) -> None:
-        """From now on each change is noted."""
+    async def install(self, tables: str = "") -> None:
+        """From now on each change is noted. `tables`: creates those of the application."""
         async with self._connected() as connection:
-            await connection.execute(_INSTALL.format(schema=self._schema))
+            await connection.execute((_INSTALL + tables).format(schema=self._schema))
             self._clock_offset = await _measure_clock(connection)
 
     async def drop(self) -> None:
@@ -266,13 +269,20 @@ class Audit:
         async with self._connected() as connection:
             return [row["what"] for row in await connection.fetch(_UNSETTLED.format(schema=self._schema))]
 
-    async def collect(self, directory: Path, *, unsettled: Sequence[str], failures: Sequence[str]) -> None:
-        """Everything that the verdict needs of the server is in the directory."""
+    async def collect(
+        self, directory: Path, *, unsettled: Sequence[str], failures: Sequence[str], records: Mapping[str, str]
+    ) -> None:
+        """Everything that the verdict needs of the server is in the directory.
+
+        `records`: by the name of a file, the query of what it needs of the application's tables.
+        """
         async with self._connected() as connection:
             moved = (await _measure_clock(connection) - self._clock_offset) / 1e9
             await _dump(connection, _LOG.format(schema=self._schema), directory / "log")
             await _dump(connection, _CHANGES.format(schema=self._schema), directory / "changes")
             await _dump(connection, _STARTS.format(schema=self._schema), directory / "starts")
+            for name, query in records.items():
+                await _dump(connection, query.format(schema=self._schema), directory / name)
             offsets = await connection.fetch(_OFFSETS.format(schema=self._schema))
             letters = await connection.fetch(_LETTERS.format(schema=self._schema))
         state = FinalState(
@@ -297,20 +307,20 @@ class Audit:
 
 def read_log(directory: Path) -> Iterator[Stored]:
     """The log as it was collected, by position."""
-    return _load(directory / "log", Stored)
+    return read_rows(directory / "log", Stored)
 
 
 def read_changes(directory: Path) -> Iterator[Change]:
     """The changes of offsets, in their order."""
     offset = read_state(directory).clock_offset
-    for change in _load(directory / "changes", Change):
+    for change in read_rows(directory / "changes", Change):
         yield change._replace(at=change.at * 1000 + offset, life=change.life * 1000 + offset)
 
 
 def read_starts(directory: Path) -> Iterator[Start]:
     """The changes that concern attempts that have started, in their order."""
     offset = read_state(directory).clock_offset
-    for start in _load(directory / "starts", Start):
+    for start in read_rows(directory / "starts", Start):
         yield start._replace(at=start.at * 1000 + offset, life=start.life * 1000 + offset)
 
 
@@ -342,10 +352,8 @@ async def _dump(connection: Connection, statement: str, path: Path) -> None:
                 file.write(json.dumps(dict(row)) + "\n")
 
 
-_Row = TypeVar("_Row", Stored, Change, Start)
-
-
-def _load(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+def read_rows(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+    """The rows of a query as they were collected. `kind`: a NamedTuple with its columns."""
     with path.open() as file:
         for line in file:
             yield kind(**json.loads(line))

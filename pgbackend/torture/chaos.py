@@ -12,22 +12,21 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import asyncpg
 
 from pgbackend.backend import Backend
-from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.errors import ConnectionLostError, PgBackendError
 from pgbackend.postgres.dsn import build_dsn, parse_dsn
 from pgbackend.torture import machine
+from pgbackend.torture.applications import APPLICATIONS
 from pgbackend.torture.audit import Audit
-from pgbackend.torture.load import SUBSCRIPTIONS
 from pgbackend.torture.plan import DOWN, Plan, Step
 from pgbackend.torture.processes import Child
 from pgbackend.torture.proxy import Proxy
 from pgbackend.torture.records import Notes
-from pgbackend.torture.server import restart_server
+from pgbackend.torture.server import Mode, Restartable
 
 PLACE = "chaos"
 PROGRAMS = {"worker": "pgbackend.torture.worker", "producer": "pgbackend.torture.producer"}
@@ -35,8 +34,6 @@ PROGRAMS = {"worker": "pgbackend.torture.worker", "producer": "pgbackend.torture
 _END_TIMEOUT = 90.0
 """Seconds in which a process that is told to end must end: more than `drain_timeout` and what follows it."""
 _START_TIMEOUT = 120.0
-_RESPITE = 3.0
-"""Seconds that the server runs at least before it is restarted again."""
 
 
 class _Place:
@@ -58,7 +55,7 @@ class Chaos:
     """The processes of a run. Their proxies run while it is entered; nothing of it runs afterwards."""
 
     def __init__(
-        self, plan: Plan, *, dsn: str, schema: str, directory: Path, server: EmbeddedServer | None, audit: Audit
+        self, plan: Plan, *, dsn: str, schema: str, directory: Path, server: Restartable | None, audit: Audit
     ) -> None:
         """`server`: the one to restart, if the plan has restarts. `directory`: for the notes."""
         self._plan = plan
@@ -68,7 +65,8 @@ class Chaos:
         self._server = server
         self._audit = audit
         self._notes = Notes(directory, PLACE)
-        self._subscriptions = [name for name, terms in SUBSCRIPTIONS.items() if not terms.midway]
+        self._terms = APPLICATIONS[plan.name].subscriptions
+        self._subscriptions = [name for name, terms in self._terms.items() if not terms.midway]
         self._proxies = AsyncExitStack()
         self._places = {name: _Place(name, dsn) for name in (*plan.workers, *plan.producers)}
         self._children: list[Child] = []
@@ -97,7 +95,7 @@ class Chaos:
         """These subscriptions exist. Notes for each when it was asked for, and when it existed."""
         backend = Backend(self._dsn, schema=self._schema)
         for name in names:
-            terms = SUBSCRIPTIONS[name]
+            terms = self._terms[name]
             self._notes.note("creating", name)
             while True:
                 try:
@@ -160,8 +158,8 @@ class Chaos:
     async def _inject(self, step: Step) -> None:
         if step.kind == "subscribe":
             await self._subscribe_midway()
-        elif step.kind in ("server fast", "server immediate", "server kill"):
-            await self._restart_server(step.kind.split()[1])  # type: ignore[arg-type] # one of the three
+        elif step.kind in ("server fast", "server immediate", "server kill", "server failover"):
+            await self._restart_server(step.kind.split()[1])  # type: ignore[arg-type] # one of the four
         else:
             await self._inject_in_place(step, self._places[step.target])
 
@@ -188,6 +186,13 @@ class Chaos:
                 await asyncio.sleep(step.seconds)
                 note("restore", process)
                 proxy.restore()
+            case "lose":
+                note("lose", process)
+                proxy.lose_reply_to(b"COMMIT")
+                with suppress(TimeoutError):
+                    await proxy.struck(step.seconds)
+                note("restore", process)
+                proxy.restore()
             case "terminate":
                 note("terminate", process)
                 # The server itself may be away.
@@ -198,15 +203,15 @@ class Chaos:
                 if child is not None:
                     child.tell({"clock": int(step.detail)})
 
-    async def _restart_server(self, mode: Literal["fast", "immediate", "kill"]) -> None:
+    async def _restart_server(self, mode: Mode) -> None:
         assert self._server is not None  # noqa: S101 - the plan has restarts only then
         self._notes.note("server", mode)
-        await restart_server(self._server, mode)
+        await self._server.restart(mode)
         self._notes.note("server", "back")
-        await asyncio.sleep(_RESPITE)
+        await self._server.repair()
 
     async def _subscribe_midway(self) -> None:
-        names = [name for name, terms in SUBSCRIPTIONS.items() if terms.midway]
+        names = [name for name, terms in self._terms.items() if terms.midway]
         await self.create_subscriptions(names)
         self._subscriptions += names
         for name in self._plan.workers:
@@ -230,6 +235,7 @@ class Chaos:
         place.generation += 1
         job: dict[str, object] = {
             "dsn": named(place.proxy.dsn, place.process),
+            "plan": self._plan.name,
             "schema": self._schema,
             "directory": str(self._directory),
             "place": place.name,

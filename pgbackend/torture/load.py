@@ -33,6 +33,10 @@ class Terms:
     """The share of events that fail each time and become dead letters. Half as many again are rejected at once."""
     failing: float = 0.0
     """The share of events that fail once or twice before they are handled."""
+    retry: Retry = RETRY
+    transactional: bool = False
+    batches: tuple[int | None, ...] = (None,)
+    """`batch` of the first worker, the second, and so on."""
     midway: bool = False
     """Whether it is created in the middle of the run, as "latest". The others exist before the first event."""
 

@@ -5,6 +5,7 @@ meets them in ever new combinations. No target has two faults at once, at least 
 ends before the plan does.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Literal
 LEASE = 3.0
 """Seconds: `lease_timeout` of the run. Short, so that pauses beyond it fit into a short run."""
 
+Name = Literal["log", "bank", "orders"]
+"""The plans: each has an application that works on the log while the faults happen."""
 Kind = Literal[
-    "kill", "stop", "cut", "stall", "terminate", "clock", "leave", "server fast", "server immediate", "server kill",
-    "subscribe",
+    "kill", "stop", "cut", "stall", "lose", "terminate", "clock", "leave", "server fast", "server immediate",
+    "server kill", "server failover", "subscribe",
 ]  # fmt: skip
 
 _PAUSE = (0.5, 1.5)
@@ -51,10 +54,16 @@ _SERVER_DECK: tuple[_Card, ...] = (
     ("server immediate", (0.0, 0.0)),
     ("server kill", (0.0, 0.0)),
 )
+_APPLICATION_DECK: tuple[_Card, ...] = (*_DECK[1:], ("lose", (1.0, 2.0)), ("lose", (1.0, 2.0)), ("lose", (1.0, 2.0)))
+"""Where an application commits transactions of its own. It has one `kill` less, and there is a calm after each storm of
+faults: a shard whose owners die again and again is run with care, one event at a time, until it was calm for a while.
+Batches would have hardly any faults otherwise."""
+_STORM, _CALM = 30.0, 45.0
+"""Seconds."""
 DOWN = frozenset({"kill", "stop", "leave"})
 """Faults during which a worker does nothing."""
 _RESTARTS = frozenset({"server fast", "server immediate", "server kill"})
-_ANY_PROCESS = frozenset({"cut", "stall", "terminate"})
+_ANY_PROCESS = frozenset({"cut", "stall", "lose", "terminate"})
 """Faults that hit producers too."""
 
 
@@ -90,28 +99,42 @@ class Plan:
     workers: tuple[str, ...]
     producers: tuple[str, ...]
     steps: tuple[Step, ...]
+    name: Name = "log"
 
     @classmethod
-    def make(cls, seed: int, seconds: float, *, server: bool, workers: int = 3, producers: int = 2) -> "Plan":
+    def make(
+        cls, seed: int, seconds: float, *, server: bool, name: Name = "log", workers: int = 3, producers: int = 2
+    ) -> "Plan":
         """The plan of this seed. `server`: whether PostgreSQL itself may be restarted.
 
         >>> Plan.make(7, 60, server=True) == Plan.make(7, 60, server=True)
         True
         """
-        chance = random.Random(f"pgbackend torture {seed}")  # noqa: S311 - not a secret
+        chance = random.Random(f"pgbackend torture {seed}" if name == "log" else f"pgbackend torture {name} {seed}")  # noqa: S311 - not a secret
+        deck = [*(_DECK if name == "log" else _APPLICATION_DECK), *(_SERVER_DECK if server else ())]
         names = tuple(f"worker-{number}" for number in range(workers))
         callers = tuple(f"producer-{number}" for number in range(producers))
-        steps = [*_draw_faults(chance, seconds, names, callers, server=server), Step(0.4 * seconds, "subscribe", "")]
-        return cls(seed, seconds, names, callers, tuple(sorted(steps, key=lambda step: step.at)))
+        steps = list(_draw_faults(chance, seconds, names, callers, deck, storm=math.inf if name == "log" else _STORM))
+        if name == "log":
+            steps.append(Step(0.4 * seconds, "subscribe", ""))
+        return cls(seed, seconds, names, callers, tuple(sorted(steps, key=lambda step: step.at)), name)
 
     def __str__(self) -> str:
         return "\n".join(str(step) for step in self.steps)
 
 
 def _draw_faults(
-    chance: random.Random, seconds: float, workers: tuple[str, ...], producers: tuple[str, ...], *, server: bool
+    chance: random.Random,
+    seconds: float,
+    workers: tuple[str, ...],
+    producers: tuple[str, ...],
+    deck: list[_Card],
+    *,
+    storm: float,
 ) -> Iterator[Step]:
+    """`storm`: seconds of faults before each calm."""
     at, until = _MARGIN, seconds - _MARGIN
+    calm_from = at + storm
     busy = dict.fromkeys((*workers, *producers, "server"), 0.0)
     down = dict.fromkeys(workers, 0.0)
 
@@ -122,7 +145,7 @@ def _draw_faults(
         targets = ("server",) if kind in _RESTARTS else (*workers, *producers) if kind in _ANY_PROCESS else workers
         return [target for target in targets if busy[target] <= at]
 
-    cards, held = _cards(chance, server=server), list[_Card]()
+    cards, held = _cards(chance, deck), list[_Card]()
     while at < until:
         card = _draw(cards, held, free)
         if card is not None:
@@ -139,6 +162,9 @@ def _draw_faults(
                     detail = chance.random()
                 yield Step(at, kind, target, lasts, detail)
         at += chance.uniform(*_PAUSE)
+        if at >= calm_from:
+            at += _CALM
+            calm_from = at + storm
 
 
 def _draw(cards: Iterator[_Card], held: list[_Card], free: Callable[[Kind], list[str]]) -> _Card | None:
@@ -154,9 +180,8 @@ def _draw(cards: Iterator[_Card], held: list[_Card], free: Callable[[Kind], list
     return None
 
 
-def _cards(chance: random.Random, *, server: bool) -> Iterator[_Card]:
+def _cards(chance: random.Random, deck: list[_Card]) -> Iterator[_Card]:
     """One shuffled deck after the other, without end."""
-    deck = [*_DECK, *(_SERVER_DECK if server else ())]
     while True:
         chance.shuffle(deck)
         yield from deck

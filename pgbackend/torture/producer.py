@@ -24,28 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend.backend import Backend
 from pgbackend.errors import PgBackendError, ProduceUncertainError
 from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import quote_ident
+from pgbackend.torture.applications import APPLICATIONS
+from pgbackend.torture.applications.application import Append, Connection, MakeEvent
+from pgbackend.torture.applications.plain import KEYS
 from pgbackend.torture.load import PRODUCE_TIMEOUT
 from pgbackend.torture.records import Notes
 from pgbackend.torture.worker import read_commands
 
-CALLERS = 3
-"""Tasks that call produce() for one event after the other."""
 _PAUSE = 0.12
 """Seconds between two events of a caller, at most."""
 _BATCH_PAUSE = 1.0
 _BATCH = 12
-INSERTERS = 2
-"""Tasks that insert in their own transactions."""
-_OPEN = 0.4
-"""Seconds between two statements of a transaction, at most. Some transactions are open for longer than `hole_wait`."""
 _PARTS = 5
-_KEYS = 24
 _RETRY_DELAY = 0.1
 _LOST = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """Errors of a statement whose connection breaks. The last: it broke while another statement was being cancelled."""
@@ -58,8 +53,8 @@ class _Producer:
         self._notes = Notes(Path(job["directory"]), self._place)
         self._notes.note("start", job["process"], os.getpid())
         self._backend = Backend(self._dsn, schema=job["schema"], produce_timeout=PRODUCE_TIMEOUT)
-        events = f"{quote_ident(job['schema'])}.events"
-        self._insert = f"INSERT INTO {events} (id, source, type, partitionkey) VALUES ($1, $2, 'inserted', $3)"  # noqa: S608 - our own name
+        self._application = APPLICATIONS[job["plan"]]
+        self._schema = quote_ident(job["schema"])
         self._numbers = itertools.count()
         self._stop = asyncio.Event()
         self._seed = f"{job['seed']} {self._place}"
@@ -71,11 +66,13 @@ class _Producer:
         orphaned = asyncio.create_task(self._watch(commands), name="await the end")
         os.write(1, b"ready\n")
         async with asyncio.TaskGroup() as tasks:
-            for caller in range(CALLERS):
-                tasks.create_task(self._produce(random.Random(f"{self._seed} {caller}")))  # noqa: S311 - a load
-            tasks.create_task(self._produce_many(random.Random(f"{self._seed} many")))  # noqa: S311
-            for inserter in range(INSERTERS):
-                tasks.create_task(self._insert_slowly(random.Random(f"{self._seed} slow {inserter}")))  # noqa: S311
+            if (make_event := self._application.make_event) is not None:
+                for caller in range(self._application.callers):
+                    tasks.create_task(self._produce(make_event, random.Random(f"{self._seed} {caller}")))  # noqa: S311 - a load
+                tasks.create_task(self._produce_many(make_event, random.Random(f"{self._seed} many")))  # noqa: S311
+            if (append := self._application.append) is not None:
+                for appender in range(self._application.appenders):
+                    tasks.create_task(self._append_slowly(append, random.Random(f"{self._seed} slow {appender}")))  # noqa: S311
         orphaned.cancel()
         await self._backend.stop()
         self._notes.note("end")
@@ -84,49 +81,40 @@ class _Producer:
         await commands.read()
         self._stop.set()
 
-    async def _produce(self, draws: random.Random) -> None:
+    async def _produce(self, make_event: MakeEvent, draws: random.Random) -> None:
         while not self._stop.is_set():
             number = next(self._numbers)
             self._notes.note("sent", number)
             try:
-                await self._backend.produce(self._event(number, draws))
+                await self._backend.produce(make_event(self._id(number), draws))
             except PgBackendError as error:
                 self._notes.note(_outcome(error), number)
             else:
                 self._notes.note("acknowledged", number)
             await self._pause(draws.random() * _PAUSE)
 
-    async def _produce_many(self, draws: random.Random) -> None:
+    async def _produce_many(self, make_event: MakeEvent, draws: random.Random) -> None:
         while not self._stop.is_set():
             numbers = list(itertools.islice(self._numbers, draws.randint(2, _BATCH)))
             self._notes.note("sent", *numbers)
             try:
-                await self._backend.produce_many([self._event(number, draws) for number in numbers])
+                await self._backend.produce_many([make_event(self._id(number), draws) for number in numbers])
             except PgBackendError as error:
                 self._notes.note(_outcome(error), *numbers)
             else:
                 self._notes.note("acknowledged", *numbers)
             await self._pause(draws.random() * _BATCH_PAUSE)
 
-    def _event(self, number: int, draws: random.Random) -> CloudEvent:
-        attributes = {
-            "id": f"{self._place}-{number}",
-            "source": "torture",
-            "type": "produced",
-            "datacontenttype": "text/plain",
-        }
-        kind = draws.random()
-        if kind < 0.85:
-            attributes["partitionkey" if kind < 0.7 else "subject"] = f"key-{draws.randrange(_KEYS)}"
-        return CloudEvent(attributes, "x" * draws.randrange(600))
+    def _id(self, number: int) -> str:
+        return f"{self._place}-{number}"
 
-    async def _insert_slowly(self, draws: random.Random) -> None:
-        connection: asyncpg.Connection[asyncpg.Record] | None = None
+    async def _append_slowly(self, append: Append, draws: random.Random) -> None:
+        connection: Connection | None = None
         while not self._stop.is_set():
             try:
                 if connection is None or connection.is_closed():
                     connection = await Database(self._dsn).connect(timeout=10)
-                await self._transact(connection, draws)
+                await self._transact(append, connection, draws)
             except _LOST:
                 if connection is not None:
                     connection.terminate()
@@ -136,11 +124,12 @@ class _Producer:
             with suppress(*_LOST):
                 await connection.close(timeout=5)
 
-    async def _transact(self, connection: "asyncpg.Connection[asyncpg.Record]", draws: random.Random) -> None:
-        """One transaction of several inserts, some with the same key; it may roll back, as a whole or in part."""
+    async def _transact(self, append: Append, connection: Connection, draws: random.Random) -> None:
+        """One transaction of several events, some with the same key; it may roll back, as a whole or in part."""
+        patience = self._application.patience
         parts, undone = [], []
         committing = rolled_back = False
-        keys = [f"key-{draws.randrange(_KEYS)}" for _ in range(2)]
+        keys = [f"key-{draws.randrange(KEYS)}" for _ in range(2)]
         try:
             await connection.execute("BEGIN", timeout=10)
             for _ in range(draws.randint(1, _PARTS)):
@@ -150,13 +139,11 @@ class _Producer:
                 savepoint = draws.random() < 0.15
                 if savepoint:
                     await connection.execute("SAVEPOINT part", timeout=10)
-                await connection.execute(
-                    self._insert, f"{self._place}-{number}", "torture", draws.choice((*keys, None)), timeout=10
-                )
+                await append(self._backend, self._schema, self._id(number), draws.choice((*keys, None)), connection)
                 if savepoint:
                     await connection.execute("ROLLBACK TO SAVEPOINT part", timeout=10)
                     undone.append(number)
-                await self._pause(draws.random() * _OPEN)
+                await self._pause(draws.random() * patience)
             if draws.random() < 0.25:
                 await connection.execute("ROLLBACK", timeout=10)
                 rolled_back = True
@@ -177,7 +164,7 @@ class _Producer:
         finally:
             if undone:
                 self._notes.note("rolled-back", *undone)
-        await self._pause(draws.random() * _OPEN)
+        await self._pause(draws.random() * patience)
 
     async def _pause(self, seconds: float) -> None:
         if not self._stop.is_set():

@@ -83,9 +83,15 @@ class Proxy:
             link.stranded = True
 
     def restore(self) -> None:
-        """Let new connections through, and pass on what was held up."""
+        """Let new connections through, and pass on what was held up. No reply is lost any more."""
         self._refusing = False
+        self._fatal = None
         self._flowing.set()
+
+    def redirect(self, dsn: str) -> None:
+        """Reset every connection. New ones lead to the server of `dsn`."""
+        self._target = dsn
+        self.reset()
 
     def lose_reply_to(self, marker: bytes) -> None:
         """Pass the next request that contains `marker` to the server, and break its connection before the answer.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pgbackend.torture.plan import Plan
-from pgbackend.torture.verdict.rulings import RULES, SECOND, Ruling, Verdict
+from pgbackend.torture.verdict.rulings import SECOND, Ruling, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +25,8 @@ class Report:
         figures = self._figures()
         width = max(len(name) for name, _ in figures)
         parts = [self._title(), "", *(f"{name:<{width}}  {value}" for name, value in figures)]
-        parts += ["", *_columns([_HEAD, *self._subscriptions()]), ""]
-        width = max(map(len, RULES))
+        parts += ["", *_columns(self._subscriptions()), ""]
+        width = max(map(len, self.verdict.rulings))
         for rule, ruling in self.verdict.rulings.items():
             parts.append(f"{rule:<{width}}  {_describe(ruling)}")
             parts += [f"    {line}" for line in ruling.evidence]
@@ -36,14 +36,18 @@ class Report:
         """As a page."""
         parts = [f"# {self._title()}", "", "| figure | |", "|---|---|"]
         parts += [f"| {name} | {value} |" for name, value in self._figures()]
-        parts += ["", f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
-        parts += [f"| {' | '.join(row)} |" for row in self._subscriptions()]
+        head, *rows = self._subscriptions()
+        parts += ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        parts += [f"| {' | '.join(row)} |" for row in rows]
         parts += ["", "| promise | verdict |", "|---|---|"]
         parts += [f"| {rule} | {_describe(ruling)} |" for rule, ruling in self.verdict.rulings.items()]
         for rule, ruling in self.verdict.rulings.items():
             if ruling.evidence:
                 parts += ["", f"## {rule}", "", *(f"    {line}" for line in ruling.evidence)]
-        plan = f"`pgbackend torture --minutes {self.plan.seconds / 60:g} --seed {self.plan.seed} --plan`"
+        plan = (
+            f"`pgbackend torture --plan {self.plan.name} --minutes {self.plan.seconds / 60:g} "
+            f"--seed {self.plan.seed} --print-plan`"
+        )
         parts += ["", f"The faults: {plan} (with `--dsn`, if the run had one)."]
         return "\n".join([*parts, ""])
 
@@ -58,10 +62,10 @@ class Report:
                 text = "NOT JUDGED: " + "; ".join(
                     (*verdict.void, *(f"the machine had a {one}" for one in verdict.stalls))
                 )
-        return f"pgbackend torture, seed {self.plan.seed}, {self.plan.seconds:g} s: {text}"
+        return f"pgbackend torture, plan {self.plan.name}, seed {self.plan.seed}, {self.plan.seconds:g} s: {text}"
 
     def _figures(self) -> Sequence[tuple[str, str]]:
-        verdict, outcomes, overlaps = self.verdict, self.verdict.outcomes, self.verdict.overlaps
+        verdict, outcomes = self.verdict, self.verdict.outcomes
         return [
             ("ran on", self.server),
             ("faults", _counts(verdict.faults)),
@@ -70,6 +74,17 @@ class Report:
             ("uncertain", f"{outcomes['uncertain']:,}, {verdict.uncertain_stored:,} of them in the log"),
             ("in the log", f"{verdict.stored:,}"),
             ("offset commits", f"{verdict.commits:,}"),
+            *(self._leases() if self.plan.name == "log" else self._transactions()),
+            ("the machine stood still", "; ".join((*verdict.stalls, *verdict.void)) or "never"),
+            ("settled after the last event", f"{self.drained:.1f} s"),
+        ]
+
+    def _transactions(self) -> Sequence[tuple[str, str]]:
+        return [("transactions in doubt", f"{self.verdict.doubts:,}: COMMIT was not answered, or the lease was lost")]
+
+    def _leases(self) -> Sequence[tuple[str, str]]:
+        verdict, overlaps = self.verdict, self.verdict.overlaps
+        return [
             ("takeovers of a shard", _takeovers([nanoseconds / SECOND for nanoseconds in verdict.takeovers])),
             ("overlaps with the new owner", f"{overlaps.finished:,} dispatches had started before"),
             (
@@ -78,12 +93,12 @@ class Report:
             ),
             ("attempts that count unseen", _counts(verdict.counted)),
             ("unplanned, excuses nothing", _counts(verdict.unplanned)),
-            ("the machine stood still", "; ".join((*verdict.stalls, *verdict.void)) or "never"),
-            ("settled after the last event", f"{self.drained:.1f} s"),
         ]
 
-    def _subscriptions(self) -> list[tuple[str, ...]]:
-        return [
+    def _subscriptions(self) -> Sequence[tuple[str, ...]]:
+        if self.verdict.table:
+            return self.verdict.table
+        return [_HEAD] + [
             (
                 name,
                 f"{tally.handled:,}",

@@ -18,13 +18,19 @@ from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.errors import ConfigError
 from pgbackend.postgres.dsn import describe_dsn
 from pgbackend.postgres.pool import Database
-from pgbackend.torture import chaos, machine, records
-from pgbackend.torture.audit import Audit, read_changes, read_log, read_starts, read_state
+from pgbackend.postgres.sql import quote_ident
+from pgbackend.torture import chaos, machine, moments, records
+from pgbackend.torture.applications import APPLICATIONS
+from pgbackend.torture.applications.bank import Applied, Balance
+from pgbackend.torture.applications.orders import Bill, Order
+from pgbackend.torture.audit import Audit, read_changes, read_log, read_rows, read_starts, read_state
 from pgbackend.torture.chaos import Chaos
-from pgbackend.torture.load import SUBSCRIPTIONS
 from pgbackend.torture.plan import Plan
 from pgbackend.torture.report import Report
+from pgbackend.torture.server import Embedded, Restartable
+from pgbackend.torture.verdict.bank import BankRecords, judge_bank
 from pgbackend.torture.verdict.judge import Records, judge
+from pgbackend.torture.verdict.orders import OrderRecords, judge_orders
 from pgbackend.torture.verdict.rulings import Verdict
 
 _STANDSTILL = 60.0
@@ -34,19 +40,25 @@ _POLL = 0.25
 
 
 async def run(
-    plan: Plan, *, dsn: str | None = None, keep: Path | None = None, progress: Callable[[str], None] = lambda _: None
+    plan: Plan,
+    *,
+    dsn: str | None = None,
+    server: Restartable | None = None,
+    keep: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Carry the plan out and judge the run.
 
-    `dsn`: the database to use. Its server is not restarted, so the plan must have no restarts. `keep`: a new or empty
-    directory for the records. Without it they are deleted.
+    `dsn`: the database to use. Its server is not restarted, so the plan must have no restarts. `server`: one to restart
+    as the plan says; without both it is a new embedded one. `keep`: a new or empty directory for the records. Without
+    it they are deleted.
     """
     with _directory(keep) as directory:
         (directory / "plan").write_text(f"{plan}\n")
         async with AsyncExitStack() as stack:
-            server: EmbeddedServer | None = None
             if dsn is None:
-                server = await stack.enter_async_context(_embedded())
+                if server is None:
+                    server = await stack.enter_async_context(_embedded())
                 dsn = server.dsn
             where = await _describe(dsn, embedded=server is not None)
             schema = f"pgbackend_torture_{uuid.uuid4().hex[:12]}"
@@ -60,37 +72,45 @@ async def run(
 
 def judge_directory(directory: Path, plan: Plan) -> Verdict:
     """The verdict on the records in a directory."""
-    return judge(
-        Records(
-            produced=chain.from_iterable(records.read(directory, place) for place in plan.producers),
-            log=read_log(directory),
-            changes=read_changes(directory),
-            starts=read_starts(directory),
-            faults=records.merge(directory, [chaos.PLACE, machine.PLACE]),
-            notes=records.merge(directory, plan.workers),
-            state=read_state(directory),
-        )
+    run_records = Records(
+        produced=chain.from_iterable(records.read(directory, place) for place in plan.producers),
+        log=read_log(directory),
+        changes=read_changes(directory),
+        starts=read_starts(directory),
+        faults=records.merge(directory, [chaos.PLACE, machine.PLACE]),
+        notes=records.merge(directory, plan.workers),
+        state=read_state(directory),
+        subscriptions=APPLICATIONS[plan.name].subscriptions,
     )
+    noted = records.read(directory, moments.PLACE)
+    match plan.name:
+        case "bank":
+            applied, balances = read_rows(directory / "effects", Applied), read_rows(directory / "balances", Balance)
+            return judge_bank(BankRecords(run=run_records, moments=noted, applied=applied, balances=balances))
+        case "orders":
+            bills, orders = read_rows(directory / "effects", Bill), read_rows(directory / "orders", Order)
+            return judge_orders(OrderRecords(run=run_records, moments=noted, bills=bills, orders=orders))
+        case _:
+            return judge(run_records)
 
 
 async def _torture(
-    plan: Plan,
-    dsn: str,
-    schema: str,
-    directory: Path,
-    server: EmbeddedServer | None,
-    *,
-    progress: Callable[[str], None],
+    plan: Plan, dsn: str, schema: str, directory: Path, server: Restartable | None, *, progress: Callable[[str], None]
 ) -> float:
     """All records are in the directory, and the schema is gone. Returns how many seconds settling took at the end."""
+    application = APPLICATIONS[plan.name]
     audit = Audit(dsn, schema)
     backend = Backend(dsn, schema=schema)
     try:
         await backend.init()
         await backend.stop()
-        await audit.install()
-        async with Chaos(plan, dsn=dsn, schema=schema, directory=directory, server=server, audit=audit) as processes:
-            await processes.create_subscriptions([name for name, terms in SUBSCRIPTIONS.items() if not terms.midway])
+        await audit.install(application.tables)
+        async with (
+            Chaos(plan, dsn=dsn, schema=schema, directory=directory, server=server, audit=audit) as processes,
+            _moments(dsn, schema, application.moment, directory),
+        ):
+            names = [name for name, terms in application.subscriptions.items() if not terms.midway]
+            await processes.create_subscriptions(names)
             progress(f"starting {len(plan.workers)} workers and {len(plan.producers)} producers")
             await processes.start_processes([*plan.workers, *plan.producers])
             progress(f"{len(plan.steps)} faults in {plan.seconds:g} s")
@@ -101,7 +121,9 @@ async def _torture(
             unsettled = await _drain(audit, processes, most=_STANDSTILL + plan.seconds)
             drained = time.monotonic() - began
             await processes.end_processes(plan.workers)
-            await audit.collect(directory, unsettled=unsettled, failures=processes.failures)
+            await audit.collect(
+                directory, unsettled=unsettled, failures=processes.failures, records=application.records
+            )
     finally:
         await backend.stop()
         if server is None:
@@ -126,10 +148,26 @@ async def _drain(audit: Audit, processes: Chaos, *, most: float) -> list[str]:
 
 
 @asynccontextmanager
-async def _embedded() -> AsyncIterator[EmbeddedServer]:
+async def _moments(dsn: str, schema: str, question: str, directory: Path) -> AsyncIterator[None]:
+    """Meanwhile what must hold at each moment is noted, if the application has a question."""
+    if not question:
+        yield
+        return
+    notes = records.Notes(directory, moments.PLACE)
+    watching = asyncio.create_task(moments.watch(dsn, question.format(schema=quote_ident(schema)), notes), name="watch")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+        notes.close()
+
+
+@asynccontextmanager
+async def _embedded() -> AsyncIterator[Embedded]:
     with tempfile.TemporaryDirectory(prefix="pgbackend-torture-", ignore_cleanup_errors=True) as directory:
         async with EmbeddedServer(Path(directory)) as server:
-            yield server
+            yield Embedded(server)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""Faults of a whole embedded PostgreSQL: kill -9 to all its processes, as a power cut does, and its quick shutdowns.
+"""The server of a run, and its faults.
 
-The keeper of the embedded server starts it again.
+Those of an embedded PostgreSQL are kill -9 to all its processes, as a power cut does, and its quick shutdowns. Its
+keeper starts it again. Another kind of server can fail in other ways: it needs what `Restartable` lists.
 """
 
 import asyncio
@@ -9,13 +10,57 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import asyncpg
 
 from pgbackend.embedded.server import EmbeddedServer
 
 _INTERVAL = 0.02
+_RESPITE = 3.0
+"""Seconds that the server runs at least before it is restarted again."""
+Mode = Literal["fast", "immediate", "kill", "failover"]
+"""How a server goes down. After a failover another one answers in its place."""
+
+
+class Restartable(Protocol):
+    """A server that a run may restart. It runs, and keeps running, until the run is over."""
+
+    @property
+    def dsn(self) -> str:
+        """Leads to it at any time."""
+
+    @property
+    def directory(self) -> Path:
+        """On the disk of its data."""
+
+    async def restart(self, mode: Mode) -> None:
+        """Return once it has gone down in this way and answers again."""
+
+    async def repair(self) -> None:
+        """Return once it may go down again."""
+
+
+class Embedded:
+    """An embedded server that a run may restart."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = server
+
+    @property
+    def dsn(self) -> str:
+        return self._server.dsn
+
+    @property
+    def directory(self) -> Path:
+        return self._server.directory
+
+    async def restart(self, mode: Mode) -> None:
+        assert mode != "failover", "it has no standby"  # noqa: S101
+        await restart_server(self._server, mode)
+
+    async def repair(self) -> None:
+        await asyncio.sleep(_RESPITE)
 
 
 async def kill_server(server: EmbeddedServer) -> None:

@@ -3,11 +3,13 @@
 It reads commands from standard input as lines of JSON, the job first. It ends when that closes, or on SIGTERM.
 
     start PROCESS PID
-    dispatch SERIAL SUBSCRIPTION SHARD EPOCH POSITION ATTEMPT ID    a dispatch starts, under this lease
+    dispatch SERIAL SUBSCRIPTION SHARD EPOCH POSITION ATTEMPT ID    a dispatch starts, under this lease; for a batch,
+                                                                    one line for each event
     handled SERIAL                                                  its handler returns next
     failed SERIAL                                                   its handler raises next
     claim, lost, released SUBSCRIPTION SHARD …                      what the worker reports of its leases
     presence, incarnation                                           it noticed that its connection or server is gone
+    doubt                                                           it lost a shard at the end of a transaction
     tick                                                            its event loop runs
     end                                                             it ended in order
 """
@@ -23,15 +25,22 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgbackend import facts
 from pgbackend.backend import Backend
 from pgbackend.codec.event import Event
 from pgbackend.errors import DatabaseError, Reject
+from pgbackend.postgres.sql import quote_ident
 from pgbackend.torture import clock
-from pgbackend.torture.load import REJECTED, RETRY, SETTINGS, SUBSCRIPTIONS, Terms, failures
+from pgbackend.torture.applications import APPLICATIONS
+from pgbackend.torture.applications.application import Connection, Effect
+from pgbackend.torture.load import REJECTED, SETTINGS, Terms, failures
+from pgbackend.torture.plan import Name
 from pgbackend.torture.records import Notes
+
+if TYPE_CHECKING:
+    from pgbackend.model import Dispatcher
 
 _TICK = 0.25
 _RETRY_DELAY = 0.1
@@ -41,6 +50,7 @@ _RETRY_DELAY = 0.1
 @dataclass(frozen=True, slots=True)
 class _Job:
     dsn: str
+    plan: Name
     schema: str
     directory: str
     place: str
@@ -53,6 +63,9 @@ class _Worker:
         self._notes = Notes(Path(job.directory), job.place)
         self._notes.note("start", job.process, os.getpid())
         self._backend = Backend(job.dsn, schema=job.schema, **SETTINGS)  # type: ignore[arg-type] # numbers
+        self._application = APPLICATIONS[job.plan]
+        self._schema = quote_ident(job.schema)
+        self._number = int(job.place.rpartition("-")[2])
         self._subscriptions = job.subscriptions
         self._epochs: dict[tuple[str, int], int] = {}
         self._serial = itertools.count()
@@ -103,16 +116,22 @@ class _Worker:
                     await self._subscribe(argument)
 
     async def _subscribe(self, name: str) -> None:
-        terms = SUBSCRIPTIONS[name]
+        terms, effect = self._application.subscriptions[name], self._application.effect
+        dispatcher: Dispatcher = self._dispatcher(name, terms)
+        if terms.transactional:
+            assert effect is not None  # noqa: S101 - such an application has one
+            dispatcher = self._transactor(name, terms, effect)
         await self._until_done(
             lambda: self._backend.subscribe(
                 name,
-                self._dispatcher(name, terms),
+                dispatcher,
                 start="latest" if terms.midway else "earliest",
                 order=terms.order,
                 shards=terms.shards,
                 concurrency=terms.concurrency,
-                retry=RETRY,
+                retry=terms.retry,
+                transactional=terms.transactional,
+                batch=terms.batches[self._number % len(terms.batches)],
             )
         )
 
@@ -126,14 +145,11 @@ class _Worker:
         return None
 
     def _dispatcher(self, name: str, terms: Terms) -> Callable[[Event], Awaitable[None]]:
-        note, draw, epochs = self._notes.note, self._random.random, self._epochs
+        note = self._notes.note
 
         async def dispatch(event: Event) -> None:
-            serial = next(self._serial)
-            shard = event.key_hash % terms.shards
-            epoch = epochs.get((name, shard), 0)
-            note("dispatch", serial, name, shard, epoch, event.position, event.attempt, event.id)
-            await asyncio.sleep(draw() * (terms.long if draw() < 0.01 else terms.delay))
+            serial = self._note_dispatch(name, terms, event)
+            await self._take_time(terms)
             fails = failures(name, terms, event.id)
             if fails == REJECTED or event.attempt <= fails:
                 note("failed", serial)
@@ -142,6 +158,37 @@ class _Worker:
             note("handled", serial)
 
         return dispatch
+
+    def _transactor(
+        self, name: str, terms: Terms, effect: Effect
+    ) -> Callable[[Event | list[Event], Connection], Awaitable[None]]:
+        """Handles an event or a batch in a transaction. A fault may come before, amid and after the effect."""
+
+        async def transact(work: Event | list[Event], connection: Connection) -> None:
+            events = work if isinstance(work, list) else [work]
+            serials = [self._note_dispatch(name, terms, event) for event in events]
+            await self._take_time(terms)
+            ending = "failed"
+            try:
+                await effect(self._schema, name, terms, events, connection)
+                await self._take_time(terms)
+                ending = "handled"
+            finally:
+                for serial in serials:
+                    self._notes.note(ending, serial)
+
+        return transact
+
+    def _note_dispatch(self, name: str, terms: Terms, event: Event) -> int:
+        serial = next(self._serial)
+        shard = event.key_hash % terms.shards if terms.shards > 1 else 0
+        epoch = self._epochs.get((name, shard), 0)
+        self._notes.note("dispatch", serial, name, shard, epoch, event.position, event.attempt, event.id)
+        return serial
+
+    async def _take_time(self, terms: Terms) -> None:
+        draw = self._random.random
+        await asyncio.sleep(draw() * (terms.long if draw() < 0.01 else terms.delay))
 
     def _observe(self, name: str, fields: Mapping[str, object]) -> None:
         match name:
@@ -153,6 +200,8 @@ class _Worker:
                 self._notes.note("claim", subscription, shard, epoch)
             case "lease lost" | "lease released":
                 self._notes.note(name.removeprefix("lease "), fields["subscription"], fields["shard"])
+            case "transaction without effect":
+                self._notes.note("doubt")
             case "presence lost" | "incarnation changed":
                 self._notes.note(name.partition(" ")[0])
             case _:

@@ -74,3 +74,24 @@ async def test_the_proxys_dsn_keeps_the_other_options_of_the_targets() -> None:
         async with Proxy(dsn) as proxy:
             port = proxy.dsn.partition("127.0.0.1:")[2].partition("/")[0]
             assert proxy.dsn == (f"postgresql://me:secret@127.0.0.1:{port}/app?application_name=shop&sslmode={kept}")
+
+
+async def test_restore_forgets_a_reply_that_was_to_be_lost(empty_database: str) -> None:
+    async with Proxy(empty_database) as proxy:
+        connection = await asyncpg.connect(proxy.dsn)
+        proxy.lose_reply_to(b"create table")
+        proxy.restore()
+        await connection.execute("create table t ()")
+        await connection.close()
+
+
+async def test_redirect_leads_new_connections_to_another_server(empty_database: str) -> None:
+    async with Proxy(empty_database) as front, Proxy(empty_database) as behind:
+        before = await asyncpg.connect(front.dsn)
+        front.redirect(behind.dsn)
+        with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)):
+            await before.fetchval("select 1")
+        after = await asyncpg.connect(front.dsn)
+        assert await after.fetchval("select 1") == 1
+        assert behind.accepted == 1
+        await after.close()

@@ -10,7 +10,7 @@ import pytest
 from pgbackend.torture.chaos import PROGRAMS
 from pgbackend.torture.plan import LEASE, Plan, Step
 from pgbackend.torture.run import judge_directory, run
-from pgbackend.torture.verdict.rulings import COMMITS, OWNER
+from pgbackend.torture.verdict.rulings import COMMITS, MOMENTS, OWNER, PAIRS
 from tests.support.figures import report
 from tests.torture import broken
 
@@ -67,3 +67,22 @@ async def test_a_worker_that_dispatches_while_its_lease_is_in_doubt_is_found_out
     result = await run(stop_each_worker(), dsn=empty_database)
     report(result.text())
     assert result.verdict.rulings[OWNER].violations
+
+
+async def test_a_worker_that_commits_effects_before_the_offset_is_found_out(
+    empty_database: str, break_workers: Callable[[str], None]
+) -> None:
+    break_workers("apart")
+    result = await run(Plan.make(1, 20.0, server=False, name="bank"), dsn=empty_database)
+    report(result.text())
+    assert result.verdict.rulings[MOMENTS].violations
+
+
+async def test_a_shop_that_commits_orders_before_their_events_is_found_out(
+    empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROGRAMS, "producer", broken.__file__)
+    monkeypatch.setenv("BROKEN", "halves")
+    result = await run(Plan.make(1, 12.0, server=False, name="orders"), dsn=empty_database)
+    report(result.text())
+    assert result.verdict.rulings[PAIRS].violations

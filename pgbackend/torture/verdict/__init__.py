@@ -4,6 +4,8 @@
     facts:         events.py (what was produced, and the log), leases.py (who owned which shard when),
                    timeline.py (the faults), progress.py (what became of each event)
     rules:         stored.py, repeats.py, owners.py, order.py, attempts.py, rest.py
+    effects.py     the plans "bank" and "orders": what took effect, and what held at each moment;
+                   bank.py and orders.py judge the rest of them, without excuses
     rulings.py     the promises, and the result
 
 **Only the plan is an excuse.** A repeat, an overlap, a late event, or an attempt that counts though nobody saw it end

@@ -35,7 +35,7 @@ class Records:
     changes: Iterable[Change]
     starts: Iterable[Start]
     faults: Iterable[Note]
-    """Of whoever injected the faults and of the process that watched the machine, in the order of time."""
+    """Entries of the injector of faults and of the process that watched the machine, in the order of time."""
     notes: Iterable[Note]
     """The workers' notes, in the order of time."""
     state: FinalState

@@ -2,6 +2,7 @@
 
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,14 @@ STRICT = "strict order is strict"
 ATTEMPTS = "an attempt counts only if it failed, or may have killed its process"
 LETTERS = "dead letters are exactly those that must be"
 REST = "everything comes to rest"
+EFFECTS = "each event of a transactional subscription takes effect once, and nothing else does"
+MOMENTS = "at no moment is a transaction there in part, and the offset agrees with the effects"
+BALANCES = "balances are what the transfers make of them, and none is negative"
+PAIRS = "no order is without its event, and no event without its order"
 RULES = (LOST, SEEN, ONCE, REPEATS, COMMITS, OWNER, KEYS, STRICT, ATTEMPTS, LETTERS, REST)
+"""The rules of the plan "log"."""
+BANK_RULES = (LOST, ONCE, EFFECTS, BALANCES, MOMENTS, COMMITS, KEYS, LETTERS, REST)
+ORDER_RULES = (LOST, SEEN, ONCE, PAIRS, EFFECTS, MOMENTS, COMMITS, KEYS, LETTERS, REST)
 
 Outcome = Literal["kept", "broken", "not judged"]
 
@@ -106,6 +114,7 @@ class Verdict:
     """The rulings, and the figures of the run."""
 
     rulings: dict[str, Ruling] = field(default_factory=lambda: {rule: Ruling() for rule in RULES})
+    """By the rules of the plan."""
     void: list[str] = field(default_factory=list)
     """Why the times of this run cannot be trusted."""
     stalls: list[str] = field(default_factory=list)
@@ -125,6 +134,15 @@ class Verdict:
     """Attempts that count though nobody saw them end, by cause."""
     unplanned: Counter[str] = field(default_factory=Counter)
     """Lost connections and silences of workers without a fault. They excuse nothing."""
+    doubts: int = 0
+    """Transactions whose COMMIT was not answered, or whose lease was lost."""
+    table: list[tuple[str, ...]] = field(default_factory=list)
+    """Figures of the application, with a first row of headings."""
+
+    @classmethod
+    def by(cls, rules: Iterable[str]) -> "Verdict":
+        """A verdict by other rules than those of the plan "log"."""
+        return cls(rulings={rule: Ruling() for rule in rules})
 
     @property
     def outcome(self) -> Outcome:

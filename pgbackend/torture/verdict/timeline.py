@@ -5,8 +5,8 @@ A lease is explained as lost at a time t if
 - its process was killed before t;
 - the server crashed between the claim and t, which ends every lease. A fast shutdown keeps the leases; it explains
   what is lost until a lease's time after the server is back;
-- its process was stopped, cut off or stalled, or lost a connection to `terminate`, and t is not later than a lease's
-  time (3 s) after the end of that: within it, a process that works finds its way back;
+- its process was stopped, cut off or stalled, or lost a connection to `terminate` or `lose`, and t is not later than a
+  lease's time (3 s) after the end of that: within it, a process that works finds its way back;
 - the machine stood still, and t is not later than a lease's time after that. This is no planned cause: see __init__.py.
 
 A process that lives is explained as unable to report an attempt if the plan left it no two seconds in a row, in the
@@ -34,8 +34,8 @@ RETURN = 2 * SECOND
 """The longest time in which a worker that can reach the server connects and reports."""
 FROZEN = 60 * SECOND
 """For so long a process without a sign of life, but with a connection, counts as alive. See `care.py`."""
-_CRASHES = ("immediate", "kill")
-_COUNTED = ("kill", "leave", "stop", "cut", "stall", "terminate", "clock", "skipped")
+_CRASHES = ("immediate", "kill", "failover")
+_COUNTED = ("kill", "leave", "stop", "cut", "stall", "lose", "terminate", "clock", "skipped")
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Timeline:
                 self._stalls.append(Fault(f"stall of the {fields[0]}", int(fields[1]), int(fields[2])))
             case "kill":
                 self._process(fields[0]).killed_at = at
-            case "stop" | "cut" | "stall":
+            case "stop" | "cut" | "stall" | "lose":
                 self._process(fields[0]).faults.append(Fault(note.kind, at))
             case "terminate":
                 self._process(fields[0]).faults.append(Fault(note.kind, at, at))
@@ -149,7 +149,7 @@ class Timeline:
 
     def broken_at(self, process: str, at: int) -> int:
         """When the plan last broke a connection of the process before `at`; -1 if it never did."""
-        own = (fault for fault in self._process(process).faults if fault.kind in ("cut", "terminate"))
+        own = (fault for fault in self._process(process).faults if fault.kind in ("cut", "lose", "terminate"))
         return max((fault.since for fault in (*own, *self._outages) if fault.since <= at), default=-1)
 
     # Explanations.

@@ -193,33 +193,38 @@ class Story:
 
     # The verdict.
 
-    def verdict(self) -> Verdict:
+    def records(self) -> Records:
         head = max((stored.position for stored in self.log), default=0)
-        return judge(
-            Records(
-                produced=self.produced,
-                log=sorted(self.log),
-                changes=self.changes,
-                starts=self.starts,
-                faults=sorted(self.faults),
-                notes=self.notes,
-                state=FinalState(
-                    offsets=[Offset(self.name, 0, max(head, self.position), self.pending, self.epoch, self.owner)],
-                    letters=self.letters,
-                    unsettled=self.unsettled,
-                    failures=self.failures,
-                    clock_moved=self.clock_moved,
-                ),
-                subscriptions={self.name: self.terms},
-            )
+        return Records(
+            produced=self.produced,
+            log=sorted(self.log),
+            changes=self.changes,
+            starts=self.starts,
+            faults=sorted(self.faults),
+            notes=self.notes,
+            state=FinalState(
+                offsets=[Offset(self.name, 0, max(head, self.position), self.pending, self.epoch, self.owner)],
+                letters=self.letters,
+                unsettled=self.unsettled,
+                failures=self.failures,
+                clock_moved=self.clock_moved,
+            ),
+            subscriptions={self.name: self.terms},
         )
+
+    def verdict(self) -> Verdict:
+        return judge(self.records())
 
     def broken(self) -> list[str]:
         """The promises that were broken."""
-        judged = self.verdict()
-        return [rule for rule in RULES if judged.rulings[rule].violations]
+        return broken(self.verdict())
 
     def unjudged(self) -> list[str]:
         """The promises that cannot be judged."""
         judged = self.verdict()
         return [rule for rule in RULES if judged.rulings[rule].unjudged]
+
+
+def broken(judged: Verdict) -> list[str]:
+    """The promises that a verdict calls broken."""
+    return [rule for rule, ruling in judged.rulings.items() if ruling.violations]
