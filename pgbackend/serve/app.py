@@ -8,6 +8,8 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from pgbackend.backend import Backend
@@ -16,7 +18,7 @@ from pgbackend.serve.announcement import announce
 from pgbackend.serve.broker import Broker
 from pgbackend.serve.config import watch
 from pgbackend.serve.config.models import Configuration
-from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.admin import Admin
@@ -73,12 +75,17 @@ async def run(
     resolve_many_names()
     collect_garbage_rarely()
     traces = tracing.from_environment(destination=options.schema)
-    backend = make_backend(options)
+    backend = make_backend(options, deduplicate=configuration.deduplicate)
     try:
-        async with open_session(deny_private=options.deny_private_targets) as session:
+        async with Pool(deny_private=options.deny_private_targets) as pool:
             with Metrics(backend) as metrics:
                 factory = SubscriptionFactory(
-                    session, backend.produce_many, metrics=metrics, tracing=traces, max_hops=options.max_hops
+                    pool,
+                    # A target that answers an event again may mean it: its replies are stored however often they come.
+                    partial(backend.produce_many, deduplicate=False),
+                    metrics=metrics,
+                    tracing=traces,
+                    max_hops=options.max_hops,
                 )
                 triggers = Triggers(backend, factory)
                 ingest = Ingest(
@@ -94,7 +101,7 @@ async def run(
                     triggers,
                     Listener(ingest, ports.events, hosts=hosts, tls=tls),
                     None if ports.admin is None else _admin_listener(ingest, ports.admin, hosts),
-                    Reloader(options, triggers, ingest, tls, certificates=certificates),
+                    Reloader(options, backend, triggers, ingest, tls, certificates=certificates),
                     startup_timeout=options.startup_timeout,
                 )
                 await broker.run(configuration, signals, on_serving)
@@ -109,9 +116,13 @@ def _admin_listener(ingest: Ingest, bound: socket.socket, hosts: Hosts) -> Liste
     return Listener(admin, bound, hosts=hosts, connections=ADMIN_CONNECTIONS, option="--admin-port")
 
 
-def make_backend(options: Options) -> Backend:
+def make_backend(options: Options, *, deduplicate: timedelta | None = None) -> Backend:
     """A backend on the database of the options, or on an embedded PostgreSQL."""
-    settings: dict[str, Any] = {"schema": options.schema, "produce_timeout": PRODUCE_TIMEOUT}
+    settings: dict[str, Any] = {
+        "schema": options.schema,
+        "produce_timeout": PRODUCE_TIMEOUT,
+        "deduplicate": deduplicate,
+    }
     if options.dsn is not None:
         return Backend(options.dsn, listen_dsn=options.listen_dsn, **settings)
     return Backend.embedded(options.embedded_directory, **settings)

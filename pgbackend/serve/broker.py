@@ -25,6 +25,7 @@ from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.listener import Listener
 from pgbackend.serve.process import Signals
 from pgbackend.serve.reloader import Reloader
+from pgbackend.serve.retaining import retain
 
 _Work = Callable[[], Coroutine[Any, Any, None]]
 
@@ -72,7 +73,7 @@ class Broker:
         self._stopping.set()
 
     async def _prepare(self, configuration: Configuration) -> None:
-        """The log can be used, and the triggers are subscribed."""
+        """The log can be used, the triggers are subscribed, and the log has the configured retention."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._startup_timeout
         pause = GrowingDelay()
@@ -88,6 +89,7 @@ class Broker:
                 )  # fmt: skip
             await pause.wait()
         await self._triggers.apply(configuration)
+        await retain(self._backend, configuration)
 
     async def _serve(self, tasks: asyncio.TaskGroup, signals: Signals, on_serving: Callable[[], None]) -> None:
         """Serve until the broker stops, and drain it."""

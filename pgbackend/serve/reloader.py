@@ -6,7 +6,8 @@ from contextlib import aclosing
 from pathlib import Path
 
 from pgbackend import facts
-from pgbackend.errors import ConfigError
+from pgbackend.backend import Backend
+from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.serve.config import watch
 from pgbackend.serve.config.load import can_be_read_once
 from pgbackend.serve.config.models import Configuration
@@ -15,16 +16,25 @@ from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.handler import Ingest
 from pgbackend.serve.ingest.tls import TLS
 from pgbackend.serve.options import Options
+from pgbackend.serve.retaining import retain
 
 
 class Reloader:
-    """Keeps triggers, ingest and TLS as their files say."""
+    """Keeps triggers, ingest, retention and TLS as their files say."""
 
     def __init__(
-        self, options: Options, triggers: Triggers, ingest: Ingest, tls: TLS | None, *, certificates: watch.Digests
+        self,
+        options: Options,
+        backend: Backend,
+        triggers: Triggers,
+        ingest: Ingest,
+        tls: TLS | None,
+        *,
+        certificates: watch.Digests,
     ) -> None:
         """`certificates`: the digests of the certificate files before `tls` read them."""
         self._options = options
+        self._backend = backend
         self._triggers = triggers
         self._ingest = ingest
         self._tls = tls
@@ -74,5 +84,11 @@ class Reloader:
     async def _put_in_force(self, configuration: Configuration) -> None:
         # At once, because a trigger may take long to follow: a token that was revoked must not stay valid.
         self._ingest.authorize_by(configuration.ingest)
+        if configuration.deduplicate is not None:
+            try:
+                await self._backend.set_deduplication(configuration.deduplicate)
+            except PgBackendError as error:
+                facts.emit("deduplication window not changed", level=logging.ERROR, error=str(error))
         await self._triggers.apply(configuration)
+        await retain(self._backend, configuration)
         facts.emit("configuration reloaded", file=str(self._options.config))

@@ -1,15 +1,14 @@
 """The examples run."""
 
 import asyncio
-import random
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from pgbackend.serve.config.load import load_file
+from tests.support.ports import unasked_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -35,14 +34,6 @@ async def test_the_demo_delivers_everything_it_sends() -> None:
 
 def test_the_example_configuration_is_valid() -> None:
     assert str(load_file(EXAMPLES / "broker.yaml").triggers["everything"].target.url) == "http://127.0.0.1:8888/"
-
-
-def unasked_port() -> int:
-    """A free port below those that the system gives to programs that ask for any (from 32,768)."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 async def test_the_receiver_ends_with_its_command_and_its_exit_code() -> None:

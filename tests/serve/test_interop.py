@@ -9,11 +9,7 @@ percent-codes for text. Its structured mode is correct. The Python SDK re-encode
 
 import asyncio
 import base64
-import fcntl
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -28,6 +24,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, Broker, envelope, serving
 from tests.serve.support.target import Request, Target
+from tests.support.node import install
 
 NODE = Path(__file__).parent / "node"
 NANOSECONDS = "2026-01-01T00:00:00.123456789Z"
@@ -40,23 +37,7 @@ OCTETS = bytes(range(256))
 @pytest.fixture(scope="session")
 def peer() -> str:
     """The script, with its package installed by the first test process that needs it."""
-    missing = [program for program in ("node", "npm") if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} not found: install them (Debian: apt-get install nodejs npm)")
-    lock = (NODE / "package-lock.json").read_text()
-    installed = NODE / "node_modules" / ".installed"
-    directory = os.open(NODE, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        if not installed.is_file() or installed.read_text() != lock:
-            command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"]
-            run = subprocess.run(
-                command, cwd=NODE, check=False, timeout=150, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            assert run.returncode == 0, f"{' '.join(command)} in {NODE}: {run.stdout}"
-            installed.write_text(lock)
-    finally:
-        os.close(directory)
+    install(NODE)
     return str(NODE / "peer.js")
 
 

@@ -5,13 +5,13 @@ from contextlib import aclosing
 from pathlib import Path
 from uuid import uuid4
 
-import aiohttp
 import pytest
 
 from pgbackend.backend import Backend
 from pgbackend.serve.config import watch
 from pgbackend.serve.config.load import load, load_file
 from pgbackend.serve.config.reload import ConfigurationFile
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.operations.metrics import Metrics
@@ -22,8 +22,8 @@ from tests.support.polling import eventually
 
 def triggers(backend: Backend) -> Lifecycle:
     def make() -> Triggers:
-        session: aiohttp.ClientSession | None = None  # no trigger here has a target
-        return Triggers(backend, SubscriptionFactory(session, backend.produce_many, metrics=Metrics()))  # type: ignore[arg-type]
+        pool: Pool | None = None  # no trigger here has a target
+        return Triggers(backend, SubscriptionFactory(pool, backend.produce_many, metrics=Metrics()))  # type: ignore[arg-type]
 
     async def use(triggers: Triggers) -> None:
         await triggers.apply(load(f"triggers: {{{uuid4()}: {{}}}}", origin="test"))

@@ -485,7 +485,7 @@ class TestDelivery:
             warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
             assert len(warnings) == 1
             assert warnings[0].startswith("subscription paused subscription=t ")
-            assert f"reason='{target.url} answered 410 Gone; change the URL of trigger t " in warnings[0]
+            assert f"reason='{target.url} answered 410 Gone; change the URL of trigger t, " in warnings[0]
 
             await broker.triggers.apply(load(one(other_target.url + "new"), origin="test"))
             await _until(lambda: len(_ids("/new", other_target)) >= 20)
@@ -665,7 +665,7 @@ async def _positioned(broker: Broker) -> list[Event]:
     try:
         columns = ", ".join(COLUMNS)
         rows = await connection.fetch(f"select {columns}, position from pgbackend.events order by position")
-        return [Event(tuple(row)[:-1], position=row["position"]) for row in rows]
+        return [Event(tuple(row)) for row in rows]
     finally:
         await connection.close()
 

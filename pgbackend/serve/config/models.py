@@ -4,13 +4,16 @@
 of the fields are what editors show. The kinds of single values are in `values`.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from yarl import URL
 
 from pgbackend.errors import ConfigError
 from pgbackend.filters import CESQL, All, Exact, Not, Prefix, Suffix
@@ -21,11 +24,13 @@ from pgbackend.serve.config.values import (
     Attributes,
     BoundEnd,
     BoundStart,
+    Bytes,
     Concurrency,
     EndPosition,
     HeaderName,
     HeaderValue,
     OptionalUrl,
+    RetentionTime,
     Retries,
     Seconds,
     Secret,
@@ -33,6 +38,7 @@ from pgbackend.serve.config.values import (
     SomeText,
     StartPosition,
     TriggerName,
+    Window,
     described,
     printable,
     refuse,
@@ -275,6 +281,29 @@ class Trigger(_Section):
             raise refuse("expected a single shard: strict order is the order of the whole log")
         return shards
 
+    def digest(self) -> str:
+        """Differs when the trigger's part of the file does. A pause (410) ends then, also over a restart.
+
+        Users, passwords and the values of headers do not count: the log stores it, and short secrets could be guessed.
+        """
+        target, options = self.target, self.delivery_options
+        plain = self.model_copy(
+            update={
+                "target": target.model_copy(
+                    update={
+                        "url": _without_user(target.url),
+                        "headers": dict.fromkeys(target.headers, ""),
+                        "delivery_options": None,
+                    }
+                ),
+                "own_delivery_options": options.model_copy(
+                    update={"dead_letter_url": _without_user(options.dead_letter_url)}
+                ),
+            }
+        )
+        text = json.dumps(plain.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
     @property
     def delivery_options(self) -> DeliveryOptions:
         """The options that apply."""
@@ -299,6 +328,10 @@ class Trigger(_Section):
         if self.bounds.by_id.end is not None:
             return Position(self.bounds.by_id.end)
         return self.bounds.by_date.end
+
+
+def _without_user(url: URL | None) -> URL | None:
+    return None if url is None else url.with_user(None)
 
 
 class IngestAuth(_Section):
@@ -328,10 +361,28 @@ class IngestAuth(_Section):
         return self
 
 
+class RetentionSection(_Section):
+    """How long the log keeps events and dead letters. It is stored with the log, for all its processes."""
+
+    keep: RetentionTime = timedelta(days=7)
+    """Events that every trigger has settled stay this long."""
+    max_age: Annotated[RetentionTime, Field(alias="maxAge")] = None
+    """Older events go even if a trigger has not handled them."""
+    max_bytes: Annotated[Bytes | None, Field(alias="maxBytes")] = None
+    """While the log takes more bytes on disk, its oldest events go even if a trigger has not handled them."""
+    dead_letters: Annotated[RetentionTime, Field(alias="deadLetters")] = timedelta(days=30)
+    """Dead letters stay this long."""
+
+
 class Configuration(_Section):
-    """The configuration of `pgbackend serve`: the credentials of senders, and the triggers."""
+    """The configuration of `pgbackend serve`: the credentials of senders, the retention, and the triggers."""
 
     ingest: IngestAuth = IngestAuth()
+    deduplicate: Window | None = None
+    """The log takes each source and id once within this time, as an ISO 8601 duration; P0D switches that off. It is
+    stored with the log. Without it, what is stored applies: at first none. Replies are never left out."""
+    retention: RetentionSection | None = None
+    """How long the log keeps events. Without it, the log's retention stays as it is."""
     triggers: dict[TriggerName, Trigger] = {}
     """The triggers by name. The name is that of the subscription, which keeps the trigger's place in the log."""
 

@@ -18,12 +18,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_core import PydanticCustomError
 from yarl import URL
 
+from pgbackend.errors import ConfigError
 from pgbackend.model import MAX_CONCURRENCY, MAX_SHARDS
+from pgbackend.settings import check_window
 
 _MAX_POSITION = 2**63 - 1
 _MAX_RETRIES = 2**31 - 2
 _MAX_NAME = 200
 _LONGEST = 36_525 * 86_400.0  # a century, in seconds: both PostgreSQL and the event loop can wait for it
+_MEBIBYTE = 1 << 20
 _DURATION_CHARACTERS = 100  # the time to match a duration grows with the square of its length
 _SECRET_BYTES = 1 << 16  # more than fits into a header: a larger file is the wrong one, or endless
 _SHOWN = 60
@@ -146,6 +149,30 @@ def _duration(value: object) -> float:
     if duration <= 0:
         raise refuse(f"expected a duration above zero, found {described(value)}")
     return duration
+
+
+def _window(value: object) -> timedelta:
+    try:
+        window = timedelta(seconds=seconds(_text(value)))
+        check_window("window", window)
+    except ConfigError:
+        raise refuse(f"expected a duration from PT0.1S to P366D, or P0D, found {described(value)}") from None
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    return window
+
+
+def _retention_time(value: object) -> timedelta | None:
+    """How long something stays; None for good."""
+    if value == "forever":
+        return None
+    try:
+        time = timedelta(seconds=seconds(_text(value)))
+    except ValueError as error:
+        raise refuse(f'{error}, or "forever"') from None
+    if not timedelta(seconds=1) <= time <= timedelta(days=36_500):
+        raise refuse(f'expected a duration from a second to 36500 days, or "forever", found {described(value)}')
+    return time
 
 
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -313,6 +340,19 @@ _DURATION = {
     "pattern": r"^\+?P(?=.*[1-9])([0-9]+([.,][0-9]+)?[YMWD])*(T([0-9]+([.,][0-9]+)?[HMS])+)?$",
     "examples": ["PT0.5S", "PT2S", "PT10M"],
 }
+_WINDOW = {
+    "type": "string",
+    "description": "An ISO 8601 duration from PT0.1S to P366D, or P0D.",
+    "maxLength": _DURATION_CHARACTERS,
+    "pattern": r"^\+?P(?=.)([0-9]+([.,][0-9]+)?[YMWD])*(T([0-9]+([.,][0-9]+)?[HMS])+)?$",
+    "examples": ["PT10M", "P1D", "P0D"],
+}
+_RETENTION_TIME = {
+    "anyOf": [
+        _DURATION | {"description": "An ISO 8601 duration from a second to 36500 days.", "examples": ["P7D", "PT12H"]},
+        {"const": "forever"},
+    ]
+}
 _HTTP_URL = {
     "type": "string",
     "format": "uri",
@@ -339,11 +379,16 @@ SomeText = Annotated[str, BeforeValidator(_some_text), WithJsonSchema(_SOME_SCAL
 AttributeName = Annotated[str, AfterValidator(_attribute), _pattern("[a-z0-9]")]
 Attributes = Annotated[dict[AttributeName, SomeText], Field(min_length=1)]
 Seconds = Annotated[float, BeforeValidator(_duration), WithJsonSchema(_DURATION)]
+Window = Annotated[timedelta, BeforeValidator(_window), WithJsonSchema(_WINDOW)]
 OptionalUrl = Annotated[URL | None, BeforeValidator(_optional_url), WithJsonSchema(_HTTP_URL)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret), WithJsonSchema(_SECRET)]
 HeaderName = Annotated[str, AfterValidator(_header_name), _pattern("[A-Za-z0-9!#$%&'*+.^_`|~-]")]
 HeaderValue = Annotated[str, BeforeValidator(_secret), AfterValidator(_header_value), WithJsonSchema(_SECRET)]
 Retries = Annotated[int, BeforeValidator(_whole(0, _MAX_RETRIES)), WithJsonSchema(_whole_schema(0, _MAX_RETRIES))]
+RetentionTime = Annotated[timedelta | None, BeforeValidator(_retention_time), WithJsonSchema(_RETENTION_TIME)]
+Bytes = Annotated[
+    int, BeforeValidator(_whole(_MEBIBYTE, _MAX_POSITION)), WithJsonSchema(_whole_schema(_MEBIBYTE, _MAX_POSITION))
+]
 Concurrency = Annotated[
     int, BeforeValidator(_whole(1, MAX_CONCURRENCY)), WithJsonSchema(_whole_schema(1, MAX_CONCURRENCY))
 ]

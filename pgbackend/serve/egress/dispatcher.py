@@ -10,7 +10,6 @@ from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +21,8 @@ from pgbackend.codec import wire
 from pgbackend.codec.event import Event, attributes_with
 from pgbackend.errors import EventError, Pause, Reject, RetryAfter
 from pgbackend.serve.egress import outcomes
-from pgbackend.serve.egress.connections import new_connection
+from pgbackend.serve.egress.connections import Pool, new_connection
+from pgbackend.serve.egress.exchange import Exchange, Line, Response
 from pgbackend.serve.egress.outcomes import Answer, TargetError
 from pgbackend.serve.egress.protocol import StaleConnectionError, read
 from pgbackend.serve.egress.replies import Replies, Reply, ReplyError
@@ -35,9 +35,8 @@ ATTEMPT = "Pgbackend-Attempt"
 """The header with the number of the attempt; the first is 1."""
 
 _STRUCTURED = ("Content-Type", "application/cloudevents+json; charset=utf-8")
-_NO_CONTENT_TYPE = ("Content-Type",)
-_COPIED_BYTES = 1 << 20  # aiohttp warns of larger bodies in one piece
 _DRAINED_BYTES = 1 << 16  # read to reuse the connection; for longer bodies a new one is cheaper
+_Headers = list[tuple[str, str]]
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 
 
@@ -61,19 +60,17 @@ class TargetDispatcher:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        pool: Pool,
         endpoint: Endpoint,
         replies: Replies,
         *,
         metrics: "TriggerMetrics | None" = None,
         tracing: "Tracing | None" = None,
     ) -> None:
-        self._session = session
         self._endpoint = endpoint
-        self._url = endpoint.url.with_user(None)
         self._public_url = outcomes.public_url(endpoint.url)
         self._headers = (*_authorization(endpoint.url), *endpoint.headers.items())
-        self._timeout = aiohttp.ClientTimeout(total=endpoint.timeout, connect=None, sock_connect=None, sock_read=None)
+        self._line = Line(pool, endpoint.url.with_user(None), given=[name for name, _ in self._headers])
         self._slots = asyncio.Semaphore(endpoint.connections)
         self._replies = replies
         self._metrics = metrics
@@ -88,9 +85,9 @@ class TargetDispatcher:
                 if self._tracing is None:
                     await self._attempt(event, headers, body)
                 else:
-                    trigger = self._endpoint.trigger
-                    with self._tracing.send(event, headers, trigger=trigger, url=self._public_url) as answered:
-                        await self._attempt(event, headers, body, answered)
+                    trigger, traced = self._endpoint.trigger, CIMultiDict(headers)
+                    with self._tracing.send(event, traced, trigger=trigger, url=self._public_url) as answered:
+                        await self._attempt(event, list(traced.items()), body, answered)
             except (TargetError, RetryAfter, Reject, Pause) as failure:
                 if self._metrics is not None:
                     self._metrics.failed(monotonic() - began, outcomes.status_of(failure))
@@ -98,7 +95,7 @@ class TargetDispatcher:
         if self._metrics is not None:
             self._metrics.delivered(monotonic() - began)
 
-    def _write(self, event: Event) -> tuple[CIMultiDict[str], bytes]:
+    def _write(self, event: Event) -> tuple[_Headers, bytes]:
         """The headers and the body of the request."""
         attempt = (ATTEMPT, str(event.attempt))
         if self._endpoint.mode == "binary":
@@ -107,12 +104,10 @@ class TargetDispatcher:
             except EventError:
                 pass  # plain SQL may store names and content types that only structured mode can carry
             else:
-                return CIMultiDict((*headers, attempt, *self._headers)), body
-        return CIMultiDict((_STRUCTURED, attempt, *self._headers)), wire.write_structured(event)
+                return [*headers, attempt, *self._headers], body
+        return [_STRUCTURED, attempt, *self._headers], wire.write_structured(event)
 
-    async def _attempt(
-        self, event: Event, headers: CIMultiDict[str], body: bytes, answered: "Answered | None" = None
-    ) -> None:
+    async def _attempt(self, event: Event, headers: _Headers, body: bytes, answered: "Answered | None" = None) -> None:
         try:
             async with AsyncExitStack() as room:
                 answer, reply = await self._send(headers, body, room)
@@ -126,21 +121,14 @@ class TargetDispatcher:
             raise outcomes.bad_reply(error.code, str(error), url=self._public_url) from error
 
     async def _send(
-        self, headers: CIMultiDict[str], body: bytes, room: AsyncExitStack, *, again: bool = True
+        self, headers: _Headers, body: bytes, room: AsyncExitStack, *, again: bool = True
     ) -> tuple[Answer, Reply | None]:
         """The target's answer and reply; `room` keeps memory for the reply. Raises TargetError, Reject, ReplyError."""
         deadline = asyncio.get_running_loop().time() + self._endpoint.timeout
         try:
-            async with self._session.post(
-                self._url,
-                data=None if not body else body if len(body) <= _COPIED_BYTES else BytesIO(body),
-                headers=headers,
-                # aiohttp would invent a content type for an event without one.
-                skip_auto_headers=None if "Content-Type" in headers else _NO_CONTENT_TYPE,
-                timeout=self._timeout,
-                allow_redirects=False,
-            ) as response:
-                return await self._read(response, room, deadline)
+            head = self._line.head(headers, len(body))
+            async with Exchange(self._line, deadline=deadline) as exchange:
+                return await self._read(await exchange.post(head, body), room, deadline)
         except StaleConnectionError as error:
             if again:
                 # Not a failed attempt. Retry once, on a new connection: other idle ones may be stale as well, or this
@@ -151,17 +139,14 @@ class TargetDispatcher:
         except _BROKEN as error:
             raise self._no_answer(error) from None
         except ValueError as error:
-            # aiohttp refuses a header that would break out of its line.
             raise outcomes.cannot_be_sent(error, url=self._public_url) from None
 
-    async def _read(
-        self, response: aiohttp.ClientResponse, room: AsyncExitStack, deadline: float
-    ) -> tuple[Answer, Reply | None]:
+    async def _read(self, response: Response, room: AsyncExitStack, deadline: float) -> tuple[Answer, Reply | None]:
         """The answer, and its reply if it has one. A body that breaks off matters only for a reply."""
         answer, body = Answer(response.status), bytearray()
         if not answer.is_success:
             with suppress(*_BROKEN):
-                await read(response, outcomes.BODY_BYTES, into=body)
+                await read(response.content, outcomes.BODY_BYTES, into=body)
             return Answer(response.status, bytes(body), response.headers.get("Retry-After")), None
         if (mode := self._replies.mode_of(response.headers)) is not None:
             try:
@@ -171,7 +156,7 @@ class TargetDispatcher:
                 raise ReplyError(response.status, f"broke off: {reason}") from None
         if not response.content.at_eof():
             with suppress(*_BROKEN):
-                await read(response, _DRAINED_BYTES, into=body)
+                await read(response.content, _DRAINED_BYTES, into=body)
         return answer, None
 
     def _no_answer(self, error: Exception) -> TargetError:

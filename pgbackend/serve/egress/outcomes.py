@@ -68,7 +68,8 @@ def failure_of(answer: Answer, *, url: str, trigger: str) -> Failure:
             return RetryAfter(reason, delay=delay, details=details)
         return TargetError(reason, details=details, status=status)
     if status == 410:
-        return Pause(f"{reason}; change the URL of trigger {trigger} to resume it", details=details)
+        resume = f"change the URL of trigger {trigger}, or run `pgbackend subscriptions resume {trigger}`"
+        return Pause(f"{reason}; {resume}", details=details)
     return Reject(reason, details=details)
 
 
@@ -98,9 +99,8 @@ def why_broken(error: Exception, *, timeout: float) -> str:
         return f"no response within {timeout:g} s"
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return "the target closed the connection without an answer"
-    text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
     # aiohttp quotes malformed HTTP in full, over several lines.
-    return " ".join(text.split())[:_REASON_CHARACTERS] or type(error).__name__
+    return " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
 
 
 def public_url(url: URL) -> str:

@@ -18,6 +18,8 @@ _HEAD_BYTES = 1 << 16
 """From the request to the end of the answer's head, interim answers included."""
 _FRAMING_BYTES = 1 << 16
 """Head, chunk sizes and trailers of an answer, beyond one byte of them for each byte of the body."""
+_COPIED_BYTES = 1 << 16
+"""A larger body is not copied behind its head, which saves a system call."""
 _PIECE_BYTES = 1 << 14
 """The part of a body that the parser gets at a time. In 256 KiB it finds 40,000 chunks, and blocks for 0.1 s."""
 
@@ -44,11 +46,26 @@ class TargetConnection(ResponseHandler):
         self._head = b""
         """The last bytes of a head that has not ended yet."""
 
-    def set_response_params(self, **options: Any) -> None:
-        # aiohttp calls this before it sends a request.
+    def send(self, head: bytes, body: bytes) -> None:
+        """Send a request, whose answer `read()` returns. Raises aiohttp's errors."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise aiohttp.ClientConnectionResetError("The target closed the connection before the request.")
         self._requests += 1
         self._interim = self._received = self._empty = 0
-        super().set_response_params(**options)
+        self.set_response_params(read_until_eof=True, auto_decompress=False)
+        if len(body) <= _COPIED_BYTES:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+
+    def expire(self) -> None:
+        """The time is up: whatever waits for the target fails with TimeoutError."""
+        error = TimeoutError()
+        if self._payload is not None:
+            self._payload.set_exception(error)
+        self.set_exception(error)
 
     def data_received(self, data: bytes) -> None:
         if not data:
@@ -138,7 +155,7 @@ class TargetConnection(ResponseHandler):
             self.transport.abort()
 
 
-async def read(response: aiohttp.ClientResponse, limit: int, *, into: bytearray) -> None:
+async def read(content: aiohttp.StreamReader, limit: int, *, into: bytearray) -> None:
     """Add the body to `into` until that holds `limit` bytes. Raises aiohttp's errors when the body breaks off."""
-    while len(into) < limit and (piece := await response.content.read(limit - len(into))):
+    while len(into) < limit and (piece := await content.read(limit - len(into))):
         into += piece

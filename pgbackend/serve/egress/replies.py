@@ -14,8 +14,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import aiohttp
-
 from pgbackend import facts
 from pgbackend.codec import wire
 from pgbackend.codec.event import Event, attributes_with
@@ -23,6 +21,7 @@ from pgbackend.errors import EventError, PgBackendError
 from pgbackend.serve.egress import protocol
 
 if TYPE_CHECKING:
+    from pgbackend.serve.egress.exchange import Response
     from pgbackend.serve.operations.metrics import TriggerMetrics
     from pgbackend.serve.operations.tracing import Tracing
 
@@ -126,9 +125,7 @@ class Replies:
             return None
         return mode if mode != "binary" or "ce-specversion" in headers else None
 
-    async def read(
-        self, response: aiohttp.ClientResponse, mode: Mode, room: AsyncExitStack, *, deadline: float
-    ) -> Reply:
+    async def read(self, response: "Response", mode: Mode, room: AsyncExitStack, *, deadline: float) -> Reply:
         """The whole reply, whose memory `room` keeps reserved.
 
         Raises ReplyError for a reply that is compressed or too large, TimeoutError when no memory is free before the
@@ -140,14 +137,14 @@ class Replies:
         limit, body = limit_of(mode), bytearray()
         if (length := response.content_length or 0) > limit:
             raise ReplyError(response.status, f"has more than {limit} bytes")
-        await protocol.read(response, _SMALL_BYTES + 1, into=body)
+        await protocol.read(response.content, _SMALL_BYTES + 1, into=body)
         if len(body) > _SMALL_BYTES:
             # Reserve for the whole reply: half-read replies that wait for each other would wait for ever.
             size = (length or limit) * _MEMORY_FACTOR
             async with asyncio.timeout_at(deadline):
                 await room.enter_async_context(self._share.reserved(size))
                 await room.enter_async_context(self._budget.reserved(size))
-            await protocol.read(response, limit + 1, into=body)
+            await protocol.read(response.content, limit + 1, into=body)
         if len(body) > limit:
             raise ReplyError(response.status, f"has more than {limit} bytes")
         return Reply(mode, response.status, response.raw_headers, bytes(body))

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, TypedDict
 
-import aiohttp
 from yarl import URL
 
 from pgbackend.serve.config.models import Trigger
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.dispatcher import DeadLetterDispatcher, Endpoint, TargetDispatcher, reject_without_target
 from pgbackend.serve.egress.outcomes import public_url
 from pgbackend.serve.egress.replies import Replies, ReplyBudget, Store
@@ -25,22 +25,17 @@ class SubscriptionOptions(TypedDict):
     filter: "EventFilter | None"
     concurrency: int
     retry: "Retry"
+    target: str
 
 
 class SubscriptionFactory:
     """Makes the options of subscriptions, with what all triggers of a process share."""
 
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        store: Store,
-        *,
-        metrics: "Metrics",
-        tracing: "Tracing | None" = None,
-        max_hops: int = 255,
+        self, pool: Pool, store: Store, *, metrics: "Metrics", tracing: "Tracing | None" = None, max_hops: int = 255
     ) -> None:
         """`store` takes the events of replies; a chain of replies has at most `max_hops`."""
-        self._session = session
+        self._pool = pool
         self._store = store
         self._metrics = metrics
         self._tracing = tracing
@@ -62,6 +57,7 @@ class SubscriptionFactory:
             "filter": trigger.predicate,
             "concurrency": trigger.concurrency,
             "retry": delivery.policy(),
+            "target": trigger.digest(),
         }
 
     def forget(self, name: str) -> None:
@@ -88,4 +84,4 @@ class SubscriptionFactory:
             metrics=metrics,
             tracing=self._tracing,
         )
-        return TargetDispatcher(self._session, endpoint, replies, metrics=metrics, tracing=self._tracing)
+        return TargetDispatcher(self._pool, endpoint, replies, metrics=metrics, tracing=self._tracing)

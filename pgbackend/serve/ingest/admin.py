@@ -4,10 +4,10 @@
 for events do not make the broker look dead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pgbackend.serve.ingest.probes import Probes
-from pgbackend.serve.ingest.responses import Headers, Message, Problem, Receive, Send, respond, unexpected
+from pgbackend.serve.ingest.responses import Message, Problem, Receive, Send, respond, unexpected
 
 _ALLOW = (b"allow", b"GET, HEAD")
 
@@ -33,7 +33,9 @@ class Admin:
             raise Problem(405, "This port takes no events. Send them to the broker's other port.", _ALLOW)
         await self._probes.answer(scope, send, has_metrics=True)
 
-    def take_whole(self, _headers: Headers, _body: bytes, _answer: Callable[[Problem | None], None], /) -> bool:
+    def take_whole(
+        self, _fields: Mapping[bytes, bytes], _body: bytes, _answer: Callable[[Problem | None], None], /
+    ) -> bool:
         """False: this port takes no events."""
         return False
 

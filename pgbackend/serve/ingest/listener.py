@@ -211,7 +211,7 @@ class Listener:
             self._look_after_connections()
 
     def _set_date(self) -> None:
-        self.state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+        self.state.set_date(formatdate(time.time(), usegmt=True).encode())
 
     def _look_after_connections(self) -> None:
         now = asyncio.get_running_loop().time()

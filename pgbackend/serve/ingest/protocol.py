@@ -38,8 +38,9 @@ This is what uvicorn 0.54 with httptools lacks, and all that this class adds:
 
 import asyncio
 import re
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol, cast
 
@@ -53,7 +54,17 @@ from pgbackend.serve.ingest import limits
 from pgbackend.serve.ingest.arrival import Arrival
 from pgbackend.serve.ingest.clients import Budget, Holding
 from pgbackend.serve.ingest.hosts import Hosts
-from pgbackend.serve.ingest.responses import STOPPING, Headers, Message, Problem, Receive, Send, unavailable, unexpected
+from pgbackend.serve.ingest.responses import (
+    STOPPING,
+    Header,
+    Headers,
+    Message,
+    Problem,
+    Receive,
+    Send,
+    unavailable,
+    unexpected,
+)
 
 _HEAD_TOO_LARGE = (
     f"The request's headers are too large: expected at most {limits.HEAD_BYTES} bytes, in {limits.HEADERS} headers."
@@ -68,7 +79,9 @@ class Application(Protocol):
 
     async def __call__(self, scope: Message, receive: Receive, send: Send, /) -> None: ...
 
-    def take_whole(self, headers: Headers, body: bytes, answer: Callable[[Problem | None], None], /) -> bool: ...
+    def take_whole(
+        self, fields: Mapping[bytes, bytes], body: bytes, answer: Callable[[Problem | None], None], /
+    ) -> bool: ...
 
     def count_refused(self, status: int) -> None: ...
 
@@ -91,11 +104,25 @@ class State(ServerState):
         """Memory of heads that are arriving and of requests that wait for their turn."""
         self.refused = 0
         """Connections that found no room in `places` or `heads` since the listener logged the last ones."""
+        self.accepted = b""
+        """The 202 of a connection that stays open."""
         self.stopping = False
         self.ended = False
         """The listener was cancelled: connections that are made from now on read nothing."""
         self.empty = asyncio.Event()
         """Set when a connection ends and no other is left."""
+
+    def set_date(self, date: bytes) -> None:
+        """All answers from now on have this date."""
+        self.default_headers = [(b"date", date)]
+        self.accepted = self.answer(None, keep_alive=True)
+
+    def answer(self, problem: Problem | None, *, keep_alive: bool) -> bytes:
+        """The bytes of an answer: of 202 without a problem."""
+        status, headers, body = (202, (), b"") if problem is None else (problem.status, problem.headers, problem.body())
+        lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *headers)]
+        end = b"content-length: %d\r\n\r\n" if keep_alive else b"content-length: %d\r\nconnection: close\r\n\r\n"
+        return b"".join((STATUS_LINE[status], *lines, end % len(body), body))
 
 
 class Connection(HttpToolsProtocol):
@@ -110,9 +137,12 @@ class Connection(HttpToolsProtocol):
         self._place = place
         self._heads = Holding(state.heads, address)
         self.arrival = Arrival(self.loop.time())
-        """Of the request that is being received."""
-        self._host: bytes | None = None
-        """The header; b"" if there are several."""
+        """The arrival of the request that is being received."""
+        self._fields: dict[bytes, bytes] = {}
+        """The headers of the request by their names; one of several with the same name."""
+        self._keep_header: Callable[[Header], None] = _ignore
+        self._good_host: bytes | None = None
+        """The last Host header that was accepted."""
         self._whole: bytes | None = None
         """The body of a request that may still be taken whole: until its last byte, or a pause before it."""
         self._answering: RequestResponseCycle | _Exchange | None = None
@@ -148,7 +178,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.parser is None or self.transport.is_closing():
             return
-        self.arrival.add(len(data))
+        arrival = self.arrival
+        arrival.add(len(data))
         try:
             self.parser.feed_data(data)
             if self._whole is not None:
@@ -159,7 +190,9 @@ class Connection(HttpToolsProtocol):
             self._refuse(_problem_of(error))
             return
         else:
-            self._check_size(len(data))
+            # Mostly a whole request has arrived, and nothing is left that has a size.
+            if arrival.receiving or arrival.head_bytes or self.pipeline or self._heads.amount:
+                self._check_size(len(data))
             return
         # After the handler: an exception in it would become the context of the next one, and hide its cause.
         self._decline_upgrade(rest)
@@ -174,33 +207,41 @@ class Connection(HttpToolsProtocol):
         # uvicorn's own, which makes the ASGI scope, runs once the request goes through ASGI.
         self.url = b""
         self.headers = []
-        self.expect_100_continue = False
-        self._host = None
+        self._keep_header = self.headers.append
         self.arrival.begin(self.loop.time())
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.arrival.in_head:
-            return  # a trailer
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        elif name == b"host":
-            self._host = value.rstrip(b" \t") if self._host is None else b""
-        self.headers.append((name, value))
+        # Called for each header, so it does nothing else.
+        self._keep_header((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return
         if self._is_head_too_large():
             raise Problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _HEAD_TOO_LARGE)
-        local = "" if self.server is None else self.server[0]
-        # HTTP/1.0 has no such header, but browsers always send it.
-        required = self._host is not None or self.parser.get_http_version() != "1.0"
-        problem = self.server_state.hosts.problem(self._host, self.url, local=local, required=required)
-        if problem is not None:
-            raise problem
+        self._keep_header = _ignore  # trailers
+        self._fields = dict(self.headers)
+        self._check_host()
         self.arrival.end_head()
         self._whole = b""
+
+    def _check_host(self) -> None:
+        """Raise Problem unless the host of the request is accepted."""
+        host = self._fields.get(b"host")
+        if len(self._fields) < len(self.headers) and sum(name == b"host" for name, _ in self.headers) > 1:
+            host = b""
+        is_plain = host is not None and self.url.startswith(b"/")
+        if is_plain and host == self._good_host:
+            return
+        local = "" if self.server is None else self.server[0]
+        # HTTP/1.0 has no such header, but browsers always send it.
+        required = host is not None or self.parser.get_http_version() != "1.0"
+        stripped = None if host is None else host.rstrip(b" \t")
+        problem = self.server_state.hosts.problem(stripped, self.url, local=local, required=required)
+        if problem is not None:
+            raise problem
+        if is_plain:
+            self._good_host = host
 
     def on_body(self, body: bytes) -> None:
         self.arrival.body_bytes += len(body)
@@ -230,6 +271,7 @@ class Connection(HttpToolsProtocol):
         url, parser = self.url, self.parser
         if (
             not self._is_answered()
+            or len(self._fields) < len(self.headers)
             or parser.get_method() != b"POST"
             or parser.get_http_version() != "1.1"
             or self.flow.write_paused
@@ -240,8 +282,9 @@ class Connection(HttpToolsProtocol):
             or not url.isascii()
         ):
             return False
-        exchange = _Exchange(self, keep_alive=parser.should_keep_alive() and not self.server_state.stopping)
-        if not self._application.take_whole(self.headers, cast("bytes", self._whole), exchange.answer):
+        exchange = _Exchange(keep_alive=parser.should_keep_alive() and not self.server_state.stopping)
+        answer = partial(self._answer_whole, exchange)
+        if not self._application.take_whole(self._fields, cast("bytes", self._whole), answer):
             return False
         self._whole = None
         self.cycle = self._answering = exchange
@@ -254,7 +297,9 @@ class Connection(HttpToolsProtocol):
         if b"#" in self.url:
             raise Problem(400, "The request target has a fragment (#). Send it without.")
         url, headers, body = _add_path(rb"\1/", self.url), self.headers, self._whole
-        expects = self.expect_100_continue and self.parser.get_http_version() != "1.0"
+        expects = self.parser.get_http_version() != "1.0" and any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in headers
+        )
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue = url, headers, expects
         self.scope["headers"] = headers
@@ -284,16 +329,21 @@ class Connection(HttpToolsProtocol):
             self._answering, _ = self.pipeline[-1]
             super().on_response_complete()
             self._account()
-        elif not self.transport.is_closing():
+        elif self.flow.read_paused and not self.transport.is_closing():
             self.flow.resume_reading()
 
-    def answered_whole(self, problem: Problem | None, *, keep_alive: bool) -> None:
+    def _answer_whole(self, exchange: "_Exchange", problem: Problem | None) -> None:
         """Send the answer to a request that was taken whole."""
-        if self.transport.is_closing():
+        exchange.response_complete = True
+        transport, keep_alive = self.transport, exchange.keep_alive
+        if transport.is_closing():
             return
-        self.transport.write(self._response(problem, keep_alive=keep_alive))
+        if problem is None and keep_alive:
+            transport.write(self.server_state.accepted)
+        else:
+            transport.write(self.server_state.answer(problem, keep_alive=keep_alive))
         if not keep_alive:
-            self.transport.close()
+            transport.close()
         self.on_response_complete()
 
     # Limits
@@ -393,7 +443,7 @@ class Connection(HttpToolsProtocol):
             return
         if not self._is_in_asgi() or not cast("RequestResponseCycle", self.cycle).response_started:
             self._application.count_refused(problem.status)
-            self.transport.write(self._response(problem, keep_alive=False))
+            self.transport.write(self.server_state.answer(problem, keep_alive=False))
         self.arrival.receiving = False
         self.transport.close()
 
@@ -421,13 +471,6 @@ class Connection(HttpToolsProtocol):
         """Whether the request that is being received goes through ASGI already."""
         return self.arrival.receiving and not self.arrival.in_head and self._whole is None
 
-    def _response(self, problem: Problem | None, *, keep_alive: bool) -> bytes:
-        """The bytes of an answer: of 202 without a problem."""
-        status, headers, body = (202, (), b"") if problem is None else (problem.status, problem.headers, problem.body())
-        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
-        end = b"content-length: %d\r\n\r\n" if keep_alive else b"content-length: %d\r\nconnection: close\r\n\r\n"
-        return b"".join((STATUS_LINE[status], *lines, end % len(body), body))
-
 
 class _Flow(FlowControl):
     """uvicorn's, but while requests wait for their turn nothing is read, whatever else is answered."""
@@ -450,19 +493,18 @@ class _Flow(FlowControl):
 class _Exchange:
     """A request that was taken whole, until it is answered. uvicorn treats it as one of its own cycles."""
 
-    __slots__ = ("_connection", "disconnected", "keep_alive", "response_complete")
+    __slots__ = ("disconnected", "keep_alive", "response_complete")
 
     message_event = asyncio.Event()  # uvicorn sets it; nothing waits for it
 
-    def __init__(self, connection: Connection, *, keep_alive: bool) -> None:
-        self._connection = connection
+    def __init__(self, *, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
 
-    def answer(self, problem: Problem | None) -> None:
-        self.response_complete = True
-        self._connection.answered_whole(problem, keep_alive=self.keep_alive)
+
+def _ignore(_header: Header) -> None:
+    pass
 
 
 def _problem_of(error: Exception) -> Problem:

@@ -43,6 +43,17 @@ class Problem(Exception):  # noqa: N818 - an answer, not an error
         return json.dumps(problem).encode()
 
 
+class Repeated(Problem):
+    """The events of the request are in the log, but this many were in it before. The answer is 202, and says so."""
+
+    def __init__(self, events: int) -> None:
+        super().__init__(202, "")
+        self.headers = ((b"pgbackend-duplicates", b"%d" % events),)
+
+    def body(self) -> bytes:
+        return b""
+
+
 def unavailable(detail: str) -> Problem:
     """A 503 that says when to try again."""
     return Problem(503, detail, _RETRY)

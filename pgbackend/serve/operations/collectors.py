@@ -35,30 +35,63 @@ class LogCollector:
     def collect(self) -> Iterable[Metric]:
         status = self.status
         yield InfoMetricFamily("pgbackend_build", "Versions of pgbackend and of Python.", value=self._build)
-        up = GaugeMetricFamily("pgbackend_postgresql_up", "1 if PostgreSQL answered this scrape.")
-        up.add_metric((), float(status is not None))
-        yield up
+        yield _gauge("pgbackend_postgresql_up", "1 if PostgreSQL answered this scrape.", status is not None)
         if status is None:
             return
-        head = GaugeMetricFamily("pgbackend_log_head_position", "The highest position assigned in the log.")
-        head.add_metric((), status.head)
-        yield head
-        lag = _by_trigger("pgbackend_subscription_lag_events", "Positions between the offset and the head of the log.")
-        age = _by_trigger("pgbackend_subscription_lag_seconds", "Age of the oldest event that is not settled.")
-        waiting = _by_trigger("pgbackend_subscription_waiting_events", "Failed events that wait for a retry.")
-        letters = _by_trigger("pgbackend_subscription_dead_letter_events", "Dead letters kept in PostgreSQL.")
-        skipped = _by_trigger(
-            "pgbackend_subscription_skipped_events", "Unsettled positions whose rows are gone from the log."
-        )
-        for one in status.subscriptions:
-            name = (one.name,)
-            lag.add_metric(name, one.lag)
-            waiting.add_metric(name, one.redeliveries)
-            letters.add_metric(name, one.dead_letters)
-            skipped.add_metric(name, one.skipped)
-            if one.lag_seconds is not None:  # it is for a complete subscription
-                age.add_metric(name, one.lag_seconds)
-        yield from (lag, age, waiting, letters, skipped)
+        yield from _of_the_log(status)
+        yield from _of_subscriptions(status)
+
+
+def _of_the_log(status: "Status") -> Iterator[Metric]:
+    yield _gauge("pgbackend_log_head_position", "The highest position assigned in the log.", status.head)
+    yield _gauge("pgbackend_log_events_per_second", "Events appended a second, over the last minute.", status.rate)
+    yield _gauge("pgbackend_log_size_bytes", "Bytes that the events take on disk.", status.bytes_on_disk)
+    yield _gauge("pgbackend_log_segments", "Segments of the log, with those made ahead.", status.segments)
+    yield _gauge("pgbackend_log_open_appenders", "Open transactions that have appended events.", len(status.appenders))
+    policy = status.retention
+    seconds = GaugeMetricFamily(
+        "pgbackend_log_retention_seconds", "How long events or dead letters stay, by limit.", labels=("limit",)
+    )
+    for limit, time in (("keep", policy.keep), ("max_age", policy.max_age), ("dead_letters", policy.dead_letters)):
+        if time is not None:
+            seconds.add_metric((limit,), time.total_seconds())
+    yield seconds
+    if policy.max_bytes is not None:
+        yield _gauge("pgbackend_log_retention_bytes", "The size from which the oldest events go.", policy.max_bytes)
+
+
+def _of_subscriptions(status: "Status") -> Iterator[Metric]:
+    lag = _by_trigger("pgbackend_subscription_lag_events", "Positions between the offset and the head of the log.")
+    age = _by_trigger("pgbackend_subscription_lag_seconds", "Age of the oldest event that is not settled.")
+    pending = _by_trigger("pgbackend_subscription_pending_events", "Positions below the offset that are not settled.")
+    in_flight = _by_trigger("pgbackend_subscription_in_flight_events", "Events below the offset that are at work.")
+    waiting = _by_trigger("pgbackend_subscription_waiting_events", "Failed events that wait for a retry.")
+    letters = _by_trigger("pgbackend_subscription_dead_letter_events", "Dead letters kept in PostgreSQL.")
+    skipped = _by_trigger(
+        "pgbackend_subscription_skipped_events", "Unsettled positions whose rows are gone from the log."
+    )
+    owned = _by_trigger("pgbackend_subscription_owned_shards", "Shards that a living worker runs.")
+    holds = _by_trigger("pgbackend_subscription_holds_log", "1 if events stay longer than `keep` because of it.")
+    holders = {holder.subscription for holder in status.holders}
+    for one in status.subscriptions:
+        name = (one.name,)
+        lag.add_metric(name, one.lag)
+        pending.add_metric(name, sum(shard.pending for shard in one.shards))
+        in_flight.add_metric(name, one.in_flight)
+        waiting.add_metric(name, one.redeliveries)
+        letters.add_metric(name, one.dead_letters)
+        skipped.add_metric(name, one.skipped)
+        owned.add_metric(name, sum(shard.owner_name is not None for shard in one.shards))
+        holds.add_metric(name, one.name in holders)
+        if one.lag_seconds is not None:  # it is for a complete subscription
+            age.add_metric(name, one.lag_seconds)
+    yield from (lag, age, pending, in_flight, waiting, letters, skipped, owned, holds)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily(name, text)
+    gauge.add_metric((), value)
+    return gauge
 
 
 def _by_trigger(name: str, text: str) -> GaugeMetricFamily:

@@ -67,6 +67,11 @@ class Instruments:
             ("http_response_status_code",),
             registry=registry,
         )
+        self.duplicates = Counter(
+            "pgbackend_ingest_duplicate_events",
+            "Events that were taken in and not appended, because the log had their source and id within its window.",
+            registry=registry,
+        )
         self.consumed = Counter(
             "messaging_client_consumed_messages",
             "Attempts to deliver an event. error_type is empty if the target took it.",
@@ -104,7 +109,7 @@ class Instruments:
         )
         self.paused = Gauge(
             "pgbackend_subscription_paused",
-            "1 while delivery is paused because the target answered 410 Gone.",
+            "1 while delivery is paused, by an operator or because the target answered 410 Gone.",
             of_trigger,
             registry=registry,
             multiprocess_mode="livemax",
@@ -142,7 +147,8 @@ class Instruments:
         self.dead_lettered.labels(name, "url")
         self.dead_lettered.labels(name, "table")
         self.down.labels(name)
-        self.paused.labels(name)
+        # It may have been paused when it was here before.
+        self.paused.labels(name).set(0)
 
     def forget_trigger(self, name: str) -> None:
         """Show nothing more of the trigger."""
@@ -163,7 +169,6 @@ def _reload_refused(instruments: Instruments, _: str) -> None:
 
 def _recovered(instruments: Instruments, name: str) -> None:
     instruments.down.labels(name).set(0)
-    instruments.paused.labels(name).set(0)
 
 
 CHANGES: Mapping[str, Callable[[Instruments, str], None]] = {

@@ -95,6 +95,10 @@ class Metrics:
         """The events of one request were committed, so many seconds after they were parsed."""
         self._ingest.add(events, seconds)
 
+    def repeated(self, events: int) -> None:
+        """So many events that came in were in the log already, and were not appended."""
+        self._instruments.duplicates.inc(events)
+
     def refused(self, status: int) -> None:
         """A request with events was answered with this status."""
         self._instruments.refused.labels(code_of(status)).inc()
@@ -124,7 +128,8 @@ class Metrics:
             if one.name in self._triggers:
                 # Facts are faster, but they do not follow a shard that went to another process.
                 self._instruments.down.labels(one.name).set(one.state == "target down")
-                self._instruments.paused.labels(one.name).set(one.state.startswith("paused"))
+                is_paused = one.paused is not None or one.state.startswith("paused")
+                self._instruments.paused.labels(one.name).set(is_paused)
         body: bytes = await asyncio.to_thread(format_.generate_latest, registry)
         return body
 

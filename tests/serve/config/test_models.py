@@ -3,7 +3,7 @@
 import os
 import textwrap
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -343,6 +343,30 @@ class TestBounds:
         assert trigger("bounds: {byDate: {start: 0001-01-01T00:00:00Z}}").start == datetime(1, 1, 1, tzinfo=UTC)
 
 
+class TestDigest:
+    """By which a restart finds that a trigger has changed."""
+
+    BODY = (
+        "target: {url: 'https://a:b@x/y', headers: {X: one}}, filters: [{exact: {type: t}}], concurrency: 8, "
+        "deliveryOptions: {deadLetterURL: 'https://d:e@dead/'}"
+    )
+
+    def test_it_is_the_same_for_the_same_trigger_however_it_is_written(self) -> None:
+        digest = trigger(self.BODY).digest()
+        assert digest == trigger(self.BODY + ", start: latest, shards: 1").digest(), "defaults"
+        assert digest == trigger(self.BODY.replace("concurrency", "CONCURRENCY")).digest()
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [("x/y", "x/z"), ("https", "http"), ("X: one", "Y: one"), ("type: t", "type: u"), ("8", "9")]
+    )
+    def test_it_differs_for_another_trigger(self, old: str, new: str) -> None:
+        assert trigger(self.BODY).digest() != trigger(self.BODY.replace(old, new)).digest()
+
+    @pytest.mark.parametrize(("old", "new"), [("a:b@", "a:c@"), ("d:e@", ""), ("X: one", "X: two")])
+    def test_credentials_do_not_count(self, old: str, new: str) -> None:
+        assert trigger(self.BODY).digest() == trigger(self.BODY.replace(old, new)).digest()
+
+
 class TestSecrets:
     def test_a_secret_file_is_relative_to_the_configuration_and_loses_its_last_line_break(self, tmp_path: Path) -> None:
         (tmp_path / "secret").write_text("Bearer of news\r\n", encoding="utf-8")
@@ -381,7 +405,10 @@ class TestSecrets:
 
 
 MISTAKES = [
-    ("trigers: {}", "trigers: unknown key: expected ingest or triggers"),
+    ("trigers: {}", "trigers: unknown key: expected ingest, deduplicate, retention or triggers"),
+    ("deduplicate: 1d", 'deduplicate: expected an ISO 8601 duration such as PT2S, found "1d"'),
+    ("deduplicate: PT0.05S", 'deduplicate: expected a duration from PT0.1S to P366D, or P0D, found "PT0.05S"'),
+    ("deduplicate: -P1D", "deduplicate: expected a duration from PT0.1S to P366D, or P0D"),
     ("triggers: {a: {filter: []}}", "triggers.a.filter: unknown key: expected filters, target,"),
     ("triggers: {a: {bounds: {startId: 1}}}", "triggers.a.bounds.startId: unknown key: expected byId or byDate"),
     ("triggers: {a: {filters: [{regex: {type: x}}]}}", "triggers.a.filters[0].regex: unknown dialect: expected exact,"),
@@ -611,3 +638,36 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
     for path in (large, Path("/dev/zero")):
         with pytest.raises(ConfigError, match=f"{path}: too large: expected at most 8 MiB"):
             load_file(path)
+
+
+def test_a_retention_that_is_given_has_defaults_and_one_that_is_not_leaves_the_logs() -> None:
+    assert loaded("triggers: {}").retention is None
+    given = loaded("retention: {keep: PT12H, maxBytes: 2097152, deadLetters: forever}").retention
+    assert given is not None
+    assert (given.keep, given.max_age, given.max_bytes, given.dead_letters) == (
+        timedelta(hours=12),
+        None,
+        1 << 21,
+        None,
+    )
+    empty = loaded("retention: {}").retention
+    assert empty is not None
+    assert (empty.keep, empty.dead_letters) == (timedelta(days=7), timedelta(days=30))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "retention: {keep: 7d}",
+            'retention.keep: expected an ISO 8601 duration such as PT2S, found "7d", or "forever"',
+        ),
+        (
+            "retention: {maxAge: PT0.5S}",
+            'expected a duration from a second to 36500 days, or "forever", found "PT0.5S"',
+        ),
+        ("retention: {maxBytes: 1000}", "retention.maxBytes: expected a whole number from 1048576"),
+    ],
+)
+def test_a_retention_that_cannot_be_stored_is_a_mistake(text: str, message: str) -> None:
+    assert message in complaint(text)

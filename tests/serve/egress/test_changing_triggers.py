@@ -18,6 +18,7 @@ from tests.serve.support.broker import Broker, send, serving
 from tests.serve.support.configs import config, to, triggers
 from tests.serve.support.target import Target, failing, holding
 from tests.support.backends import complete, dead_letters, settled, status_of
+from tests.support.events import make_event
 from tests.support.polling import eventually
 
 
@@ -29,6 +30,84 @@ async def are_running(broker: Broker, *names: str) -> None:
         return {one.name for one in status.subscriptions if one.state == "running"} == set(names)
 
     await eventually(f"{', '.join(names)} run, and no other", they_are)
+
+
+def gone(_request: object) -> web.Response:
+    return web.Response(status=410)
+
+
+async def pauses(broker: Broker, name: str = "billing") -> None:
+    """Return once the log says that the trigger is paused."""
+
+    async def is_paused() -> bool:
+        return (await status_of(broker.backend, name)).paused is not None
+
+    await eventually("the trigger is paused", is_paused)
+
+
+class TestPausing:
+    """A target answers 410."""
+
+    async def test_a_restart_with_the_same_trigger_keeps_the_pause_and_one_with_another_ends_it(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        target.answer = gone
+        both = {"billing": to(target), "witness": to(other_target)}
+        async with serving(database, config=triggers(**both)) as broker:
+            await send(broker, 1)
+            await pauses(broker)
+            await other_target.wait(1)
+        asked = len(target.requests)
+        target.answer = lambda request: web.Response(status=204)
+        async with serving(database, config=triggers(**both)) as broker:
+            await send(broker, 2)
+            await other_target.wait(2)
+            assert len(target.requests) == asked
+            paused = (await status_of(broker.backend, "billing")).paused
+            assert paused is not None
+            assert paused.by == "dispatcher"
+            assert paused.reason.startswith(
+                f"{target.url} answered 410 Gone; change the URL of trigger billing, or run"
+            )
+        async with serving(database, config=triggers(**{**both, "billing": to(target, "concurrency: 2")})) as broker:
+            await settled(broker.backend, "billing")
+        assert sorted(target.ids()[asked:]) == ["1", "2"]
+
+    async def test_an_operator_resumes_the_trigger_of_every_process(self, database: str, target: Target) -> None:
+        target.answer = gone
+        with Recorder() as recorder:
+            async with (
+                serving(database, config=config(target, "shards: 2")) as broker,
+                serving(database, config=config(target, "shards: 2")) as other,
+            ):
+                await recorder.wait("lease claimed", count=3)
+                await send(broker, 1)
+                await pauses(other)
+                await recorder.wait("subscription paused", count=2)
+                target.answer = lambda request: web.Response(status=204)
+                await other.backend.resume("billing")
+                await settled(broker.backend)
+                await recorder.wait("subscription resumed", count=2)
+
+    async def test_a_broker_with_the_old_target_does_not_pause_the_new_one(
+        self, database: str, target: Target, other_target: Target
+    ) -> None:
+        """During a rolling deployment. The old broker pauses for itself; the new one gets its shards when it ends."""
+        target.answer = gone
+        with Recorder() as recorder:
+            async with (
+                serving(database, config=config(target, "shards: 2")) as old,
+                serving(database, config=config(other_target, "shards: 2")) as new,
+            ):
+                await recorder.wait("lease claimed", count=3)
+                await new.backend.produce_many([make_event(key, key=key) for key in map(str, range(20))])
+                await recorder.wait("subscription paused")
+                await other_target.wait(1)
+                assert (await status_of(new.backend)).paused is None
+                await old.backend.stop()
+                await settled(new.backend)
+        assert len(recorder.all("subscription paused")) == 1
+        assert sorted(other_target.ids()) == sorted(map(str, range(20)))
 
 
 class TestAddingAndRemoving:
@@ -140,21 +219,17 @@ class TestChanging:
         self, database: str, target: Target, other_target: Target
     ) -> None:
         """It keeps its connection, and its pause."""
-        other_target.answer = lambda request: web.Response(status=410)
+        other_target.answer = gone
         same = {"billing": to(target), "gone": to(other_target)}
         async with serving(database, config=triggers(**same)) as broker:
             await send(broker, 1)
             await target.wait(1)
-
-            async def paused() -> bool:
-                return (await status_of(broker.backend, "gone")).state.startswith("paused")
-
-            await eventually("the trigger pauses", paused)
+            await pauses(broker, "gone")
             with Recorder() as recorder:
                 await broker.configure(triggers(**same, third=to(target, "filters: [{exact: {id: none}}]")))
                 await send(broker, 2)
                 await target.wait(2)
-                assert await paused()
+                assert (await status_of(broker.backend, "gone")).state.startswith("paused")
                 assert recorder.all("trigger added", trigger="third")
                 assert not recorder.all("trigger changed")
                 # A change ends the pause.

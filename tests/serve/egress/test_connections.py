@@ -4,13 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 import pytest
 from yarl import URL
 
 from pgbackend.codec import wire
 from pgbackend.serve.egress import addresses
-from pgbackend.serve.egress.connections import Pool, open_session
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import envelope
 from tests.serve.support.dispatchers import dispatcher_to
@@ -21,8 +20,8 @@ ORDER = wire.parse_structured(envelope("order"))
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session(deny_private=True) as opened:
+async def pool() -> AsyncIterator[Pool]:
+    async with Pool(deny_private=True) as opened:
         yield opened
 
 
@@ -41,37 +40,33 @@ def resolving(monkeypatch: pytest.MonkeyPatch, name: str, *answers: list[str]) -
 
 class TestDenyPrivateTargets:
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1", "::ffff:127.0.0.1", "::"])  # noqa: S104
-    async def test_a_target_on_this_machine_is_never_connected_to(
-        self, host: str, target: Target, session: aiohttp.ClientSession
-    ) -> None:
+    async def test_a_target_on_this_machine_is_never_connected_to(self, host: str, target: Target, pool: Pool) -> None:
         url = URL(target.url).with_host(host)
         with pytest.raises(TargetError, match="is not a public address, and --deny-private-targets is on") as caught:
-            await dispatcher_to(session, url)(ORDER)
+            await dispatcher_to(pool, url)(ORDER)
         assert caught.value.status is None
         assert target.requests == []
 
     @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "127.1", "0177.0.0.1"])
-    async def test_an_address_in_an_old_form_is_never_connected_to(
-        self, host: str, target: Target, session: aiohttp.ClientSession
-    ) -> None:
+    async def test_an_address_in_an_old_form_is_never_connected_to(self, host: str, target: Target, pool: Pool) -> None:
         url = URL(target.url.replace("127.0.0.1", host), encoded=True)
         with pytest.raises(TargetError):
-            await dispatcher_to(session, url)(ORDER)
+            await dispatcher_to(pool, url)(ORDER)
         assert target.requests == []
 
     async def test_dns_rebinding_does_not_help(
-        self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+        self, target: Target, pool: Pool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The name resolves to a public address when it is checked, and to this machine when it is used."""
         resolving(monkeypatch, "rebinding.example", ["93.184.215.14"], ["127.0.0.1"])
         await asyncio.get_running_loop().getaddrinfo("rebinding.example", 80)  # a check of the name
         url = URL(target.url).with_host("rebinding.example")
         with pytest.raises(TargetError, match=r"127\.0\.0\.1 is not a public address"):
-            await dispatcher_to(session, url)(ORDER)
+            await dispatcher_to(pool, url)(ORDER)
         assert target.requests == []
 
     async def test_private_addresses_among_several_are_skipped(
-        self, target: Target, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+        self, target: Target, pool: Pool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """127.0.0.2 stands for a public address here."""
         port = URL(target.url).port
@@ -86,13 +81,13 @@ class TestDenyPrivateTargets:
         monkeypatch.setattr(addresses, "is_public", lambda host: host == "127.0.0.2")
         resolving(monkeypatch, "two.example", ["127.0.0.1", "127.0.0.2"])
         async with await asyncio.start_server(talk, "127.0.0.2", port):
-            await dispatcher_to(session, URL(target.url).with_host("two.example"))(ORDER)
+            await dispatcher_to(pool, URL(target.url).with_host("two.example"))(ORDER)
         assert taken.is_set()
         assert target.requests == []
 
     async def test_private_targets_are_allowed_by_default(self, target: Target) -> None:
-        async with open_session() as session:
-            await dispatcher_to(session, target.url)(ORDER)
+        async with Pool() as pool:
+            await dispatcher_to(pool, target.url)(ORDER)
         assert len(target.requests) == 1
 
 
@@ -107,13 +102,12 @@ class TestConnections:
             await reader.read()
             closed.set()
 
-        connector = Pool(keepalive=0.2)
-        async with raw_server(talk) as url, aiohttp.ClientSession(connector=connector) as session:
-            await dispatcher_to(session, url, trigger="removed")(ORDER)
+        async with raw_server(talk) as url, Pool(keepalive=0.2) as pool:
+            await dispatcher_to(pool, url, trigger="removed")(ORDER)
             await asyncio.wait_for(closed.wait(), 10)
 
             async def nothing_kept() -> bool:
-                return not connector._conns
+                return not pool._conns
 
             await eventually("the pool forgot it", nothing_kept)
 
@@ -127,8 +121,8 @@ class TestConnections:
                 requests += 1
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine")
 
-        async with raw_server(talk) as url, open_session() as session:
-            dispatch = dispatcher_to(session, url)
+        async with raw_server(talk) as url, Pool() as pool:
+            dispatch = dispatcher_to(pool, url)
             for _ in range(5):
                 await dispatch(ORDER)
         assert (connections, requests) == (1, 5)

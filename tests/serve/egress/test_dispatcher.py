@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from time import monotonic
 
-import aiohttp
 import pytest
 import trustme
 from aiohttp import web
@@ -20,7 +19,7 @@ from pgbackend.codec.event import Event, attributes_with
 from pgbackend.errors import Pause, Reject, RetryAfter
 from pgbackend.model import Failure
 from pgbackend.serve.config.load import load
-from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.dispatcher import DeadLetterDispatcher, TargetDispatcher, reject_without_target
 from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import envelope
@@ -36,14 +35,14 @@ Maker = Callable[..., TargetDispatcher]
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session() as opened:
+async def pool() -> AsyncIterator[Pool]:
+    async with Pool() as opened:
         yield opened
 
 
 @pytest.fixture
-def dispatcher(session: aiohttp.ClientSession) -> Maker:
-    return partial(dispatcher_to, session)
+def dispatcher(pool: Pool) -> Maker:
+    return partial(dispatcher_to, pool)
 
 
 def answering(target: Target, status: int, body: bytes = b"", **headers: str) -> None:

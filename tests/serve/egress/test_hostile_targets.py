@@ -8,9 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
-import aiohttp
 import pytest
 
 from pgbackend.backend import Backend
@@ -18,7 +16,7 @@ from pgbackend.codec import wire
 from pgbackend.codec.event import Event
 from pgbackend.facts import Recorder
 from pgbackend.retry import Retry
-from pgbackend.serve.egress.connections import Pool, open_session
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.outcomes import TargetError
 from pgbackend.serve.egress.replies import ReplyBudget
 from tests.serve.support.broker import envelope
@@ -39,19 +37,19 @@ def event(n: int, size: int = 10) -> Event:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session() as opened:
+async def pool() -> AsyncIterator[Pool]:
+    async with Pool() as opened:
         yield opened
 
 
 @asynccontextmanager
 async def triggers(backend: Backend, bad: Mapping[str, str], *, good: str, retry: Retry = RETRY) -> AsyncIterator[None]:
     """Each trigger gets every event: `good`, whose target is good, and those with bad targets."""
-    async with open_session() as session:
+    async with Pool() as pool:
         # A longer timeout for the good one: on a busy machine it must not look bad.
         timeouts = dict.fromkeys(bad, TIMEOUT) | {"good": 30.0}
         for name, url in {**bad, "good": good}.items():
-            dispatch = dispatcher_to(session, url, trigger=name, timeout=timeouts[name], store=backend.produce_many)
+            dispatch = dispatcher_to(pool, url, trigger=name, timeout=timeouts[name], store=backend.produce_many)
             await backend.subscribe(name, dispatch, start="earliest", retry=retry)
         running = asyncio.create_task(backend.start())
         try:
@@ -155,7 +153,7 @@ async def test_a_target_that_was_down_gets_everything_when_it_is_back(backend: B
         (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
     ],
 )
-async def test_an_odd_2xx_is_delivered_once(answer: bytes, *, closes: bool, session: aiohttp.ClientSession) -> None:
+async def test_an_odd_2xx_is_delivered_once(answer: bytes, *, closes: bool, pool: Pool) -> None:
     requests = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,7 +167,7 @@ async def test_an_odd_2xx_is_delivered_once(answer: bytes, *, closes: bool, sess
                 return
 
     async with raw_server(talk) as url:
-        dispatch = dispatcher_to(session, url)
+        dispatch = dispatcher_to(pool, url)
         for n in range(3):
             await dispatch(event(n))
     assert requests == 3
@@ -198,7 +196,7 @@ ANSWERED = b"HTTP/1.1 204 No Content\r\n\r\n"
         "zeros of a chunk size", "more answers", "CRLFs behind the answer",
     ],
 )  # fmt: skip
-async def test_a_hostile_answer_costs_little(answer: bytes, said: str | None, session: aiohttp.ClientSession) -> None:
+async def test_a_hostile_answer_costs_little(answer: bytes, said: str | None, pool: Pool) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         for start in range(0, len(answer), 1 << 16):
@@ -207,7 +205,7 @@ async def test_a_hostile_answer_costs_little(answer: bytes, said: str | None, se
         await reader.read()
 
     async with raw_server(talk) as url:
-        dispatch = dispatcher_to(session, url)
+        dispatch = dispatcher_to(pool, url)
         began = time.process_time()
         if said is None:
             await dispatch(event(1))
@@ -218,7 +216,7 @@ async def test_a_hostile_answer_costs_little(answer: bytes, said: str | None, se
     assert spent < 0.25
 
 
-async def test_a_head_may_come_byte_by_byte(session: aiohttp.ClientSession) -> None:
+async def test_a_head_may_come_byte_by_byte(pool: Pool) -> None:
     requests = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -231,13 +229,13 @@ async def test_a_head_may_come_byte_by_byte(session: aiohttp.ClientSession) -> N
                 await asyncio.sleep(0)
 
     async with raw_server(talk) as url:
-        dispatch = dispatcher_to(session, url)
+        dispatch = dispatcher_to(pool, url)
         for n in range(3):
             await dispatch(event(n))
     assert requests == 3
 
 
-async def test_an_unrequested_answer_is_not_the_answer_to_the_next_request(session: aiohttp.ClientSession) -> None:
+async def test_an_unrequested_answer_is_not_the_answer_to_the_next_request(pool: Pool) -> None:
     """A proxy may send 408 on an idle connection before it closes it."""
     requests: list[bytes] = []
     unasked = asyncio.Event()
@@ -250,14 +248,13 @@ async def test_an_unrequested_answer_is_not_the_answer_to_the_next_request(sessi
         await reader.read()
 
     async with raw_server(talk) as url:
-        dispatch = dispatcher_to(session, url)
+        dispatch = dispatcher_to(pool, url)
         await dispatch(event(1))
         unasked.set()
-        await eventually("the connection is closed", lambda: _no_connection_left(session))
+        await eventually("the connection is closed", lambda: _no_connection_left(pool))
         await dispatch(event(2))
     assert [b"0001" in requests[0], b"0002" in requests[1]] == [True, True]
 
 
-async def _no_connection_left(session: aiohttp.ClientSession) -> bool:
-    connector = cast("Pool", session.connector)
-    return not any(protocol.is_connected() for pool in connector._conns.values() for protocol, _ in pool)
+async def _no_connection_left(pool: Pool) -> bool:
+    return not any(protocol.is_connected() for pool in pool._conns.values() for protocol, _ in pool)

@@ -34,7 +34,10 @@ def test_each_status_is_delivered_retried_or_final() -> None:
 
 
 def test_410_names_the_trigger_and_says_what_to_do() -> None:
-    assert str(failure(410)) == f"{URL_SHOWN} answered 410 Gone; change the URL of trigger billing to resume it"
+    assert str(failure(410)) == (
+        f"{URL_SHOWN} answered 410 Gone; change the URL of trigger billing, or run "
+        "`pgbackend subscriptions resume billing`"
+    )
 
 
 @pytest.mark.parametrize("text", ["17", " 17 ", "017"])

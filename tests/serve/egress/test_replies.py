@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from time import monotonic
 
-import aiohttp
 import pytest
 from aiohttp import web
 
@@ -18,7 +17,7 @@ from pgbackend.errors import ConnectionLostError, EventError, PgBackendError, Pr
 from pgbackend.facts import Recorder
 from pgbackend.model import Failure
 from pgbackend.serve.egress import replies
-from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.dispatcher import DeadLetterDispatcher, TargetDispatcher
 from pgbackend.serve.egress.outcomes import TargetError
 from tests.serve.support.broker import BATCH, HEADERS, STRUCTURED, envelope
@@ -44,8 +43,8 @@ class Log:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session() as opened:
+async def pool() -> AsyncIterator[Pool]:
+    async with Pool() as opened:
         yield opened
 
 
@@ -58,8 +57,8 @@ Maker = Callable[..., TargetDispatcher]
 
 
 @pytest.fixture
-def dispatcher(session: aiohttp.ClientSession, log: Log) -> Maker:
-    return partial(dispatcher_to, session, store=log.produce)
+def dispatcher(pool: Pool, log: Log) -> Maker:
+    return partial(dispatcher_to, pool, store=log.produce)
 
 
 def replying(target: Target, body: bytes, headers: dict[str, str], status: int = 200) -> None:
@@ -282,7 +281,7 @@ class TestMemory:
         assert len(log.events) == replies.BATCH_EVENTS
 
     async def test_endless_replies_take_only_the_share_of_their_trigger(
-        self, session: aiohttp.ClientSession, target: Target, log: Log
+        self, pool: Pool, target: Target, log: Log
     ) -> None:
         """One target never ends its replies; meanwhile the large replies of another are stored."""
         budget = replies.ReplyBudget(8 << 20)
@@ -302,8 +301,8 @@ class TestMemory:
 
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
         async with raw_server(hold) as held:
-            bad = dispatcher_to(session, held, trigger="bad", timeout=60.0, store=log.produce, budget=budget)
-            good = dispatcher_to(session, target.url, trigger="good", timeout=30.0, store=log.produce, budget=budget)
+            bad = dispatcher_to(pool, held, trigger="bad", timeout=60.0, store=log.produce, budget=budget)
+            good = dispatcher_to(pool, target.url, trigger="good", timeout=30.0, store=log.produce, budget=budget)
             waiting = [asyncio.create_task(bad(ORDER)) for _ in range(20)]
             await eventually("all of them have begun", all_have_begun)
             await asyncio.gather(*(good(ORDER) for _ in range(20)))
@@ -312,9 +311,7 @@ class TestMemory:
             await asyncio.wait(waiting)
         assert len(log.events) == 20
 
-    async def test_replies_of_all_triggers_stay_within_the_budget(
-        self, session: aiohttp.ClientSession, target: Target
-    ) -> None:
+    async def test_replies_of_all_triggers_stay_within_the_budget(self, pool: Pool, target: Target) -> None:
         # A reply reserves four times its size.
         fit = (4 << 20) // 800_000
         storing = 0
@@ -333,17 +330,14 @@ class TestMemory:
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
         budget = replies.ReplyBudget(4 << 20)
         dispatchers = [
-            dispatcher_to(session, target.url, trigger=str(n), timeout=30.0, store=store, budget=budget)
-            for n in range(10)
+            dispatcher_to(pool, target.url, trigger=str(n), timeout=30.0, store=store, budget=budget) for n in range(10)
         ]
         await asyncio.gather(*(dispatch(ORDER) for dispatch in dispatchers for _ in range(3)))
 
-    async def test_a_reply_that_finds_no_room_fails_at_the_timeout(
-        self, session: aiohttp.ClientSession, target: Target, log: Log
-    ) -> None:
+    async def test_a_reply_that_finds_no_room_fails_at_the_timeout(self, pool: Pool, target: Target, log: Log) -> None:
         replying(target, envelope("large", data="x" * 200_000), STRUCTURED)
         budget = replies.ReplyBudget(1 << 20)
-        dispatch = dispatcher_to(session, target.url, trigger="a", timeout=0.5, store=log.produce, budget=budget)
+        dispatch = dispatcher_to(pool, target.url, trigger="a", timeout=0.5, store=log.produce, budget=budget)
         async with budget.reserved(1 << 20):
             with pytest.raises(TargetError, match=r"broke off: no response within 0\.5 s"):
                 await dispatch(ORDER)
@@ -395,11 +389,11 @@ class TestHops:
         assert [(reply.id, reply.attribute(replies.HOPS)) for reply in log.events] == [("2", "5"), ("3", "9")]
 
 
-async def test_a_loop_of_replies_ends(backend: Backend, target: Target, session: aiohttp.ClientSession) -> None:
+async def test_a_loop_of_replies_ends(backend: Backend, target: Target, pool: Pool) -> None:
     """Two triggers reply to each other's replies, until three hops are used up."""
     target.answer = lambda request: web.Response(body=envelope(f"after {request.event().id}"), headers=STRUCTURED)
     for name in ("ping", "pong"):
-        dispatcher = dispatcher_to(session, target.url + name, trigger=name, store=backend.produce_many, max_hops=3)
+        dispatcher = dispatcher_to(pool, target.url + name, trigger=name, store=backend.produce_many, max_hops=3)
         await backend.subscribe(name, dispatcher, start="earliest")
     running = asyncio.create_task(backend.start())
     with Recorder() as recorder:
@@ -412,7 +406,7 @@ async def test_a_loop_of_replies_ends(backend: Backend, target: Target, session:
 
 
 async def test_an_event_is_settled_only_after_its_reply_is_in_the_log(
-    backend: Backend, target: Target, session: aiohttp.ClientSession
+    backend: Backend, target: Target, pool: Pool
 ) -> None:
     replying(target, envelope("reply"), STRUCTURED)
     stored, release = asyncio.Event(), asyncio.Event()
@@ -424,7 +418,7 @@ async def test_an_event_is_settled_only_after_its_reply_is_in_the_log(
 
     await backend.subscribe(
         "billing",
-        dispatcher_to(session, target.url, trigger="billing", store=produce),
+        dispatcher_to(pool, target.url, trigger="billing", store=produce),
         filter=lambda event: event.id == "order",
         start="earliest",
     )
@@ -441,9 +435,7 @@ async def test_an_event_is_settled_only_after_its_reply_is_in_the_log(
     await running
 
 
-async def test_a_reply_during_the_drain_is_stored(
-    backend: Backend, target: Target, session: aiohttp.ClientSession, database: str
-) -> None:
+async def test_a_reply_during_the_drain_is_stored(backend: Backend, target: Target, pool: Pool, database: str) -> None:
     stopping = asyncio.Event()
 
     async def reply_late(request: object) -> web.Response:
@@ -451,7 +443,7 @@ async def test_a_reply_during_the_drain_is_stored(
         return web.Response(body=envelope("reply"), headers=STRUCTURED)
 
     target.answer = reply_late
-    billing = dispatcher_to(session, target.url, trigger="billing", store=backend.produce_many)
+    billing = dispatcher_to(pool, target.url, trigger="billing", store=backend.produce_many)
     await backend.subscribe("billing", billing, filter=lambda event: event.id == "order", start="earliest")
     running = asyncio.create_task(backend.start())
     await backend.produce(ORDER)
@@ -469,12 +461,10 @@ async def test_a_reply_during_the_drain_is_stored(
     assert len(target.requests) == 1, "it was delivered again"
 
 
-async def test_a_reply_that_is_too_large_for_the_log_fails(
-    backend: Backend, target: Target, session: aiohttp.ClientSession
-) -> None:
+async def test_a_reply_that_is_too_large_for_the_log_fails(backend: Backend, target: Target, pool: Pool) -> None:
     """A structured reply may be larger than an event in the log."""
     replying(target, envelope("large", data="x" * (replies.EVENT_BYTES + 1000)), STRUCTURED)
-    billing = dispatcher_to(session, target.url, trigger="billing", store=backend.produce_many)
+    billing = dispatcher_to(pool, target.url, trigger="billing", store=backend.produce_many)
     with pytest.raises(TargetError, match="max_event_bytes") as caught:
         await billing(ORDER)
     assert b"max_event_bytes" in b64decode(caught.value.details["knativeerrordata"])

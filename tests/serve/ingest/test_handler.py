@@ -556,10 +556,10 @@ class TestOutages:
     async def test_each_error_of_produce_has_its_answer(
         self, error: Exception, status: int, said: str, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        async def failing(*_: object) -> None:
+        async def failing(*_: object, **__: object) -> None:
             raise error
 
-        def failing_soon(_: Backend, event: object, done: Callable[[Exception | None], None]) -> None:
+        def failing_soon(_: Backend, event: object, done: Callable[[Exception | None], None], **__: object) -> None:
             asyncio.get_running_loop().call_soon(done, error)
 
         monkeypatch.setattr(Backend, "produce_soon", failing_soon)

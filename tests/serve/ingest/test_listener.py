@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from pgbackend.errors import ConfigError, PgBackendError
 from pgbackend.serve.ingest import limits
 from pgbackend.serve.ingest.listener import Listener
 from pgbackend.serve.ingest.ports import bind
-from pgbackend.serve.ingest.responses import Headers, Message, Problem, Receive, Send, respond
+from pgbackend.serve.ingest.responses import Message, Problem, Receive, Send, respond
 from tests.serve.support.broker import HEAD, STRUCTURED, Broker, Commits, envelope
 from tests.support import lifecycle
 from tests.support.lifecycle import Lifecycle
@@ -56,9 +57,9 @@ async def test_draining_finishes_requests_in_progress_and_abandons_incomplete_on
     monkeypatch.setattr(limits, "GRACE", 0.5)
     reached, release = asyncio.Event(), []
 
-    def held(self: Backend, event: Event, done: Callable[[Exception | None], None]) -> None:
+    def held(self: Backend, event: Event, done: Callable[[Exception | None], None], **named: Any) -> None:
         reached.set()
-        release.append(partial(produce_soon, self, event, done))
+        release.append(partial(produce_soon, self, event, done, **named))
 
     monkeypatch.setattr(Backend, "produce_soon", held)
     sending = asyncio.create_task(broker.send(STRUCTURED, envelope()))
@@ -157,7 +158,9 @@ class Answering:
         await asyncio.sleep(0)
         await respond(send, 200, b"")
 
-    def take_whole(self, _headers: Headers, _body: bytes, _answer: Callable[[Problem | None], None], /) -> bool:
+    def take_whole(
+        self, _fields: Mapping[bytes, bytes], _body: bytes, _answer: Callable[[Problem | None], None], /
+    ) -> bool:
         return False
 
     def count_refused(self, status: int) -> None:

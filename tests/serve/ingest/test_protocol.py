@@ -521,7 +521,9 @@ async def test_waiting_requests_of_all_connections_together_are_bounded(
 ) -> None:
     broker.listener.state.heads.total = 1_000_000
     held: list[Callable[[], None]] = []
-    monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: held.append(partial(produce_soon, *arguments)))
+    monkeypatch.setattr(
+        Backend, "produce_soon", lambda *given, **named: held.append(partial(produce_soon, *given, **named))
+    )
     request = HEAD + b"Content-Length: 10000\r\n\r\n" + b"x" * 10_000
     connections = [await asyncio.open_connection(broker.host, broker.port) for _ in range(10)]
     with Recorder() as recorder:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,6 @@ class TestFacts:
             ("target is down", "pgbackend_target_down", "subscription reconfigured"),
             ("target is down", "pgbackend_target_down", "lease lost"),
             ("subscription paused", "pgbackend_subscription_paused", "subscription resumed"),
-            ("subscription paused", "pgbackend_subscription_paused", "lease released"),
         ],
     )
     async def test_down_and_paused_end_with_their_facts(
@@ -157,6 +157,12 @@ class TestFacts:
         facts.emit(trouble, level=logging.DEBUG, subscription="billing")
         facts.emit(end, level=logging.DEBUG, subscription="billing")
         assert await value(metrics, sample, **{TRIGGER: "billing"}) == 0
+
+    @pytest.mark.parametrize("fact", ["lease released", "lease lost", "subscription reconfigured"])
+    async def test_a_pause_stays_with_the_subscription_not_with_its_shards(self, fact: str, metrics: Metrics) -> None:
+        facts.emit("subscription paused", level=logging.DEBUG, subscription="billing")
+        facts.emit(fact, level=logging.DEBUG, subscription="billing")
+        assert await value(metrics, "pgbackend_subscription_paused", **{TRIGGER: "billing"}) == 1
 
     def test_each_fact_that_changes_a_metric_is_emitted_somewhere(self) -> None:
         sources = "".join(file.read_text() for file in Path(pgbackend.__file__).parent.rglob("*.py"))
@@ -289,6 +295,7 @@ class TestExposition:
 async def everything(database: str) -> dict[str, Metric]:
     """Every metric family."""
     async with Backend(database) as backend:
+        await backend.set_retention(max_bytes=1 << 40)
         await backend.subscribe("billing", lambda event: None)
         with Metrics(backend) as metrics:
             metrics.ingested(1, 0.1)
@@ -323,6 +330,40 @@ class TestTheLog:
 
                 await eventually("a lag of 0", caught_up)
                 assert await value(metrics, "pgbackend_subscription_lag_seconds", **{TRIGGER: "billing"}) == 0
+
+    async def test_an_operators_pause_is_shown_by_processes_that_run_none_of_its_shards(self, database: str) -> None:
+        async with Backend(database) as backend, Backend(database) as other:
+            await other.subscribe("billing", print)
+            await backend.pause("billing")
+            with Metrics(backend) as metrics:
+                metrics.trigger("billing")
+                assert await value(metrics, "pgbackend_subscription_paused", **{TRIGGER: "billing"}) == 1
+
+    async def test_the_size_of_the_log_and_its_retention_are_shown(self, database: str) -> None:
+        async with Backend(database) as backend:
+            await backend.set_retention(keep=timedelta(hours=1), dead_letters=None, max_bytes=1 << 40)
+            await backend.produce(event(1))
+            with Metrics(backend) as metrics:
+                assert await value(metrics, "pgbackend_log_events_per_second") == pytest.approx(1 / 60)
+                assert (await value(metrics, "pgbackend_log_size_bytes") or 0) > 8192
+                assert (await value(metrics, "pgbackend_log_segments") or 0) > 1
+                assert await value(metrics, "pgbackend_log_open_appenders") == 0
+                seconds = "pgbackend_log_retention_seconds"
+                assert await value(metrics, seconds, limit="keep") == 3600
+                assert await value(metrics, seconds, limit="dead_letters") is None
+                assert await value(metrics, "pgbackend_log_retention_bytes") == 1 << 40
+
+    async def test_a_subscription_shows_who_runs_it_and_whether_it_holds_the_log(self, database: str) -> None:
+        async with Backend(database) as backend:
+            await backend.subscribe("billing", lambda event: None)
+            with Metrics(backend) as metrics:
+
+                async def owned() -> bool:
+                    return await value(metrics, "pgbackend_subscription_owned_shards", **{TRIGGER: "billing"}) == 1
+
+                await eventually("its shard has an owner", owned)
+                for state in ("holds_log", "pending_events", "in_flight_events"):
+                    assert await value(metrics, f"pgbackend_subscription_{state}", **{TRIGGER: "billing"}) == 0
 
     async def test_scrapes_at_the_same_time_share_one_question(self, database: str) -> None:
         async with Backend(database) as backend:

@@ -421,7 +421,7 @@ class TestSpans:
         assert commit.parent == ""
 
     async def test_the_current_span_is_not_the_parent_of_a_request(self, collector: Collector) -> None:
-        """Nor does what the broker does become part of a user's trace."""
+        """The broker's own work does not become part of a user's trace, either."""
         async with traces() as traced:
             with traced.receive([order()], []), traced.receive([order()], []):
                 pass

@@ -17,7 +17,7 @@ from pgbackend.backend import Backend
 from pgbackend.codec.attributes import COLUMNS
 from pgbackend.codec.event import Event
 from pgbackend.serve.config.load import load
-from pgbackend.serve.egress.connections import open_session
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.handler import Ingest
@@ -152,7 +152,9 @@ class Commits:
         self.reached = asyncio.Event()
         self._monkeypatch = monkeypatch
         self._held: list[Callable[[], None]] = []
-        monkeypatch.setattr(Backend, "produce_soon", lambda *arguments: self._hold(partial(_produce_soon, *arguments)))
+        monkeypatch.setattr(
+            Backend, "produce_soon", lambda *given, **named: self._hold(partial(_produce_soon, *given, **named))
+        )
 
     def _hold(self, commit: Callable[[], None]) -> None:
         self._held.append(commit)
@@ -180,14 +182,20 @@ async def serving(
 ) -> AsyncIterator[Broker]:
     """A broker with this configuration, until the body ends."""
     configuration = load(config, origin="test")
-    backend = Backend(dsn, produce_timeout=produce_timeout, drain_timeout=drain_timeout, poll_interval=0.1)
+    backend = Backend(
+        dsn,
+        produce_timeout=produce_timeout,
+        drain_timeout=drain_timeout,
+        poll_interval=0.1,
+        deduplicate=configuration.deduplicate,
+    )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(backend.stop)
         await backend.init()
-        session = await stack.enter_async_context(open_session())
+        pool = await stack.enter_async_context(Pool())
         metrics = metrics or stack.enter_context(Metrics(backend))
         factory = SubscriptionFactory(
-            session, backend.produce_many, metrics=metrics, tracing=tracing, max_hops=max_hops
+            pool, partial(backend.produce_many, deduplicate=False), metrics=metrics, tracing=tracing, max_hops=max_hops
         )
         triggers = Triggers(backend, factory)
         bound = stack.enter_context(bind("127.0.0.1", 0))

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 from yarl import URL
 
 from pgbackend.codec.event import Event
+from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.dispatcher import Endpoint, TargetDispatcher
 from pgbackend.serve.egress.outcomes import public_url
 from pgbackend.serve.egress.replies import Replies, ReplyBudget, Store
@@ -21,7 +21,7 @@ async def no_reply(events: Sequence[Event]) -> None:
 
 
 def dispatcher_to(
-    session: aiohttp.ClientSession,
+    pool: Pool,
     url: str | URL,
     *,
     trigger: str = "billing",
@@ -36,4 +36,4 @@ def dispatcher_to(
     replies = Replies(
         store, trigger=trigger, url=public_url(url), max_hops=max_hops, budget=budget or ReplyBudget(), metrics=metrics
     )
-    return TargetDispatcher(session, Endpoint(trigger=trigger, url=url, **endpoint), replies, metrics=metrics)
+    return TargetDispatcher(pool, Endpoint(trigger=trigger, url=url, **endpoint), replies, metrics=metrics)
