@@ -14,11 +14,18 @@ from pgbackend.errors import PgBackendError
 _COMMANDS = {
     "bench": "pgbackend.cli.bench",
     "dead-letters": "pgbackend.cli.dead_letters",
+    "doctor": "pgbackend.cli.doctor",
+    "export": "pgbackend.cli.export",
     "grants": "pgbackend.cli.grants",
+    "import": "pgbackend.cli.import_",
     "migrate": "pgbackend.cli.migrate",
+    "produce": "pgbackend.cli.produce",
+    "redact": "pgbackend.cli.redact",
+    "retention": "pgbackend.cli.retention",
     "serve": "pgbackend.cli.serve",
     "status": "pgbackend.cli.status",
     "subscriptions": "pgbackend.cli.subscriptions",
+    "tail": "pgbackend.cli.tail",
     "torture": "pgbackend.cli.torture",
 }
 
@@ -33,7 +40,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = import_module(_COMMANDS[cmd_name])
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        command: click.Command = getattr(module, _COMMANDS[cmd_name].rpartition(".")[2])
         return command
 
     def invoke(self, ctx: click.Context) -> object:

@@ -1,17 +1,17 @@
 """`pgbackend migrate`: creates the log's tables, brings them to a revision, checks them, or prints the SQL."""
 
 import asyncio
+from pathlib import Path
 
 import click
 
-from pgbackend.cli.options import ANSWER_TIMEOUT, backend_options
+from pgbackend.cli.options import ANSWER_TIMEOUT, LogAddress, server_options
 from pgbackend.postgres import schema as revisions
-from pgbackend.postgres.dsn import describe_dsn
 from pgbackend.postgres.pool import Database
 
 
 @click.command()
-@backend_options(dsn_required=False)
+@server_options
 @click.option(
     "--to",
     metavar="REVISION",
@@ -24,7 +24,9 @@ from pgbackend.postgres.pool import Database
     "--sql", is_flag=True, help="Print the SQL that creates the log, for somebody else to run. Needs no database."
 )
 @click.option("--check", is_flag=True, help="Change nothing. Exit with 1 unless this version can work with the schema.")
-def migrate(dsn: str | None, listen_dsn: str | None, schema: str, *, to: str, sql: bool, check: bool) -> None:
+def migrate(
+    *, dsn: str | None, listen_dsn: str | None, schema: str, data_dir: Path | None, to: str, sql: bool, check: bool
+) -> None:
     """Create the log's tables, or bring them to what this version needs.
 
     It is safe to run again, and several times at once.
@@ -36,23 +38,23 @@ def migrate(dsn: str | None, listen_dsn: str | None, schema: str, *, to: str, sq
     if sql:
         click.echo(revisions.offline_sql(schema, to))
         return
-    if dsn is None:
-        raise click.UsageError("Missing option '--dsn' (env var: 'PGBACKEND_DSN').")
-    click.echo(asyncio.run(_migrate(dsn, listen_dsn, schema, to, check=check)))
+    log = LogAddress.of(dsn=dsn, listen_dsn=listen_dsn, schema=schema, data_dir=data_dir)
+    click.echo(asyncio.run(_migrate(log, to, check=check)))
 
 
-async def _migrate(dsn: str, listen_dsn: str | None, schema: str, to: str, *, check: bool) -> str:
-    database = Database(dsn, listen_dsn=listen_dsn, pool_size=1)
-    await database.open(ANSWER_TIMEOUT)
-    try:
-        before = await revisions.find_revision(database.fetch, schema)
-        if check:
-            revisions.check(before, schema)
-            return f"Schema {schema} on {describe_dsn(dsn)} is at {before}, as this version needs it."
-        await revisions.migrate(database.connect, schema, to=to)
-        after = await revisions.find_revision(database.fetch, schema)
-        if before == after:
-            return f"Schema {schema} on {describe_dsn(dsn)} is at {after or 'base'} already."
-        return f"Schema {schema} on {describe_dsn(dsn)} went from {before or 'nothing'} to {after or 'nothing'}."
-    finally:
-        await database.close()
+async def _migrate(log: LogAddress, to: str, *, check: bool) -> str:
+    async with log.served() as dsn:
+        database = Database(dsn, listen_dsn=log.listen_dsn, pool_size=1)
+        await database.open(ANSWER_TIMEOUT)
+        try:
+            before = await revisions.find_revision(database.fetch, log.schema)
+            if check:
+                revisions.check(before, log.schema)
+                return f"Schema {log} is at {before}, as this version needs it."
+            await revisions.migrate(database.connect, log.schema, to=to)
+            after = await revisions.find_revision(database.fetch, log.schema)
+            if before == after:
+                return f"Schema {log} is at {after or 'base'} already."
+            return f"Schema {log} went from {before or 'nothing'} to {after or 'nothing'}."
+        finally:
+            await database.close()

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from pgbackend import facts
-from pgbackend.cli.options import backend_options
+from pgbackend.cli.options import check_server, server_options
 from pgbackend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
 
 
 @click.command(cls=_Sectioned)
-@backend_options(dsn_required=False)
+@server_options
 @click.option(
     "--startup-timeout",
     type=click.FloatRange(min=0),
@@ -72,14 +72,6 @@ def _file(option: str, envvar: str, text: str) -> _Decorator:
     show_default=True,
     show_envvar=True,
     help="How long to wait for PostgreSQL to answer. 0 does not wait.",
-)
-@click.option(
-    "--data-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIRECTORY",
-    envvar="PGBACKEND_DATA_DIR",
-    show_envvar=True,
-    help="Where the embedded PostgreSQL, used without --dsn, keeps its data. Default: the user's data directory.",
 )
 @_file(
     "--config",
@@ -253,8 +245,7 @@ def _options(context: click.Context, options: dict[str, Any]) -> "Options":
         options["allowed_hosts"] = tuple(checked_host(host) for host in options.pop("allowed_host"))
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    if options["dsn"] is not None and options["data_dir"] is not None:
-        raise click.UsageError("--data-dir is for the embedded PostgreSQL: give it or --dsn, not both.")
+    check_server(options["dsn"], options["data_dir"])
     if options["tls_cert"] is None and (options["tls_key"] is not None or options["tls_client_ca"] is not None):
         raise click.UsageError("--tls-key and --tls-client-ca need --tls-cert.")
     if options["config"] is not None and options["config_inline"] is not None:

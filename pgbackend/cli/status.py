@@ -1,103 +1,134 @@
-"""`pgbackend status`: shows the head of the log, its open appenders and its subscriptions."""
+"""`pgbackend status`: shows the log, its open appenders and its subscriptions, once or again and again.
+
+The promise: standard output that is no terminal gets plain text without control characters, the same for every width.
+A terminal is as it was before when the command ends, also by a signal.
+"""
 
 import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import pairwise
+from datetime import UTC, datetime, timedelta
 from json import dumps
 
 import click
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
 
-from pgbackend.cli.options import backend_options, connected, table
-from pgbackend.model import Info, Status, SubscriptionStatus
+from pgbackend.backend import Backend
+from pgbackend.cli.options import LogAddress, answering, connected, log_options
+from pgbackend.cli.status_report import Space, report
+from pgbackend.cli.terminal import ending_on_signals, printable_line
+from pgbackend.errors import PgBackendError
+from pgbackend.model import Info, Status
+
+_WATCH_EVERY = 2.0
+_UNLIMITED = 100_000
+"""Columns of an output that is no terminal."""
+
+Show = Callable[[RenderableType], None]
 
 
 @click.command()
-@backend_options()
 @click.option("--json", is_flag=True, help="Print one JSON object.")
-def status(dsn: str, listen_dsn: str | None, schema: str, *, json: bool) -> None:
-    """Show the head of the log, and the state and lag of each subscription."""
+@click.option(
+    "--watch", type=click.FloatRange(0.1, 86_400), is_flag=False, flag_value=_WATCH_EVERY, metavar="[SECONDS]",
+    help=f"Show it again after so many seconds, {_WATCH_EVERY:g} by default, until Ctrl-C.",
+)  # fmt: skip
+@log_options
+def status(*, log: LogAddress, json: bool, watch: float | None) -> None:
+    """Show the log: its head, rate, size and retention, and the state and lag of each subscription.
 
-    async def ask() -> tuple[Info, Status]:
-        async with connected(dsn, listen_dsn=listen_dsn, schema=schema) as backend:
-            return backend.info(), await backend.status()
-
-    info, found = asyncio.run(ask())
-    click.echo(dumps(asdict(found), indent=2) if json else _render(info, found))
-
-
-def _shards(subscription: SubscriptionStatus) -> str:
-    """The number of shards; during a reshard the old and the new number."""
-    old = sum(shard.until is not None for shard in subscription.shards)
-    new = len(subscription.shards) - old
-    return " → ".join(str(count) for count in (old, new) if count)
-
-
-def _duration(seconds: float | None) -> str:
-    """Seconds in their two largest units.
-
-    >>> [_duration(seconds) for seconds in (None, 0.0, 0.25, 75.0, 3600.0, 200_000.0)]
-    ['-', '0 s', '0.2 s', '1 min 15 s', '1 h', '2 d 7 h']
+    docs/status.md explains each column.
     """
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if 0 < seconds < 10 else f"{seconds:.0f} s"
-    for (size, name), (smaller, lesser) in pairwise(_UNITS):
-        if seconds >= size:
-            rest = int(seconds % size // smaller)
-            return f"{int(seconds // size)} {name}" + (f" {rest} {lesser}" if rest else "")
-    raise AssertionError(seconds)
-
-
-_UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-
-
-def _render(info: Info, status: Status) -> str:
-    blocks = [f"log {info.schema} on {info.server}\nhead {status.head:,}, segments until {status.segments_until:,}"]
-    if status.appenders:
-        rows: list[tuple[object, ...]] = [
-            (
-                str(appender.pid or appender.gid or appender.virtual_transaction),
-                appender.application or "?",
-                "?" if appender.age is None else f"{appender.age:.1f} s",
-            )
-            for appender in status.appenders
-        ]
-        blocks.append(table(("OPEN APPENDER", "APPLICATION", "AGE"), rows))
-    if status.subscriptions:
-        headings = (
-            "SUBSCRIPTION",
-            "ORDER",
-            "SHARDS",
-            "LAG",
-            "BEHIND",
-            "PENDING",
-            "REDELIVERIES",
-            "DEAD LETTERS",
-            "SKIPPED",
-            "STATE",
-            "OWNER",
-        )
-        rows = [
-            (
-                subscription.name,
-                subscription.order,
-                _shards(subscription),
-                subscription.lag,
-                _duration(subscription.lag_seconds),
-                sum(shard.pending for shard in subscription.shards),
-                subscription.redeliveries,
-                subscription.dead_letters,
-                subscription.skipped,
-                "complete" if subscription.complete else subscription.state,
-                ", ".join(sorted({shard.owner_name for shard in subscription.shards if shard.owner_name})) or "-",
-            )
-            for subscription in status.subscriptions
-        ]
-        blocks.append(table(headings, rows))
+    if json and watch is not None:
+        raise click.UsageError("--json prints one object: give it or --watch, not both.")
+    console = _console()
+    if watch is not None:
+        asyncio.run(_watch(log, console, every=watch))
+        return
+    info, found = asyncio.run(_ask_once(log))
+    if json:
+        click.echo(dumps(asdict(found), indent=2, default=_jsonable))
     else:
-        blocks.append("no subscriptions")
-    errors = [f"{each.name}: {' '.join(each.last_error.split())}" for each in status.subscriptions if each.last_error]
-    if errors:
-        blocks.append("last errors\n" + "\n".join(f"  {error}" for error in errors))
-    return "\n\n".join(blocks)
+        _print(console, report(info, found, Space(columns=console.width) if console.is_terminal else None))
+
+
+def _jsonable(value: object) -> float | str:
+    """A time in seconds, or a date in ISO 8601. Raises TypeError for anything else."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if not isinstance(value, timedelta):
+        raise TypeError(value)
+    return value.total_seconds()
+
+
+def _console() -> Console:
+    """Standard output. Whether it is a terminal does not depend on the environment, unlike rich's default."""
+    is_terminal = sys.stdout.isatty()
+    return Console(
+        file=sys.stdout,
+        force_terminal=is_terminal,
+        force_jupyter=False,
+        width=None if is_terminal else _UNLIMITED,
+        color_system="auto" if is_terminal else None,
+        highlight=False,
+        legacy_windows=False,
+    )
+
+
+async def _ask_once(log: LogAddress) -> tuple[Info, Status]:
+    async with connected(log) as backend:
+        return backend.info(), await backend.status()
+
+
+async def _watch(log: LogAddress, console: Console, *, every: float) -> None:
+    """Show the status until a signal comes. While PostgreSQL cannot be asked, show why."""
+    with ending_on_signals():
+        async with connected(log) as backend:
+            with _live(console) if console.is_terminal and not console.is_dumb_terminal else _plain(console) as show:
+                while True:
+                    show(await _view(backend, console))
+                    await asyncio.sleep(every)
+
+
+async def _view(backend: Backend, console: Console) -> RenderableType:
+    info = backend.info()
+    try:
+        async with answering(info.server):
+            found = await backend.status()
+    except PgBackendError as error:
+        return Text(printable_line(f"{_now()}  {' '.join(str(error).split())}"))
+    return report(info, found, Space(columns=console.width, rows=console.height) if console.is_terminal else None)
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Show]:
+    """A screen of its own, which is gone at the end."""
+    with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+        yield lambda view: live.update(view, refresh=True)
+
+
+@contextmanager
+def _plain(console: Console) -> Iterator[Show]:
+    """One report after the other, each below its time."""
+
+    def show(view: RenderableType) -> None:
+        click.echo(_now())
+        _print(console, view)
+        click.echo()
+
+    yield show
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _print(console: Console, view: RenderableType) -> None:
+    with console.capture() as captured:
+        console.print(view)
+    # rich fills lines up with blanks.
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), color=console.is_terminal)

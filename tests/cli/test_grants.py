@@ -27,4 +27,4 @@ async def test_no_role_is_wrong_usage_and_public_is_refused(run: Run) -> None:
     assert (await run("grants")).exit_code == 2
     result = await run("grants", "--consumer", "public")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "Error: 'public' is not a role. Name the roles that produce, consume or operate.\n"
+    assert result.stderr == "Error: 'public' is not a role. Name the roles that produce, consume, read or operate.\n"

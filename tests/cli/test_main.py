@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,12 +18,20 @@ async def test_python_m_is_the_same_command() -> None:
     assert out.decode().startswith("pgbackend 0.")
 
 
-async def test_unknown_command_and_missing_dsn_are_wrong_usage(run: Run) -> None:
+async def test_an_unknown_command_is_wrong_usage(run: Run) -> None:
     assert (await run("explode")).exit_code == 2
-    result = await run("status")
+
+
+@pytest.mark.parametrize("command", [["status"], ["migrate"], ["dead-letters", "list"]])
+async def test_a_missing_dsn_is_wrong_usage_if_there_is_no_embedded_log(
+    run: Run, command: list[str], tmp_path: Path
+) -> None:
+    result = await run(*command)
     assert result.exit_code == 2
     assert "--dsn" in result.stderr
     assert "PGBACKEND_DSN" in result.stderr
+    assert f"no embedded log in {tmp_path / 'default'}" in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", [["status"], ["migrate"], ["migrate", "--check"], ["dead-letters", "list"]])

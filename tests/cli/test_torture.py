@@ -14,13 +14,16 @@ from tests.support.figures import report
 from tests.torture import broken
 
 
-async def test_plan_only_prints_the_plan(run: Run) -> None:
-    result = await run("torture", "--plan", "--seed", "7", "--minutes", "2")
+async def test_print_plan_only_prints_the_plan(run: Run) -> None:
+    result = await run("torture", "--print-plan", "--seed", "7", "--minutes", "2")
     assert result.exit_code == 0
     assert result.stdout == f"{Plan.make(7, 120.0, server=True)}\n"
     assert "server kill" in result.stdout
-    with_dsn = await run("torture", "--plan", "--seed", "7", "--minutes", "2", "--dsn", "postgresql://me@db/app")
+    with_dsn = await run("torture", "--print-plan", "--seed", "7", "--minutes", "2", "--dsn", "postgresql://me@db/app")
     assert "server" not in with_dsn.stdout
+    bank = await run("torture", "--print-plan", "--plan", "bank", "--seed", "7", "--minutes", "2")
+    assert bank.stdout == f"{Plan.make(7, 120.0, server=True, name='bank')}\n"
+    assert "lose producer" in bank.stdout
 
 
 async def test_one_line_says_that_the_database_does_not_answer(run: Run) -> None:
@@ -70,7 +73,18 @@ async def test_the_exit_code_says_what_the_verdict_is(
     monkeypatch.setattr("pgbackend.cli.torture.run", run_plan)
     result = await run("torture", "--seed", "1")
     assert result.exit_code == code
-    assert f"seed 1, 60 s: {title}\n" in result.stdout
+    assert f"plan log, seed 1, 60 s: {title}\n" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["bank", "orders"])
+async def test_transactions_are_whole_while_everything_fails(run: Run, tmp_path: Path, name: str, long: bool) -> None:
+    page, minutes = tmp_path / "report.md", "3" if long else "0.4"
+    result = await run("torture", "--plan", name, "--minutes", minutes, "--seed", "1", "--report", str(page))
+    report(result.output)
+    assert result.exit_code == 0, result.output
+    assert f"plan {name}, seed 1" in page.read_text()
 
 
 @pytest.mark.slow
