@@ -29,13 +29,20 @@ class Arrival(NamedTuple):
         return f"arrived at {self.path} ({self.mode}): {self.type} id={self.id} source={self.source} {self.data}"
 
 
+OnArrival = Callable[[Arrival], int | None]
+
+
 class Receiver(ThreadingHTTPServer):
-    """Answers each POST with 204 once `on_arrival` has returned."""
+    """Answers each POST with the status that `on_arrival` returns, or with 204 if it returns None.
+
+    `on_arrival` is called for one request at a time.
+    """
 
     daemon_threads = True
 
-    def __init__(self, port: int, on_arrival: Callable[[Arrival], None]) -> None:
+    def __init__(self, port: int, on_arrival: OnArrival) -> None:
         self.on_arrival = on_arrival
+        self.one_at_a_time = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
         threading.Thread(target=self.serve_forever, name="receiver", daemon=True).start()
 
@@ -58,22 +65,30 @@ class _Handler(BaseHTTPRequestHandler):
             event = {name[3:].lower(): value for name, value in self.headers.items() if name.lower().startswith("ce-")}
             mode, data = "binary", body.decode(errors="replace")
         type_, id_, source = (str(event.get(name, "?")) for name in ("type", "id", "source"))
-        self.server.on_arrival(Arrival(self.path, mode, type_, id_, source, data))
-        self.send_response(204)
+        with self.server.one_at_a_time:
+            status = self.server.on_arrival(Arrival(self.path, mode, type_, id_, source, data)) or 204
+        self.send_response(status)
+        if status != 204:
+            self.send_header("content-length", "0")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
         """Print no access log."""
 
 
-def main() -> int:
+def show(arrival: Arrival) -> None:
+    """Print it."""
+    print(arrival, flush=True)
+
+
+def main(on_arrival: OnArrival = show) -> int:
     """Receive until interrupted, or until the command ends. Return the command's exit code, or 0."""
     parser = argparse.ArgumentParser(description="Print the events that a broker delivers.")
     parser.add_argument("--port", type=int, default=8888)
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="after --: a command to run; end when it ends")
     given = parser.parse_args()
     try:
-        receiver = Receiver(given.port, lambda arrival: print(arrival, flush=True))
+        receiver = Receiver(given.port, on_arrival)
     except OSError as error:
         print(f"Error: the receiver cannot listen on port {given.port}: {error.strerror}.", file=sys.stderr)
         return 1
