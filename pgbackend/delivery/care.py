@@ -31,6 +31,7 @@ from pgbackend import facts
 from pgbackend.delivery.decide import LONGEST_WAIT
 from pgbackend.delivery.delivery import Delivery, next_attempt
 from pgbackend.delivery.gate import Gate
+from pgbackend.delivery.history import Step
 from pgbackend.delivery.outcomes import LetterFailed, Outcome, OutcomeKey, Scheduled, outcome_key
 from pgbackend.delivery.redelivery import Redelivery, Start
 from pgbackend.delivery.registration import Registration
@@ -232,13 +233,24 @@ class Care:
         """Have the attempts made committed, and which worker starts another one."""
         event, error = delivery.event, describe(ProcessDied())
         delay = 0.0
+        steps: tuple[Step, ...] = ()
+        if started_by is not None and delivery.started_by is not None:
+            # The attempt before this one counts from now on. Its id, because this may be taken back and come again.
+            died = delivery.started_by.hex[:8]
+            steps = (Step(what="failed", attempt=attempt, error=error, id=died),)
         if started_by is not None:
             wait = self._registration.retry.wait_before(delivery.event.attempt)
             delay = min(max(wait, self._common.grace), LONGEST_WAIT)
         outcome: Outcome
         if delivery.letter is not None:
             outcome = LetterFailed(
-                letter=delivery.letter, attempt=attempt, delay=delay, error=error, details={}, started_by=started_by
+                letter=delivery.letter,
+                attempt=attempt,
+                delay=delay,
+                error=error,
+                details={},
+                started_by=started_by,
+                steps=steps,
             )
         else:
             outcome = Scheduled(
@@ -248,6 +260,6 @@ class Care:
                 error=error,
                 failure=event.failure,
                 started_by=started_by,
+                steps=steps,
             )
-        self._shard.record(outcome)
-        return outcome
+        return self._shard.record(outcome)
