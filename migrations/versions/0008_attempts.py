@@ -62,11 +62,12 @@ FUNCTIONS = ("history_of(jsonb)", "join_history(jsonb, jsonb)")
 HISTORY_OF = """
     CREATE FUNCTION {schema}.history_of(steps jsonb) RETURNS jsonb
     LANGUAGE sql
+    STABLE
     PARALLEL SAFE
     BEGIN ATOMIC
         SELECT coalesce(
             jsonb_agg(
-                jsonb_build_object('at', clock_timestamp() - make_interval(secs => (given.step ->> 'age')::float8))
+                jsonb_build_object('at', statement_timestamp() - make_interval(secs => (given.step ->> 'age')::float8))
                     || (given.step - 'age')
                 ORDER BY given.number
             ),
@@ -75,15 +76,26 @@ HISTORY_OF = """
         FROM jsonb_array_elements(history_of.steps) WITH ORDINALITY AS given (step, number);
     END"""
 
-# The first history, which may be null, and the entries of the second one that it lacks: the last 20 of all.
+# The first history, which may be null, and the entries of the second one that it lacks: the last 20 of all. No entry is
+# older than the one before it: a commit that is slow to arrive makes its steps seem later than they were.
 JOIN_HISTORY = """
     CREATE FUNCTION {schema}.join_history(kept jsonb, added jsonb) RETURNS jsonb
     LANGUAGE sql
-    IMMUTABLE
+    STABLE
     PARALLEL SAFE
     BEGIN ATOMIC
         SELECT jsonb_path_query_array(
-            coalesce(join_history.kept, '[]') || coalesce(jsonb_agg(fresh.entry ORDER BY fresh.number), '[]'),
+            coalesce(join_history.kept, '[]') || coalesce(
+                jsonb_agg(
+                    CASE
+                        WHEN (fresh.entry ->> 'at')::timestamptz < (join_history.kept -> -1 ->> 'at')::timestamptz
+                            THEN fresh.entry || jsonb_build_object('at', join_history.kept -> -1 -> 'at')
+                        ELSE fresh.entry
+                    END
+                    ORDER BY fresh.number
+                ),
+                '[]'
+            ),
             '$[last-19 to last]'
         )
         FROM jsonb_array_elements(join_history.added) WITH ORDINALITY AS fresh (entry, number)

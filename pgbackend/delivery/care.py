@@ -164,7 +164,13 @@ class Care:
 
     async def record_start(self, delivery: Delivery) -> bool:
         """Make durable that the attempt starts. False if the shard was given up meanwhile."""
-        recorded = self._record(delivery, attempt=delivery.event.attempt - 1, started_by=self._common.worker)
+        made = delivery.event.attempt - 1
+        steps: tuple[Step, ...] = ()
+        if delivery.started_by is not None:
+            # The last attempt counts from now on. If this is taken back, it is recorded again: by this id only once.
+            died = delivery.started_by.hex[:8]
+            steps = (Step(what="failed", attempt=made, error=describe(ProcessDied()), id=died),)
+        recorded = self._record(delivery, attempt=made, started_by=self._common.worker, steps=steps)
         # Before the commit, whose answer may be lost.
         self._common.unreported[self._shard.lease.epoch, outcome_key(recorded)] = delivery
         delay = GrowingDelay(cap=1.0)
@@ -229,15 +235,12 @@ class Care:
         """For how many seconds the shard may still be run with care."""
         return self._longest - (monotonic() - self._since)
 
-    def _record(self, delivery: Delivery, *, attempt: int, started_by: UUID | None) -> Outcome:
+    def _record(
+        self, delivery: Delivery, *, attempt: int, started_by: UUID | None, steps: tuple[Step, ...] = ()
+    ) -> Outcome:
         """Have the attempts made committed, and which worker starts another one."""
         event, error = delivery.event, describe(ProcessDied())
         delay = 0.0
-        steps: tuple[Step, ...] = ()
-        if started_by is not None and delivery.started_by is not None:
-            # The attempt before this one counts from now on. Its id, because this may be taken back and come again.
-            died = delivery.started_by.hex[:8]
-            steps = (Step(what="failed", attempt=attempt, error=error, id=died),)
         if started_by is not None:
             wait = self._registration.retry.wait_before(delivery.event.attempt)
             delay = min(max(wait, self._common.grace), LONGEST_WAIT)
