@@ -185,6 +185,19 @@ class TestEvents:
     async def test_a_tail_asks_for_what_is_above(self, console: Client) -> None:
         assert await self.ids(console, "after=4") == ["none", "binary"]
         assert await self.ids(console, "after=6") == []
+        above = await console.get("events?after=2&limit=2")
+        assert ([event["id"] for event in above["events"]], above["more"]) == (["none", "binary"], True)
+        above = await console.get("events?after=4&limit=4")
+        assert (above["read_down_to"], above["more"]) == ("5", False)
+
+    async def test_a_tail_sees_a_new_event_soon(self, console: Client, backend: Backend) -> None:
+        assert await self.ids(console, "after=6") == []
+        await produce(backend, "new")
+
+        async def is_there() -> bool:
+            return await self.ids(console, "after=6") == ["new"]
+
+        await eventually("the tail has the event", is_there, 5.0)
 
     @pytest.mark.parametrize(
         ("query", "expected"),
