@@ -96,8 +96,9 @@ class Scene:
         """The log's schema, quoted."""
         return ident(self.schema)
 
-    def command(self, *words: str) -> str:
-        return command(*words, schema=self.schema)
+    def command(self, *words: str, arguments: Sequence[str] = ()) -> str:
+        """The line of a command for this log: see `lines.command`."""
+        return command(*words, arguments=arguments, schema=self.schema)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

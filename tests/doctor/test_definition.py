@@ -3,9 +3,11 @@
 import asyncpg
 import pytest
 
+from pgbackend import Backend
 from pgbackend.postgres import schema
+from pgbackend.postgres.sql import quote_ident
 from tests.doctor.conftest import found, only
-from tests.support.databases import execute
+from tests.support.databases import connected, execute
 
 
 async def test_a_schema_without_a_log_is_an_error_that_migrating_cures(empty_database: str) -> None:
@@ -50,3 +52,18 @@ async def test_what_the_migrations_make_and_is_not_there_is_an_error(
     drifts = {one.subject: one for one in await found(database) if one.check == "schema-drift"}
     assert drifts[subject].severity == "error"
     assert drifts[subject].cure == "pgbackend migrate --sql"
+
+
+async def test_the_line_for_a_missing_index_names_the_schema_as_it_is(empty_database: str) -> None:
+    name = """od'd "S" 100%{schema}"""
+    await (backend := Backend(empty_database, schema=name)).init()
+    await backend.stop()
+    async with connected(empty_database) as connection:
+        where = quote_ident(name)
+        await connection.execute(f"DROP INDEX {where}.dead_letters_due")
+        await connection.execute(f"ALTER TABLE {where}.offsets DROP CONSTRAINT offsets_until_not_negative")
+        drifts = [one for one in await found(empty_database, schema=name) if one.check == "schema-drift"]
+        assert len(drifts) == 2
+        for drift in drifts:
+            await connection.execute(str(drift.cure))
+    assert await found(empty_database, schema=name) == []

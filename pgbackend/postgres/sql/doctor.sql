@@ -290,7 +290,12 @@ SELECT
     END::bigint AS bytes,
     CASE WHEN part.relkind = 'r' THEN age(part.relfrozenxid) END AS transactions,
     CASE WHEN part.relkind = 'r' THEN mxid_age(part.relminmxid) END AS multixacts,
-    coalesce(part.reloptions @> ARRAY['autovacuum_enabled=false'], false) AS is_unvacuumed,
+    EXISTS (
+        SELECT
+        FROM pg_options_to_table(part.reloptions) AS option
+        WHERE option.option_name = 'autovacuum_enabled'
+            AND NOT option.option_value::boolean
+    ) AS is_unvacuumed,
     part.relrowsecurity AS has_policies
 FROM pg_catalog.pg_class AS part
 JOIN pg_catalog.pg_namespace AS home ON home.oid = part.relnamespace
