@@ -53,6 +53,8 @@ class Limits:
     """How long ago a failed event should have been tried again."""
     crashes: int = 2
     """Owners of a shard that died in a row."""
+    attempts: int = 3
+    """Failed attempts of the event that a strict subscription waits for. Fewer may be a passing fault."""
     open_ranges: int = 900
     """Ranges of a shard that are pending. Readers stop at 1,000."""
     recent: float = 7 * 86_400.0

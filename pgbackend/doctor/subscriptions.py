@@ -144,7 +144,7 @@ def check_strict(rows: Sequence[Subscription], scene: Scene) -> Iterator[Finding
         if row.ordering == "strict" and row.retried is not None:
             yield Finding(
                 check="strict-wait",
-                severity="warning",
+                severity="warning" if (row.attempt or 0) >= scene.limits.attempts else "note",
                 subject=f"subscription {row.name}",
                 what=f"It is strict, and all later events wait for the one at {row.retried:,}, which has failed "
                 f"{row.attempt} times. Last error: {_cut(row.last_error)}. Mend the handler or its target. The line "
