@@ -1,5 +1,7 @@
 """Revisions, and functions that strangers removed or changed."""
 
+from urllib.parse import urlsplit
+
 import asyncpg
 import pytest
 
@@ -7,7 +9,7 @@ from pgbackend import Backend
 from pgbackend.postgres import schema
 from pgbackend.postgres.sql import quote_ident
 from tests.doctor.conftest import found, only
-from tests.support.databases import connected, execute
+from tests.support.databases import connected, execute, query_value
 
 
 async def test_a_schema_without_a_log_is_an_error_that_migrating_cures(empty_database: str) -> None:
@@ -67,3 +69,20 @@ async def test_the_line_for_a_missing_index_names_the_schema_as_it_is(empty_data
         for drift in drifts:
             await connection.execute(str(drift.cure))
     assert await found(empty_database, schema=name) == []
+
+
+async def test_the_line_for_a_function_names_its_schema_whatever_the_search_path_is(database: str) -> None:
+    role = f"stranger_{urlsplit(database).path[-12:]}"
+    name = await query_value(database, "SELECT current_database()")
+    await execute(
+        database,
+        f"CREATE ROLE {role}; ALTER FUNCTION pgbackend.forget_letters() OWNER TO {role};"
+        f'ALTER DATABASE "{name}" SET search_path = pgbackend, public',
+    )
+    try:
+        cure = str(only(await found(database), "owner").cure)
+        async with connected(database, search_path="public") as connection:
+            await connection.execute(cure)
+        assert await found(database) == []
+    finally:
+        await execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -3,8 +3,10 @@
 -- newer servers have are read by to_jsonb(), which leaves out what is not there.
 
 -- name: limit_transaction
--- No statement of this transaction runs for long, or waits for a lock for long.
+-- No statement of this transaction runs for long, or waits for a lock for long. Names of functions come out with their
+-- schema, because the line of a cure runs elsewhere.
 SELECT
+    set_config('search_path', 'pg_catalog', true) AS search_path,
     set_config('statement_timeout', '5s', true) AS statement_timeout,
     set_config('lock_timeout', '500ms', true) AS lock_timeout;
 
