@@ -4,11 +4,16 @@ Each command lives in a module of its own, which is imported only when the comma
 says what to do, and exit code 1; wrong usage is exit code 2.
 """
 
+import errno
+import os
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 
 from pgbackend.backend import VERSION
+from pgbackend.cli.terminal import printable_line
 from pgbackend.errors import PgBackendError
 
 _COMMANDS = {
@@ -44,10 +49,23 @@ class _Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> object:
+        _open_closed_streams()
         try:
             return super().invoke(ctx)
         except PgBackendError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(printable_line(" ".join(str(error).split()))) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise click.ClickException(f"The output cannot be written: {error.strerror}.") from error
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that the caller has closed, as `2>&-` does, are empty and take everything."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - it stays until the process ends
+            setattr(sys, name, stream)
 
 
 _SETTINGS = {"auto_envvar_prefix": "PGBACKEND", "help_option_names": ["-h", "--help"], "max_content_width": 110}

@@ -1,6 +1,7 @@
 """`pgbackend dead-letters`: lists, shows, dispatches again and deletes the events that were given up."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -13,7 +14,7 @@ from pgbackend.backend import Backend
 from pgbackend.cli.history import history_json, history_line
 from pgbackend.cli.options import LogAddress, connected, log_options, table
 from pgbackend.cli.reading import selecting_options
-from pgbackend.cli.terminal import Progress, counted, ending_on_signals, printable, shortened
+from pgbackend.cli.terminal import Progress, counted, ending_on_signals, printable, printable_json, shortened
 from pgbackend.codec.wire import write_structured
 from pgbackend.model import DeadLetter, DeadLetterGroup, EventFilter
 
@@ -47,7 +48,7 @@ def list_(
     letters = asyncio.run(_read(log, subscription=subscription, group=group, limit=limit + 1))
     if json:
         for letter in letters[:limit]:
-            click.echo(_to_json(letter))
+            _echo_json(letter)
         return
     if not letters:
         click.echo("no dead letters")
@@ -56,8 +57,8 @@ def list_(
         (
             str(letter.id),
             letter.subscription,
-            printable(letter.event.type),
-            printable(letter.event.id),
+            letter.event.type,
+            letter.event.id,
             letter.failure.attempts,
             "again soon" if letter.due_at else letter.buried_at.isoformat(sep=" ", timespec="seconds"),
             shortened(letter.failure.error, 60),
@@ -82,8 +83,10 @@ def show(letter_id: int, *, log: LogAddress, json: bool, data: bool) -> None:
     (letter,) = letters
     if data:
         click.echo(letter.event.data_bytes or b"", nl=False)
+    elif json:
+        _echo_json(letter)
     else:
-        click.echo(_to_json(letter) if json else _render(letter))
+        click.echo(_render(letter))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,15 +187,20 @@ def purge(*, log: LogAddress, choice: _Choice, yes: bool, quiet: bool) -> None:
     Those that are dispatched again at the moment stay. The events stay in the log.
     """
 
+    async def find() -> list[int]:
+        async with connected(log) as backend:
+            return await choice.find(backend)
+
     async def delete() -> tuple[int, bool]:
         async with connected(log) as backend:
-            ids = await choice.find(backend)
-            if ids and not yes:
-                click.confirm(f"This deletes {counted(len(ids), 'dead letter')} for good. Delete?", abort=True)
             with Progress("deleted", "dead letter", total=len(ids), is_quiet=quiet) as progress:
                 is_complete = await _in_steps(ids, backend.purge_dead_letters, rate=None, progress=progress)
             return progress.count, is_complete
 
+    ids = asyncio.run(find())
+    # Between two event loops: while one runs, Ctrl-C does not end a prompt.
+    if ids and not yes:
+        click.confirm(f"This deletes {counted(len(ids), 'dead letter')} for good. Delete?", abort=True)
     count, is_complete = asyncio.run(delete())
     click.echo(f"{counted(count, 'dead letter')} {'is' if count == 1 else 'are'} deleted.")
     if not is_complete:
@@ -259,6 +267,12 @@ def _list_groups(groups: Sequence[DeadLetterGroup], *, json: bool) -> None:
         for group in groups
     ]
     click.echo(table(("GROUP", "SUBSCRIPTION", "LETTERS", "AGAIN SOON", "FIRST", "LAST", "ERROR OF ONE"), rows))
+
+
+def _echo_json(letter: DeadLetter) -> None:
+    """It is printed as one line, which cannot control a terminal."""
+    line = _to_json(letter)
+    click.echo(printable_json(line) if sys.stdout.isatty() else line)
 
 
 def _to_json(letter: DeadLetter) -> str:

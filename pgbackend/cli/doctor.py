@@ -6,6 +6,7 @@ from json import dumps
 from textwrap import fill
 
 import click
+from click.core import ParameterSource
 
 from pgbackend.cli.options import LogAddress, log_options
 from pgbackend.cli.terminal import counted, printable
@@ -38,7 +39,21 @@ def doctor(context: click.Context, *, log: LogAddress, json: bool, min_severity:
         click.echo(dumps(facts, indent=2))
     else:
         click.echo(_render(log, found, shown))
+        if hint := _hint(context, shown):
+            click.echo(hint)
     context.exit(max((_EXIT_CODES[one.severity] for one in shown), default=0))
+
+
+def _hint(context: click.Context, shown: list[Finding]) -> str | None:
+    """Says which option the printed commands lack, because it may hold a password. None if they lack none."""
+    given = [
+        option
+        for option, name in (("--dsn", "dsn"), ("--data-dir", "data_dir"))
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if not given or not any((one.cure or "").startswith("pgbackend ") for one in shown):
+        return None
+    return f"Commands of pgbackend that use the log need the same {given[0]} as this one."
 
 
 async def _examine(log: LogAddress) -> Examination:

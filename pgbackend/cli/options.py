@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from pgbackend.backend import Backend
+from pgbackend.cli.terminal import printable_line
 from pgbackend.embedded import server as embedded
 from pgbackend.errors import ConnectionLostError, EmbeddedServerError
 from pgbackend.model import MAX_POSITION
@@ -204,8 +205,11 @@ def parsed_place(text: str, *, option: str) -> Place:
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    """Aligned columns: text to the left, numbers to the right."""
-    cells = [headings, *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]
+    """Aligned columns: text to the left, numbers to the right. No text can leave its line or control a terminal."""
+    cells = [
+        headings,
+        *([f"{cell:,}" if isinstance(cell, int) else printable_line(str(cell)) for cell in row] for row in rows),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     numeric = [all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(headings))]
     lines = (

@@ -65,7 +65,13 @@ def produce(
         return
     if type is None or source is None:
         raise click.UsageError("An event needs --type and --source.")
-    attributes = {"specversion": "1.0", "id": id or str(uuid4()), "source": source, "type": type, "subject": subject}
+    attributes = {
+        "specversion": "1.0",
+        "id": str(uuid4()) if id is None else id,
+        "source": source,
+        "type": type,
+        "subject": subject,
+    }
     octets = _data(data, data_file)
     event = _event({**attributes, **_extensions(extension)}, octets, content_type)
     repeats = asyncio.run(_store(log, event))
@@ -96,7 +102,8 @@ def _parse(line: bytes) -> Event:
 def _data(text: str | None, file: BinaryIO | None) -> bytes | None:
     if text is not None and file is not None:
         raise click.UsageError("Give --data or --data-file, not both.")
-    return file.read() if file is not None else None if text is None else text.encode()
+    # An argument that is not UTF-8 comes with surrogates in place of its octets.
+    return file.read() if file is not None else None if text is None else text.encode(errors="surrogateescape")
 
 
 def _event(attributes: dict[str, object], data: bytes | None, content_type: str | None) -> Event:

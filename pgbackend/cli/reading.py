@@ -89,7 +89,7 @@ async def reading(
     `end`: the position or date before which it ends, but where the log ends now at the latest; "latest" is only that,
     and None has no end. Raises as `connected()` does.
     """
-    server = Server(log.dsn or "postgresql:///postgres", listen_dsn=log.listen_dsn)
+    server = Server("postgresql:///postgres" if log.dsn is None else log.dsn, listen_dsn=log.listen_dsn)
     if log.directory is not None:
         server.embed(log.directory)
     async with nullcontext() if log.directory is not None else answering(server.description):

@@ -5,7 +5,7 @@ import asyncio
 import click
 
 from pgbackend.cli.options import LogAddress, connected, log_options
-from pgbackend.cli.terminal import counted
+from pgbackend.cli.terminal import counted, printable_line
 from pgbackend.model import MAX_POSITION, Redaction
 
 
@@ -38,7 +38,7 @@ def redact(position: int, *, log: LogAddress, yes: bool) -> None:
         f"{counted(done.dead_letters, 'dead letter')} of it {'is' if done.dead_letters == 1 else 'are'} deleted."
     )
     if done.unsettled:
-        click.echo(f"These subscriptions have not handled it and skip it: {', '.join(done.unsettled)}.")
+        click.echo(f"These subscriptions have not handled it and skip it: {printable_line(', '.join(done.unsettled))}.")
     click.echo("It may still be found in:")
     for reach in _out_of_reach(done):
         click.echo(f"- {reach}")

@@ -10,7 +10,7 @@ import click
 from pgbackend.backend import Backend
 from pgbackend.cli.history import history_json
 from pgbackend.cli.options import LogAddress, connected, log_options, parsed_place, table
-from pgbackend.cli.terminal import counted, printable, shortened
+from pgbackend.cli.terminal import counted, shortened
 from pgbackend.model import MAX_POSITION, MAX_SHARDS, SeekPreview, ShardStatus, WaitingEvent
 from pgbackend.subscriptions.places import Place
 
@@ -149,8 +149,8 @@ def waiting(name: str, *, log: LogAddress, limit: int, json: bool) -> None:
     rows: list[tuple[object, ...]] = [
         (
             str(event.position),
-            printable(event.type or "-"),
-            printable(event.id or "-"),
+            event.type or "-",
+            event.id or "-",
             event.attempts,
             event.due_at.isoformat(sep=" ", timespec="seconds"),
             shortened(event.error, 60),

@@ -6,6 +6,7 @@ only if that is a terminal.
 
 import asyncio
 import json
+import os
 import select
 import signal
 import sys
@@ -26,6 +27,8 @@ from pgbackend.postgres.sockets import in_thread
 
 _REDRAW = 0.2
 """Seconds between two changes of a line of progress."""
+_COLUMNS = 80
+"""Width of a terminal that does not know its own."""
 _PIECE_BYTES = 1 << 18
 """Bytes that one call writes, give or take a line."""
 
@@ -52,8 +55,17 @@ def json_line(event: Event, *, is_terminal: bool) -> bytes:
     """The event as a line of `pgbackend export`. On a terminal, what would control it is escaped: the same JSON."""
     line = write_line(event)
     if is_terminal:
-        line = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in line.decode()).encode()
+        line = printable_json(line.decode()).encode()
     return line + b"\n"
+
+
+def printable_json(text: str) -> str:
+    r"""The same JSON without what would control a terminal.
+
+    >>> printable_json('{"data": "\u202e"}')
+    '{"data": "\\u202e"}'
+    """
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 
 async def write(file: BinaryIO, lines: Iterable[bytes]) -> None:
@@ -140,12 +152,22 @@ class Progress:
         now = time.monotonic()
         if self._is_shown and now >= self._drawn + _REDRAW:
             self._drawn = now
-            click.echo(f"\r{self._line(now)}\x1b[K", nl=False, err=True)
+            # A line that wraps would leave its beginning behind.
+            click.echo(f"\r{self._line(now)[: _columns() - 1]}\x1b[K", nl=False, err=True)
 
     def _line(self, now: float) -> str:
         part = f", {min(100, 100 * self._reached // self._total)} %" if self._total else ""
         rate = self.count / max(now - self._began, _REDRAW)
         return f"{self._verb} {counted(self.count, self._noun)}{part}, {rate:,.0f} a second"
+
+
+def _columns() -> int:
+    """The width of standard error."""
+    try:
+        # A serial console has none.
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _COLUMNS
+    except OSError:
+        return _COLUMNS
 
 
 class Ending:

@@ -52,17 +52,27 @@ def write_line(event: Event) -> bytes:
 
 def read_line(line: bytes) -> Event:
     """The event of a line, without position and date. Raises EventError."""
-    head, found, rest = line.strip().partition(_EVENT)
-    # Unambiguous: inside a string the marker's quotes would be escaped, and `head` must be an object by itself.
-    if not found or not rest.endswith(b"}"):
-        raise EventError('No line of an exported log: expected {"position":…,"recorded_at":…,"event":{…}}.')
-    try:
-        about = orjson.loads(head + b"}")
-    except orjson.JSONDecodeError as error:
-        raise EventError(f"Not JSON: {error}.") from None
-    row = structured_row(rest[:-1])
+    about, event = _split(line.strip())
+    row = structured_row(event)
     stored = about.get("stored")
     return Event(row if stored is None else _restored(row, stored))
+
+
+def _split(line: bytes) -> tuple[dict[str, object], bytes]:
+    """The members before the event, and the event's own text. Raises EventError."""
+    problem = 'No line of an exported log: expected {"position":…,"recorded_at":…,"event":{…}}.'
+    place = line.find(_EVENT) if line.endswith(b"}") else -1
+    # Inside a string the marker's quotes would be escaped. But an extension in `stored` may be called event: then what
+    # is before it is no object by itself, and the event follows.
+    for again in (False, True):
+        if place < 0:
+            break
+        try:
+            return orjson.loads(line[:place] + b"}"), line[place + len(_EVENT) : -1]
+        except orjson.JSONDecodeError as error:
+            problem = problem if again else f"Not JSON: {error}."
+        place = line.find(_EVENT, place + 1)
+    raise EventError(problem)
 
 
 def _with_texts(row: Row, structured: bytes) -> tuple[bytes, Row | None]:

@@ -74,7 +74,8 @@ def _columns(table: "Table", where: str) -> dict[tuple[str, str], Part]:
     from sqlalchemy.dialects.postgresql import dialect  # noqa: PLC0415 - as in `expected()`
     from sqlalchemy.schema import CreateColumn  # noqa: PLC0415
 
-    postgresql = dialect()  # type: ignore[no-untyped-call] # SQLAlchemy's own annotation lacks it
+    # Named, because the default style of parameters doubles each % of a name.
+    postgresql = dialect(paramstyle="named")  # type: ignore[no-untyped-call] # SQLAlchemy's own annotation lacks it
     return {
         (table.name, column.name): Part(
             str(column.type.compile(dialect=postgresql)).lower(),
@@ -88,7 +89,7 @@ def _rules(table: "Table") -> dict[tuple[str, str], Part]:
     from sqlalchemy.dialects.postgresql import dialect  # noqa: PLC0415 - as in `expected()`
     from sqlalchemy.schema import AddConstraint, CreateIndex  # noqa: PLC0415
 
-    postgresql = dialect()  # type: ignore[no-untyped-call] # as above
+    postgresql = dialect(paramstyle="named")  # type: ignore[no-untyped-call] # as above
     letters = {"primary_key_constraint": "p", "foreign_key_constraint": "f"}
     constraints = {
         (table.name, str(one.name)): Part(

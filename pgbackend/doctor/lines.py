@@ -5,6 +5,7 @@ The promise: a line of a cure means the same after it went through a terminal, w
 
 import re
 import shlex
+from collections.abc import Sequence
 
 from pgbackend.postgres.sql import quote_ident, quote_literal
 
@@ -34,14 +35,20 @@ def literal(text: str) -> str:
     return "E" + _escaped("'" + text.replace("\\", "\\\\").replace("'", "''") + "'", "\\u{:04x}", "\\U{:08x}")
 
 
-def command(*words: str, schema: str) -> str:
+def command(*words: str, schema: str, arguments: Sequence[str] = ()) -> str:
     r"""A command of pgbackend, quoted for a shell. It takes its server from where `pgbackend doctor` had it.
 
-    >>> print(command("subscriptions", "delete", "a b\x1b", schema="shop"))
+    `arguments` are not options, even if they begin like some.
+
+    >>> print(command("subscriptions", "delete", arguments=["a b\x1b"], schema="shop"))
     pgbackend subscriptions delete $'a b\u001b' --schema shop
+    >>> print(command("subscriptions", "delete", arguments=["--yes"], schema="shop"))
+    pgbackend subscriptions delete --schema shop -- --yes
     """
     options = [] if schema == "pgbackend" else ["--schema", schema]
-    return " ".join(map(_shell_word, ["pgbackend", *words, *options]))
+    is_ambiguous = any(argument.startswith("-") for argument in arguments)
+    rest = [*options, "--", *arguments] if is_ambiguous else [*arguments, *options]
+    return " ".join(map(_shell_word, ["pgbackend", *words, *rest]))
 
 
 def shown_query(query: str | None) -> str:

@@ -53,6 +53,8 @@ class Limits:
     """How long ago a failed event should have been tried again."""
     crashes: int = 2
     """Owners of a shard that died in a row."""
+    attempts: int = 3
+    """Failed attempts of the event that a strict subscription waits for. Fewer may be a passing fault."""
     open_ranges: int = 900
     """Ranges of a shard that are pending. Readers stop at 1,000."""
     recent: float = 7 * 86_400.0
@@ -96,8 +98,9 @@ class Scene:
         """The log's schema, quoted."""
         return ident(self.schema)
 
-    def command(self, *words: str) -> str:
-        return command(*words, schema=self.schema)
+    def command(self, *words: str, arguments: Sequence[str] = ()) -> str:
+        """The line of a command for this log: see `lines.command`."""
+        return command(*words, arguments=arguments, schema=self.schema)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ def check_holders(rows: Sequence[RetentionState], scene: Scene) -> Iterator[Find
                 subject=f"subscription {name}",
                 what="Events older than `keep` stay because of it, and no worker runs it: the disk fills. Run it, "
                 "delete it, or set a hard limit (`pgbackend retention --max-age`).",
-                cure=scene.command("subscriptions", "delete", name),
+                cure=scene.command("subscriptions", "delete", arguments=[name]),
                 destroys="its offset, its events to retry and its dead letters",
             )
         for name in row.held_by_run:

@@ -58,7 +58,7 @@ def check_abandoned(rows: Sequence[Subscription], scene: Scene) -> Iterator[Find
             what=f"No worker runs it, and the oldest event above its offset ({row.lowest:,}) is "
             f"{shown_time(row.oldest)} old. It keeps the log from dropping events, unless a hard limit does. Start "
             "its worker. If nobody needs it any more, delete it.",
-            cure=scene.command("subscriptions", "delete", row.name),
+            cure=scene.command("subscriptions", "delete", arguments=[row.name]),
             destroys="its offset, its events to retry and its dead letters",
         )
 
@@ -75,7 +75,7 @@ def check_paused(rows: Sequence[Subscription], scene: Scene) -> Iterator[Finding
             subject=f"subscription {row.name}",
             what=f"{who} has paused it {shown_time(row.paused)} ago: {_cut(row.pause_reason)}. It keeps the log from "
             "dropping events, unless a hard limit does. The line has it go on.",
-            cure=scene.command("subscriptions", "resume", row.name),
+            cure=scene.command("subscriptions", "resume", arguments=[row.name]),
         )
 
 
@@ -144,12 +144,12 @@ def check_strict(rows: Sequence[Subscription], scene: Scene) -> Iterator[Finding
         if row.ordering == "strict" and row.retried is not None:
             yield Finding(
                 check="strict-wait",
-                severity="warning",
+                severity="warning" if (row.attempt or 0) >= scene.limits.attempts else "note",
                 subject=f"subscription {row.name}",
                 what=f"It is strict, and all later events wait for the one at {row.retried:,}, which has failed "
                 f"{row.attempt} times. Last error: {_cut(row.last_error)}. Mend the handler or its target. The line "
                 "goes on behind the event, which becomes a dead letter.",
-                cure=scene.command("subscriptions", "skip", "--yes", row.name, str(row.retried)),
+                cure=scene.command("subscriptions", "skip", "--yes", arguments=[row.name, str(row.retried)]),
             )
 
 

@@ -19,7 +19,7 @@ from pgbackend.log.ranges import RangeSet
 from pgbackend.log.reader import Batch, Reader
 from pgbackend.log.tail import BlockedWatch
 from pgbackend.postgres.connections import Connection, is_pooled
-from pgbackend.postgres.errors import translate
+from pgbackend.postgres.errors import INSUFFICIENT_PRIVILEGE, translate
 from pgbackend.postgres.reconnect import GrowingDelay
 
 
@@ -55,7 +55,10 @@ class Follower:
         return self._reader.position
 
     async def next(self) -> Batch:
-        """The next batch that has something, or moves `position`, however long that takes. Raises SchemaError."""
+        """The next batch that has something, or moves `position`, however long that takes.
+
+        Raises SchemaError, and DatabaseError when this role may not read the log.
+        """
         while True:
             if self._pause != 0.0:
                 await self._listen()
@@ -72,8 +75,7 @@ class Follower:
                 await self._start_again()
                 continue
             except DatabaseError as error:
-                facts.emit("read failed", level=self._delay.failed(), failures=self._delay.failures, error=str(error))
-                await self._delay.wait()
+                await self._wait_out(error)
                 continue
             self._delay.reset()
             await self._watch.look(asyncio.get_running_loop().time())
@@ -115,13 +117,19 @@ class Follower:
             except SchemaError:
                 raise
             except (DatabaseError, IncarnationChanged) as error:
-                facts.emit("read failed", level=self._delay.failed(), failures=self._delay.failures, error=str(error))
-                await self._delay.wait()
+                await self._wait_out(error)
             else:
                 self.holes = self.holes.below(after)
                 self._read_from(after, self.holes)
                 self._pause = 0.0
                 return
+
+    async def _wait_out(self, error: DatabaseError | IncarnationChanged) -> None:
+        """Time has passed, and the read may succeed now. Raises the error if time does not help."""
+        if isinstance(error, DatabaseError) and error.sqlstate == INSUFFICIENT_PRIVILEGE:
+            raise error
+        facts.emit("read failed", level=self._delay.failed(), failures=self._delay.failures, error=str(error))
+        await self._delay.wait()
 
     async def _listen(self) -> None:
         """Wake-ups come by LISTEN if they can. Without, events come with the next poll."""

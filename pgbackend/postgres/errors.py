@@ -153,7 +153,8 @@ def _translate_refusal(error: asyncpg.PostgresError, text: str, server: str, *, 
     if state == INSUFFICIENT_PRIVILEGE:
         return DatabaseError(
             f"This role lacks a privilege: {text} (SQLSTATE {state}). `pgbackend grants` prints the SQL that gives "
-            "it: --producer to append, --consumer to run subscriptions, --operator to look and to move them.",
+            "it: --producer to append, --consumer to run subscriptions, --reader to follow and export the log, "
+            "--operator to look at subscriptions and to move them.",
             sqlstate=state,
         )
     if connecting:

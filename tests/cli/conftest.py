@@ -1,9 +1,13 @@
 """Commands as a user runs them."""
 
 import asyncio
+import fcntl
 import os
+import pty
 import signal
+import struct
 import sys
+import termios
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Self
@@ -96,3 +100,55 @@ class Command:
         complaint = await self.complaint()
         async with asyncio.timeout(60):
             return await self.process.wait(), complaint
+
+
+class Terminal:
+    """`pgbackend` with these arguments on a terminal of 80 columns and 24 lines."""
+
+    def __init__(self, *args: str) -> None:
+        self._args = args
+        self.output = ""
+        """Everything that it has written so far."""
+
+    async def __aenter__(self) -> Self:
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PGBACKEND_", "NO_"))}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "pgbackend", *self._args, env=environment | {"TERM": "xterm"},
+            stdin=theirs, stdout=theirs, stderr=theirs,
+            # Its own session, whose terminal this is, so that Ctrl-C reaches it.
+            preexec_fn=_take_terminal,
+        )  # fmt: skip
+        os.close(theirs)
+        asyncio.get_running_loop().add_reader(self._ours, self._read)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        asyncio.get_running_loop().remove_reader(self._ours)
+        os.close(self._ours)
+
+    def _read(self) -> None:
+        try:
+            self.output += os.read(self._ours, 65_536).decode(errors="replace")
+        except OSError:  # the other side is closed
+            asyncio.get_running_loop().remove_reader(self._ours)
+
+    def write(self, keys: bytes) -> None:
+        os.write(self._ours, keys)
+
+    async def ended(self) -> int:
+        """Its exit code; all that it wrote is in `output`."""
+        async with asyncio.timeout(60):
+            code = await self._process.wait()
+        await asyncio.sleep(0)
+        self._read()
+        return code
+
+
+def _take_terminal() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -4,12 +4,13 @@ import asyncio
 import json
 import signal
 
+import click
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 
 from pgbackend import Backend, ConfigError, Event, Reject, SubscriptionNotFoundError
 from pgbackend.codec.wire import parse_structured
-from tests.cli.conftest import Command, Run
+from tests.cli.conftest import Command, Run, Terminal
 from tests.support.events import make_event
 from tests.support.polling import eventually
 
@@ -96,6 +97,46 @@ async def test_an_event_cannot_control_the_operators_terminal(run: Run, database
 
     assert "\\x1b]0;owned\\x07" in shown
     assert all(one.isprintable() or one == "\n" for one in shown + listed)
+
+
+async def test_a_subscriptions_name_cannot_control_the_terminal_or_leave_its_line(run: Run, database: str) -> None:
+    name = "a\u202eb\x1b[2J\nc"
+
+    async def reject(event: Event) -> None:
+        raise Reject("no")
+
+    async with Backend(database) as backend:
+        await backend.subscribe(name, reject)
+        await backend.produce(make_event("a"))
+
+        async def is_buried() -> bool:
+            return bool([letter async for letter in backend.dead_letters()])
+
+        await eventually("it is buried", is_buried)
+    for command in (["dead-letters", "list"], ["dead-letters", "list", "--by-group"], ["subscriptions", "list"]):
+        _, line = (await run(*command, "--dsn", database)).stdout.splitlines()
+        assert "a\\u202eb\\x1b[2J\\nc" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["show", "1"], ["list"]])
+async def test_json_on_a_terminal_has_no_control_characters(database: str, command: list[str]) -> None:
+    async def reject(event: Event) -> None:
+        raise Reject("\u202e")
+
+    async with Backend(database) as backend:
+        await backend.subscribe("billing", reject)
+        await backend.produce(CloudEvent({"type": "t", "source": "/s", "id": "a"}, "\x9b2J"))
+
+        async def is_buried() -> bool:
+            return bool([letter async for letter in backend.dead_letters()])
+
+        await eventually("it is buried", is_buried)
+    async with Terminal("dead-letters", *command, "--json", "--dsn", database) as terminal:
+        assert await terminal.ended() == 0
+    assert json.loads(terminal.output)["event"]["data"] == "\x9b2J"
+    assert json.loads(terminal.output)["error"].endswith("\u202e")
+    assert all(one.isprintable() or one in "\r\n" for one in terminal.output)
 
 
 async def test_show_of_an_unknown_id_fails_clearly(run: Run, database: str) -> None:
@@ -251,6 +292,23 @@ async def test_purge_deletes_when_that_is_confirmed(run: Run, grouped: str) -> N
     rest = await run("dead-letters", "purge", "--all", "--yes", "--dsn", grouped)
     assert (rest.exit_code, rest.output) == (0, "2 dead letters are deleted.\n")
     assert await groups_of(run, grouped) == []
+
+
+async def test_purge_asks_while_no_event_loop_keeps_ctrl_c_from_ending_it(
+    run: Run, grouped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def confirm(question: str, *, abort: bool) -> None:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        asked.append(question)
+        raise click.Abort
+
+    monkeypatch.setattr("click.confirm", confirm)
+    result = await run("dead-letters", "purge", "--all", "--dsn", grouped)
+    assert (result.exit_code, result.stderr) == (1, "Aborted!\n")
+    assert asked == ["This deletes 5 dead letters for good. Delete?"]
 
 
 async def test_purge_leaves_letters_that_are_on_their_way(run: Run, grouped: str) -> None:

@@ -36,6 +36,23 @@ async def test_findings_are_grouped_by_severity_with_the_line_that_cures_each(ru
     assert result.stdout.endswith("docs/doctor.md explains each finding under its name.\n")
 
 
+async def test_commands_to_paste_need_the_option_that_led_to_the_log(run: Run, database: str) -> None:
+    await execute(
+        database,
+        "INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't');"
+        "INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('left', 'none', 1);"
+        "INSERT INTO pgbackend.offsets (subscription, shard, shards, position, epoch) "
+        "VALUES ('left', 0, 1, 0, nextval('pgbackend.epochs'))",
+    )
+    hint = "Commands of pgbackend that use the log need the same --dsn as this one.\n"
+    by_option = await run("doctor", "--dsn", database)
+    assert "pgbackend subscriptions delete left" in by_option.stdout
+    assert by_option.stdout.endswith(hint)
+    by_variable = await run("doctor", env={"PGBACKEND_DSN": database})
+    assert "pgbackend subscriptions delete left" in by_variable.stdout
+    assert hint not in by_variable.stdout
+
+
 async def test_the_exit_code_is_that_of_the_most_severe_finding(run: Run, database: str, has_fsync: bool) -> None:
     result = await run("doctor", "--min-severity", "error" if has_fsync else "warning", "--dsn", database)
     assert result.exit_code == (0 if has_fsync else 4)

@@ -1,6 +1,7 @@
 """All commands handle usage, environment and unreachable servers alike."""
 
 import asyncio
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,26 @@ async def test_python_m_is_the_same_command() -> None:
     )
     out, _ = await process.communicate()
     assert out.decode().startswith("pgbackend 0.")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+async def test_a_standard_stream_may_be_closed(database: str, closed: str) -> None:
+    process = await asyncio.create_subprocess_shell(
+        f"{shlex.quote(sys.executable)} -m pgbackend produce --dsn {shlex.quote(database)} {closed}",
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, complaint = await process.communicate()
+    assert (process.returncode, complaint.decode()) == (0, "")
+
+
+async def test_a_full_disk_is_one_line_whatever_is_printed(database: str) -> None:
+    process = await asyncio.create_subprocess_shell(
+        f"{shlex.quote(sys.executable)} -m pgbackend status --dsn {shlex.quote(database)} > /dev/full",
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, complaint = await process.communicate()
+    assert process.returncode == 1
+    assert complaint.decode() == "Error: The output cannot be written: No space left on device.\n"
 
 
 async def test_an_unknown_command_is_wrong_usage(run: Run) -> None:
@@ -69,6 +90,13 @@ async def test_a_malformed_dsn_is_one_clear_line(run: Run) -> None:
     result = await run("status", "--dsn", "mysql://localhost/x")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: The DSN's scheme is ")
+
+
+@pytest.mark.parametrize("command", [["status"], ["tail", "--count", "1"], ["export", "-"]])
+async def test_an_empty_dsn_is_no_other_database(run: Run, command: list[str]) -> None:
+    result = await run(*command, "--dsn", "")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: The DSN is not a URL")
 
 
 async def test_options_can_come_from_the_environment(run: Run, database: str) -> None:

@@ -75,6 +75,8 @@ async def test_an_event_that_the_log_has_already_is_said_to_be_there(run: Run, d
         (("--type", "t", "--source", "/s", "--extension", "x=1", "--extension", "x=2"), "once"),
         (("--type", "t", "--source", "/s", "--extension", "Bad=1"), "attribute name"),
         (("--type", "", "--source", "/s"), "'type' is empty"),
+        (("--type", "t", "--source", "/s", "--id", ""), "'id' is empty"),
+        (("--type", "t", "--source", "/s", "--data", os.fsdecode(b'"\xff"')), "--content-type"),
     ],
 )
 async def test_an_event_that_cannot_be_is_wrong_usage(

@@ -1,6 +1,11 @@
 """Output that commands show to people at a terminal only."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
 import time
 
 import pytest
@@ -34,6 +39,19 @@ def test_progress_is_one_line_that_is_deleted_at_the_end(monkeypatch: pytest.Mon
         "exported 2,000 events, 50 %, 2,000 a second",
         "",
     ]
+
+
+def test_progress_does_not_wrap_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    outside, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    with os.fdopen(inside, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with Progress("exported", "event", total=4_000) as progress:
+            clock[0] += 0.5
+            progress.add(1_000)
+        shown = os.read(outside, 1_000).decode()
+    os.close(outside)
+    assert shown == "\rexported 1,000 events, 25 %, \x1b[K\r\x1b[K"
 
 
 def test_programs_see_no_progress(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:

@@ -53,6 +53,12 @@ def test_events_of_the_version_before_come_back_to_the_byte(data: bytes, encodin
     assert facts(again(event)) == facts(event)
 
 
+def test_an_extension_may_be_called_event() -> None:
+    event = Event(("0.3", "1", "/s", "t", None, None, None, None, None, '{"a":"1","event":"2"}', b"\xff", "base64"))
+    assert b'"stored":{"extensions":{"a":"1","event":"2"}}' in write_line(event)
+    assert facts(again(event)) == facts(event)
+
+
 @pytest.mark.parametrize("line", REAL.read_bytes().splitlines(), ids=lambda line: json.loads(line)["type"])
 def test_real_events_come_back_to_the_byte(line: bytes) -> None:
     event = parse_structured(line)

@@ -29,6 +29,10 @@ CONDITIONS: dict[str, tuple[str, str]] = {
         "ALTER TABLE pgbackend.offsets SET (autovacuum_enabled = false)",
         "autovacuum: table offsets",
     ),
+    "a table without autovacuum, in other words": (
+        "ALTER TABLE pgbackend.workers SET (autovacuum_enabled = off)",
+        "autovacuum: table workers",
+    ),
     "a table of another owner": (f"ALTER TABLE pgbackend.skipped OWNER TO {STRANGER}", "owner: table skipped"),
     "a function of another owner": (
         f"ALTER FUNCTION pgbackend.forget_letters() OWNER TO {STRANGER}",
@@ -155,6 +159,14 @@ CONDITIONS: dict[str, tuple[str, str]] = {
             "VALUES (E'left \\x1b[2J it''s', 0, 1, 0, nextval('pgbackend.epochs'))"
         ),
         "abandoned-subscription: subscription left \x1b[2J it's",
+    ),
+    "a subscription that is named like an option": (
+        (
+            "INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('--help', 'none', 1);"
+            "INSERT INTO pgbackend.offsets (subscription, shard, shards, position, epoch) "
+            "VALUES ('--help', 0, 1, 0, nextval('pgbackend.epochs'))"
+        ),
+        "abandoned-subscription: subscription --help",
     ),
 }
 

@@ -1,11 +1,15 @@
 """Revisions, and functions that strangers removed or changed."""
 
+from urllib.parse import urlsplit
+
 import asyncpg
 import pytest
 
+from pgbackend import Backend
 from pgbackend.postgres import schema
+from pgbackend.postgres.sql import quote_ident
 from tests.doctor.conftest import found, only
-from tests.support.databases import execute
+from tests.support.databases import connected, execute, query_value
 
 
 async def test_a_schema_without_a_log_is_an_error_that_migrating_cures(empty_database: str) -> None:
@@ -50,3 +54,35 @@ async def test_what_the_migrations_make_and_is_not_there_is_an_error(
     drifts = {one.subject: one for one in await found(database) if one.check == "schema-drift"}
     assert drifts[subject].severity == "error"
     assert drifts[subject].cure == "pgbackend migrate --sql"
+
+
+async def test_the_line_for_a_missing_index_names_the_schema_as_it_is(empty_database: str) -> None:
+    name = """od'd "S" 100%{schema}"""
+    await (backend := Backend(empty_database, schema=name)).init()
+    await backend.stop()
+    async with connected(empty_database) as connection:
+        where = quote_ident(name)
+        await connection.execute(f"DROP INDEX {where}.dead_letters_due")
+        await connection.execute(f"ALTER TABLE {where}.offsets DROP CONSTRAINT offsets_until_not_negative")
+        drifts = [one for one in await found(empty_database, schema=name) if one.check == "schema-drift"]
+        assert len(drifts) == 2
+        for drift in drifts:
+            await connection.execute(str(drift.cure))
+    assert await found(empty_database, schema=name) == []
+
+
+async def test_the_line_for_a_function_names_its_schema_whatever_the_search_path_is(database: str) -> None:
+    role = f"stranger_{urlsplit(database).path[-12:]}"
+    name = await query_value(database, "SELECT current_database()")
+    await execute(
+        database,
+        f"CREATE ROLE {role}; ALTER FUNCTION pgbackend.forget_letters() OWNER TO {role};"
+        f'ALTER DATABASE "{name}" SET search_path = pgbackend, public',
+    )
+    try:
+        cure = str(only(await found(database), "owner").cure)
+        async with connected(database, search_path="public") as connection:
+            await connection.execute(cure)
+        assert await found(database) == []
+    finally:
+        await execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -62,6 +62,12 @@ async def test_what_keeps_a_subscription_from_getting_on_is_named_with_its_cure(
     assert finding.cure or "No line cures this" in finding.what
 
 
+@pytest.mark.parametrize(("attempt", "severity"), [(2, "note"), (3, "warning")])
+async def test_a_strict_subscription_may_fail_now_and_then(database: str, attempt: int, severity: str) -> None:
+    await execute(database, f"{RUN}{RETRY}; UPDATE pgbackend.redeliveries SET attempt = {attempt}, due_at = now()")
+    assert only(await found(database), "strict-wait").severity == severity
+
+
 async def test_an_old_loss_is_no_finding_any_more(database: str) -> None:
     await execute(
         database,

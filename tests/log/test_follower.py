@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
-from pgbackend import Backend
+from pgbackend import Backend, DatabaseError
 from pgbackend.log.follower import Follower
 from pgbackend.log.log import Log
 from pgbackend.log.notify import channel
 from pgbackend.log.ranges import RangeSet
+from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
 from tests.support.databases import Sql
 from tests.support.events import make_event
@@ -66,6 +68,23 @@ async def test_it_waits_out_lost_connections(log: Log, backend: Backend, sql: Sq
         await sql.execute(INSERT, id_)
     assert await taking == ["one", "two"]
     await follower.close()
+
+
+async def test_a_role_that_may_not_read_events_is_not_kept_waiting(log: Log, database: str, sql: Sql) -> None:
+    role = f"blind_{urlsplit(database).path[-12:]}"
+    await sql.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'; " + grants("pgbackend", operators=[role]))
+    try:
+        opened = Database(
+            urlsplit(database)._replace(netloc=f"{role}:secret@{urlsplit(database).netloc.rpartition('@')[2]}").geturl()
+        )
+        await opened.open()
+        blind = Log(opened, schema="pgbackend", hole_wait=0.1)
+        await blind.incarnation.enter()
+        with pytest.raises(DatabaseError, match="--reader to follow"):
+            await take(follow(blind), 1)
+        await opened.close()
+    finally:
+        await sql.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 @pytest.mark.direct

@@ -3,8 +3,10 @@
 -- newer servers have are read by to_jsonb(), which leaves out what is not there.
 
 -- name: limit_transaction
--- No statement of this transaction runs for long, or waits for a lock for long.
+-- No statement of this transaction runs for long, or waits for a lock for long. Names of functions come out with their
+-- schema, because the line of a cure runs elsewhere.
 SELECT
+    set_config('search_path', 'pg_catalog', true) AS search_path,
     set_config('statement_timeout', '5s', true) AS statement_timeout,
     set_config('lock_timeout', '500ms', true) AS lock_timeout;
 
@@ -290,7 +292,12 @@ SELECT
     END::bigint AS bytes,
     CASE WHEN part.relkind = 'r' THEN age(part.relfrozenxid) END AS transactions,
     CASE WHEN part.relkind = 'r' THEN mxid_age(part.relminmxid) END AS multixacts,
-    coalesce(part.reloptions @> ARRAY['autovacuum_enabled=false'], false) AS is_unvacuumed,
+    EXISTS (
+        SELECT
+        FROM pg_options_to_table(part.reloptions) AS option
+        WHERE option.option_name = 'autovacuum_enabled'
+            AND NOT option.option_value::boolean
+    ) AS is_unvacuumed,
     part.relrowsecurity AS has_policies
 FROM pg_catalog.pg_class AS part
 JOIN pg_catalog.pg_namespace AS home ON home.oid = part.relnamespace
