@@ -40,7 +40,7 @@ def _on_psycopg(connection: Any, append: Append) -> None:
 
 
 def is_psycopg_unsure(connection: Any) -> bool:
-    """Whether this connection of psycopg cannot tell yet that it is in a transaction: its pipeline has to sync first."""
+    """Whether this connection of psycopg cannot tell yet if it is in a transaction: its pipeline has to sync first."""
     return bool(connection.autocommit and connection.info.pipeline_status and _status(connection) == "ACTIVE")
 
 

@@ -61,10 +61,7 @@ async def test_a_pipeline_that_commits_each_statement_is_refused(backend: Backen
         connection.execute("SELECT 1")
         with pytest.raises(ConfigError, match="in no transaction"):
             outbox.produce(connection, make_event("a"))
-    async with (
-        await psycopg.AsyncConnection.connect(database, autocommit=True) as connection,
-        connection.pipeline(),
-    ):
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection, connection.pipeline():
         await connection.execute("SELECT 1")
         with pytest.raises(ConfigError, match="in no transaction"):
             await backend.produce(make_event("a"), connection=connection)
