@@ -61,10 +61,10 @@ async def test_a_pipeline_that_commits_each_statement_is_refused(backend: Backen
         connection.execute("SELECT 1")
         with pytest.raises(ConfigError, match="in no transaction"):
             outbox.produce(connection, make_event("a"))
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection, connection.pipeline():
-        await connection.execute("SELECT 1")
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as other, other.pipeline():
+        await other.execute("SELECT 1")
         with pytest.raises(ConfigError, match="in no transaction"):
-            await backend.produce(make_event("a"), connection=connection)
+            await backend.produce(make_event("a"), connection=other)
 
     assert await stored(sql) == []
 
@@ -79,11 +79,11 @@ async def test_a_transaction_in_a_pipeline_takes_events(
         with connection.transaction(force_rollback=True):
             outbox.produce(connection, make_event("rolled back"))
     async with (
-        await psycopg.AsyncConnection.connect(database, autocommit=autocommit) as connection,
-        connection.pipeline(),
-        connection.transaction(),
+        await psycopg.AsyncConnection.connect(database, autocommit=autocommit) as other,
+        other.pipeline(),
+        other.transaction(),
     ):
-        await backend.produce(make_event("b"), connection=connection)
+        await backend.produce(make_event("b"), connection=other)
 
     assert await stored(sql) == ["a", "b"]
 
