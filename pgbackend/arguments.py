@@ -75,6 +75,16 @@ def check_text(label: str, text: object) -> None:
         raise ConfigError(f"{label} is {shown(text)}: expected text of at most {_LONGEST_TEXT} characters.")
 
 
+def check_repeats(connection: object | None, *, deduplicate: bool, on_repeats: object | None) -> None:
+    """What `produce_many()` is to do with repeats can be done: in a transaction of the caller's there is no choice."""
+    if connection is not None and (not deduplicate or on_repeats is not None):
+        name = "on_repeats" if deduplicate else "deduplicate=False"
+        raise ConfigError(
+            f"`{name}` does not go with `connection`: in your own transaction a log that deduplicates stores no repeat "
+            "and does not tell how many there were. Leave one of the two out. Nothing was sent."
+        )
+
+
 def check_letters(ids: tuple[object, ...], subscription: str | None, group: str | None) -> None:
     """They name dead letters: by ids, or all of one subscription or failure group."""
     if not ids and subscription is None and group is None:

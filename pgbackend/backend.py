@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pgbackend.arguments import (
     check_letters,
     check_position,
+    check_repeats,
     check_stored,
     check_text,
     checked_definition,
@@ -262,8 +263,10 @@ class Backend:
         `deduplicate=False`: events that the log has already are stored again, even if it deduplicates. `on_repeats` is
         called before the return if it had some already, or some occur twice here, with their number.
 
-        Raises as `produce()` does; none of them is stored then. `connection` and `notify` mean the same as there.
+        Raises as `produce()` does; none of them is stored then. `connection` and `notify` mean the same as there. With
+        `connection`, `deduplicate=False` and `on_repeats` are a ConfigError.
         """
+        check_repeats(connection, deduplicate=deduplicate, on_repeats=on_repeats)
         rows, weight = encode_many(list(events), max_event_bytes=self._settings.max_event_bytes)
         opened = self._lifecycle.opened()
         if rows and connection is None:

@@ -260,20 +260,37 @@ def connection(empty_database: str) -> Iterator[sqlalchemy.Connection]:
 
 
 async def test_the_settings_of_the_callers_transaction_stay(connection: sqlalchemy.Connection) -> None:
-    names = ("statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout")
+    names = ("search_path", "statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout")
 
     def settings() -> list[object]:
         return [connection.execute(text(f"SHOW {name}")).scalar_one() for name in names]
 
+    connection.execute(text("SET search_path = public, \"strange, one\", ''"))
     connection.execute(text("SET statement_timeout = '2min'"))
     connection.execute(text("SET LOCAL lock_timeout = '123ms'"))
     before = settings()
 
     schema.upgrade(connection)
 
-    assert settings() == before == ["2min", "0", "123ms"]
+    assert settings() == before == ['public, "strange, one", ""', "2min", "0", "123ms"]
     schema.downgrade(connection, to="r0001")
     assert settings() == before
+
+
+async def test_functions_in_the_search_path_do_not_get_into_the_log(connection: sqlalchemy.Connection) -> None:
+    """PostgreSQL prefers one whose parameters fit better, so any role that may create some could have it called."""
+    connection.execute(
+        text(
+            "CREATE FUNCTION public.hashtextextended(text, integer) RETURNS bigint LANGUAGE sql "
+            "IMMUTABLE AS 'SELECT -1::bigint'"
+        )
+    )
+
+    schema.upgrade(connection)
+
+    expected = "pg_catalog.hashtextextended('k', 1::bigint) & 9223372036854775807"
+    found = connection.execute(text(f"SELECT pgbackend.key_hash('k', NULL, 's', 'i') = {expected}"))
+    assert found.scalar_one()
 
 
 async def test_nothing_is_committed_and_a_second_migrator_waits(

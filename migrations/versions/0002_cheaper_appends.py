@@ -105,7 +105,7 @@ CHECK_EVENT = """
     PARALLEL SAFE
     AS $function$
     DECLARE
-        fault text;
+        fault pg_catalog.text;
     BEGIN
         fault := CASE
             WHEN specversion OPERATOR(pg_catalog.=) '' THEN 'attribute "specversion" is empty'
@@ -127,13 +127,14 @@ CHECK_EVENT = """
                     OR "time" OPERATOR(pg_catalog.~~) '%+__:__' OR "time" OPERATOR(pg_catalog.~~) '%-__:__'
                 )
             ) THEN 'attribute "time" is no RFC 3339 timestamp'
-            WHEN extensions::text OPERATOR(pg_catalog.<>) '{}' AND (
+            WHEN extensions::pg_catalog.text OPERATOR(pg_catalog.<>) '{}' AND (
                 pg_catalog.json_typeof(extensions) OPERATOR(pg_catalog.<>) 'object'
             ) THEN '"extensions" is no JSON object'
-            WHEN extensions::text OPERATOR(pg_catalog.<>) '{}' AND extensions::jsonb OPERATOR(pg_catalog.?|) ARRAY[
-                'specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema',
-                'partitionkey', 'data'
-            ] THEN '"extensions" has a member that has a column of its own'
+            WHEN extensions::pg_catalog.text OPERATOR(pg_catalog.<>) '{}'
+                AND extensions::pg_catalog.jsonb OPERATOR(pg_catalog.?|) ARRAY[
+                    'specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema',
+                    'partitionkey', 'data'
+                ] THEN '"extensions" has a member that has a column of its own'
             WHEN pg_catalog.octet_length(pg_catalog.concat(
                 specversion, id, source, type, subject, "time", datacontenttype, dataschema, partitionkey, extensions
             )) OPERATOR(pg_catalog.>) 65536 THEN 'the attributes have more than 65536 bytes'

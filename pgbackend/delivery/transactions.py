@@ -37,8 +37,9 @@ _ROLLBACK_TIMEOUT = 0.5
 """Seconds after which the connection is closed instead."""
 _COMMIT_TIMEOUT = 60.0
 """Seconds after which a connection that is silent counts as lost, such as a pooler's whose server vanished."""
-_MOST_CONFLICTS = 10
-"""Deadlocks and the like in a row that count for no event. Two shards may always meet in the same rows."""
+_MOST_PUT_OFF = 10
+"""Transactions in a row whose failure counts for no event: deadlocks and the like, because two shards may always meet
+in the same rows, and connections that are lost after the dispatcher has returned."""
 
 
 class PutOff(Exception):  # noqa: N818 - not a failure of the event
@@ -58,8 +59,8 @@ class Transactions:
         self._committer = committer
         self._connection: Connection | None = None
         self._delay = GrowingDelay(offsets.database)
-        self._conflicts = 0
-        """Transactions in a row that ended in a conflict."""
+        self._put_off = 0
+        """Transactions in a row whose failure counted for no event."""
 
     async def run(
         self, handle: Callable[[Connection], Awaitable[object]], deliveries: Sequence[Delivery], *, are_fresh: bool
@@ -80,15 +81,14 @@ class Transactions:
             await self._commit(connection, transaction, deliveries, are_fresh=are_fresh)
         except Exception as error:
             await _roll_back(connection, transaction)
-            if is_conflict(error) and self._conflicts < _MOST_CONFLICTS:
-                self._conflicts += 1
-                raise PutOff(str(error)) from error
+            if is_conflict(error):
+                self._put_off_from(error)
             raise
         except BaseException:
             # Its worker ends. PostgreSQL rolls back what a lost connection leaves.
             connection.terminate()
             raise
-        self._conflicts = 0
+        self._put_off = 0
         self._delay.reset()
 
     async def pause(self, error: PutOff) -> None:
@@ -166,8 +166,10 @@ class Transactions:
             try:
                 async with asyncio.timeout(_COMMIT_TIMEOUT):
                     written = await self._offsets.write_in(connection, shard, mark)
-            except BaseException:
+            except BaseException as error:
                 self._give_back(before)
+                if isinstance(error, Exception) and (connection.is_closed() or isinstance(error, TimeoutError)):
+                    self._put_off_from(error)
                 raise
             if written is None:
                 self._give_back(before)
@@ -189,6 +191,12 @@ class Transactions:
             for position in settling:
                 shard.window.settle(position)
             self._committer.apply(Committed(marks={shard: written}, lost=[], kept=[], error=None))
+
+    def _put_off_from(self, error: Exception) -> None:
+        """Raise PutOff, unless too many transactions in a row have come to this."""
+        if self._put_off < _MOST_PUT_OFF:
+            self._put_off += 1
+            raise PutOff(str(error) or type(error).__name__) from error
 
     def _tell_lost(self) -> None:
         self._committer.apply(Committed(marks={}, lost=[self._shard], kept=[], error=None))

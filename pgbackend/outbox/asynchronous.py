@@ -10,7 +10,7 @@ from pgbackend.codec.attributes import Row
 from pgbackend.outbox.appends import Append
 from pgbackend.outbox.commits import Commits, Transaction
 from pgbackend.outbox.connections import Kind, kind_of, naming_missing_log, no_transaction, unfit
-from pgbackend.outbox.synchronous import check_psycopg, on_sqlalchemy
+from pgbackend.outbox.synchronous import check_psycopg, is_psycopg_unsure, on_sqlalchemy, psycopg_marker
 
 
 class Outbox:
@@ -50,9 +50,13 @@ async def _on_asyncpg(connection: Any, append: Append) -> Transaction:
 
 
 async def _on_psycopg(connection: Any, append: Append) -> Transaction:
+    if is_psycopg_unsure(connection):
+        async with connection.pipeline() as pipeline:
+            await pipeline.sync()
     check_psycopg(connection)
-    for statement, value in append.steps("%s"):
-        await connection.execute(statement, (value,))
+    async with connection.cursor() as cursor:
+        for statement, value in append.steps(psycopg_marker(cursor)):
+            await cursor.execute(statement, (value,))
     return Transaction(connection, lambda: connection.info.transaction_status.name in ("IDLE", "UNKNOWN"))
 
 

@@ -5,13 +5,14 @@ as they are.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from pgbackend import facts
-from pgbackend.outbox.appends import Append, notification
+from pgbackend.outbox.appends import Append, Marker, notification
 from pgbackend.outbox.connections import Kind, kind_of, naming_missing_log, no_transaction, other_database, unfit
 
 
@@ -29,15 +30,36 @@ def execute(connection: object, append: Append) -> None:
 
 
 def _on_psycopg(connection: Any, append: Append) -> None:
+    if is_psycopg_unsure(connection):
+        with connection.pipeline() as pipeline:
+            pipeline.sync()
     check_psycopg(connection)
-    for statement, value in append.steps("%s"):
-        connection.execute(statement, (value,))
+    with connection.cursor() as cursor:
+        for statement, value in append.steps(psycopg_marker(cursor)):
+            cursor.execute(statement, (value,))
+
+
+def is_psycopg_unsure(connection: Any) -> bool:
+    """Whether this connection of psycopg cannot tell yet if it is in a transaction: its pipeline has to sync first."""
+    return bool(connection.autocommit and connection.info.pipeline_status and _status(connection) == "ACTIVE")
 
 
 def check_psycopg(connection: Any) -> None:
     """Raise ConfigError unless the statements of this connection of psycopg, of either kind, share a transaction."""
-    if connection.autocommit and connection.info.transaction_status.name == "IDLE":
+    if connection.autocommit and _status(connection) == "IDLE":
         raise no_transaction("It is in autocommit mode: open a transaction with `connection.transaction()` first.")
+
+
+def psycopg_marker(cursor: object) -> Marker:
+    """How this cursor of psycopg, of either kind, marks a parameter. The connection's `cursor_factory` decides."""
+    # Psycopg 3.1 has no raw cursors.
+    raw = [getattr(sys.modules["psycopg"], name, ()) for name in ("RawCursor", "AsyncRawCursor")]
+    return "$1" if isinstance(cursor, tuple(raw)) else "%s"
+
+
+def _status(connection: Any) -> str:
+    name: str = connection.info.transaction_status.name
+    return name
 
 
 def on_sqlalchemy(connection: Any, append: Append) -> None:
@@ -50,7 +72,11 @@ def on_sqlalchemy(connection: Any, append: Append) -> None:
             'Its isolation level is AUTOCOMMIT: use a connection without `isolation_level="AUTOCOMMIT"`.'
         )
     for statement, value in append.steps(":value"):
-        connection.execute(_text(statement), {"value": value}).close()
+        connection.execute(_text(statement), {"value": value}, execution_options=_AT_ONCE).close()
+
+
+_AT_ONCE = {"stream_results": False, "yield_per": None}
+"""Overrides options of the engine or connection: a server-side cursor takes no INSERT, and would send no NOTIFY."""
 
 
 @lru_cache(maxsize=256)

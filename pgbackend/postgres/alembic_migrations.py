@@ -37,7 +37,8 @@ _CHANGED_SETTINGS = """
     SELECT name, setting
     FROM pg_catalog.pg_settings
     WHERE name IN (
-        'statement_timeout', 'idle_in_transaction_session_timeout', 'lock_timeout', 'citus.enable_ddl_propagation'
+        'search_path', 'statement_timeout', 'idle_in_transaction_session_timeout', 'lock_timeout',
+        'citus.enable_ddl_propagation'
     )"""
 """The settings that `_preparation()` changes until the end of the transaction."""
 _RESTORE = text("SELECT pg_catalog.set_config(:name, :setting, true)")
@@ -155,6 +156,8 @@ def _preparation(schema: str) -> tuple[str, ...]:
     """The statements before the first step, in the same transaction."""
     lock = quote_literal(f"pgbackend migrate {schema}")
     return (
+        # A function that another role has put into `public` may fit an argument better than PostgreSQL's own.
+        "SET LOCAL search_path = pg_catalog, pg_temp",
         # A role's own limits are meant for requests, not for waiting for another migrator.
         "SET LOCAL statement_timeout = 0",
         "SET LOCAL idle_in_transaction_session_timeout = 0",

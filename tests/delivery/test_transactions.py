@@ -9,9 +9,11 @@ import pytest
 
 from pgbackend import Backend, ConnectionLostError, Event, Failed, Reject, Retry
 from pgbackend.delivery import transactions
+from pgbackend.delivery.offsets import Offsets
 from pgbackend.facts import Recorder
 from pgbackend.model import Order
 from pgbackend.postgres.pool import Database
+from pgbackend.postgres.reconnect import GrowingDelay
 from pgbackend.torture.proxy import Proxy
 from tests.support.backends import SOON, dead_letters, produce, running, settled, worker_of
 from tests.support.databases import Sql
@@ -570,6 +572,34 @@ async def test_a_deadlock_counts_for_no_event(effects: Sql, database: str) -> No
 
     assert sorted(await ids(effects)) == ["a", "b", "left", "right"]
     assert recorder.all("transaction put off")
+
+
+@pytest.mark.parametrize(("times", "attempts"), [(1, 1), (transactions._MOST_PUT_OFF + 1, 2)])
+async def test_a_connection_that_is_lost_after_the_dispatcher_counts_for_no_event_unless_it_always_is(
+    effects: Sql, database: str, monkeypatch: pytest.MonkeyPatch, times: int, attempts: int
+) -> None:
+    write_in, lost, seen = Offsets.write_in, 0, []
+
+    async def lose(self: Offsets, connection: Any, *args: Any) -> Any:
+        nonlocal lost
+        if lost < times:
+            lost += 1
+            await effects.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+        return await write_in(self, connection, *args)
+
+    async def handle(event: Event, connection: Any) -> None:
+        seen.append(event.attempt)
+        await insert(event, connection)
+
+    monkeypatch.setattr(Offsets, "write_in", lose)
+    monkeypatch.setattr(transactions, "GrowingDelay", lambda database: GrowingDelay(database, cap=0.01))
+    async with running(database) as backend:
+        await produce(backend, "a")
+        await backend.subscribe("s", handle, start="earliest", transactional=True, retry=NO_WAIT)
+        await settled(backend)
+
+    assert await ids(effects) == ["a"]
+    assert (len(seen), seen[-1]) == (times + 1, attempts)
 
 
 async def settled_once(backend: Backend) -> None:

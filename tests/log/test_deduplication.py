@@ -4,6 +4,7 @@ import asyncio
 import random
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -538,6 +539,46 @@ async def test_a_rolled_back_first_copy_leaves_no_key(database: str) -> None:
         assert await connection.fetchval(PRODUCE, "a") is None
 
     assert await stored(database) == ["a"]
+
+
+@pytest.mark.parametrize("overtaken", [False, True], ids=["the first to be stored", "overtaken"])
+async def test_a_copy_that_waited_for_longer_than_its_window_still_counts(database: str, *, overtaken: bool) -> None:
+    """It waits for a first copy that is rolled back in the end. Another copy comes after it, or has overtaken it."""
+    for window in (0.5, 2.0, 8.0):
+        results, took = await _copies_around_a_wait(database, str(window), window, overtaken=overtaken)
+        # A busy machine may have taken longer than the window.
+        if took < window:
+            break
+
+    assert results == [overtaken, not overtaken, False]
+
+
+async def _copies_around_a_wait(dsn: str, id_: str, window: float, *, overtaken: bool) -> tuple[list[bool], float]:
+    """Which of three copies were stored: the overtaking, the waiting and a last one; in how many seconds."""
+    opened = Database(dsn)
+    await opened.open()
+    await Deduplication(opened, schema="pgbackend").enter(timedelta(seconds=window))
+    await opened.close()
+    async with connected(dsn) as first, connected(dsn) as second, connected(dsn) as third:
+        transaction = first.transaction()
+        await transaction.start()
+        await first.fetchval(PRODUCE, id_)
+        newest = await first.fetchval("SELECT max(bucket) FROM pgbackend.recent_events")
+        waiting = asyncio.create_task(second.fetchval(PRODUCE, id_))
+
+        async def has_passed() -> bool:
+            passed = "SELECT extract(epoch FROM clock_timestamp()) > ($1::bigint + 1) * 2 * $2::float8"
+            waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)"
+            return bool(
+                await third.fetchval(passed, newest, window) and await third.fetchval(waits, second.get_server_pid())
+            )
+
+        await eventually("a copy waits, and its windows have passed", has_passed)
+        began = time.monotonic()
+        before = await third.fetchval(PRODUCE, id_) if overtaken else None
+        await transaction.rollback()
+        stored = [before, await waiting, await third.fetchval(PRODUCE, id_)]
+        return [position is not None for position in stored], time.monotonic() - began
 
 
 async def test_repeatable_read_sees_a_repeat_or_a_serialization_failure(database: str) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -12,6 +13,7 @@ from django.core.cache import cache
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
+import tests.support.outbox  # noqa: F401 - configures Django, or pytest cannot look at its cache
 from pgbackend import Backend, ConfigError, EventError, NotRunningError, outbox
 from pgbackend.outbox.connections import sqlstate_of
 from tests.support.databases import Sql
@@ -82,6 +84,15 @@ async def test_a_backend_that_is_not_initialized_says_so(database: str, sql: Sql
     async with sql.transaction():
         with pytest.raises(NotRunningError):
             await Backend(database).produce(make_event("a"), connection=sql)
+
+
+@pytest.mark.parametrize("options", [{"deduplicate": False}, {"on_repeats": print}])
+async def test_options_for_repeats_are_refused_with_a_connection(
+    backend: Backend, sql: Sql, options: dict[str, Any]
+) -> None:
+    async with sql.transaction():
+        with pytest.raises(ConfigError, match=f"`{next(iter(options))}.* does not go with `connection`"):
+            await backend.produce_many([make_event("a")], connection=sql, **options)
 
 
 async def test_the_backends_own_limit_counts(database: str, sql: Sql) -> None:

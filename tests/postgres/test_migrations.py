@@ -416,6 +416,7 @@ async def test_a_superuser_who_migrates_leaves_no_function_that_others_may_call(
         "bury_skipped": True,
         "check_event": False,
         "claim_keys": True,
+        "claim_keys_later": False,
         "claim_keys_soon": False,
         "claim_new_keys": True,
         "cut_segment": True,
