@@ -74,7 +74,7 @@ function Banner({overview, nav}) {
     ["overview", "#/", "Overview"],
     ["events", "#/events", "Events"],
     ["dead-letters", "#/dead-letters", "Dead letters", letters > 0 && html`<span class="count">${short(letters)}</span>`],
-    ["workers", "#/workers", "Workers", gone > 0 && html`<span class="count">${count(gone)} gone</span>`],
+    ["workers", "#/workers", "Workers", gone > 0 && html`<span class="count">${count(gone)}<span class="more-words"> gone</span></span>`],
   ];
   return html`
     <header class="banner">

@@ -54,7 +54,7 @@ function Plot({times, values, series, now, format, whole, summary, setPointed}) 
     plot.current = new window.uPlot({
       width: Math.max(place.current.clientWidth, 100),
       height: HEIGHT,
-      padding: [8, 8, 0, 0],
+      padding: [8, 20, 0, 0],
       legend: {show: false},
       cursor: {drag: {x: false, y: false}, y: false, points: {size: 7}},
       scales: {

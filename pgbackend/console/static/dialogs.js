@@ -133,10 +133,10 @@ const Skip = ({subscription, position, ...rest}) => html`
 export const askSeek = (subscription, head, done) => open(Seek, {subscription, head, done});
 
 function Seek({subscription, head, ...rest}) {
-  const [kind, setKind] = useState("latest");
+  const [kind, setKind] = useState(null);
   const [position, setPosition] = useState("");
   const [time, setTime] = useState(toField(new Date(Date.now() - 3_600_000)));
-  const place = {earliest: "earliest", latest: "latest", position: /^\d{1,19}$/.test(position) ? position : null, time: fromField(time)}[kind];
+  const place = {earliest: "earliest", latest: "latest", position: /^\d{1,19}$/.test(position) ? position : null, time: fromField(time)}[kind] ?? null;
   const {answer, error} = usePreview("preview/seek", place === null ? null : {subscription: subscription.name, place});
   const option = (id, label, field) => html`
     <div class="option">
@@ -152,14 +152,14 @@ function Seek({subscription, head, ...rest}) {
         ${option("latest", "the head of the log: everything so far is passed over")}
         ${option("position", "a position", html`<input type="text" inputmode="numeric" aria-label="Position" placeholder=${`0 to ${head}`} value=${position}
           onFocus=${() => setKind("position")} onInput=${event => setPosition(event.target.value.trim())}/>`)}
-        ${option("time", "a time, of this device's clock and zone", html`<input type="datetime-local" step="1" aria-label="Time" value=${time}
+        ${option("time", "a time in this device’s zone", html`<input type="datetime-local" step="1" aria-label="Time" value=${time}
           onFocus=${() => setKind("time")} onInput=${event => setTime(event.target.value)}/>`)}
       </fieldset>
       <div aria-live="polite">
         ${answer
           ? html`<${Affected}><strong>${count(answer.again)}</strong> ${answer.again === 1 ? "event comes" : "events come"} again, <strong>${count(answer.skipped)}</strong> ${answer.skipped === 1 ? "is" : "are"} skipped. It goes on behind position ${answer.position}.<//>`
           : error ? html`<${PreviewError} error=${error}/>`
-          : html`<${Affected}>${place === null ? "Enter where to go on." : "Counting…"}<//>`}
+          : html`<${Affected}>${place === null ? kind === null ? "Choose where it goes on." : "Enter where it goes on." : "Counting…"}<//>`}
       </div>
       <p>${subscription.redeliveries > 0 && `${events(subscription.redeliveries, "failed event")} that ${subscription.redeliveries === 1 ? "waits" : "wait"} to be tried again ${subscription.redeliveries === 1 ? "is" : "are"} dropped. `}Dead letters stay. Dispatches that run now are not cancelled.</p>
     <//>`;

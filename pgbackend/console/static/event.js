@@ -89,7 +89,7 @@ function Outcomes({position, subscriptions, actions, done}) {
       ${settled.length > 0 && html`
         <details class="settled" open=${settled.length <= 8}>
           <summary>Settled by ${events(settled.length, "subscription")}</summary>
-          <ul>${settled.map(one => html`<li key=${one.name}><a href=${linkTo(one.name)}><${Text} value=${one.name}/></a></li>`)}</ul>
+          <ul>${settled.map(one => html`<li key=${one.name}><a href=${linkTo(one.name)}><${Text} value=${brief(one.name, 120)}/></a></li>`)}</ul>
         </details>`}
     </section>`;
 }
@@ -102,7 +102,7 @@ function Outcome({one, position, actions, done}) {
   return html`
     <div class="outcome">
       <div class="outcome-head">
-        <h3><a href=${linkTo(one.name)}><${Text} value=${one.name}/></a></h3>
+        <h3><a href=${linkTo(one.name)} title=${brief(one.name, 1_200)}><${Text} value=${brief(one.name, 120)}/></a></h3>
         <${State} value=${one.state}/>
         ${one.attempts > 0 && html`<span class="note">${events(one.attempts, "attempt")}</span>`}
         ${one.due_at && html`<span class="note">due <${Time} at=${one.due_at}/></span>`}

@@ -54,7 +54,7 @@ const groupColumns = (actions, done) => [
   {id: "due", label: "Due again", number: true, most: true, width: "7rem", value: one => one.due, cell: one => html`<${Figure} value=${one.due} text=${count(one.due)}/>`},
   {id: "first", label: "First", width: "9.5rem", value: one => one.first_at, cell: one => html`<${Time} at=${one.first_at}/>`},
   {id: "last", label: "Last", width: "9.5rem", value: one => one.last_at, most: true, cell: one => html`<${Time} at=${one.last_at}/>`},
-  actions && {id: "actions", label: "Actions", header: html`<span class="off-screen">Actions</span>`, width: "14rem", style: "row-actions", cell: one => html`
+  actions && {id: "actions", label: "Actions", header: html`<span class="off-screen">Actions</span>`, width: "15rem", style: "row-actions", cell: one => html`
     <button type="button" class="small" aria-label=${`Redeliver group ${one.name}`} onClick=${() => askRedeliver(...ofGroup(one, done))}>Redeliver…</button>
     <button type="button" class="small" aria-label=${`Purge group ${one.name}`} onClick=${() => askPurge(...ofGroup(one, done))}>Purge…</button>`},
 ].filter(Boolean);
@@ -95,7 +95,7 @@ export function Letters({group, overview}) {
     </div>
     <${Stale} poll=${poll}/>
     ${facts && html`
-      <p class="lead">Dead letters of <a href=${linkTo(facts.subscription)}><${Text} value=${facts.subscription}/></a> with the same error, of <${Time} at=${facts.first_at}/> to <${Time} at=${facts.last_at}/>.</p>
+      <p class="lead">Dead letters of <a href=${linkTo(facts.subscription)}><${Text} value=${facts.subscription}/></a> with the same error, given up from <${Time} at=${facts.first_at}/> to <${Time} at=${facts.last_at}/>.</p>
       <div class="notice bad"><pre dir="ltr" class="error"><bdi>${visible(facts.error, {lines: true})}</bdi></pre></div>`}
     <section class="card" aria-label="Letters">
       <div class="card-head selection">
@@ -128,14 +128,14 @@ const letterColumns = ({actions, selected, toggle, letters, setSelected, done}) 
   {id: "position", label: "Position", number: true, width: "8rem", cell: one => one.position === null ? html`<span class="faint">unknown</span>`
     : html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},
   {id: "attempts", label: "Attempts", number: true, width: "6rem", cell: one => count(one.attempts)},
-  {id: "buried", label: "Given up", width: "9.5rem", cell: one => html`<${Time} at=${one.buried_at}/>${one.due_at && html`<span class="note"> due again <${Time} at=${one.due_at}/></span>`}`},
+  {id: "buried", label: "Given up", width: "9.5rem", cell: one => html`<span class="stack"><${Time} at=${one.buried_at}/>${one.due_at && html`<span class="note">due again <${Time} at=${one.due_at}/></span>`}</span>`},
   {id: "error", label: "Error", style: "stretch", cell: one => html`
     <details class="more"><summary><${Line} value=${one.error}/></summary>
       <pre dir="ltr" class="error"><bdi>${visible(one.error, {lines: true})}</bdi></pre>
       ${Object.entries(one.details ?? {}).map(([name, value]) => html`
         <p class="note"><${Text} value=${name}/>: <${Text} value=${typeof value === "string" ? value : JSON.stringify(value)}/></p>`)}
     </details>`},
-  actions && {id: "actions", label: "Actions", header: html`<span class="off-screen">Actions</span>`, width: "13.5rem", style: "row-actions", cell: one => html`
+  actions && {id: "actions", label: "Actions", header: html`<span class="off-screen">Actions</span>`, width: "15rem", style: "row-actions", cell: one => html`
     <button type="button" class="small" aria-label=${`Redeliver dead letter ${one.id}`} onClick=${() => askRedeliver({ids: [one.id]}, `dead letter ${one.id}`, done)}>Redeliver…</button>
     <button type="button" class="small" aria-label=${`Purge dead letter ${one.id}`} onClick=${() => askPurge({ids: [one.id]}, `dead letter ${one.id}`, done)}>Purge…</button>`},
 ].filter(Boolean);

@@ -60,7 +60,7 @@ export function Events({params}) {
       <${Heading} title="Events"/>
       <span class="state ${paused ? "warn" : poll.error ? "bad" : "good"}">${paused ? "paused" : poll.error ? "not updated" : "live"}</span>
       <div class="actions">
-        <button type="button" class=${paused ? "primary" : ""} aria-keyshortcuts="Alt+P" onClick=${toggle}>${paused ? view.paged ? "Back to live" : "Resume" : "Pause"} <kbd>Alt P</kbd></button>
+        <button type="button" class=${paused ? "primary" : ""} aria-keyshortcuts="Alt+P" onClick=${toggle}>${paused ? view.paged ? "Back to live" : "Resume" : "Pause"} <kbd>Alt+P</kbd></button>
       </div>
     </div>
     <${Stale} poll=${poll}/>

@@ -45,7 +45,7 @@ function Rate({history, now}) {
   const last = points.at(-1)?.[1] ?? 0;
   const summary = `${rate(last)} events a second now. ` +
     (top[1] > 0 ? `At most ${rate(top[1])} in the last hour, at ${clock(new Date(top[0] * 1000)).slice(0, 5)}. ${count(total)} events in that hour.` : "No events in the last hour.");
-  return html`<${Chart} title="Events a second, last hour" summary=${summary} now=${now} format=${value => `${rate(value)} events/s`}
+  return html`<${Chart} title="Events a second" summary=${summary} now=${now} format=${value => `${rate(value)} events/s`}
     series=${[{label: "Events a second", colour: "--line-1", points}]}/>`;
 }
 
@@ -62,7 +62,7 @@ const GROUPS = [
 export const linkTo = name => `#/subscriptions/${encodeURIComponent(name)}`;
 
 const COLUMNS = [
-  {id: "name", label: "Subscription", head: true, width: "22%", value: one => one.name,
+  {id: "name", label: "Subscription", head: true, width: "20%", value: one => one.name,
     cell: one => html`<a class="line" href=${linkTo(one.name)} title=${brief(one.name, 600)}><${Text} value=${one.name}/></a>`},
   {id: "state", label: "State", width: "6.5rem", value: one => one.state, cell: one => html`<${State} value=${one.state}/>`},
   {id: "lag", label: "Lag", number: true, most: true, width: "6.5rem", value: one => one.lag, cell: one => html`<${Figure} value=${one.lag} text=${count(one.lag)}/>`},
@@ -72,11 +72,11 @@ const COLUMNS = [
     cell: one => html`<${Figure} value=${one.in_flight} text=${count(one.in_flight)}/>`},
   {id: "redeliveries", label: "Waiting", number: true, most: true, width: "5.5rem", value: one => one.redeliveries,
     cell: one => html`<${Figure} value=${one.redeliveries} text=${count(one.redeliveries)} tone="warn-text"/>`},
-  {id: "dead-letters", label: "Dead letters", number: true, most: true, width: "7rem", value: one => one.dead_letters,
+  {id: "dead-letters", label: "Dead letters", number: true, most: true, width: "7.6rem", value: one => one.dead_letters,
     cell: one => html`<${Figure} value=${one.dead_letters} text=${count(one.dead_letters)} tone="bad-text"/>`},
-  {id: "skipped", label: "Skipped", number: true, most: true, width: "5.5rem", value: one => one.skipped,
+  {id: "skipped", label: "Skipped", number: true, most: true, width: "6rem", value: one => one.skipped,
     cell: one => html`<${Figure} value=${one.skipped} text=${count(one.skipped)} tone="bad-text"/>`},
-  {id: "owners", label: "Owners", width: "14%", value: one => one.owners[0] ?? null, cell: one => one.owners.length === 0 ? "" : html`
+  {id: "owners", label: "Owners", width: "12%", value: one => one.owners[0] ?? null, cell: one => one.owners.length === 0 ? "" : html`
     <span class="owners" title=${one.owners.map(owner => brief(owner, 200)).join("\n")}><span class="line"><${Text} value=${one.owners[0]}/></span>${one.owners.length > 1 && html`<span class="note">+${one.owners.length - 1}</span>`}</span>`},
   {id: "error", label: "Last error", style: "stretch", value: one => one.last_error, cell: one => one.last_error && html`<${Line} value=${one.last_error}/>`},
 ];

@@ -7,7 +7,7 @@ const DEEPEST = 40; // deeper lines are not indented further: they would be wide
 
 /** The same tokens on lines, or null. `truncated`: the text may end anywhere. */
 export function pretty(text, {truncated = false} = {}) {
-  const limit = 4 * text.length + 4_096;
+  const limit = 4 * text.length + 262_144;
   const open = [];
   const parts = [];
   let size = 0;

@@ -73,7 +73,7 @@ function Lag({name, subscription, history, now}) {
   const summary = subscription.lag === 0
     ? "Nothing is left of the last hour."
     : `${events(subscription.lag)} not settled now.${oldest ? ` The oldest of the last hour ${left[0] === oldest ? "are from before it" : `came before ${clock(new Date(oldest[0] * 1000)).slice(0, 5)}`}.` : ""}`;
-  return html`<${Chart} title="Lag, last hour" summary=${summary} now=${now} whole format=${value => events(value)} series=${[
+  return html`<${Chart} title="Lag" summary=${summary} now=${now} whole format=${value => events(value)} series=${[
     {label: "Recorded until then and still not settled", colour: "--line-1", points: left},
     {label: "Lag while this page was open", colour: "--line-2", points: seen},
   ]}/>`;
@@ -87,8 +87,8 @@ const SHARDS = [
   {id: "pending", label: "Pending", number: true, most: true, width: "6rem", value: one => one.pending, cell: one => html`<${Figure} value=${one.pending} text=${count(one.pending)}/>`},
   {id: "in-flight", label: "In flight", number: true, most: true, width: "6rem", value: one => one.in_flight, cell: one => html`<${Figure} value=${one.in_flight} text=${count(one.in_flight)}/>`},
   {id: "epoch", label: "Epoch", number: true, width: "6rem", value: one => BigInt(one.epoch), cell: one => count(one.epoch)},
-  {id: "owner", label: "Owner", value: one => one.owner_name, cell: one => html`${one.owner_name ? html`<${Line} value=${one.owner_name}/>` : html`<span class="faint">no owner</span>`}${
-    one.until !== null && html`<span class="note"> until position ${one.until}</span>`}`},
+  {id: "owner", label: "Owner", value: one => one.owner_name, cell: one => html`<span class="stack">${one.owner_name ? html`<${Line} value=${one.owner_name}/>` : html`<span class="faint">no owner</span>`}${
+    one.until !== null && html`<span class="note">until position ${one.until}</span>`}</span>`},
 ];
 
 const Shards = ({shards}) => html`
@@ -105,7 +105,7 @@ function Waiting({subscription, waiting, total, actions, done}) {
     {id: "attempts", label: "Attempts", number: true, width: "6rem", cell: one => count(one.attempts)},
     {id: "due", label: "Due", width: "12rem", cell: one => html`<span class="stack"><${Time} at=${one.due_at}/>${one.given_up && html`<span class="note">to the dead-letter target</span>`}</span>`},
     {id: "error", label: "Error", style: "stretch", cell: one => html`<${Line} value=${one.error}/>`},
-    actions && {id: "actions", label: "Actions", header: html`<span class="off-screen">Actions</span>`, width: "11rem", style: "row-actions", cell: one => html`
+    actions && {id: "actions", label: "Actions", header: html`<span class="off-screen">Actions</span>`, width: "11.5rem", style: "row-actions", cell: one => html`
       <button type="button" class="small" aria-label=${`Retry event ${one.position}`} onClick=${() => askRetry(subscription, {position: one.position, total: 1}, done)}>Retry…</button>
       <button type="button" class="small" aria-label=${`Skip event ${one.position}`} onClick=${() => askSkip(subscription, one.position, done)}>Skip…</button>`},
   ].filter(Boolean);

@@ -41,7 +41,7 @@ export function Table({caption, columns, rows, rowKey, sort, version, empty}) {
             setOrder({by, down: down === "true"});
           }}>
             ${columns.filter(one => one.value).map(one => [one.most, !one.most].map(down => html`
-              <option value=${`${one.id} ${Boolean(down)}`}>${one.label}, ${one.most || one.number ? down ? "largest first" : "smallest first" : down ? "Z to A" : "A to Z"}</option>`))}
+              <option value=${`${one.id} ${Boolean(down)}`}>${one.label}, ${down ? "descending" : "ascending"}</option>`))}
           </select>
         </label>`}
       <div class="table-region" role="region" aria-label=${caption} tabindex="0">
