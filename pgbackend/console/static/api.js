@@ -17,6 +17,11 @@ export class Problem extends Error {
 /** A path whose parts may contain any character. */
 export const path = (...parts) => parts.map(encodeURIComponent).join("/");
 
+/** The path of a subscription. A URL takes `.` and `..` as directories, so such a name goes into the query. */
+export const pathOf = (name, ...rest) => /^\.\.?$/.test(name)
+  ? `${path("subscriptions", "-", ...rest)}?name=${name}`
+  : path("subscriptions", name, ...rest);
+
 export function get(where, {params = {}, signal} = {}) {
   const url = new URL(where, BASE);
   for (const [name, value] of Object.entries(params)) if (value !== "" && value !== null) url.searchParams.set(name, value);

@@ -1,7 +1,7 @@
 // Every action of the console: a dialog that says how many events it affects and what will happen, then one request.
 // Nothing changes before the button that names the action is pressed; the result is announced, an error stays in the dialog.
 import {html, useEffect, useRef, useState} from "./vendor/htm-preact.js";
-import {path, post} from "./api.js";
+import {pathOf, post} from "./api.js";
 import {count, events, fromField, moment, toField} from "./format.js";
 import {announce, focusTitle} from "./parts.js";
 import {brief, Text} from "./text.js";
@@ -81,7 +81,7 @@ function usePreview(where, body) {
 
 const PreviewError = ({error}) => error ? html`<p class="notice bad" role="alert"><${Text} value=${error.message}/></p>` : null;
 
-const of = (subscription, verb) => path("subscriptions", subscription.name, verb);
+const of = (subscription, verb) => pathOf(subscription.name, verb);
 
 export const askPause = (subscription, done) => open(Pause, {subscription, done});
 

@@ -120,7 +120,7 @@ function Outcome({one, position, actions, done}) {
         <ol class="timeline">
           ${one.timeline.map((step, at) => html`
             <li key=${at} class=${step.error ? "failed" : ""}>
-              <${Time} at=${step.at}/> <strong>${stepName(step)}</strong>
+              ${step.at && html`<${Time} at=${step.at}/> `}<strong>${stepName(step)}</strong>
               ${step.error && html`<pre dir="ltr" class="error"><bdi>${visible(step.error, {lines: true})}</bdi></pre>`}
             </li>`)}
         </ol>`}

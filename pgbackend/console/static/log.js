@@ -94,7 +94,7 @@ const COLUMNS = [
   {id: "source", label: "Source", width: "15%", cell: isEvent(row => html`<${Line} value=${row.source}/>`)},
   {id: "subject", label: "Subject", width: "10%", cell: isEvent(row => row.subject && html`<${Line} value=${row.subject}/>`)},
   {id: "id", label: "ID", width: "12%", cell: isEvent(row => html`<${Line} value=${row.id}/>`)},
-  {id: "data", label: "Data", style: "stretch", cell: isEvent(row => row.preview === null
+  {id: "data", label: "Data", style: "stretch", cell: isEvent(row => row.size === "0" || row.preview === null
     ? html`<span class="faint">${row.size === "0" ? "none" : "binary"}</span>` : html`<span class="mono"><${Line} value=${row.preview}/></span>`)},
   {id: "size", label: "Size", number: true, width: "5.5rem", cell: isEvent(row => bytes(row.size))},
 ];

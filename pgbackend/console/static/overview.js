@@ -66,7 +66,7 @@ const COLUMNS = [
     cell: one => html`<a class="line" href=${linkTo(one.name)} title=${brief(one.name, 600)}><${Text} value=${one.name}/></a>`},
   {id: "state", label: "State", width: "6.5rem", value: one => one.state, cell: one => html`<${State} value=${one.state}/>`},
   {id: "lag", label: "Lag", number: true, most: true, width: "6.5rem", value: one => one.lag, cell: one => html`<${Figure} value=${one.lag} text=${count(one.lag)}/>`},
-  {id: "behind", label: "Behind", number: true, most: true, width: "7rem", value: one => one.lag_seconds,
+  {id: "behind", label: "Behind", number: true, most: true, width: "8rem", value: one => one.lag_seconds,
     cell: one => html`<${Figure} value=${one.lag_seconds} text=${duration(one.lag_seconds)}/>`},
   {id: "in-flight", label: "In flight", number: true, most: true, width: "5.5rem", value: one => one.in_flight,
     cell: one => html`<${Figure} value=${one.in_flight} text=${count(one.in_flight)}/>`},
@@ -76,7 +76,7 @@ const COLUMNS = [
     cell: one => html`<${Figure} value=${one.dead_letters} text=${count(one.dead_letters)} tone="bad-text"/>`},
   {id: "skipped", label: "Skipped", number: true, most: true, width: "6rem", value: one => one.skipped,
     cell: one => html`<${Figure} value=${one.skipped} text=${count(one.skipped)} tone="bad-text"/>`},
-  {id: "owners", label: "Owners", width: "12%", value: one => one.owners[0] ?? null, cell: one => one.owners.length === 0 ? "" : html`
+  {id: "owners", label: "Owners", width: "12%", style: "stretch", value: one => one.owners[0] ?? null, cell: one => one.owners.length === 0 ? "" : html`
     <span class="owners" title=${one.owners.map(owner => brief(owner, 200)).join("\n")}><span class="line"><${Text} value=${one.owners[0]}/></span>${one.owners.length > 1 && html`<span class="note">+${one.owners.length - 1}</span>`}</span>`},
   {id: "error", label: "Last error", style: "stretch", value: one => one.last_error, cell: one => one.last_error && html`<${Line} value=${one.last_error}/>`},
 ];

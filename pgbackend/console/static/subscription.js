@@ -1,6 +1,6 @@
 // One subscription: how far it is, what holds it up, and every action that steers it.
 import {html, useEffect} from "./vendor/htm-preact.js";
-import {get, path, usePoll} from "./api.js";
+import {get, pathOf, usePoll} from "./api.js";
 import {Chart} from "./chart.js";
 import {askPause, askResume, askRetry, askSeek, askSkip} from "./dialogs.js";
 import {clock, count, duration, events} from "./format.js";
@@ -12,7 +12,7 @@ import {Text} from "./text.js";
 const ORDERS = {none: "in any order", key: "in order for each key", strict: "in strict order"};
 
 export function Subscription({name, overview}) {
-  const poll = usePoll(signal => get(path("subscriptions", name), {signal}), {every: 2_000, key: name});
+  const poll = usePoll(signal => get(pathOf(name), {signal}), {every: 2_000, key: name});
   const history = usePoll(signal => get("history", {params: {subscription: name}, signal}), {every: 15_000, key: name});
   const now = seconds(overview.data.now) + Math.round((poll.at - overview.at) / 1000); // by the server's clock
   useEffect(() => {

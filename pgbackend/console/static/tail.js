@@ -21,7 +21,8 @@ export function withNewer(held, answer) {
   if (held.head === null) return {...EMPTY, rows: answer.events, head: answer.head, downTo: answer.read_down_to, more: answer.more};
   const known = new Set(held.rows.map(row => row.position));
   const fresh = answer.events.filter(row => !known.has(row.position));
-  const missed = answer.more && compare(answer.read_down_to, held.head) > 0 ? BigInt(answer.read_down_to) - BigInt(held.head) : 0n;
+  const between = BigInt(answer.read_down_to) - BigInt(held.head) - 1n; // positions that nobody looked at
+  const missed = answer.more && between > 0n ? between : 0n;
   if (missed > 0n) fresh.push({position: answer.read_down_to, missed: String(missed)});
   const rows = fresh.length ? [...fresh, ...held.rows].sort((a, b) => compare(b.position, a.position)) : held.rows;
   const all = {...held, rows, head: compare(answer.head, held.head) > 0 ? answer.head : held.head, missed: held.missed + missed};
