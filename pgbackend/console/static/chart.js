@@ -96,7 +96,7 @@ function readout(self, {series, format}) {
 }
 
 const Numbers = ({title, series, times, values, format}) => html`
-  <div class="table-region numbers" role="region" aria-label=${title} tabindex="0">
+  <div class="table-region numbers" role="group" aria-label=${title} tabindex="0">
     <table>
       <caption class="off-screen">${title}</caption>
       <thead><tr><th scope="col">Time</th>${series.map(one => html`<th scope="col" class="number">${one.label}</th>`)}</tr></thead>

@@ -71,21 +71,27 @@ function Data({position, data}) {
           </div>`}
       </div>
       ${data.truncated && html`<p class="notice warn">The first 256 KiB of ${bytes(data.size)}. The download has all of it.</p>`}
-      ${shown === null ? html`<${Empty}>This event has no data.<//>` : html`<pre dir="ltr" class="data" tabindex="0" role="region" aria-labelledby="data">${shown}</pre>`}
+      ${shown === null ? html`<${Empty}>This event has no data.<//>` : html`<pre dir="ltr" class="data" tabindex="0" role="group" aria-labelledby="data">${shown}</pre>`}
     </section>`;
 }
 
 const isPlain = one => one.state === "settled" && !one.timeline.some(step => step.error);
-const URGENT = ["dead letter", "waiting", "in flight", "open", "skipped", "not read yet"];
+const URGENT = ["dead letter", "waiting", "in flight", "open", "skipped"];
 
 function Outcomes({position, subscriptions, actions, done}) {
-  const told = subscriptions.filter(one => !isPlain(one)).sort((a, b) => URGENT.indexOf(a.state) - URGENT.indexOf(b.state));
+  const told = subscriptions.filter(one => !isPlain(one) && one.state !== "not read yet").sort((a, b) => URGENT.indexOf(a.state) - URGENT.indexOf(b.state));
+  const unread = subscriptions.filter(one => one.state === "not read yet");
   const settled = subscriptions.filter(isPlain);
   return html`
     <section class="card" aria-labelledby="outcomes">
       <div class="card-head"><h2 id="outcomes">Subscriptions</h2></div>
       ${subscriptions.length === 0 && html`<${Empty}>No subscription.<//>`}
       ${told.map(one => html`<${Outcome} key=${one.name} ...${{one, position, actions, done}}/>`)}
+      ${unread.length > 0 && html`
+        <details class="unread" open=${unread.length <= 3}>
+          <summary>Not read yet by ${events(unread.length, "subscription")}</summary>
+          ${unread.map(one => html`<${Outcome} key=${one.name} ...${{one, position, actions, done}}/>`)}
+        </details>`}
       ${settled.length > 0 && html`
         <details class="settled" open=${settled.length <= 8}>
           <summary>Settled by ${events(settled.length, "subscription")}</summary>

@@ -3,7 +3,7 @@ import {html, useEffect} from "./vendor/htm-preact.js";
 import {get, pathOf, usePoll} from "./api.js";
 import {Chart} from "./chart.js";
 import {askPause, askResume, askRetry, askSeek, askSkip} from "./dialogs.js";
-import {clock, count, duration, events} from "./format.js";
+import {count, duration, events} from "./format.js";
 import {Empty, Failure, Heading, Line, Loading, Stale, State, Time} from "./parts.js";
 import {backlogPoints, lagPoints, recordLag, seconds} from "./samples.js";
 import {Figure, Table} from "./table.js";
@@ -69,10 +69,9 @@ const Figures = ({subscription: one}) => html`
 function Lag({name, subscription, history, now}) {
   const left = backlogPoints(history, now);
   const seen = lagPoints(name);
-  const oldest = left.find(([, backlog]) => backlog > 0);
   const summary = subscription.lag === 0
-    ? "Nothing is left of the last hour."
-    : `${events(subscription.lag)} not settled now.${oldest ? ` The oldest of the last hour ${left[0] === oldest ? "are from before it" : `came before ${clock(new Date(oldest[0] * 1000)).slice(0, 5)}`}.` : ""}`;
+    ? "Everything is settled."
+    : `${events(subscription.lag)} not settled now${subscription.lag_seconds === null ? "" : `; the oldest is ${duration(subscription.lag_seconds)} old`}.`;
   return html`<${Chart} title="Lag" summary=${summary} now=${now} whole format=${value => events(value)} series=${[
     {label: "Recorded until then and still not settled", colour: "--line-1", points: left},
     {label: "Lag while this page was open", colour: "--line-2", points: seen},
@@ -99,7 +98,7 @@ const Shards = ({shards}) => html`
 
 function Waiting({subscription, waiting, total, actions, done}) {
   const columns = [
-    {id: "position", label: "Position", head: true, width: "8rem", cell: one => html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},
+    {id: "position", label: "Position", head: true, number: true, width: "8rem", cell: one => html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},
     {id: "event", label: "Event", width: "24%", cell: one => one.type === null ? html`<span class="faint">gone from the log</span>` : html`
       <span class="stack"><${Line} value=${one.type}/><span class="note"><${Line} value=${`${one.id} · ${one.source}`}/></span></span>`},
     {id: "attempts", label: "Attempts", number: true, width: "6rem", cell: one => count(one.attempts)},

@@ -44,7 +44,7 @@ export function Table({caption, columns, rows, rowKey, sort, version, empty}) {
               <option value=${`${one.id} ${Boolean(down)}`}>${one.label}, ${down ? "descending" : "ascending"}</option>`))}
           </select>
         </label>`}
-      <div class="table-region" role="region" aria-label=${caption} tabindex="0">
+      <div class="table-region" role="group" aria-label=${caption} tabindex="0">
         <table role="table">
           <caption class="off-screen">${caption}</caption>
           <colgroup>${columns.map(one => html`<col key=${one.id} style=${{width: one.width ?? "auto"}}/>`)}</colgroup>
