@@ -3,6 +3,7 @@
 import {useEffect, useRef, useState} from "./vendor/htm-preact.js";
 
 const BASE = new URL("api/", document.baseURI);
+const RETRY = 3_000; // milliseconds to the next request after one that failed
 const READ_TIMEOUT = 10_000; // milliseconds; actions have none, because a seek waits for running dispatches
 
 /** An answer that is no success, or none at all (status 0). */
@@ -49,6 +50,25 @@ async function answer(request) {
   throw new Problem(response.status, title || `Error ${response.status}`, detail || `The server answered with status ${response.status}.`);
 }
 
+let failing = false;
+const watchers = new Set();
+
+function report(value) {
+  if (failing === value) return;
+  failing = value;
+  for (const watcher of watchers) watcher(value);
+}
+
+/** Whether the last request of any poll failed. */
+export function useFailing() {
+  const [value, setValue] = useState(failing);
+  useEffect(() => {
+    watchers.add(setValue);
+    return () => watchers.delete(setValue);
+  }, []);
+  return value;
+}
+
 const NOTHING = {data: null, error: null, at: null};
 
 /**
@@ -68,13 +88,19 @@ export function usePoll(load, {every, key}) {
       clearTimeout(timer);
       running?.abort();
       const mine = running = new AbortController();
+      let failed = false;
       try {
         const data = await latest.current(mine.signal);
-        if (!mine.signal.aborted) setState({data, error: null, at: new Date(), key});
+        if (mine.signal.aborted) return;
+        report(false);
+        setState({data, error: null, at: new Date(), key});
       } catch (error) {
-        if (!mine.signal.aborted) setState(last => ({...(last.key === key ? last : NOTHING), error, key}));
+        if (mine.signal.aborted) return;
+        failed = true;
+        report(error.status !== 404);
+        setState(last => ({...(last.key === key ? last : NOTHING), error, key}));
       }
-      if (!mine.signal.aborted && !document.hidden) timer = setTimeout(once, every);
+      if (!document.hidden) timer = setTimeout(once, failed ? Math.min(every, RETRY) : every);
     };
     const look = () => document.hidden ? clearTimeout(timer) : once();
     refresh.current = once;

@@ -1,7 +1,7 @@
 // The console's frame: asks for the overview, shows the page that the address names, and moves title and focus with it.
 // Everything it shows comes from api/ beside it; it asks no other host for anything.
 import {html, render, useEffect, useLayoutEffect, useRef, useState} from "./vendor/htm-preact.js";
-import {get, usePoll} from "./api.js";
+import {get, useFailing, usePoll} from "./api.js";
 import {Dialogs} from "./dialogs.js";
 import {clock, count, short} from "./format.js";
 import {Event} from "./event.js";
@@ -17,6 +17,8 @@ import {Workers} from "./workers.js";
 const OFTEN = 2_000; // pages that show the overview's figures
 const SELDOM = 10_000; // others show only the counts beside the navigation
 
+const heights = new Map(); // how far the reader had scrolled when they left an address
+
 /** The page that an address names: {nav, title, page(overview), every}. */
 function routed(hash) {
   const [where, query = ""] = hash.replace(/^#?\/?/, "").split(/\?(.*)/s);
@@ -29,45 +31,56 @@ function routed(hash) {
   }
   const [first, second] = [parts[0], parts.slice(1).join("/")];
   if (first === "") return {nav: "overview", title: "Overview", every: OFTEN, page: overview => html`<${Overview} overview=${overview}/>`};
-  if (first === "subscriptions" && second) return {nav: "overview", title: second, page: overview => html`<${Subscription} key=${second} name=${second} overview=${overview}/>`};
-  if (first === "events" && second) return {nav: "events", title: `Event ${second}`, page: overview => html`<${Event} key=${second} position=${second} overview=${overview}/>`};
-  if (first === "events") return {nav: "events", title: "Events", page: () => html`<${Events} key=${query} params=${params}/>`};
-  if (first === "dead-letters" && second) return {nav: "dead-letters", title: `Group ${second}`, page: overview => html`<${Letters} key=${second} group=${second} overview=${overview}/>`};
-  if (first === "dead-letters") return {nav: "dead-letters", title: "Dead letters", page: overview => html`<${Groups} key="groups" params=${params} overview=${overview}/>`};
+  if (first === "subscriptions" && second) return {nav: "overview", title: second, page: overview => html`<${Subscription} name=${second} overview=${overview}/>`};
+  if (first === "events" && second) return {nav: "events", title: `Event ${second}`, page: overview => html`<${Event} position=${second} overview=${overview}/>`};
+  if (first === "events") return {nav: "events", title: "Events", page: () => html`<${Events} params=${params}/>`};
+  if (first === "dead-letters" && second) return {nav: "dead-letters", title: `Group ${second}`, page: overview => html`<${Letters} group=${second} overview=${overview}/>`};
+  if (first === "dead-letters") return {nav: "dead-letters", title: "Dead letters", page: overview => html`<${Groups} params=${params} overview=${overview}/>`};
   if (first === "workers") return {nav: "workers", title: "Workers", every: OFTEN, page: overview => html`<${Workers} overview=${overview}/>`};
   return {nav: "", title: "Not found", page: () => html`<${Heading} title="Not found"/><p>This console has no such page. <a href="#/">Overview</a></p>`};
 }
 
 function App() {
-  const [hash, setHash] = useState(location.hash);
+  const [{hash, turn}, setPlace] = useState({hash: location.hash, turn: 0});
   const route = routed(hash);
   const overview = usePoll(signal => get("overview", {signal}), {every: route.every ?? SELDOM, key: "overview"});
   const recorded = useRef(null);
   if (overview.data && recorded.current !== overview.data) recordOverview(recorded.current = overview.data);
   const navigated = useRef(false);
   useEffect(() => {
-    const change = () => { navigated.current = true; setHash(location.hash); };
+    const change = event => {
+      navigated.current = true;
+      heights.set(new URL(event.oldURL).hash, scrollY);
+      setPlace(last => ({hash: location.hash, turn: last.turn + 1}));
+    };
     addEventListener("hashchange", change);
     return () => removeEventListener("hashchange", change);
   }, []);
   useLayoutEffect(() => {
     document.title = `${brief(route.title, 80)} · pgbackend console`;
-    if (!navigated.current) return;
-    scrollTo(0, 0);
+    if (!navigated.current) {
+      history.scrollRestoration = "manual";
+      history.replaceState({seen: true}, "");
+      return;
+    }
+    // An entry of the history that has a state was here before: the reader went back to it.
+    scrollTo(0, history.state?.seen ? heights.get(hash) ?? 0 : 0);
+    history.replaceState({seen: true}, "");
     focusTitle();
-  }, [hash]);
+  }, [turn]);
   return html`
     <a class="skip-link" href="#main" onClick=${event => { event.preventDefault(); document.querySelector("main").focus(); }}>Skip to content</a>
     <${Banner} overview=${overview} nav=${route.nav}/>
     <main id="main" tabindex="-1">
-      ${overview.data ? route.page(overview) : overview.error ? html`<${Failure} error=${overview.error}/>` : html`<${Loading}/>`}
+      ${overview.data ? html`<div class="page" key=${turn}>${route.page(overview)}</div>` : overview.error ? html`<${Failure} error=${overview.error}/>` : html`<${Loading}/>`}
     </main>
     <${Announcements}/>
     <${Dialogs}/>`;
 }
 
 function Banner({overview, nav}) {
-  const {data, error, at} = overview;
+  const {data, at} = overview;
+  const failing = useFailing();
   const letters = data?.subscriptions.reduce((sum, one) => sum + one.dead_letters, 0) ?? 0;
   const gone = data?.workers.filter(one => !one.is_alive).length ?? 0;
   const links = [
@@ -83,7 +96,7 @@ function Banner({overview, nav}) {
       <nav aria-label="Pages">
         ${links.map(([id, href, label, extra]) => html`<a key=${id} href=${href} aria-current=${id === nav ? "page" : null}>${label}${extra && html` ${extra}`}</a>`)}
       </nav>
-      ${data && html`<span class="pulse ${error ? "old" : ""}">${error ? `since ${clock(at)}` : "live"}</span>`}
+      ${data && html`<span class="pulse ${failing ? "old" : ""}" title=${`Last updated ${clock(at)}`}>${failing ? "not updated" : "live"}</span>`}
     </header>`;
 }
 

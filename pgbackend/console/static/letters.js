@@ -11,7 +11,11 @@ import {brief, Text, visible} from "./text.js";
 const PAGE = 100;
 
 export function Groups({params, overview}) {
-  const subscription = params.get("subscription") ?? "";
+  const [subscription, setSubscription] = useState(params.get("subscription") ?? "");
+  const choose = name => {
+    setSubscription(name);
+    history.replaceState(history.state, "", name ? `#/dead-letters?subscription=${encodeURIComponent(name)}` : "#/dead-letters");
+  };
   const poll = usePoll(signal => get("dead-letter-groups", {params: {subscription}, signal}), {every: 5_000, key: subscription});
   const {actions, subscriptions} = overview.data;
   const done = () => { poll.refresh(); overview.refresh(); };
@@ -31,7 +35,7 @@ export function Groups({params, overview}) {
     <section class="card" aria-label="Failure groups">
       <div class="card-head">
         <label class="inline">Subscription
-          <select value=${subscription} onChange=${event => { location.hash = event.target.value ? `#/dead-letters?subscription=${encodeURIComponent(event.target.value)}` : "#/dead-letters"; }}>
+          <select value=${subscription} onChange=${event => choose(event.target.value)}>
             <option value="">all</option>
             ${names.map(name => html`<option key=${name} value=${name}>${brief(name)}</option>`)}
           </select>
@@ -69,12 +73,12 @@ export function Letters({group, overview}) {
       get("dead-letter-groups", {signal}),
     ]);
     return {...letters, group: groups.groups.find(one => one.name === group) ?? null};
-  }, {every: 5_000, key: `${group} ${after}`});
+  }, {every: 10_000, key: `${group} ${after}`});
   if (!poll.data) return poll.error ? html`<${Failure} error=${poll.error}/>` : html`<${Heading} title="Dead letters of a group"/><${Loading}/>`;
   const {letters, more, group: facts} = poll.data;
   const {actions} = overview.data;
   const ids = letters.map(one => one.id).filter(id => selected.has(id));
-  const done = () => { setSelected(new Set()); setStarts([""]); poll.refresh(); overview.refresh(); };
+  const done = () => { setSelected(new Set()); poll.refresh(); overview.refresh(); };
   const chosen = [{ids}, events(ids.length, "selected dead letter"), done];
   const go = to => { setStarts(to); setSelected(new Set()); focusTitle(); };
   const toggle = id => {
@@ -106,7 +110,7 @@ export function Letters({group, overview}) {
             <button type="button" class="small" disabled=${ids.length === 0} onClick=${() => askPurge(...chosen)}>Purge ${count(ids.length)} selected…</button>
           </div>`}
       </div>
-      ${letters.length === 0 ? html`<${Empty}>${starts.length > 1 ? "No more letters." : "No dead letter is left in this group."}<//>` : html`
+      ${letters.length === 0 ? html`<${Empty}>${starts.length > 1 ? "No letter is left on this page." : "No dead letter is left in this group."}<//>` : html`
         <${Table} caption="Dead letters" columns=${letterColumns({actions, selected, toggle, letters, setSelected, done})} rows=${letters} rowKey=${one => one.id}
           version=${`${actions} ${[...selected].join()}`}/>`}
       ${(more || starts.length > 1) && html`

@@ -25,7 +25,7 @@ export function Events({params}) {
 
   useEffect(() => {
     const query = new URLSearchParams(Object.entries(filters).filter(([, value]) => value)).toString();
-    history.replaceState(null, "", `#/events${query && `?${query}`}`);
+    history.replaceState(history.state, "", `#/events${query && `?${query}`}`);
     setProblem(null);
   }, [key]);
 
@@ -73,7 +73,7 @@ export function Events({params}) {
     <section class="card" aria-label="Events">
       ${view.missed > 0n && html`
         <p class="notice warn" role="note"><strong>${count(String(view.missed))} events are not shown.</strong> More arrive than this page takes: at most ${count(LIVE)} a second. Filters make it fewer.</p>`}
-      ${view.paged && html`<p class="empty">Older events. New ones are not shown before you go back to live.</p>`}
+      ${view.paged && html`<p class="empty">These are older ones. New events are not shown before you go back to live.</p>`}
       ${view.head === null ? html`<${Loading}/>`
         : view.rows.length > 0 ? html`<${Table} caption="Events, newest first" columns=${COLUMNS} rows=${view.rows} rowKey=${row => `${row.position}${row.missed ? " missed" : ""}`}/>`
         : filtered ? html`<${Empty}>No event matches${view.more ? ` among those behind position ${view.downTo}` : ""}. New ones appear here by themselves.<//>`
@@ -96,7 +96,7 @@ const COLUMNS = [
   {id: "id", label: "ID", width: "12%", cell: isEvent(row => html`<${Line} value=${row.id}/>`)},
   {id: "data", label: "Data", style: "stretch", cell: isEvent(row => row.size === "0" || row.preview === null
     ? html`<span class="faint">${row.size === "0" ? "none" : "binary"}</span>` : html`<span class="mono"><${Line} value=${row.preview}/></span>`)},
-  {id: "size", label: "Size", number: true, width: "5.5rem", cell: isEvent(row => bytes(row.size))},
+  {id: "size", label: "Size", number: true, width: "6.5rem", cell: isEvent(row => bytes(row.size))},
 ];
 
 /** The value, once it has not changed for a moment. */

@@ -57,11 +57,11 @@ const Paused = ({paused}) => html`
 const Figures = ({subscription: one}) => html`
   <dl class="tiles">
     <div class="tile"><dt>Lag</dt><dd>${count(one.lag)}</dd><dd class="note">${one.lag_seconds === null ? "events" : `${duration(one.lag_seconds)} behind`}</dd></div>
-    <div class="tile"><dt>In flight</dt><dd>${count(one.in_flight)}</dd><dd class="note">at least</dd></div>
+    <div class="tile"><dt>In flight</dt><dd>${count(one.in_flight)}</dd><dd class="note">as of the last commit</dd></div>
     <div class="tile"><dt>Waiting</dt><dd class=${one.redeliveries > 0 ? "warn-text" : ""}>${count(one.redeliveries)}</dd><dd class="note">to be tried again</dd></div>
     <div class="tile"><dt>Dead letters</dt><dd class=${one.dead_letters > 0 ? "bad-text" : ""}>${count(one.dead_letters)}</dd>
       <dd class="note">${one.dead_letters > 0 ? html`<a href=${`#/dead-letters?subscription=${encodeURIComponent(one.name)}`}>show them</a>` : "events given up"}</dd></div>
-    <div class="tile"><dt>Skipped</dt><dd class=${one.skipped > 0 ? "bad-text" : ""}>${count(one.skipped)}</dd><dd class="note">gone before it came to them</dd></div>
+    <div class="tile"><dt>Skipped</dt><dd class=${one.skipped > 0 ? "bad-text" : ""}>${count(one.skipped)}</dd><dd class="note">gone unsettled</dd></div>
     <div class="tile wide"><dt>Order and owners</dt><dd class="words">${ORDERS[one.order] ?? one.order}; ${events(one.shards, "shard")}</dd>
       <dd class="note wrap">${one.owners.length === 0 ? "no owner" : one.owners.map((owner, at) => html`${at > 0 && ", "}<${Text} value=${owner}/>`)}</dd></div>
   </dl>`;
