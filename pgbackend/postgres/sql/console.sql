@@ -270,11 +270,13 @@ SELECT DISTINCT ON (subscription.name)
     waiting.due_at,
     waiting.last_error,
     waiting.failure,
+    waiting.history::text AS history,
     letter.letter_id,
     letter.attempts AS letter_attempts,
     letter.error AS letter_error,
     letter.buried_at,
     letter.due_at AS letter_due_at,
+    letter.history::text AS letter_history,
     skip.skipped_at
 FROM {schema}.subscriptions AS subscription
 JOIN {schema}.offsets AS stored
