@@ -127,7 +127,7 @@ const letterColumns = ({actions, selected, toggle, letters, setSelected, done}) 
       onChange=${event => setSelected(new Set(event.target.checked ? letters.map(one => one.id) : []))}/>`,
     cell: one => html`<input type="checkbox" aria-label=${`Select dead letter ${one.id}`} checked=${selected.has(one.id)} onChange=${() => toggle(one.id)}/>`},
   {id: "id", label: "Letter", head: true, number: true, width: "6rem", cell: one => html`<span class="mono">${one.id}</span>`},
-  {id: "event", label: "Event", width: "26%", cell: one => html`
+  {id: "event", label: "Event", width: "26%", style: "stretch", cell: one => html`
     <span class="stack"><${Line} value=${one.type}/><span class="note"><${Line} value=${`${one.event_id} · ${one.source}`}/></span></span>`},
   {id: "position", label: "Position", number: true, width: "8rem", cell: one => one.position === null ? html`<span class="faint">unknown</span>`
     : html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},

@@ -15,6 +15,7 @@ export function Events({params}) {
   const [fields, setFields] = useState(() => Object.fromEntries([...FILTERS.map(([id]) => id), "search"].map(id => [id, params.get(id) ?? ""])));
   const filters = useSettled(fields);
   const key = JSON.stringify(filters);
+  const [folded, setFolded] = useState(true); // on a phone, the filters hide what they filter
   const [paused, setPaused] = useState(false);
   const [held, setHeld] = useState({...EMPTY, key});
   const [problem, setProblem] = useState(null);
@@ -64,7 +65,8 @@ export function Events({params}) {
       </div>
     </div>
     <${Stale} poll=${poll}/>
-    <form class="filters card" role="search" aria-label="Filter events" onSubmit=${event => event.preventDefault()}>
+    <form class=${`filters card ${folded && !filtered ? "folded" : ""}`} role="search" aria-label="Filter events" onSubmit=${event => event.preventDefault()}>
+      ${folded && !filtered && html`<button type="button" class="unfold" onClick=${() => setFolded(false)}>Filter…</button>`}
       ${FILTERS.map(([id, label]) => html`
         <label key=${id}>${label}<input type="search" autocomplete="off" spellcheck=${false} value=${fields[id]} onInput=${set(id)}/></label>`)}
       <label class="wide">Contains<input type="search" autocomplete="off" spellcheck=${false} value=${fields.search} onInput=${set("search")}/></label>
@@ -90,8 +92,8 @@ const COLUMNS = [
   {id: "position", label: "Position", head: true, number: true, width: "8rem", cell: row => row.missed === undefined
     ? html`<a class="mono" href=${`#/events/${row.position}`}>${row.position}</a>` : html`<span class="gap">${count(row.missed)} events not shown</span>`},
   {id: "time", label: "Recorded", width: "7.5rem", cell: isEvent(row => html`<${Time} at=${row.recorded_at}/>`)},
-  {id: "type", label: "Type", width: "17%", cell: isEvent(row => html`<${Line} value=${row.type}/>`)},
-  {id: "source", label: "Source", width: "15%", cell: isEvent(row => html`<${Line} value=${row.source}/>`)},
+  {id: "type", label: "Type", width: "17%", style: "stretch", cell: isEvent(row => html`<${Line} value=${row.type}/>`)},
+  {id: "source", label: "Source", width: "15%", style: "stretch", cell: isEvent(row => html`<${Line} value=${row.source}/>`)},
   {id: "subject", label: "Subject", width: "10%", cell: isEvent(row => row.subject && html`<${Line} value=${row.subject}/>`)},
   {id: "id", label: "ID", width: "12%", cell: isEvent(row => html`<${Line} value=${row.id}/>`)},
   {id: "data", label: "Data", style: "stretch", cell: isEvent(row => row.size === "0" || row.preview === null

@@ -99,7 +99,7 @@ const Shards = ({shards}) => html`
 function Waiting({subscription, waiting, total, actions, done}) {
   const columns = [
     {id: "position", label: "Position", head: true, number: true, width: "8rem", cell: one => html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},
-    {id: "event", label: "Event", width: "24%", cell: one => one.type === null ? html`<span class="faint">gone from the log</span>` : html`
+    {id: "event", label: "Event", width: "24%", style: "stretch", cell: one => one.type === null ? html`<span class="faint">gone from the log</span>` : html`
       <span class="stack"><${Line} value=${one.type}/><span class="note"><${Line} value=${`${one.id} · ${one.source}`}/></span></span>`},
     {id: "attempts", label: "Attempts", number: true, width: "6rem", cell: one => count(one.attempts)},
     {id: "due", label: "Due", width: "12rem", cell: one => html`<span class="stack"><${Time} at=${one.due_at}/>${one.given_up && html`<span class="note">to the dead-letter target</span>`}</span>`},
