@@ -18,10 +18,10 @@ FROM {schema}.appenders
 ORDER BY began_at NULLS FIRST;
 
 -- name: show_subscriptions
--- All subscriptions with what they owe.
+-- All subscriptions with what they owe, and the beginnings of their errors.
 SELECT
     subscription AS name, ordering, shards, state, owners, lag_events, lag_seconds, in_flight, redeliveries,
-    dead_letters, skipped, last_error, paused_at, paused_by, pause_reason
+    dead_letters, skipped, left(last_error, 300) AS last_error, paused_at, paused_by, pause_reason
 FROM {schema}.lag
 ORDER BY subscription;
 
