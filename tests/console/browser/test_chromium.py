@@ -1,0 +1,74 @@
+"""The kit itself: a page that misbehaves fails its test."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+from playwright.async_api import Browser
+
+from tests.console.browser.chromium import opened
+from tests.support.polling import eventually
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+
+
+@asynccontextmanager
+async def site(html: str, policy: str = "default-src 'self' 'unsafe-inline'") -> AsyncIterator[str]:
+    """The URL of a page."""
+    application = web.Application()
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path != "/":
+            return web.Response(status=204 if request.path == "/favicon.ico" else 404)
+        return web.Response(text=html, content_type="text/html", headers={"Content-Security-Policy": policy})
+
+    application.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    finally:
+        await runner.cleanup()
+
+
+async def visit(browser: Browser, url: str) -> None:
+    """Raises AssertionError once the page has done something wrong."""
+    async with opened(browser, url) as (page, watch):
+        await page.goto("./", wait_until="networkidle")
+        await eventually("a complaint", lambda: bool(watch.complaints))
+
+
+@pytest.mark.parametrize(
+    ("html", "complaint"),
+    [
+        ("<script>console.error('broken')</script>", "console error: broken"),
+        ("<script>console.warn('odd')</script>", "console warning: odd"),
+        ("<script>throw new Error('thrown')</script>", "exception: .*thrown"),
+        ("<script>Promise.reject(new Error('left alone'))</script>", "exception: .*left alone"),
+        ("<script>alert('hello')</script>", "dialog: hello"),
+        ("<script>open('/other')</script>", "popup"),
+        ("<img src='http://elsewhere.example/pixel.png'>", "policy violated: img-src http://elsewhere.example"),
+        ("<script>eval('1')</script>", "policy violated: script-src eval"),
+        ("<script>fetch('/missing')</script>", "answer 404: .*/missing"),
+    ],
+)
+async def test_what_a_page_does_wrong_fails_its_test(browser: Browser, html: str, complaint: str) -> None:
+    async with site(f"<!doctype html><title>t</title>{html}") as url:
+        with pytest.raises(AssertionError, match=complaint):
+            await visit(browser, url)
+
+
+async def test_a_request_to_another_host_fails_the_test(browser: Browser) -> None:
+    async with site("<img src='http://elsewhere.example/pixel.png'>", policy="img-src *") as url:
+        with pytest.raises(AssertionError, match=r"request to another host: http://elsewhere\.example/pixel\.png"):
+            await visit(browser, url)
+
+
+async def test_an_expected_complaint_fails_no_test(browser: Browser) -> None:
+    async with site("<script>console.error('known'); document.title = 'done'</script>") as url:
+        async with opened(browser, url) as (page, watch):
+            watch.expect("console error: known")
+            await page.goto("./")
+        assert any("known" in text for text in watch.complaints)
