@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from pgbackend.model import Info
 from pgbackend.serve.config.models import Configuration
+from pgbackend.serve.console import closed_because
 from pgbackend.serve.egress.outcomes import public_url
 from pgbackend.serve.ingest.ports import Ports
 from pgbackend.serve.options import Options
@@ -31,6 +32,7 @@ def _welcome(options: Options, info: Info, configuration: Configuration, ports: 
     lines = [f"Broker takes CloudEvents at {url}", f"  log: schema {info.schema}, {info.server}"]
     if ports.admin is not None:
         lines.append(f"  probes and metrics: http://{_host_and_port(ports.admin)}/healthz, /readyz and /metrics")
+    lines.append(f"  console: {_console(url, configuration, ports)}")
     for name, trigger in configuration.triggers.items():
         target = "no target URL" if trigger.target.url is None else public_url(trigger.target.url)
         lines.append(f"  trigger: {name} -> {target}")
@@ -39,6 +41,21 @@ def _welcome(options: Options, info: Info, configuration: Configuration, ports: 
         lines.append(f"  trigger: none, {reason}: events are stored and not delivered")
     lines.append(f"Try: {_curl(url, options, configuration)}")
     return "\n".join(lines)
+
+
+def _console(url: str, configuration: Configuration, ports: Ports) -> str:
+    """Where the console is, and who may look."""
+    if not configuration.console.enabled:
+        return "none, the configuration switches it off"
+    bound, *_ = ports.events.getsockname()
+    if configuration.console.user is not None:
+        rule = "asks for its user and password"
+    elif (reason := closed_because(configuration, bound=bound)) is not None:
+        rule = f"closed, because {reason}: give it a user and a password in the configuration"
+    else:
+        rule = "open to this machine only"
+    shown = "" if configuration.console.actions else "; it only shows"
+    return f"{url}console/ ({rule}{shown})"
 
 
 def _curl(url: str, options: Options, configuration: Configuration) -> str:

@@ -18,6 +18,7 @@ from pgbackend.serve.announcement import announce
 from pgbackend.serve.broker import Broker
 from pgbackend.serve.config import watch
 from pgbackend.serve.config.models import Configuration
+from pgbackend.serve.console import BrokerConsole
 from pgbackend.serve.egress.connections import Pool
 from pgbackend.serve.egress.subscribing import SubscriptionFactory
 from pgbackend.serve.egress.triggers import Triggers
@@ -88,20 +89,23 @@ async def run(
                     max_hops=options.max_hops,
                 )
                 triggers = Triggers(backend, factory)
+                bound, *_ = ports.events.getsockname()
+                console = BrokerConsole(backend, configuration, bound=bound)
                 ingest = Ingest(
                     backend,
                     auth=configuration.ingest,
                     metrics=metrics,
                     tracing=traces,
                     has_admin=ports.admin is not None,
+                    console=console,
                 )
-                hosts = Hosts(ports.events.getsockname()[0], options.allowed_hosts, name=options.host)
+                hosts = Hosts(bound, options.allowed_hosts, name=options.host)
                 broker = Broker(
                     backend,
                     triggers,
                     Listener(ingest, ports.events, hosts=hosts, tls=tls),
                     None if ports.admin is None else _admin_listener(ingest, ports.admin, hosts),
-                    Reloader(options, backend, triggers, ingest, tls, certificates=certificates),
+                    Reloader(options, backend, triggers, ingest, console, tls, certificates=certificates),
                     startup_timeout=options.startup_timeout,
                 )
                 await broker.run(configuration, signals, on_serving)

@@ -12,6 +12,7 @@ from pgbackend.serve.config import watch
 from pgbackend.serve.config.load import can_be_read_once
 from pgbackend.serve.config.models import Configuration
 from pgbackend.serve.config.reload import ConfigurationFile
+from pgbackend.serve.console import BrokerConsole
 from pgbackend.serve.egress.triggers import Triggers
 from pgbackend.serve.ingest.handler import Ingest
 from pgbackend.serve.ingest.tls import TLS
@@ -20,7 +21,7 @@ from pgbackend.serve.retaining import retain
 
 
 class Reloader:
-    """Keeps triggers, ingest, retention and TLS as their files say."""
+    """Keeps triggers, ingest, the console, retention and TLS as their files say."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class Reloader:
         backend: Backend,
         triggers: Triggers,
         ingest: Ingest,
+        console: BrokerConsole,
         tls: TLS | None,
         *,
         certificates: watch.Digests,
@@ -37,6 +39,7 @@ class Reloader:
         self._backend = backend
         self._triggers = triggers
         self._ingest = ingest
+        self._console = console
         self._tls = tls
         self._certificates = certificates
         config = options.config
@@ -84,6 +87,7 @@ class Reloader:
     async def _put_in_force(self, configuration: Configuration) -> None:
         # At once, because a trigger may take long to follow: a token that was revoked must not stay valid.
         self._ingest.authorize_by(configuration.ingest)
+        self._console.configure(configuration)
         if configuration.deduplicate is not None:
             try:
                 await self._backend.set_deduplication(configuration.deduplicate)

@@ -216,3 +216,26 @@ class DoctorSql:
     find_old_keys: str
     list_workers: str
     find_newest_event: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleSql:
+    limit_reading: str
+    find_log: str
+    list_appenders: str
+    list_subscriptions: str
+    find_subscription: str
+    list_shards: str
+    list_waiting: str
+    list_workers: str
+    list_minutes: str
+    list_backlogs: str
+    find_head: str
+    list_events: str
+    find_event: str
+    find_buried_event: str
+    list_outcomes: str
+    find_data: str
+    find_buried_data: str
+    list_letters: str
+    count_letters: str

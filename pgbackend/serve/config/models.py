@@ -27,6 +27,7 @@ from pgbackend.serve.config.values import (
     Bytes,
     Concurrency,
     EndPosition,
+    Flag,
     HeaderName,
     HeaderValue,
     OptionalUrl,
@@ -334,17 +335,15 @@ def _without_user(url: URL | None) -> URL | None:
     return None if url is None else url.with_user(None)
 
 
-class IngestAuth(_Section):
-    """The credentials of senders. Without any, everyone may send."""
+class _Credentials(_Section):
+    """The user and the password of Basic authentication."""
 
     user: Secret | None = None
     """The user of Basic authentication. Needs password."""
     password: Secret | None = None
     """The password of Basic authentication. Needs user."""
-    token: Secret | None = None
-    """The token of Bearer authentication."""
 
-    @field_validator("user", "password", "token", mode="after")
+    @field_validator("user", "password", "token", mode="after", check_fields=False)
     @classmethod
     def _usable(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr | None:
         text = printable(secret.get_secret_value())
@@ -361,6 +360,22 @@ class IngestAuth(_Section):
         return self
 
 
+class IngestAuth(_Credentials):
+    """The credentials of senders. Without any, everyone may send."""
+
+    token: Secret | None = None
+    """The token of Bearer authentication."""
+
+
+class ConsoleSection(_Credentials):
+    """The web console at /console. Without credentials it is open to this machine, if the broker is on loopback."""
+
+    enabled: Flag = True
+    """Whether there is a console."""
+    actions: Flag = True
+    """Whether it can pause, resume, seek, retry, skip, redeliver and purge; otherwise it only shows."""
+
+
 class RetentionSection(_Section):
     """How long the log keeps events and dead letters. It is stored with the log, for all its processes."""
 
@@ -375,9 +390,10 @@ class RetentionSection(_Section):
 
 
 class Configuration(_Section):
-    """The configuration of `pgbackend serve`: the credentials of senders, the retention, and the triggers."""
+    """The configuration of `pgbackend serve`: the credentials of senders, the console, the retention, and triggers."""
 
     ingest: IngestAuth = IngestAuth()
+    console: ConsoleSection = ConsoleSection()
     deduplicate: Window | None = None
     """The log takes each source and id once within this time, as an ISO 8601 duration; P0D switches that off. It is
     stored with the log. Without it, what is stored applies: at first none. Replies are never left out."""

@@ -71,6 +71,13 @@ def _some_text(value: object) -> str:
     return text
 
 
+def _flag(value: object) -> bool:
+    text = _text(value)
+    if text.lower() not in ("true", "false"):
+        raise refuse(f"expected true or false, found {described(text)}")
+    return text.lower() == "true"
+
+
 def _whole(low: int, high: int) -> Callable[[object], int]:
     def check(value: object) -> int:
         text = _text(value)
@@ -375,6 +382,7 @@ def _pattern(characters: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": f"^{characters}+$"})
 
 
+Flag = Annotated[bool, BeforeValidator(_flag), WithJsonSchema({"enum": [True, False, "true", "false"]})]
 SomeText = Annotated[str, BeforeValidator(_some_text), WithJsonSchema(_SOME_SCALAR)]
 AttributeName = Annotated[str, AfterValidator(_attribute), _pattern("[a-z0-9]")]
 Attributes = Annotated[dict[AttributeName, SomeText], Field(min_length=1)]

@@ -12,9 +12,10 @@ broker hold, and bodies that are too large are refused while they arrive.
 | GET, HEAD  | `/healthz` | 200 while the process lives                                       |
 | GET, HEAD  | `/readyz`  | 200 while events can be committed, else 503 and the reason        |
 | GET, HEAD  | `/metrics` | the metrics, for Prometheus                                       |
+| any        | `/console` | that of the console, and so below: `pgbackend.serve.console`      |
 
-Only POST asks for authorization. Load balancers, Prometheus and webhook senders often cannot give any, and the other
-answers tell nothing of any event.
+Besides the console only POST asks for authorization. Load balancers, Prometheus and webhook senders often cannot give
+any, and the other answers tell nothing of any event.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pgbackend.codec import wire
 from pgbackend.codec.attributes import ATTRIBUTES_BYTES, attributes_size
@@ -73,10 +74,18 @@ _EVENT_MEMORY = 700
 _FULL = "The broker holds too much, in all or from this address. Nothing was stored; send the request again."
 
 
+class Subsite(Protocol):
+    """An application that answers the requests below some path instead of `Ingest`."""
+
+    def has(self, path: bytes, /) -> bool: ...
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send, /) -> None: ...
+
+
 class Ingest:
     """The ASGI application of the port for events. `backend` must be initialized; `auth` says who may send.
 
-    `has_admin`: an admin port tells the metrics, so this one does not.
+    `has_admin`: an admin port tells the metrics, so this one does not. `console` answers the requests that it has.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Ingest:
         limits: Limits | None = None,
         tracing: "Tracing | None" = None,
         has_admin: bool = False,
+        console: Subsite | None = None,
     ) -> None:
         self.probes = Probes(backend, metrics)
         self.held = Budget((limits or Limits()).held_bytes)
@@ -98,6 +108,7 @@ class Ingest:
         self._metrics = metrics
         self._tracing = tracing
         self._has_admin = has_admin
+        self._console = console
         self._one_batch = asyncio.Lock()
         self._stopping = False
 
@@ -129,7 +140,9 @@ class Ingest:
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        if method == "POST":
+        if self._console is not None and self._console.has(scope["raw_path"]):
+            await self._console(scope, receive, send)
+        elif method == "POST":
             repeats = await self._take(scope, receive)
             if repeats:
                 await respond(send, 202, b"", *Repeated(repeats).headers)

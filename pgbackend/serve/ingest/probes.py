@@ -8,8 +8,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from pgbackend.errors import PgBackendError
+from pgbackend.recent import Recent
 from pgbackend.serve.ingest.responses import STOPPING, Message, Problem, Send, respond, unavailable
-from pgbackend.serve.operations.recent import Recent
 
 if TYPE_CHECKING:
     from pgbackend.backend import Backend

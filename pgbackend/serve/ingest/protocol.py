@@ -66,6 +66,9 @@ from pgbackend.serve.ingest.responses import (
     unexpected,
 )
 
+CONSOLE = b"/console"
+"""Requests whose path begins so may not be events: they go through ASGI, where the application looks at the path."""
+
 _HEAD_TOO_LARGE = (
     f"The request's headers are too large: expected at most {limits.HEAD_BYTES} bytes, in {limits.HEADERS} headers."
 )
@@ -280,6 +283,7 @@ class Connection(HttpToolsProtocol):
             or b"?" in url
             or b"#" in url
             or not url.isascii()
+            or url.startswith(CONSOLE)
         ):
             return False
         exchange = _Exchange(keep_alive=parser.should_keep_alive() and not self.server_state.stopping)

@@ -20,6 +20,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from pgbackend import facts
 from pgbackend.errors import PgBackendError
+from pgbackend.recent import Recent
 from pgbackend.serve.operations.collectors import LogCollector, ProcessesCollector, shared_directory
 from pgbackend.serve.operations.instruments import (
     BUCKETS,
@@ -31,7 +32,6 @@ from pgbackend.serve.operations.instruments import (
     class_of,
     code_of,
 )
-from pgbackend.serve.operations.recent import Recent
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""Answers that many ask for at once: `probes` and `metrics` put questions to PostgreSQL through it.
+"""Answers that many ask for at once: the broker's probes and metrics, and the console, ask PostgreSQL through it.
 
 The promise: however many callers ask, one question is open at a time, and an answer serves all who waited for it.
 """
