@@ -360,7 +360,7 @@ async def _subscribe(connection: Sql, one: Subscription, *, head: int, worker: u
             1 + event.position % 4, now() + make_interval(mins => 10 + (event.position % 50)::int), $2
         FROM pgbackend.events AS event
         WHERE event.position <= $3
-        ORDER BY event.position DESC
+        ORDER BY md5(event.position::text)
         LIMIT $4
         """,
         one.name,
