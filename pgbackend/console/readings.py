@@ -143,13 +143,13 @@ class Readings:
     async def subscription(self, name: str) -> Subscription:
         """The subscription. Raises SubscriptionNotFoundError."""
         async with self._reading() as connection:
-            status = await connection.fetchrow(self._sql.find_subscription, name)
+            status = await connection.fetchrow(self._sql.show_subscription, name)
             if status is None:
                 raise not_found(name)
             return Subscription(
                 status=status,
-                shards=await connection.fetch(self._sql.list_shards, name),
-                waiting=await connection.fetch(self._sql.list_waiting, name, WAITING),
+                shards=await connection.fetch(self._sql.show_shards, name),
+                waiting=await connection.fetch(self._sql.show_waiting, name, WAITING),
             )
 
     async def events(self, wanted: Wanted) -> Page:
@@ -159,20 +159,20 @@ class Readings:
     async def event(self, position: int) -> Story | None:
         """The event at this position, or its copy among the dead letters; None if there is none."""
         async with self._reading() as connection:
-            row = await connection.fetchrow(self._sql.find_event, position, DATA_BYTES)
+            row = await connection.fetchrow(self._sql.show_event, position, DATA_BYTES)
             if row is None:
-                row = await connection.fetchrow(self._sql.find_buried_event, position, DATA_BYTES)
+                row = await connection.fetchrow(self._sql.show_buried_event, position, DATA_BYTES)
             if row is None:
                 return None
-            outcomes = await connection.fetch(self._sql.list_outcomes, position, row["key_hash"])
+            outcomes = await connection.fetch(self._sql.show_outcomes, position, row["key_hash"])
             return Story(event=Event(row), encoding=row["data_encoding"], size=row["size"], outcomes=outcomes)
 
     async def data(self, position: int) -> bytes | None:
         """All of an event's data, empty without any; None if there is no such event."""
         async with self._reading() as connection:
-            row = await connection.fetchrow(self._sql.find_data, position)
+            row = await connection.fetchrow(self._sql.show_data, position)
             if row is None:
-                row = await connection.fetchrow(self._sql.find_buried_data, position)
+                row = await connection.fetchrow(self._sql.show_buried_data, position)
             return None if row is None else row["data"] or b""
 
     async def groups(self, subscription: str | None) -> Sequence[DeadLetterGroup]:
@@ -187,7 +187,7 @@ class Readings:
     async def letters(self, after: int, limit: int, *, subscription: str | None, group: str | None) -> Sequence[Record]:
         """Dead letters behind the id `after`, without their data."""
         async with self._reading() as connection:
-            return await connection.fetch(self._sql.list_letters, after, subscription, group, limit)
+            return await connection.fetch(self._sql.show_letters, after, subscription, group, limit)
 
     async def count_letters(
         self, ids: Sequence[int] | None, *, subscription: str | None, group: str | None
@@ -211,22 +211,22 @@ class Readings:
 
     async def _read_overview(self) -> Overview:
         async with self._reading() as connection:
-            log = await connection.fetchrow(self._sql.find_log)
+            log = await connection.fetchrow(self._sql.show_log)
             assert log is not None  # noqa: S101 - the view has one row
-            appenders = await connection.fetch(self._sql.list_appenders)
-            subscriptions = await connection.fetch(self._sql.list_subscriptions)
-            workers = await connection.fetch(self._sql.list_workers)
+            appenders = await connection.fetch(self._sql.show_appenders)
+            subscriptions = await connection.fetch(self._sql.show_subscriptions)
+            workers = await connection.fetch(self._sql.show_workers)
         async with _in_turn(self._turns, PATIENCE):
             retention = await self._backend.retention()
         return Overview(log=log, appenders=appenders, subscriptions=subscriptions, workers=workers, retention=retention)
 
     async def _read_minutes(self) -> Sequence[Record]:
         async with self._reading() as connection:
-            return await connection.fetch(self._sql.list_minutes)
+            return await connection.fetch(self._sql.show_minutes)
 
     async def _read_backlogs(self, name: str, ends: Sequence[int | None]) -> Sequence[int]:
         async with self._reading() as connection:
-            rows = await connection.fetch(self._sql.list_backlogs, name, ends)
+            rows = await connection.fetch(self._sql.show_backlogs, name, ends)
         if not rows:
             raise not_found(name)
         return [row["backlog"] for row in rows]
@@ -234,9 +234,9 @@ class Readings:
     async def _read_events(self, wanted: Wanted) -> Page:
         async with self._reading() as connection:
             # Before the events: one that is appended in between is above the head, and comes with the next page.
-            head = await connection.fetchval(self._sql.find_head)
+            head = await connection.fetchval(self._sql.show_head)
             rows = await connection.fetch(
-                self._sql.list_events,
+                self._sql.search_events,
                 wanted.before, wanted.after, wanted.limit + 1,
                 wanted.type, wanted.source, wanted.subject, wanted.id,
                 None if wanted.search is None else wanted.search.lower(),
@@ -297,7 +297,7 @@ class _Answer(Generic[Found]):
 
 
 def page_of(rows: Sequence[Record], wanted: Wanted, *, head: int) -> Page:
-    """The page, from the rows of `list_events`."""
+    """The page, from the rows of `search_events`."""
     matching: list[Record] = []
     for row in rows:
         if row["is_match"] is None:  # the time was up here

@@ -197,7 +197,7 @@ def _outcome(position: int, recorded_at: datetime | None, row: Record) -> Json:
 
 
 def state_of(position: int, row: Mapping[str, Any] | Record) -> str:
-    """The state of the event at `position` in the subscription of this row of `list_outcomes`.
+    """The state of the event at `position` in the subscription of this row of `show_outcomes`.
 
     As `subscriptions.skipping` decides it: settled is what is neither pending nor above the offset of its shard.
     """

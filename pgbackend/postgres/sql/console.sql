@@ -7,17 +7,17 @@ SELECT
     set_config('statement_timeout', $1, true) AS statement_timeout,
     set_config('lock_timeout', $1, true) AS lock_timeout;
 
--- name: find_log
+-- name: show_log
 -- The log as a whole, and the server's time.
 SELECT clock_timestamp() AS now, head, events_per_second, segments, bytes_on_disk
 FROM {schema}.log_status;
 
--- name: list_appenders
+-- name: show_appenders
 SELECT pid, gid, application, age_seconds
 FROM {schema}.appenders
 ORDER BY began_at NULLS FIRST;
 
--- name: list_subscriptions
+-- name: show_subscriptions
 -- All subscriptions with what they owe.
 SELECT
     subscription AS name, ordering, shards, state, owners, lag_events, lag_seconds, in_flight, redeliveries,
@@ -25,7 +25,7 @@ SELECT
 FROM {schema}.lag
 ORDER BY subscription;
 
--- name: find_subscription
+-- name: show_subscription
 -- One of them. A statement of its own: with a parameter that may be null, PostgreSQL computes all of them.
 SELECT
     subscription AS name, ordering, shards, state, owners, lag_events, lag_seconds, in_flight, redeliveries,
@@ -33,25 +33,25 @@ SELECT
 FROM {schema}.lag
 WHERE subscription = $1;
 
--- name: list_shards
+-- name: show_shards
 -- The shards of subscription $1.
 SELECT shard, shards, position, lag_events, lag_seconds, pending, in_flight, epoch, owner_name, until
 FROM {schema}.shard_lag
 WHERE subscription = $1
 ORDER BY shards, shard;
 
--- name: list_waiting
+-- name: show_waiting
 -- The first of subscription $1's failed events, at most $2.
 SELECT position, id, source, type, attempts, due_at, error, given_up
 FROM {schema}.waiting_events($1, 0, $2)
 ORDER BY position;
 
--- name: list_workers
+-- name: show_workers
 SELECT name, id, is_alive, started_at, heartbeat_seconds, lease_seconds, subscriptions, shards
 FROM {schema}.worker_status
 ORDER BY name, started_at;
 
--- name: list_minutes
+-- name: show_minutes
 -- The last 60 full minutes and the present one: the events that were recorded in each, and the position of the last
 -- event that was recorded by its end. As in the view `rates`: by bisection over the primary key.
 WITH RECURSIVE unused AS MATERIALIZED (
@@ -112,7 +112,7 @@ FROM part
 CROSS JOIN unused
 ORDER BY part.minute;
 
--- name: list_backlogs
+-- name: show_backlogs
 -- How many positions subscription $1 owes now up to each of the positions $2; a null stands for the head of the log. By
 -- the arithmetic of `shard_lag`, so the last number is the lag. No rows: there is no such subscription.
 WITH unused AS MATERIALIZED (
@@ -174,12 +174,12 @@ FROM (
 JOIN {schema}.subscriptions AS subscription ON subscription.name = $1
 ORDER BY edge.number;
 
--- name: find_head
+-- name: show_head
 -- The highest position that was given out.
 SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS head
 FROM {schema}.events_position_seq;
 
--- name: list_events
+-- name: search_events
 -- The newest events below position $1 and above $2 that match, at most $3, each with the first bytes of its data. $4 to
 -- $7 are patterns of LIKE. $8 is a text in small letters, and $9 the forms that its bytes may have in the data, as
 -- encode(…, 'escape') writes them: data need not be UTF-8. At most 10,000 events are read, for at most 1.5 s: the last
@@ -234,7 +234,7 @@ WHERE is_match IS DISTINCT FROM false
 ORDER BY position DESC
 LIMIT (SELECT most FROM given);
 
--- name: find_event
+-- name: show_event
 -- The event at position $1, with at most $2 bytes of its data.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions,
@@ -243,7 +243,7 @@ SELECT
 FROM {schema}.stored_events
 WHERE position = $1;
 
--- name: find_buried_event
+-- name: show_buried_event
 -- The same from one of its dead letters, for an event that is gone from the log.
 SELECT
     letter.specversion, letter.id, letter.source, letter.type, letter.subject, letter.time, letter.datacontenttype,
@@ -256,7 +256,7 @@ JOIN {schema}.dead_letters AS letter
     AND letter.position = $1
 LIMIT 1;
 
--- name: list_outcomes
+-- name: show_outcomes
 -- The state of the event at position $1 in each subscription, by its shard and what is recorded of the event. $2 is the
 -- hash of its key. While the number of shards changes, an old shard decides up to where it ends.
 SELECT DISTINCT ON (subscription.name)
@@ -298,13 +298,13 @@ LEFT JOIN LATERAL (
 ) AS skip ON true
 ORDER BY subscription.name, stored.until NULLS LAST;
 
--- name: find_data
+-- name: show_data
 -- All of the event's data.
 SELECT data, data_encoding
 FROM {schema}.stored_events
 WHERE position = $1;
 
--- name: find_buried_data
+-- name: show_buried_data
 SELECT letter.data, letter.data_encoding
 FROM {schema}.subscriptions AS subscription
 JOIN {schema}.dead_letters AS letter
@@ -312,7 +312,7 @@ JOIN {schema}.dead_letters AS letter
     AND letter.position = $1
 LIMIT 1;
 
--- name: list_letters
+-- name: show_letters
 -- A page of dead letters without their data: behind the id $1, of subscription $2 and failure group $3 if they are given.
 SELECT
     letter_id, subscription, position, id, source, type, attempts, error, details, buried_at, due_at,

@@ -221,21 +221,21 @@ class DoctorSql:
 @dataclass(frozen=True, slots=True)
 class ConsoleSql:
     limit_reading: str
-    find_log: str
-    list_appenders: str
-    list_subscriptions: str
-    find_subscription: str
-    list_shards: str
-    list_waiting: str
-    list_workers: str
-    list_minutes: str
-    list_backlogs: str
-    find_head: str
-    list_events: str
-    find_event: str
-    find_buried_event: str
-    list_outcomes: str
-    find_data: str
-    find_buried_data: str
-    list_letters: str
+    show_log: str
+    show_appenders: str
+    show_subscriptions: str
+    show_subscription: str
+    show_shards: str
+    show_waiting: str
+    show_workers: str
+    show_minutes: str
+    show_backlogs: str
+    show_head: str
+    search_events: str
+    show_event: str
+    show_buried_event: str
+    show_outcomes: str
+    show_data: str
+    show_buried_data: str
+    show_letters: str
     count_letters: str

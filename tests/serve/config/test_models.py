@@ -405,7 +405,7 @@ class TestSecrets:
 
 
 MISTAKES = [
-    ("trigers: {}", "trigers: unknown key: expected ingest, deduplicate, retention or triggers"),
+    ("trigers: {}", "trigers: unknown key: expected ingest, console, deduplicate, retention or triggers"),
     ("deduplicate: 1d", 'deduplicate: expected an ISO 8601 duration such as PT2S, found "1d"'),
     ("deduplicate: PT0.05S", 'deduplicate: expected a duration from PT0.1S to P366D, or P0D, found "PT0.05S"'),
     ("deduplicate: -P1D", "deduplicate: expected a duration from PT0.1S to P366D, or P0D"),
