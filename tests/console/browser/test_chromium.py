@@ -1,36 +1,16 @@
 """The kit itself: a page that misbehaves fails its test."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import pytest
-from aiohttp import web
 from playwright.async_api import Browser
 
 from tests.console.browser.chromium import opened
+from tests.console.browser.sites import site
 from tests.support.polling import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 
-@asynccontextmanager
-async def site(html: str, policy: str = "default-src 'self' 'unsafe-inline'") -> AsyncIterator[str]:
-    """The URL of a page."""
-    application = web.Application()
-
-    async def answer(request: web.Request) -> web.Response:
-        if request.path != "/":
-            return web.Response(status=204 if request.path == "/favicon.ico" else 404)
-        return web.Response(text=html, content_type="text/html", headers={"Content-Security-Policy": policy})
-
-    application.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
-    finally:
-        await runner.cleanup()
+POLICY = "default-src 'self' 'unsafe-inline'"
 
 
 async def visit(browser: Browser, url: str) -> None:
@@ -55,7 +35,7 @@ async def visit(browser: Browser, url: str) -> None:
     ],
 )
 async def test_what_a_page_does_wrong_fails_its_test(browser: Browser, html: str, complaint: str) -> None:
-    async with site(f"<!doctype html><title>t</title>{html}") as url:
+    async with site(f"<!doctype html><title>t</title>{html}", policy=POLICY) as url:
         with pytest.raises(AssertionError, match=complaint):
             await visit(browser, url)
 
