@@ -53,6 +53,11 @@ Dispatcher = ConsumerDispatcher | BatchDispatcher | TransactionalDispatcher | Tr
 
 EventFilter = Callable[["Event"], bool]
 
+HistoryKind = Literal["failed", "given up", "buried", "redelivered", "skipped"]
+"""`failed`: an attempt did. `given up`: the dead-letter dispatcher has its turn. `buried`: the event became a dead
+letter, or one that was sent again is at rest again. `redelivered`: an operator sent the dead letter again. `skipped`:
+an operator skipped the event."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Info:
@@ -78,6 +83,21 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryEntry:
+    """One entry in the history of a failed event."""
+
+    at: datetime
+    """By the server's clock."""
+    what: HistoryKind
+    attempt: int | None
+    """The number of the attempt that failed; None for all others. It begins again at 1 after `given up`, for the
+    dead-letter dispatcher, and after `redelivered`."""
+    error: str | None
+    """The type and message of the attempt's error, at most 500 characters. Of a skip: which role did it. Of a burial
+    without an attempt: why the event cannot be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
     """An event that used up its attempts or was rejected, with its full content and its last error."""
 
@@ -90,6 +110,8 @@ class DeadLetter:
     """When it is dispatched again, after a `redeliver()`. Otherwise None."""
     group: str
     """The name of its failure group: see `DeadLetterGroup`."""
+    history: tuple[HistoryEntry, ...]
+    """Its last 20 entries, oldest first. An event that became a dead letter before revision r0008 has none of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +151,8 @@ class WaitingEvent:
     """Type and message of the last error."""
     given_up: bool
     """Whether it waits for the dead-letter dispatcher."""
+    history: tuple[HistoryEntry, ...]
+    """Its last 20 entries, oldest first. They are deleted with the event's row once it is handled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pgbackend.backend import Backend
+from pgbackend.cli.history import history_json, history_line
 from pgbackend.cli.options import LogAddress, connected, log_options, table
 from pgbackend.cli.reading import selecting_options
 from pgbackend.cli.terminal import Progress, counted, ending_on_signals, printable, shortened
@@ -74,7 +75,7 @@ def list_(
 @click.option("--json", is_flag=True, help="Print one JSON object, with the whole event.")
 @click.option("--data", is_flag=True, help="Print only the event's data, byte for byte.")
 def show(letter_id: int, *, log: LogAddress, json: bool, data: bool) -> None:
-    """Show one dead letter: its event and its failure."""
+    """Show one dead letter: its event, its failure, and the history of its attempts."""
     letters = asyncio.run(_read(log, letter_id=letter_id, limit=1))
     if not letters:
         raise click.ClickException(f"There is no dead letter {letter_id}. Run `pgbackend dead-letters list`.")
@@ -272,6 +273,7 @@ def _to_json(letter: DeadLetter) -> str:
             "attempts": letter.failure.attempts,
             "error": letter.failure.error,
             "details": dict(letter.failure.details),
+            "history": [history_json(entry) for entry in letter.history],
         },
         ensure_ascii=False,
     )
@@ -294,7 +296,10 @@ def _render(letter: DeadLetter) -> str:
         "error": failure.error,
         **{f"  {name}": value for name, value in failure.details.items()},
     }
-    return "\n\n".join((_list(facts), "event\n" + _list(letter.event.attributes_text), _data(letter.event.data_bytes)))
+    parts = [_list(facts), "event\n" + _list(letter.event.attributes_text), _data(letter.event.data_bytes)]
+    if letter.history:
+        parts.insert(1, "\n".join(["history", *map(history_line, letter.history)]))
+    return "\n\n".join(parts)
 
 
 def _list(facts: dict[str, str]) -> str:

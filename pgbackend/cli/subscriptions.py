@@ -8,6 +8,7 @@ from json import dumps
 import click
 
 from pgbackend.backend import Backend
+from pgbackend.cli.history import history_json
 from pgbackend.cli.options import LogAddress, connected, log_options, parsed_place, table
 from pgbackend.cli.terminal import counted, printable, shortened
 from pgbackend.model import MAX_POSITION, MAX_SHARDS, SeekPreview, ShardStatus, WaitingEvent
@@ -122,7 +123,10 @@ def resume(names: tuple[str, ...], *, log: LogAddress) -> None:
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="The most to list.")
 @click.option("--json", is_flag=True, help="Print one JSON object a line.")
 def waiting(name: str, *, log: LogAddress, limit: int, json: bool) -> None:
-    """List the failed events that wait to be tried again, in log order."""
+    """List the failed events that wait to be tried again, in log order.
+
+    With --json, each has the history of its attempts.
+    """
 
     async def read() -> list[WaitingEvent]:
         found: list[WaitingEvent] = []
@@ -136,7 +140,8 @@ def waiting(name: str, *, log: LogAddress, limit: int, json: bool) -> None:
     found = asyncio.run(read())
     if json:
         for event in found[:limit]:
-            click.echo(dumps({**asdict(event), "due_at": event.due_at.isoformat()}))
+            history = [history_json(entry) for entry in event.history]
+            click.echo(dumps({**asdict(event), "due_at": event.due_at.isoformat(), "history": history}))
         return
     if not found:
         click.echo("no events wait to be tried again")

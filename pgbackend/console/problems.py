@@ -82,6 +82,6 @@ def unavailable(seconds: float) -> ConnectionLostError:
 
 def _not_there(error: HTTPException) -> Problem:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allow = (error.headers or {}).get("Allow", "GET")
+        allow = ", ".join(sorted((error.headers or {}).get("Allow", "GET").split(", ")))
         return Problem(405, f"This path is for {allow}.", headers={"allow": allow})
     return Problem(404, "The console has nothing at this path.")

@@ -276,6 +276,9 @@ class Readings:
             self._shared.pop(next(iter(self._shared)))
         answer = await recent.get()
         if answer.error is not None:
+            # Those who waited share it. The next one asks again, because PostgreSQL may be back.
+            if self._shared.get(key) is recent:
+                del self._shared[key]
             raise answer.error
         return answer.found  # type: ignore[return-value]  # the key stands for one kind of reading
 

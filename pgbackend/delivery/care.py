@@ -31,6 +31,7 @@ from pgbackend import facts
 from pgbackend.delivery.decide import LONGEST_WAIT
 from pgbackend.delivery.delivery import Delivery, next_attempt
 from pgbackend.delivery.gate import Gate
+from pgbackend.delivery.history import Step
 from pgbackend.delivery.outcomes import LetterFailed, Outcome, OutcomeKey, Scheduled, outcome_key
 from pgbackend.delivery.redelivery import Redelivery, Start
 from pgbackend.delivery.registration import Registration
@@ -163,7 +164,13 @@ class Care:
 
     async def record_start(self, delivery: Delivery) -> bool:
         """Make durable that the attempt starts. False if the shard was given up meanwhile."""
-        recorded = self._record(delivery, attempt=delivery.event.attempt - 1, started_by=self._common.worker)
+        made = delivery.event.attempt - 1
+        steps: tuple[Step, ...] = ()
+        if delivery.started_by is not None:
+            # The last attempt counts from now on. If this is taken back, it is recorded again: by this id only once.
+            died = delivery.started_by.hex[:8]
+            steps = (Step(what="failed", attempt=made, error=describe(ProcessDied()), id=died),)
+        recorded = self._record(delivery, attempt=made, started_by=self._common.worker, steps=steps)
         # Before the commit, whose answer may be lost.
         self._common.unreported[self._shard.lease.epoch, outcome_key(recorded)] = delivery
         delay = GrowingDelay(cap=1.0)
@@ -228,7 +235,9 @@ class Care:
         """For how many seconds the shard may still be run with care."""
         return self._longest - (monotonic() - self._since)
 
-    def _record(self, delivery: Delivery, *, attempt: int, started_by: UUID | None) -> Outcome:
+    def _record(
+        self, delivery: Delivery, *, attempt: int, started_by: UUID | None, steps: tuple[Step, ...] = ()
+    ) -> Outcome:
         """Have the attempts made committed, and which worker starts another one."""
         event, error = delivery.event, describe(ProcessDied())
         delay = 0.0
@@ -238,7 +247,13 @@ class Care:
         outcome: Outcome
         if delivery.letter is not None:
             outcome = LetterFailed(
-                letter=delivery.letter, attempt=attempt, delay=delay, error=error, details={}, started_by=started_by
+                letter=delivery.letter,
+                attempt=attempt,
+                delay=delay,
+                error=error,
+                details={},
+                started_by=started_by,
+                steps=steps,
             )
         else:
             outcome = Scheduled(
@@ -248,6 +263,6 @@ class Care:
                 error=error,
                 failure=event.failure,
                 started_by=started_by,
+                steps=steps,
             )
-        self._shard.record(outcome)
-        return outcome
+        return self._shard.record(outcome)

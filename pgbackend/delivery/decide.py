@@ -10,6 +10,7 @@ else ─────────────────────────
 from dataclasses import dataclass, replace
 
 from pgbackend.delivery.delivery import Delivery
+from pgbackend.delivery.history import Step
 from pgbackend.delivery.outcomes import Buried, Finished, LetterFailed, Outcome, Scheduled
 from pgbackend.model import Failure
 from pgbackend.retry import Retry
@@ -81,24 +82,42 @@ def outcome_of(
 ) -> Outcome:
     """The outcome to commit for a decision. `error`, `details`: of the dispatch that failed."""
     event, letter = delivery.event, delivery.letter
+    failed = Step(what="failed", attempt=event.attempt, error=error)
     match decision:
         case Drop():
             return Finished(position=event.position)
         case TryAgain(delay=delay) if letter is not None:
-            return LetterFailed(letter=letter, attempt=event.attempt, delay=delay, error=error, details=details)
+            return LetterFailed(
+                letter=letter, attempt=event.attempt, delay=delay, error=error, details=details, steps=(failed,)
+            )
         case TryAgain(delay=delay):
             return Scheduled(
-                position=event.position, attempt=event.attempt, delay=delay, error=error, failure=event.failure
+                position=event.position,
+                attempt=event.attempt,
+                delay=delay,
+                error=error,
+                failure=event.failure,
+                steps=(failed,),
             )
         case ToDeadLetter(failure=failure):
-            return Scheduled(position=event.position, attempt=0, delay=0.0, error=error, failure=failure)
+            steps = (failed, Step(what="given up"))
+            return Scheduled(position=event.position, attempt=0, delay=0.0, error=error, failure=failure, steps=steps)
         case Bury() if letter is not None:
-            return LetterFailed(letter=letter, attempt=event.attempt, delay=None, error=error, details=details)
+            steps = (failed, Step(what="buried"))
+            return LetterFailed(
+                letter=letter, attempt=event.attempt, delay=None, error=error, details=details, steps=steps
+            )
         case Bury(failure=failure):
-            return buried(delivery, failure)
+            return buried(delivery, failure, failed)
 
 
-def buried(delivery: Delivery, failure: Failure) -> Buried:
-    """The outcome that makes a dead letter of an event of the log."""
+def buried(delivery: Delivery, failure: Failure, *steps: Step) -> Buried:
+    """The outcome that makes a dead letter of an event of the log, after these steps."""
     event = delivery.event
-    return Buried(position=event.position, failure=failure, event_id=event.id, event_source=event.source)
+    return Buried(
+        position=event.position,
+        failure=failure,
+        event_id=event.id,
+        event_source=event.source,
+        steps=(*steps, Step(what="buried")),
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from pgbackend.codec.event import Event
 from pgbackend.delivery.backlog import Backlog
+from pgbackend.delivery.history import Step
 from pgbackend.delivery.outcomes import Buried, Finished, Skipped
 from pgbackend.delivery.registration import Registration
 from pgbackend.delivery.shard import Shard
@@ -183,7 +184,8 @@ class Feed:
         failure = Failure(error=f"The event cannot be read: {bad.error}", attempts=0)
         # Nothing to record for a former owner's row: burying deletes it, and another outcome would replace this one.
         self._backlog.forget_carried(position, position + 1)
-        self._shard.record(Buried(position=position, failure=failure))
+        step = Step(what="buried", error=failure.error)
+        self._shard.record(Buried(position=position, failure=failure, steps=(step,)))
 
     def _forget_carried(self, lower: int, upper: int) -> None:
         """These events are not dispatched: delete the rows of those that failed under a former owner."""

@@ -7,6 +7,7 @@ shard belongs to another worker now, and nothing of it was changed.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
 from uuid import UUID
 
 from pgbackend import facts
@@ -173,7 +174,7 @@ class Offsets:
     ) -> list[Shard]:
         """Commit marks with all their outcomes; the shards whose leases are lost."""
         rows = await (connection or self._log.database).fetch(
-            self._sql.commit_by_key, self._worker, self._log.incarnation.id, *commit_inputs(marks)
+            self._sql.commit_by_key, self._worker, self._log.incarnation.id, *commit_inputs(marks, now=monotonic())
         )
         names = {shard.lease.epoch: shard.lease.subscription for shard in marks}
         # All rows of a subscription name the same ranges.

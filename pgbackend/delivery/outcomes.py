@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from uuid import UUID
 
+from pgbackend.delivery.history import Step, joined
 from pgbackend.model import Failure
 
 
@@ -25,6 +26,8 @@ class Scheduled:
     """Set once the main dispatcher gave the event up and the dead-letter dispatcher has its turn."""
     started_by: UUID | None = None
     """The worker that starts an attempt now. If it never reports the end, the attempt killed its process."""
+    steps: tuple[Step, ...] = ()
+    """What to append to the event's history."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,8 @@ class Buried:
     event_id: str | None = None
     event_source: str | None = None
     """For log messages. None when the event cannot be decoded."""
+    steps: tuple[Step, ...] = ()
+    """As in `Scheduled`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,8 @@ class LetterFailed:
     error: str
     details: Mapping[str, str]
     started_by: UUID | None = None
+    """As in `Scheduled`."""
+    steps: tuple[Step, ...] = ()
     """As in `Scheduled`."""
 
 
@@ -87,15 +94,29 @@ def outcome_key(outcome: Outcome) -> OutcomeKey:
     return ("event", outcome.position)
 
 
+def following(earlier: Outcome | None, outcome: Outcome) -> Outcome:
+    """The outcome that replaces an earlier one of its event, which may not be committed, with the steps of both."""
+    if isinstance(earlier, Scheduled | Buried | LetterFailed) and earlier.steps:
+        match outcome:
+            case Scheduled() | Buried() | LetterFailed():
+                return replace(outcome, steps=joined(earlier.steps, outcome.steps))
+    return outcome
+
+
 def without_texts(outcome: Outcome, placeholder: str) -> Outcome:
     """The same outcome, with `placeholder` for every text that a dispatcher supplied."""
     match outcome:
         case Scheduled(failure=failure):
             bare = failure and replace(failure, error=placeholder, details={})
-            return replace(outcome, error=placeholder, failure=bare)
+            return replace(outcome, error=placeholder, failure=bare, steps=_without_errors(outcome.steps, placeholder))
         case Buried(failure=failure):
-            return replace(outcome, failure=replace(failure, error=placeholder, details={}))
+            steps = _without_errors(outcome.steps, placeholder)
+            return replace(outcome, failure=replace(failure, error=placeholder, details={}), steps=steps)
         case LetterFailed():
-            return replace(outcome, error=placeholder, details={})
+            return replace(outcome, error=placeholder, details={}, steps=_without_errors(outcome.steps, placeholder))
         case _:
             return outcome
+
+
+def _without_errors(steps: tuple[Step, ...], placeholder: str) -> tuple[Step, ...]:
+    return tuple(step if step.error is None else replace(step, error=placeholder) for step in steps)

@@ -14,6 +14,7 @@ from pgbackend.codec.event import Event
 from pgbackend.delivery.backlog import Carried
 from pgbackend.delivery.delivery import Delivery, Origin, next_attempt
 from pgbackend.delivery.due import DueRequest
+from pgbackend.delivery.history import parse_history
 from pgbackend.model import DeadLetter, DeadLetterGroup, Failure
 from pgbackend.postgres.connections import Record
 from pgbackend.postgres.pool import Database
@@ -138,6 +139,7 @@ class Redelivery:
                     buried_at=row["buried_at"],
                     due_at=row["due_at"],
                     group=row["failure_group"],
+                    history=parse_history(row["history"]),
                 )
 
     async def groups(self, subscription: str | None) -> list[DeadLetterGroup]:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 
 from pgbackend import facts
+from pgbackend.delivery.history import parse_history
 from pgbackend.delivery.pump import Pump
 from pgbackend.delivery.pumps import Pumps
 from pgbackend.delivery.redeliverer import Redeliverer
@@ -45,6 +46,7 @@ class Retries:
                 above = row["position"]
                 yield WaitingEvent(
                     position=Position(above),
+                    history=parse_history(row["history"]),
                     **{
                         column: row[column]
                         for column in ("id", "source", "type", "attempts", "due_at", "error", "given_up")

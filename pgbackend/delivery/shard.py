@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from pgbackend.delivery.outcomes import Finished, Outcome, OutcomeKey, outcome_key
+from pgbackend.delivery.outcomes import Finished, Outcome, OutcomeKey, following, outcome_key
 from pgbackend.delivery.window import Window
 from pgbackend.subscriptions.leases import Lease
 from pgbackend.subscriptions.presence import Tenure
@@ -90,11 +90,13 @@ class Shard:
         if not self.lost:
             self._changed(self)
 
-    def record(self, outcome: Outcome) -> None:
-        """Commit the outcome with the next offset."""
+    def record(self, outcome: Outcome) -> Outcome:
+        """Commit the outcome with the next offset. Returns it with the steps of those that it replaces."""
         if not self.lost:
-            self.outcomes[outcome_key(outcome)] = outcome
+            key = outcome_key(outcome)
+            outcome = self.outcomes[key] = following(self.outcomes.get(key), outcome)
             self._changed(self)
+        return outcome
 
     def finish(self) -> None:
         """The subscription's end is reached."""
@@ -134,7 +136,8 @@ class Shard:
 
     def restore(self, mark: Mark) -> None:
         """The commit did not happen, or nobody knows: the next one repeats it."""
-        self.outcomes = {**mark.outcomes, **self.outcomes}
+        later = {key: following(mark.outcomes.get(key), outcome) for key, outcome in self.outcomes.items()}
+        self.outcomes = {**mark.outcomes, **later}
         self.committed = (-1, "", "")
 
     def confirm(self, mark: Mark, place: tuple[int, int]) -> None:

@@ -108,11 +108,11 @@ _CONSUMER: _Grants = (
     ("SELECT, DELETE, INSERT (id, name, backend_pid, backend_start, lease_timeout)", "TABLE {schema}.workers"),
     ("UPDATE (backend_pid, backend_start, heartbeat_at, subscriptions, asked_at)", "TABLE {schema}.workers"),
     ("SELECT, DELETE, INSERT (subscription, position, key_hash)", "TABLE {schema}.redeliveries"),
-    ("INSERT (attempt, due_at, last_error, failure, started_by, lives)", "TABLE {schema}.redeliveries"),
-    ("UPDATE (attempt, due_at, last_error, failure, started_by, lives)", "TABLE {schema}.redeliveries"),
+    ("INSERT (attempt, due_at, last_error, failure, started_by, lives, history)", "TABLE {schema}.redeliveries"),
+    ("UPDATE (attempt, due_at, last_error, failure, started_by, lives, history)", "TABLE {schema}.redeliveries"),
     ("SELECT, INSERT (subscription, positions)", "TABLE {schema}.skipped"),
     ("SELECT, DELETE", "TABLE {schema}.dead_letters"),
-    ("UPDATE (attempts, error, details, attempt, due_at, started_by, lives)", "TABLE {schema}.dead_letters"),
+    ("UPDATE (attempts, error, details, attempt, due_at, started_by, lives, history)", "TABLE {schema}.dead_letters"),
     # No INSERT on dead_letters: letters are copied from the log, so that no role can make them up.
     ("EXECUTE", "FUNCTION {schema}.bury(jsonb)"),
     *_REPAIR,
@@ -145,7 +145,7 @@ _OPERATOR: _Grants = (
     (f"INSERT ({_RETENTION}), UPDATE ({_RETENTION})", "TABLE {schema}.retention"),
     ("SELECT", "TABLE {schema}.segments"),
     ("SELECT (position)", "TABLE {schema}.kept_events"),
-    ("SELECT, DELETE, UPDATE (attempt, due_at, started_by, lives)", "TABLE {schema}.dead_letters"),
+    ("SELECT, DELETE, UPDATE (attempt, due_at, started_by, lives, history)", "TABLE {schema}.dead_letters"),
     *_REPAIR,
     # Destroys, as purging does, and never more than one event: no role gets UPDATE of events.
     ("EXECUTE", "FUNCTION {schema}.redact(bigint)"),

@@ -63,6 +63,9 @@ async def test_json_carries_the_event_as_it_came(run: Run, buried: str) -> None:
     first, _ = [json.loads(line) for line in lines]
     assert first["event"]["id"] == "a"
     assert first["details"] == {"customer": "17"}
+    assert [(entry["what"], entry["attempt"], entry["error"]) for entry in first["history"]] == [
+        ("failed", 1, "Reject: no such customer"), ("buried", None, None),
+    ]  # fmt: skip
     assert '"price": 1.10' in lines[0]
 
 
@@ -71,7 +74,7 @@ async def test_show_prints_one_dead_letter_in_full(run: Run, buried: str) -> Non
     id_ = str(json.loads(lines[1])["id"])
     result = await run("dead-letters", "show", id_, "--dsn", buried)
     assert result.exit_code == 0, result.output
-    for text in ("no such customer", "customer", "/shop", "order.created", DATA):
+    for text in ("no such customer", "customer", "/shop", "order.created", DATA, "  attempt 1 failed: Reject: no such"):
         assert text in result.stdout
     assert (await run("dead-letters", "show", id_, "--data", "--dsn", buried)).stdout_bytes == DATA.encode()
 

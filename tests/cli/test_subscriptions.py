@@ -85,7 +85,11 @@ async def test_an_operator_lists_failed_events_retries_them_and_skips_one(run: R
         assert listed[0].split() == ["POSITION", "TYPE", "EVENT", "ID", "ATTEMPTS", "DUE", "LAST", "ERROR"]
         assert [line.split()[:4] for line in listed[1:]] == [["1", "test", "bad", "1"], ["3", "test", "worse", "1"]]
         as_json = await run("subscriptions", "waiting", "billing", "--json", "--limit", "1", *dsn)
-        assert [json.loads(line)["position"] for line in as_json.stdout.splitlines()] == [1]
+        (first,) = map(json.loads, as_json.stdout.splitlines())
+        assert first["position"] == 1
+        (entry,) = first["history"]
+        assert datetime.fromisoformat(entry.pop("at")).tzinfo is not None
+        assert entry == {"what": "failed", "attempt": 1, "error": "RuntimeError: the target is down"}
 
         retried = await run("subscriptions", "retry", "billing", *dsn)
         assert retried.stdout == "2 events are tried again now.\n"

@@ -134,6 +134,24 @@ async def test_the_start_of_an_attempt_is_committed_before_the_dispatch() -> Non
     ((outcome,),) = commits
     assert isinstance(outcome, Scheduled)
     assert (outcome.position, outcome.attempt, outcome.started_by) == (7, 2, ME)
+    assert outcome.steps == (), "nothing has failed yet"
+
+
+async def test_an_attempt_that_killed_its_process_is_in_the_history_once_though_its_successor_is_taken_back() -> None:
+    care = make_care(crashes=2)
+    suspect = delivery(attempt=3, started_by=OTHER)
+    ids = set()
+    for _ in range(2):
+        assert await care.record_start(suspect)
+        care.take_back(suspect)
+        (outcome,) = care._shard.outcomes.values()
+        assert isinstance(outcome, Scheduled)
+        ids |= {step.id for step in outcome.steps}
+        assert {(step.what, step.attempt, step.error) for step in outcome.steps} == {
+            ("failed", 2, "ProcessDied: the process that was handling it ended without a word")
+        }
+
+    assert len(ids) == 1
 
 
 async def test_a_start_is_taken_back_when_the_shard_stops_before_it_is_committed() -> None:

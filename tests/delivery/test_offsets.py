@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 
 from pgbackend import Backend
+from pgbackend.delivery.history import Step
 from pgbackend.delivery.offsets import Committed, Offsets
 from pgbackend.delivery.outcomes import Buried, Finished, Scheduled
 from pgbackend.delivery.shard import Shard
@@ -215,7 +216,9 @@ async def test_a_commit_that_failed_is_repeated_with_all_its_outcomes(ask: Ask, 
     async with Proxy(database) as proxy, owning(proxy.dsn) as owner:
         (shard,) = await owner.claim()
         owner.settle(shard, 1, 2)
-        shard.record(Scheduled(position=1, attempt=1, delay=0.0, error="unique-marker", failure=None))
+        failed, buried = Step(what="failed", attempt=1, error="unique-marker"), Step(what="buried")
+        shard.record(Scheduled(position=1, attempt=1, delay=0.0, error="", failure=None, steps=(failed,)))
+        shard.record(Buried(position=2, failure=Failure(error="", attempts=1), steps=(failed, buried)))
         if reached:
             proxy.lose_reply_to(b"unique-marker")
         else:
@@ -231,6 +234,31 @@ async def test_a_commit_that_failed_is_repeated_with_all_its_outcomes(ask: Ask, 
         assert await ask(OFFSET) == [(3, "{}")]
         assert await ask("SELECT position, attempt FROM pgbackend.redeliveries") == [(1, 1)]
         assert not shard.lost
+        steps = "SELECT jsonb_path_query_array(history, '$[*].what')::text FROM pgbackend."
+        assert await ask(f"{steps}redeliveries") == [('["failed"]',)]
+        assert await ask(f"{steps}dead_letters") == [('["failed", "buried"]',)]
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["refused", "answer lost"])
+async def test_each_attempt_is_in_the_history_once_though_a_commit_between_them_failed(
+    ask: Ask, database: str, reached: bool
+) -> None:
+    async with Proxy(database) as proxy, owning(proxy.dsn) as owner:
+        (shard,) = await owner.claim()
+        owner.settle(shard, 1)
+        for attempt in (1, 2):
+            step = Step(what="failed", attempt=attempt, error="unique-marker")
+            shard.record(Scheduled(position=1, attempt=attempt, delay=0.0, error="", failure=None, steps=(step,)))
+            if attempt == 1 and reached:
+                proxy.lose_reply_to(b"unique-marker")
+            elif attempt == 1:
+                proxy.cut()
+            owner.queued[shard] = None
+            await owner.commit()
+            proxy.restore()
+
+        attempts = "SELECT attempt, jsonb_path_query_array(history, '$[*].attempt')::text FROM pgbackend.redeliveries"
+        assert await ask(attempts) == [(2, "[1, 2]")]
 
 
 async def test_all_shards_are_committed_together_and_a_lost_one_costs_the_others_nothing(

@@ -78,12 +78,14 @@ async def test_an_event_that_kills_becomes_a_dead_letter_after_its_attempts(
     ) as running:
         await settled(sql, len(ids))
         letters = [(letter.event.id, letter.failure) async for letter in producer.dead_letters()]
+        (history,) = [letter.history async for letter in producer.dead_letters()]
         deaths = running.deaths
         # An operator redelivers it all the same.
         await producer.redeliver(subscription="test")
         await settled(sql, len(ids))
         deaths_again = running.deaths - deaths
         again = [(letter.event.id, letter.failure.attempts) async for letter in producer.dead_letters()]
+        (history_again,) = [letter.history async for letter in producer.dead_letters()]
         await producer.produce(make_event("after"))
         ledger.produced.append("after")
         await settled(sql, len(ids) + 1)
@@ -93,6 +95,10 @@ async def test_an_event_that_kills_becomes_a_dead_letter_after_its_attempts(
     assert id_ == "100"
     assert "ProcessDied" in failure.error
     assert failure.attempts == ATTEMPTS
+    tries = [("failed", attempt) for attempt in range(1, ATTEMPTS + 1)]
+    whole = [*tries, ("buried", None), ("redelivered", None), *tries, ("buried", None)]
+    assert [(entry.what, entry.attempt) for entry in history] == whole[: ATTEMPTS + 1]
+    assert [(entry.what, entry.attempt) for entry in history_again] == whole
     assert ledger.lost() == []
     # Two deaths before careful dispatch begins, then the attempts. The crash count may outlast the redelivery.
     assert deaths <= 2 + ATTEMPTS

@@ -101,6 +101,7 @@ async def test_an_event_that_waits_to_be_tried_again_is_skipped_by_the_next_owne
             await backend.unsubscribe("s")
         done = await backend.redact(2)
         assert (done.unsettled, done.tables) == (("s",), ("pgbackend.events_0", "pgbackend.redeliveries"))
+        assert [(event.error, event.history) async for event in backend.waiting("s")] == [("(redacted)", ())]
         if order != "none":
             await backend.subscribe("s", catch, order=order, retry=LATE)
         await skipped(backend)

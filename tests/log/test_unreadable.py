@@ -60,6 +60,9 @@ async def test_an_event_that_cannot_be_read_becomes_a_dead_letter_and_the_others
     assert [letter.event.id for letter in found] == ["bad0", "bad1", "bad2", "bad3"]
     assert [letter.event.data_bytes for letter in found] == [bytes(range(256)) * (n * 100) for n in range(4)]
     assert all("cannot be read" in letter.failure.error for letter in found)
+    assert [[(entry.what, entry.error) for entry in letter.history] for letter in found] == [
+        [("buried", letter.failure.error)] for letter in found
+    ]
     assert {letter.subscription for letter in both} == {"s", "other"}
     assert (status.dead_letters, status.skipped) == (4, 0)
     assert len(recorder.all("event buried")) == 8

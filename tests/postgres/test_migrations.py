@@ -347,8 +347,48 @@ async def test_a_log_with_failed_events_is_repaired_after_the_sixth_revision_and
         assert await connection.fetchval("SELECT array_agg(position) FROM pgbackend.stored_events") == [1, 3, 4]
 
 
+async def test_failed_events_and_dead_letters_have_an_empty_history_after_the_eighth_revision_and_go_on_before_it(
+    empty_database: str,
+) -> None:
+    await migrate(empty_database, to="r0007")
+    async with connected(empty_database) as connection:
+        await connection.execute("""
+            INSERT INTO pgbackend.events (id, source, type) SELECT n, '/s', 't' FROM generate_series(1, 4) AS n""")
+        await connection.execute("INSERT INTO pgbackend.subscriptions (name, ordering, shards) VALUES ('s', 'none', 1)")
+        await connection.execute("""
+            INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
+            SELECT 's', position, 1, 1, now(), 'no' FROM pgbackend.events""")
+        skip = "SELECT pgbackend.bury_skipped('s', $1)"
+        assert await connection.fetchval(skip, 1) == 1
+        files = "SELECT array_agg(relfilenode ORDER BY relname) FROM pg_class WHERE relname = ANY ($1)"
+        tables = ["redeliveries", "dead_letters"]
+        before = await connection.fetchval(files, tables)
+
+        await migrate(empty_database)
+
+        assert await connection.fetchval(files, tables) == before, "a table was rewritten"
+        kept = """
+            SELECT position, jsonb_path_query_array(history, '$[*].what')::text FROM pgbackend.dead_letters
+            UNION ALL
+            SELECT position, history::text FROM pgbackend.redeliveries
+            ORDER BY position"""
+        assert [tuple(row) for row in await connection.fetch(kept)] == [(1, "[]"), (2, "[]"), (3, "[]"), (4, "[]")]
+        assert await connection.fetchval(skip, 2) == 1
+        assert [tuple(row) for row in await connection.fetch(kept)] == [
+            (1, "[]"), (2, '["skipped"]'), (3, "[]"), (4, "[]"),
+        ]  # fmt: skip
+
+        await migrate(empty_database, to="r0007")
+        assert await connection.fetchval(skip, 3) == 1
+        assert await connection.fetchval("SELECT tables FROM pgbackend.redact(4)") == [
+            "pgbackend.events_0", "pgbackend.redeliveries",
+        ]  # fmt: skip
+        await migrate(empty_database)
+        assert [tuple(row) for row in await connection.fetch(kept)] == [(1, "[]"), (2, "[]"), (3, "[]"), (4, "[]")]
+
+
 async def test_each_revision_that_changes_a_log_has_a_test_with_data() -> None:
-    assert schema.revisions() == ["r0001", "r0002", "r0003", "r0004", "r0005", "r0006", "r0007"], (
+    assert schema.revisions() == ["r0001", "r0002", "r0003", "r0004", "r0005", "r0006", "r0007", "r0008"], (
         "test the new revision on a log with data, then add it here"
     )
 
@@ -392,6 +432,8 @@ async def test_a_superuser_who_migrates_leaves_no_function_that_others_may_call(
         "forget_keys_of": False,
         "forget_letters": True,
         "forget_removed": True,
+        "history_of": False,
+        "join_history": False,
         "key_hash": False,
         "key_hashes": True,
         "make_segment": True,
@@ -409,8 +451,9 @@ async def test_a_superuser_who_migrates_leaves_no_function_that_others_may_call(
         "waiting_events": True,
     }
     assert all(row["is_owners"] for row in rows)
-    # These two see nothing but their arguments, and depend on no search_path.
-    assert {row["name"] for row in rows if row["is_public"]} == {"check_event", "key_hash"}
+    # These see nothing but their arguments, and depend on no search_path.
+    public = {"check_event", "history_of", "join_history", "key_hash"}
+    assert {row["name"] for row in rows if row["is_public"]} == public
     assert all(row["has_search_path"] != row["is_public"] for row in rows)
 
 

@@ -235,12 +235,12 @@ ORDER BY position DESC
 LIMIT (SELECT most FROM given);
 
 -- name: show_event
--- The event at position $1, with at most $2 bytes of its data.
+-- The event at position $1, with at most $2 bytes of its data. Also a redacted one, which has none.
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions,
     substr(data, 1, $2::int) AS data, data_encoding, position, {recorded_at} AS recorded_at, {key_hash} AS key_hash,
     octet_length(data)::bigint AS size
-FROM {schema}.stored_events
+FROM {schema}.all_events
 WHERE position = $1;
 
 -- name: show_buried_event
@@ -301,7 +301,7 @@ ORDER BY subscription.name, stored.until NULLS LAST;
 -- name: show_data
 -- All of the event's data.
 SELECT data, data_encoding
-FROM {schema}.stored_events
+FROM {schema}.all_events
 WHERE position = $1;
 
 -- name: show_buried_data

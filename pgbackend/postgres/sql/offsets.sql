@@ -41,7 +41,7 @@ marks AS (
 retries AS (
     SELECT *
     FROM jsonb_to_recordset($4::text::jsonb) AS retry (
-        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid
+        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid, steps jsonb
     )
 ),
 finished AS (
@@ -51,7 +51,7 @@ finished AS (
 given_up AS (
     SELECT *
     FROM jsonb_to_recordset($6::text::jsonb) AS dead (
-        epoch bigint, position bigint, attempts int, error text, details jsonb
+        epoch bigint, position bigint, attempts int, error text, details jsonb, steps jsonb
     )
 ),
 letters_delivered AS (
@@ -61,7 +61,7 @@ letters_delivered AS (
 letters_failed AS (
     SELECT *
     FROM jsonb_to_recordset($8::text::jsonb) AS failed (
-        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid
+        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid, steps jsonb
     )
 ),
 gaps AS (
@@ -97,9 +97,10 @@ to_bury AS (
 ),
 scheduled AS (
     INSERT INTO {schema}.redeliveries AS kept
-        (subscription, position, key_hash, attempt, due_at, last_error, failure, started_by)
+        (subscription, position, key_hash, attempt, due_at, last_error, failure, started_by, history)
     SELECT due.subscription, due.position, {key_hash}, due.attempt,
-        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.started_by
+        clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.started_by,
+        {schema}.history_of(due.steps)
     FROM to_schedule AS due
     JOIN {schema}.stored_events AS event ON event.position = due.position
     ON CONFLICT (subscription, position) DO UPDATE
@@ -108,6 +109,7 @@ scheduled AS (
         last_error = excluded.last_error,
         failure = excluded.failure,
         started_by = excluded.started_by,
+        history = {schema}.join_history(kept.history, excluded.history),
         lives = CASE WHEN excluded.started_by IS NULL THEN 0 ELSE kept.lives END
 ),
 unscheduled AS (
@@ -134,7 +136,17 @@ buried AS MATERIALIZED (
                 'position', dead.position,
                 'attempts', dead.attempts,
                 'error', dead.error,
-                'details', dead.details
+                'details', dead.details,
+                'history', {schema}.join_history(
+                    -- As it was before this statement, which deletes it.
+                    (
+                        SELECT waiting.history
+                        FROM {schema}.redeliveries AS waiting
+                        WHERE waiting.subscription = dead.subscription
+                            AND waiting.position = dead.position
+                    ),
+                    {schema}.history_of(dead.steps)
+                )
             )
         )
     ) AS letters
@@ -157,6 +169,7 @@ failed_letters AS (
         details = failed.details::json,
         due_at = clock_timestamp() + make_interval(secs => failed.delay),
         started_by = failed.started_by,
+        history = {schema}.join_history(letter.history, {schema}.history_of(failed.steps)),
         lives = CASE WHEN failed.started_by IS NULL THEN 0 ELSE letter.lives END
     FROM letters_failed AS failed
     JOIN fenced USING (epoch)

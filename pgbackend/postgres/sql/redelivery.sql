@@ -104,7 +104,7 @@ WHERE subscription = $1
 SELECT
     specversion, id, source, type, subject, time, datacontenttype, dataschema, partitionkey, extensions, data,
     data_encoding, position, {recorded_at} AS recorded_at, key_hash, weight, letter_id, subscription, attempts, error, details,
-    buried_at, due_at, failure_group
+    buried_at, due_at, failure_group, history::text AS history
 FROM (
     SELECT
         *,
@@ -156,7 +156,10 @@ UPDATE {schema}.dead_letters
 SET due_at = clock_timestamp(),
     attempt = 0,
     started_by = NULL,
-    lives = 0
+    lives = 0,
+    history = {schema}.join_history(
+        history, jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'what', 'redelivered'))
+    )
 WHERE ($1::bigint[] IS NULL OR letter_id = ANY ($1))
     AND ($2::text IS NULL OR subscription = $2)
     AND ($3::text IS NULL OR {failure_group} = $3)

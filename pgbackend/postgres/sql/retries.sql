@@ -2,8 +2,16 @@
 
 -- name: list_waiting
 -- A page of subscription $1's, above position $2, by a function of the log for roles that may not read events.
-SELECT position, id, source, type, attempts, due_at, error, given_up
-FROM {schema}.waiting_events($1, $2, $3);
+SELECT waiting.position, waiting.id, waiting.source, waiting.type, waiting.attempts, waiting.due_at, waiting.error,
+    waiting.given_up,
+    (
+        SELECT failed.history::text
+        FROM {schema}.redeliveries AS failed
+        WHERE failed.subscription = $1
+            AND failed.position = waiting.position
+    ) AS history
+FROM {schema}.waiting_events($1, $2, $3) AS waiting
+ORDER BY waiting.position;
 
 -- name: retry_now
 -- Subscription $1's failed events, or the one at position $2, are due now; how many that changed. Null: there is no such
