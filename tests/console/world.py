@@ -355,9 +355,16 @@ async def _subscribe(connection: Sql, one: Subscription, *, head: int, worker: u
     )
     await connection.execute(
         """
-        INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error)
+        INSERT INTO pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error, history)
         SELECT $1, event.position, pgbackend.key_hash(event.partitionkey, event.subject, event.source, event.id),
-            1 + event.position % 4, now() + make_interval(mins => 10 + (event.position % 50)::int), $2
+            1 + event.position % 4, now() + make_interval(mins => 10 + (event.position % 50)::int), $2,
+            (
+                SELECT jsonb_agg(jsonb_build_object(
+                    'at', least(event.recorded_at + make_interval(secs => 20 * attempt), now()), 'what', 'failed',
+                    'attempt', attempt, 'error', left($2, 500), 'id', substr(md5(event.id || attempt), 1, 8)
+                ))
+                FROM generate_series(1, 1 + (event.position % 4)::int) AS attempt
+            )
         FROM pgbackend.events AS event
         WHERE event.position <= $3
         ORDER BY md5(event.position::text)
@@ -376,13 +383,25 @@ async def _bury(connection: Sql, group: Group) -> None:
         """
         INSERT INTO pgbackend.dead_letters (
             subscription, position, recorded_at, key_hash, specversion, id, source, type, subject, time,
-            datacontenttype, partitionkey, extensions, data, attempts, error, details, buried_at
+            datacontenttype, partitionkey, extensions, data, attempts, error, details, buried_at, history
         )
         SELECT $1, event.position, event.recorded_at,
             pgbackend.key_hash(event.partitionkey, event.subject, event.source, event.id), event.specversion, event.id,
             event.source, event.type, event.subject, event.time, event.datacontenttype, event.partitionkey,
             event.extensions, event.data, $2, replace($3, '#', (100000 + event.position)::text), '{}',
-            least(event.recorded_at + make_interval(secs => 20 * $2), now())
+            least(event.recorded_at + make_interval(secs => 20 * $2), now()),
+            (
+                SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+                    'at', least(event.recorded_at + make_interval(secs => 20 * least(attempt, $2)), now()),
+                    'what', CASE WHEN attempt > $2 THEN 'buried' ELSE 'failed' END,
+                    'attempt', CASE WHEN attempt <= $2 THEN attempt END,
+                    'error', CASE
+                        WHEN attempt <= $2 THEN left(replace($3, '#', (100000 + event.position)::text), 500)
+                    END,
+                    'id', substr(md5(event.id || attempt), 1, 8)
+                )) ORDER BY attempt)
+                FROM generate_series(1, $2 + 1) AS attempt
+            )
         FROM pgbackend.events AS event
         WHERE event.position NOT IN (
             SELECT letter.position FROM pgbackend.dead_letters AS letter WHERE letter.subscription = $1
