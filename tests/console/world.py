@@ -419,11 +419,22 @@ async def _bury(connection: Sql, group: Group) -> None:
 # ── the world as a program ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@asynccontextmanager
-async def demonstration(*args: str) -> AsyncIterator[str]:
-    """The URL of a broker in this world, on an embedded PostgreSQL that is deleted at the end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shop:
+    """The world while a broker shows it."""
 
-    `args` are options of `pgbackend serve`. Some events arrive each second.
+    dsn: str
+    url: str
+    """The console's."""
+    backend: Backend
+    """Runs a worker in this process."""
+
+
+@asynccontextmanager
+async def demonstration(*args: str) -> AsyncIterator[Shop]:
+    """The world on an embedded PostgreSQL, which is deleted at the end. Some events arrive each second.
+
+    `args` are options of `pgbackend serve`.
     """
     with tempfile.TemporaryDirectory() as directory:
         async with EmbeddedServer(directory) as server, Backend(server.dsn) as backend:
@@ -431,7 +442,7 @@ async def demonstration(*args: str) -> AsyncIterator[str]:
             async with running("--dsn", server.dsn, *args) as serve, asyncio.TaskGroup() as tasks:
                 url = await serve.listening()
                 going_on = tasks.create_task(_go_on(backend), name="events")
-                yield url
+                yield Shop(dsn=server.dsn, url=f"{url}console/", backend=backend)
                 going_on.cancel()
 
 
@@ -457,8 +468,8 @@ async def _go_on(backend: Backend) -> None:
 
 
 async def main() -> None:
-    async with demonstration("--port", "8080") as url:
-        sys.stdout.write(f"The console is at {url}console/ until Ctrl+C.\n")
+    async with demonstration("--port", "8080") as shop:
+        sys.stdout.write(f"The console is at {shop.url} until Ctrl+C.\n")
         await asyncio.Event().wait()
 
 

@@ -23,14 +23,9 @@ expect.set_options(timeout=TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shop:
-    """The world, a broker that shows it, and a worker in this process."""
+class Shop(world.Shop):
+    """The world, a broker that shows it, and a worker in this process, for the subscriptions of tests."""
 
-    dsn: str
-    url: str
-    """The console's."""
-    backend: Backend
-    """For what tests do and look up. The subscriptions of tests run here."""
     hostile: dict[str, int]
     """Positions of the hostile events, by the first word of their ids."""
 
