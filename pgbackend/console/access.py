@@ -98,6 +98,15 @@ class Closed:
         raise Problem(403, self._reason)
 
 
+def check_reading(request: Request) -> None:
+    """Return if no page of another site asks for this. Raises Problem.
+
+    Such a page could not read the answer, but make PostgreSQL search for it.
+    """
+    if request.headers.getlist("sec-fetch-site") not in ([], ["same-origin"], ["none"]):
+        raise Problem(403, "Another site made this request (Sec-Fetch-Site). Only the console's own page may do this.")
+
+
 def check_action(request: Request) -> None:
     """Return if no page of another origin can have made this POST. Raises Problem."""
     if request.headers.getlist(HEADER) != ["1"]:
@@ -121,7 +130,8 @@ def _foreign(request: Request) -> str | None:
     """Why the request is not from this machine; None if it is."""
     if request.client is None or not is_loopback(request.client.host):
         return "The client is not at a loopback address."
-    if any(name in request.headers for name in _FORWARDED):
+    # nginx speaks HTTP/1.0 unless it is told otherwise, and browsers do not. It adds no header by itself.
+    if request.scope["http_version"] == "1.0" or any(name in request.headers for name in _FORWARDED):
         return "The request came through a proxy."
     hosts = request.headers.getlist("host")
     found = _host(hosts[0]) if len(hosts) == 1 else None

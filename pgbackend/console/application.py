@@ -1,7 +1,7 @@
 """The console as an ASGI application: routes, access, and the headers that keep its page harmless.
 
-A request goes through `Console.__call__`: access, for a POST the rules of `access.check_action`, then a handler of
-`api` or a file of `assets`. The promise: each answer has the headers of `_HEADERS`, with which a browser runs no
+A request goes through `Console.__call__`: access, the rules for requests of other sites, then a handler of `api` or
+`actions`, or a file of `assets`. The promise: each answer has the headers of `_HEADERS`, with which a browser runs no
 script but the console's own, asks no other host, and shows the page in no frame; and no answer has a header of CORS.
 """
 
@@ -17,9 +17,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from pgbackend.backend import Backend
 from pgbackend.console import assets
-from pgbackend.console.access import Access, check_action
+from pgbackend.console.access import Access, check_action, check_reading
+from pgbackend.console.actions import Actions
 from pgbackend.console.api import Api
 from pgbackend.console.problems import Problem, problem_of
+from pgbackend.console.readings import Readings
 
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -51,8 +53,10 @@ class Console:
     """The application. `access` says who may look, `actions` whether requests may change something."""
 
     def __init__(self, backend: Backend, *, access: Access, actions: bool, directory: Path = assets.DIRECTORY) -> None:
-        self.access = access
-        self.api = api = Api(backend, actions=actions)
+        self._access = access
+        readings = Readings(backend)
+        self._api = api = Api(backend, readings, actions=actions)
+        self._actions = acts = Actions(backend, readings, allowed=actions)
         self._assets = assets.load(directory)
         name, position = "{name:pgbackend_text}", "{position}"
         self._router = Router(
@@ -67,17 +71,22 @@ class Console:
                 Route("/api/dead-letters", api.letters),
                 Route("/api/preview/seek", api.preview_seek, methods=["POST"]),
                 Route("/api/preview/dead-letters", api.preview_letters, methods=["POST"]),
-                Route(f"/api/subscriptions/{name}/pause", api.pause, methods=["POST"]),
-                Route(f"/api/subscriptions/{name}/resume", api.resume, methods=["POST"]),
-                Route(f"/api/subscriptions/{name}/retry", api.retry, methods=["POST"]),
-                Route(f"/api/subscriptions/{name}/seek", api.seek, methods=["POST"]),
-                Route(f"/api/subscriptions/{name}/skip", api.skip, methods=["POST"]),
-                Route("/api/dead-letters/redeliver", api.redeliver, methods=["POST"]),
-                Route("/api/dead-letters/purge", api.purge, methods=["POST"]),
+                Route(f"/api/subscriptions/{name}/pause", acts.pause, methods=["POST"]),
+                Route(f"/api/subscriptions/{name}/resume", acts.resume, methods=["POST"]),
+                Route(f"/api/subscriptions/{name}/retry", acts.retry, methods=["POST"]),
+                Route(f"/api/subscriptions/{name}/seek", acts.seek, methods=["POST"]),
+                Route(f"/api/subscriptions/{name}/skip", acts.skip, methods=["POST"]),
+                Route("/api/dead-letters/redeliver", acts.redeliver, methods=["POST"]),
+                Route("/api/dead-letters/purge", acts.purge, methods=["POST"]),
                 Route("/{path:path}", self._file),
             ],
             redirect_slashes=False,
         )
+
+    def configure(self, *, access: Access, actions: bool) -> None:
+        """From the next request on, these rules apply."""
+        self._access = access
+        self._api.actions = self._actions.allowed = actions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The request is answered."""
@@ -92,10 +101,12 @@ class Console:
 
         request = Request(scope, receive)
         try:
-            await self.access.check(request)
+            await self._access.check(request)
             if scope["method"] == "POST":
                 check_action(request)
-            if _is_without_slash(scope):
+            elif _path_of(scope).startswith("/api/"):
+                check_reading(request)
+            if _path_of(scope) == "" and scope["root_path"]:
                 response = _redirect(scope)
                 await response(scope, receive, send_with_headers)
                 return
@@ -114,8 +125,10 @@ class Console:
         return asset.response(request)
 
 
-def _is_without_slash(scope: Scope) -> bool:
-    return bool(scope.get("root_path")) and scope["path"] in ("", scope["root_path"])
+def _path_of(scope: Scope) -> str:
+    """The path from where the console is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _redirect(scope: Scope) -> Response:

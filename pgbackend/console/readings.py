@@ -8,7 +8,7 @@ and workers need. What all tabs ask for is read once and shared for some seconds
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from pgbackend.backend import Backend
@@ -36,8 +36,8 @@ _READERS = 2
 _COUNTING = 15.0
 """Seconds for counting the events of a long log, as a preview does: a million takes 0.1 s."""
 _STATEMENT_TIMEOUT = "2500ms"
-_SOON, _LATER = 2.0, 10.0
-"""Seconds for which answers are shared: of the present, and of the past."""
+_AT_ONCE, _SOON, _LATER = 0.5, 2.0, 10.0
+"""Seconds for which answers are shared: of the log's end, of the present, and of the past."""
 _KEPT = 64
 """The most answers that are kept for others."""
 
@@ -96,6 +96,13 @@ class Page:
     more: bool
     """Whether events may be below."""
 
+    def above(self, position: int) -> "Page":
+        """The same page without the events up to this position."""
+        rows = [row for row in self.rows if row["position"] > position]
+        if len(rows) == len(self.rows) and self.read_down_to > position:
+            return self
+        return replace(self, rows=rows, read_down_to=max(self.read_down_to, position + 1), more=False)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
@@ -153,8 +160,13 @@ class Readings:
             )
 
     async def events(self, wanted: Wanted) -> Page:
-        """The newest events that match. All tabs that ask for the same at the same time share the answer."""
-        return await self._share(("events", wanted), lambda: self._read_events(wanted), age=0.0)
+        """The newest events that match; those of the log's end without a filter are at most 0.5 s old."""
+        newest = Wanted(limit=wanted.limit)
+        if replace(wanted, after=0) == newest:
+            # All tabs follow the end of the log, each from where it is.
+            page = await self._share(newest, lambda: self._read_events(newest), age=_AT_ONCE)
+            return page.above(wanted.after)
+        return await self._share(wanted, lambda: self._read_events(wanted), age=0.0)
 
     async def event(self, position: int) -> Story | None:
         """The event at this position, or its copy among the dead letters; None if there is none."""

@@ -13,12 +13,15 @@ from typing import Any
 
 from pgbackend.codec.data import kind_of
 from pgbackend.console.readings import History, Overview, Page, Story, Subscription
+from pgbackend.delivery.history import parse_history
 from pgbackend.model import DeadLetterGroup, Info
 from pgbackend.postgres.connections import Record
 
 Json = dict[str, Any]
 
 _PREVIEW = 200
+_STEPS = {"failed": "attempt failed", "buried": "dead letter"}
+"""Other words for steps of a history, which say on a page what they are about."""
 _REDACTED = "redacted"
 
 
@@ -165,35 +168,49 @@ def _text_of(data: bytes, *, is_all: bool) -> str | None:
 
 
 def _outcome(position: int, recorded_at: datetime | None, row: Record) -> Json:
-    timeline: list[Json] = [_moment(recorded_at, "recorded")]
-    attempts, due_at = row["attempt"] or 0, row["due_at"]
-    if row["due_at"] is not None:
-        given_up = None if row["failure"] is None else json.loads(row["failure"])
-        if given_up is not None:
-            timeline.append(_moment(None, "given up", attempt=given_up["attempts"], error=given_up["error"]))
-        if attempts:
-            timeline.append(_moment(None, "attempt failed", attempt=attempts, error=row["last_error"]))
-        timeline.append(_moment(row["due_at"], "due again"))
-    if row["letter_id"] is not None:
-        attempts, due_at = row["letter_attempts"], row["letter_due_at"]
-        timeline.append(
-            _moment(row["buried_at"], "dead letter", attempt=row["letter_attempts"], error=row["letter_error"])
-        )
-        if due_at is not None:
-            timeline.append(_moment(due_at, "due again"))
-    if row["skipped_at"] is not None:
-        timeline.append(_moment(row["skipped_at"], "skipped"))
+    letter_id = row["letter_id"]
     state = state_of(position, row)
-    if state == "settled":
-        timeline.append(_moment(None, "settled"))
     return {
         "name": row["name"],
         "state": state,
-        "attempts": attempts,
-        "due_at": due_at,
-        "letter_id": _text(row["letter_id"]),
-        "timeline": timeline,
+        "attempts": row["letter_attempts"] or 0 if row["due_at"] is None else row["attempt"],
+        "due_at": row["letter_due_at"] if row["due_at"] is None else row["due_at"],
+        "letter_id": _text(letter_id),
+        "timeline": [
+            _moment(recorded_at, "recorded"),
+            *(_letter_steps(row) if letter_id is not None else ()),
+            *(_waiting_steps(row) if row["due_at"] is not None else ()),
+            *([_moment(row["skipped_at"], "skipped")] if row["skipped_at"] is not None else ()),
+            *([_moment(None, "settled")] if state == "settled" else ()),
+        ],
     }
+
+
+def _letter_steps(row: Record) -> list[Json]:
+    steps = _steps(row["letter_history"])
+    if not {"dead letter", "skipped"} & {step["what"] for step in steps}:
+        # It became one before the log kept histories.
+        steps.append(
+            _moment(row["buried_at"], "dead letter", attempt=row["letter_attempts"], error=row["letter_error"])
+        )
+    if row["letter_due_at"] is not None:
+        steps.append(_moment(row["letter_due_at"], "due again"))
+    return steps
+
+
+def _waiting_steps(row: Record) -> list[Json]:
+    steps = _steps(row["history"])
+    if not steps and row["attempt"]:
+        # As above: the last failure is all that is known.
+        steps.append(_moment(None, "attempt failed", attempt=row["attempt"], error=row["last_error"]))
+    return [*steps, _moment(row["due_at"], "due again")]
+
+
+def _steps(history: str) -> list[Json]:
+    return [
+        _moment(entry.at, _STEPS.get(entry.what, entry.what), attempt=entry.attempt, error=entry.error)
+        for entry in parse_history(history)
+    ]
 
 
 def state_of(position: int, row: Mapping[str, Any] | Record) -> str:
@@ -201,12 +218,12 @@ def state_of(position: int, row: Mapping[str, Any] | Record) -> str:
 
     As `subscriptions.skipping` decides it: settled is what is neither pending nor above the offset of its shard.
     """
+    if row["due_at"] is not None:
+        return "waiting"
     if row["letter_id"] is not None:
         return "dead letter"
     if row["skipped_at"] is not None:
         return "skipped"
-    if row["due_at"] is not None:
-        return "waiting"
     if row["is_pending"]:
         # A hole is a position that was open when the offset passed it. Without a worker nothing is at work.
         return "in flight" if row["is_run"] and not row["is_hole"] else "open"

@@ -26,8 +26,9 @@ class BrokerConsole:
     def configure(self, configuration: Configuration) -> None:
         """From the next request on, this configuration says who may look, and what the console can do."""
         self._is_enabled = configuration.console.enabled
-        self._console.access = access_of(configuration, bound=self._bound)
-        self._console.api.actions = configuration.console.actions
+        self._console.configure(
+            access=access_of(configuration, bound=self._bound), actions=configuration.console.actions
+        )
 
     def has(self, path: bytes) -> bool:
         """Whether a request with this path is for the console."""

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgbackend import Backend, ConfigError
 from pgbackend.console import app
+from pgbackend.console.access import Local
 from pgbackend.console.application import Console
 from tests.support.console import PAGE, Client, served
 
@@ -57,6 +58,10 @@ class TestWithoutCredentials:
     async def test_a_request_through_a_proxy_is_refused(self, gate: Client, header: str) -> None:
         answer = await gate.ask("GET", "api/overview", headers={header: "127.0.0.1"})
         assert (answer.status, "proxy" in answer.detail) == (403, True)
+
+    async def test_a_proxy_that_speaks_http_1_0_is_noticed_without_a_header(self, idle: Backend) -> None:
+        async with served(_changed(app(idle), http_version="1.0")) as client:
+            assert "proxy" in (await client.ask("GET", "api/overview")).detail
 
     async def test_a_client_of_another_machine_is_refused(self, idle: Backend) -> None:
         async with served(_changed(app(idle), client=("10.0.0.7", 5000))) as client:
@@ -195,6 +200,15 @@ class TestActions:
         answer = await gate.ask("POST", "api/subscriptions/billing/pause", headers=headers, data=b"{}")
         assert answer.status == 503
 
+    @pytest.mark.parametrize(
+        ("site", "status"), [("same-origin", 503), ("none", 503), ("same-site", 403), ("cross-site", 403)]
+    )
+    async def test_another_site_cannot_make_postgresql_search(self, gate: Client, site: str, status: int) -> None:
+        answer = await gate.ask("GET", "api/events?search=x", headers={"Sec-Fetch-Site": site})
+        assert answer.status == status
+        # A link to the page itself may be anywhere.
+        assert (await gate.ask("GET", "no/such/file", headers={"Sec-Fetch-Site": site})).status == 404
+
     async def test_a_preflight_is_given_no_leave(self, gate: Client) -> None:
         answer = await gate.ask(
             "OPTIONS",
@@ -257,7 +271,7 @@ class TestFiles:
 
     @pytest.fixture
     def console_of_files(self, idle: Backend, directory: Path) -> Console:
-        return Console(idle, access=app(idle).access, actions=True, directory=directory)
+        return Console(idle, access=Local("Nothing does."), actions=True, directory=directory)
 
     async def test_a_file_is_sent_compressed_once_and_then_known(self, console_of_files: Console) -> None:
         async with served(console_of_files) as client:

@@ -185,6 +185,19 @@ class TestEvents:
     async def test_a_tail_asks_for_what_is_above(self, console: Client) -> None:
         assert await self.ids(console, "after=4") == ["none", "binary"]
         assert await self.ids(console, "after=6") == []
+        above = await console.get("events?after=2&limit=2")
+        assert ([event["id"] for event in above["events"]], above["more"]) == (["none", "binary"], True)
+        above = await console.get("events?after=4&limit=4")
+        assert (above["read_down_to"], above["more"]) == ("5", False)
+
+    async def test_a_tail_sees_a_new_event_soon(self, console: Client, backend: Backend) -> None:
+        assert await self.ids(console, "after=6") == []
+        await produce(backend, "new")
+
+        async def is_there() -> bool:
+            return await self.ids(console, "after=6") == ["new"]
+
+        await eventually("the tail has the event", is_there, 5.0)
 
     @pytest.mark.parametrize(
         ("query", "expected"),
@@ -383,8 +396,41 @@ class TestOutcomes:
         assert waiting["attempts"] == 1
         assert [step["what"] for step in waiting["timeline"]] == ["recorded", "attempt failed", "due again"]
         assert waiting["timeline"][-1]["at"] == waiting["due_at"]
+        assert waiting["timeline"][1].items() >= {"attempt": 1, "error": "ValueError: no 1"}.items()
         assert buried["letter_id"] is not None
-        assert buried["timeline"][-1].items() >= {"what": "dead letter", "error": "ValueError: no 1"}.items()
+        assert [step["what"] for step in buried["timeline"]] == ["recorded", "attempt failed", "dead letter"]
+        moments = [step["at"] for step in buried["timeline"]]
+        assert moments == sorted(moments)
+
+    async def test_rows_without_a_history_show_what_is_known(self, backend: Backend, console: Client, sql: Sql) -> None:
+        await backend.subscribe("waits", print, start="earliest")
+        await backend.subscribe("gave up", print, start="earliest")
+        await produce(backend, "1")
+        await backend.skip("gave up", 1)
+        await sql.execute(
+            "insert into pgbackend.redeliveries (subscription, position, key_hash, attempt, due_at, last_error) "
+            "values ('waits', 1, 1, 3, now(), 'KeyError: x')"
+        )
+        await sql.execute("update pgbackend.dead_letters set history = '[]', error = 'KeyError: y', attempts = 5")
+        waits, gave_up = await self.state(console, "waits"), await self.state(console, "gave up")
+
+        assert [(step["what"], step["attempt"], step["error"]) for step in waits["timeline"][1:]] == [
+            ("attempt failed", 3, "KeyError: x"),
+            ("due again", None, None),
+        ]
+        assert [(step["what"], step["attempt"], step["error"]) for step in gave_up["timeline"][1:]] == [
+            ("dead letter", 5, "KeyError: y")
+        ]
+
+    async def test_a_letter_that_was_skipped_and_sent_again_tells_both(self, backend: Backend, console: Client) -> None:
+        await backend.subscribe("billing", print, start="earliest")
+        await produce(backend, "1")
+        await backend.skip("billing", 1)
+        await backend.redeliver(subscription="billing")
+        found = await self.state(console, "billing")
+
+        assert [step["what"] for step in found["timeline"]] == ["recorded", "skipped", "redelivered", "due again"]
+        assert (found["state"], found["due_at"] is not None) == ("dead letter", True)
 
     async def test_a_skipped_event_is_on_record(self, backend: Backend, console: Client, sql: Sql) -> None:
         await backend.subscribe("billing", print, start="earliest")

@@ -24,6 +24,7 @@ from pgbackend import Backend, ConfigError, DatabaseError, Retry, outbox
 from pgbackend.cli.options import LogAddress
 from pgbackend.cli.reading import reading
 from pgbackend.codec.attributes import COLUMNS
+from pgbackend.console import app
 from pgbackend.log.log import Log
 from pgbackend.log.segments import Segments
 from pgbackend.postgres import schema
@@ -32,6 +33,7 @@ from pgbackend.postgres.pool import Database
 from pgbackend.postgres.sql import quote_ident
 from pgbackend.subscriptions.leases import Leases
 from tests.support.claims import claim_free
+from tests.support.console import served
 from tests.support.dispatchers import Catch
 from tests.support.events import make_event
 from tests.support.polling import eventually
@@ -319,6 +321,21 @@ async def test_a_broker_is_a_producer_and_a_consumer(roles: Roles) -> None:
         await catch.has("request", "reply")
         await backend.stop()
         await running
+
+
+async def test_a_consumer_sees_all_of_the_console_and_an_operator_no_events(roles: Roles) -> None:
+    await roles.execute("superuser", "INSERT INTO pgbackend.events (id, source, type) VALUES ('1', '/s', 't')")
+    views = {
+        "overview": 200, "history": 200, "history?subscription=billing": 200, "subscriptions/billing": 200,
+        "dead-letter-groups": 200, "dead-letters": 200, "events": 403, "events/1": 403, "events/1/data": 403,
+    }  # fmt: skip
+    async with roles.backend("consumer") as backend, served(app(backend)) as console:
+        await backend.subscribe("billing", print)
+        assert {(await console.ask("GET", f"api/{path}")).status for path in views} == {200}
+        assert await console.act("subscriptions/billing/pause", {})
+    async with roles.backend("operator") as backend, served(app(backend)) as console:
+        assert {path: (await console.ask("GET", f"api/{path}")).status for path in views} == views
+        assert await console.act("subscriptions/billing/resume", {})
 
 
 async def test_an_operator_reads_the_status_and_repairs(roles: Roles) -> None:

@@ -18,10 +18,10 @@ FROM {schema}.appenders
 ORDER BY began_at NULLS FIRST;
 
 -- name: show_subscriptions
--- All subscriptions with what they owe.
+-- All subscriptions with what they owe, and the beginnings of their errors.
 SELECT
     subscription AS name, ordering, shards, state, owners, lag_events, lag_seconds, in_flight, redeliveries,
-    dead_letters, skipped, last_error, paused_at, paused_by, pause_reason
+    dead_letters, skipped, left(last_error, 300) AS last_error, paused_at, paused_by, pause_reason
 FROM {schema}.lag
 ORDER BY subscription;
 
@@ -270,11 +270,13 @@ SELECT DISTINCT ON (subscription.name)
     waiting.due_at,
     waiting.last_error,
     waiting.failure,
+    waiting.history::text AS history,
     letter.letter_id,
     letter.attempts AS letter_attempts,
     letter.error AS letter_error,
     letter.buried_at,
     letter.due_at AS letter_due_at,
+    letter.history::text AS letter_history,
     skip.skipped_at
 FROM {schema}.subscriptions AS subscription
 JOIN {schema}.offsets AS stored
