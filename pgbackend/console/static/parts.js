@@ -35,7 +35,7 @@ export const Empty = ({children}) => html`<p class="empty">${children}</p>`;
 
 /** What a page shows instead of its content. */
 export function Failure({error}) {
-  const titles = {0: "The server does not answer", 401: "Sign in", 403: "The console is closed", 404: "Not found", 503: "The log cannot be read"};
+  const titles = {0: "The server does not answer", 401: "Sign in", 403: "No access", 404: "Not found", 503: "The log cannot be read"};
   return html`
     <div class="failure" role="alert">
       <${Heading} title=${titles[error.status] ?? error.title ?? "Something went wrong"}/>
