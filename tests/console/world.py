@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 
 from pgbackend import Backend
 from pgbackend.embedded.server import EmbeddedServer
@@ -293,7 +294,7 @@ async def _register_workers(connection: Sql) -> dict[str, uuid.UUID]:
     """The ids of the workers by name. They have no process: their leases outlast every test."""
     found = {}
     for number, name in enumerate(("web-1:412", "web-2:388", "jobs-1:1207")):
-        found[name] = uuid.UUID(int=number + 1)
+        found[name] = uuid.uuid5(uuid.NAMESPACE_DNS, name)
         await connection.execute(
             """
             INSERT INTO pgbackend.workers (id, name, lease_timeout, started_at, subscriptions)
@@ -310,7 +311,7 @@ async def _register_workers(connection: Sql) -> dict[str, uuid.UUID]:
         INSERT INTO pgbackend.workers (id, name, lease_timeout, started_at, heartbeat_at, subscriptions)
         VALUES ($1, 'jobs-2:990', '15 s', now() - interval '2 days', now() - interval '20 s', '{analytics}')
         """,
-        uuid.UUID(int=9),
+        uuid.uuid5(uuid.NAMESPACE_DNS, "jobs-2:990"),
     )
     return found
 
@@ -441,30 +442,37 @@ async def demonstration(*args: str) -> AsyncIterator[Shop]:
             await populate(server.dsn)
             async with running("--dsn", server.dsn, *args) as serve, asyncio.TaskGroup() as tasks:
                 url = await serve.listening()
-                going_on = tasks.create_task(_go_on(backend), name="events")
+                going_on = tasks.create_task(_go_on(server.dsn, backend), name="events and heartbeats")
                 yield Shop(dsn=server.dsn, url=f"{url}console/", backend=backend)
                 going_on.cancel()
 
 
-async def _go_on(backend: Backend) -> None:
-    """Some events each second, and the workers' heartbeats, until it is cancelled."""
-    number = 1_000_000
-    while True:
-        events = [
-            {
-                "specversion": "1.0",
-                "id": str(number + one),
-                "source": "/shop/orders",
-                "type": "com.example.order.created",
-                "subject": f"order/{number + one}",
-                "datacontenttype": "application/json",
-                "data": {"order": number + one, "total": 99.5, "currency": "EUR"},
-            }
-            for one in range(5)
-        ]
-        number += len(events)
-        await backend.produce_many([json.dumps(event).encode() for event in events])
-        await asyncio.sleep(1)
+async def _go_on(dsn: str, backend: Backend) -> None:
+    """Some events each second, and the heartbeats of the workers that have no process, until it is cancelled."""
+    async with connected(dsn) as connection:
+        for first in count(1_000_000, 5):
+            events = [
+                {
+                    "specversion": "1.0",
+                    "id": str(number),
+                    "source": "/shop/orders",
+                    "type": "com.example.order.created",
+                    "subject": f"order/{number}",
+                    "datacontenttype": "application/json",
+                    "data": {"order": number, "total": 99.5, "currency": "EUR"},
+                }
+                for number in range(first, first + 5)
+            ]
+            await backend.produce_many([json.dumps(event).encode() for event in events])
+            await connection.execute(
+                """
+                UPDATE pgbackend.workers
+                SET heartbeat_at = clock_timestamp(), lease_timeout = '15 s'
+                WHERE backend_pid IS NULL
+                    AND heartbeat_at > clock_timestamp() - lease_timeout
+                """
+            )
+            await asyncio.sleep(1)
 
 
 async def main() -> None:
