@@ -220,7 +220,7 @@ async def test_seek_waits_for_a_place_that_can_be_read(page: Page, shop: Shop, n
         await page.get_by_role("button", name="Seek…").click()
         await dialog(page).locator("input[type=radio][value=position]").check()
         await dialog(page).get_by_role("textbox", name="Position").fill("twelve")
-        await expect(dialog(page)).to_contain_text("Enter where to go on.")
+        await expect(dialog(page)).to_contain_text("Enter where it goes on.")
         await expect(dialog(page).get_by_role("button", name=f"Seek {name}")).to_be_disabled()
 
 
