@@ -3,6 +3,7 @@
 import pytest
 from playwright.async_api import Browser
 
+from tests.console.browser import axe
 from tests.console.browser.chromium import opened
 from tests.console.browser.sites import site
 from tests.support.polling import eventually
@@ -52,3 +53,23 @@ async def test_an_expected_complaint_fails_no_test(browser: Browser) -> None:
             watch.expect("console error: known")
             await page.goto("./")
         assert any("known" in text for text in watch.complaints)
+
+
+DIM = """
+    <html lang="en"><title>t</title>
+    <style>@media (prefers-color-scheme: dark) { body { color: #555; background: #444; } }</style>
+    <main><h1>Hard to read</h1></main></html>"""
+
+
+@pytest.mark.parametrize("only", [None, "color-contrast"])
+async def test_text_that_is_hard_to_read_in_one_scheme_is_found(
+    browser: Browser, axe_script: str, only: str | None
+) -> None:
+    async with site(DIM) as url:
+        async with opened(browser, url, color_scheme="light") as (page, _):
+            await page.goto("./")
+            await axe.check(page, axe_script, only=only)
+        async with opened(browser, url, color_scheme="dark") as (page, _):
+            await page.goto("./")
+            with pytest.raises(AssertionError, match="color-contrast"):
+                await axe.check(page, axe_script, only=only)
