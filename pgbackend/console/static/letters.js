@@ -52,7 +52,7 @@ const ofGroup = (one, done) => [{group: one.name, subscription: one.subscription
 
 const groupColumns = (actions, done) => [
   {id: "error", label: "Error", head: true, value: one => one.error, style: "stretch", cell: one => html`
-    <a class="line light" href=${`#/dead-letters/${encodeURIComponent(one.name)}`} title=${brief(one.error, 600)}><${Text} value=${one.error.slice(0, 400)}/></a>`},
+    <a class="two-lines light" href=${`#/dead-letters/${encodeURIComponent(one.name)}`} title=${brief(one.error, 600)}><${Text} value=${one.error.slice(0, 400)}/></a>`},
   {id: "subscription", label: "Subscription", width: "18%", value: one => one.subscription, cell: one => html`<${Line} value=${one.subscription}/>`},
   {id: "letters", label: "Letters", number: true, most: true, width: "6.5rem", value: one => one.letters, cell: one => count(one.letters)},
   {id: "due", label: "Due again", number: true, most: true, width: "7rem", value: one => one.due, cell: one => html`<${Figure} value=${one.due} text=${count(one.due)}/>`},

@@ -57,7 +57,7 @@ const Paused = ({paused}) => html`
 const Figures = ({subscription: one}) => html`
   <dl class="tiles">
     <div class="tile"><dt>Lag</dt><dd>${count(one.lag)}</dd><dd class="note">${one.lag_seconds === null ? "events" : `${duration(one.lag_seconds)} behind`}</dd></div>
-    <div class="tile"><dt>In flight</dt><dd>${count(one.in_flight)}</dd><dd class="note">at the last commit</dd></div>
+    <div class="tile"><dt>In flight</dt><dd>${count(one.in_flight)}</dd><dd class="note">being handled</dd></div>
     <div class="tile"><dt>Waiting</dt><dd class=${one.redeliveries > 0 ? "warn-text" : ""}>${count(one.redeliveries)}</dd><dd class="note">to be tried again</dd></div>
     <div class="tile"><dt>Dead letters</dt><dd class=${one.dead_letters > 0 ? "bad-text" : ""}>${count(one.dead_letters)}</dd>
       <dd class="note">${one.dead_letters > 0 ? html`<a href=${`#/dead-letters?subscription=${encodeURIComponent(one.name)}`}>show them</a>` : "events given up"}</dd></div>
