@@ -9,7 +9,7 @@ import {after, EMPTY, OVERLAP, withNewer, withOlder} from "./tail.js";
 const FILTERS = [["type", "Type"], ["source", "Source"], ["subject", "Subject"], ["id", "ID"]];
 const PAGE = 100;
 const LIVE = 200; // rows of one request a second
-const NEAR = 64; // positions that each request looks back; every fifth one looks back as far as OVERLAP
+const FIFTH = 5; // each fifth request looks back as far as OVERLAP
 
 export function Events({params}) {
   const [fields, setFields] = useState(() => Object.fromEntries([...FILTERS.map(([id]) => id), "search"].map(id => [id, params.get(id) ?? ""])));
@@ -32,10 +32,9 @@ export function Events({params}) {
 
   const poll = usePoll(async signal => {
     const before = current.current.key === key ? current.current : {...EMPTY, key};
-    const overlap = turns.current++ % 5 === 0 ? OVERLAP : NEAR;
-    const first = before.head === null;
-    const answer = await get("events", {params: {...filters, limit: first ? PAGE : LIVE, after: after(before, overlap)}, signal});
-    if (!signal.aborted) keep(withNewer(before, answer));
+    const asked = after(before, turns.current++ % FIFTH === 0 ? OVERLAP : 0n);
+    const answer = await get("events", {params: {...filters, limit: asked === null ? PAGE : LIVE, after: asked}, signal});
+    if (!signal.aborted) keep(withNewer(before, answer, asked));
     return true;
   }, {every: paused ? null : 1_000, key});
 
@@ -53,7 +52,7 @@ export function Events({params}) {
     }
   };
   useShortcut(toggle);
-  if (!poll.data && poll.error && view.head === null) return html`<${Failure} error=${poll.error}/>`;
+  if (!poll.data && poll.error && view.start === null) return html`<${Failure} error=${poll.error}/>`;
   const set = id => event => setFields({...fields, [id]: event.target.value});
   const filtered = Object.values(filters).some(Boolean);
   return html`
@@ -74,9 +73,9 @@ export function Events({params}) {
     </form>
     <section class="card" aria-label="Events">
       ${view.missed > 0n && html`
-        <p class="notice warn" role="note"><strong>${count(String(view.missed))} events are not shown.</strong> More arrive than this page takes: at most ${count(LIVE)} a second. Filters make it fewer.</p>`}
+        <p class="notice warn" role="note"><strong>${filtered ? "Up to " : ""}${count(String(view.missed))} events are not shown.</strong> More arrive than this page takes: at most ${count(LIVE)} a second. Filters make it fewer.</p>`}
       ${view.paged && html`<p class="empty">These are older ones. New events are not shown before you go back to live.</p>`}
-      ${view.head === null ? html`<${Loading}/>`
+      ${view.start === null ? html`<${Loading}/>`
         : view.rows.length > 0 ? html`<${Table} caption="Events, newest first" columns=${COLUMNS} rows=${view.rows} rowKey=${row => `${row.position}${row.missed ? " missed" : ""}`}/>`
         : filtered ? html`<${Empty}>No event matches${view.more ? ` among those behind position ${view.downTo}` : ""}. New ones appear here by themselves.<//>`
         : html`<${Empty}>The log is empty. Events appear here as they are produced.<//>`}
