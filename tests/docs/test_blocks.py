@@ -70,7 +70,7 @@ CHECKED = [block for block in every_block() if not _is_figure(block) and not _is
 
 @pytest.mark.parametrize("block", CHECKED, ids=str)
 def test_a_block_says_what_there_is(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("INGEST_PASSWORD", "INGEST_TOKEN", "BILLING_AUTH", "CONSOLE_PASSWORD"):
+    for name in ("INGEST_PASSWORD", "INGEST_TOKEN", "CONSOLE_PASSWORD", "BILLING_AUTH"):
         monkeypatch.setenv(name, "secret")
     check(block)
 
