@@ -131,7 +131,7 @@ def _foreign(request: Request) -> str | None:
     if request.client is None or not is_loopback(request.client.host):
         return "The client is not at a loopback address."
     # nginx speaks HTTP/1.0 unless it is told otherwise, and browsers do not. It adds no header by itself.
-    if request.scope["http_version"] == "1.0" or any(name in request.headers for name in _FORWARDED):
+    if request.scope.get("http_version") == "1.0" or any(name in request.headers for name in _FORWARDED):
         return "The request came through a proxy."
     hosts = request.headers.getlist("host")
     found = _host(hosts[0]) if len(hosts) == 1 else None

@@ -106,7 +106,7 @@ class Console:
                 check_action(request)
             elif _path_of(scope).startswith("/api/"):
                 check_reading(request)
-            if _path_of(scope) == "" and scope["root_path"]:
+            if _path_of(scope) == "" and scope.get("root_path"):
                 response = _redirect(scope)
                 await response(scope, receive, send_with_headers)
                 return

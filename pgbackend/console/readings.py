@@ -36,7 +36,7 @@ _READERS = 2
 _COUNTING = 15.0
 """Seconds for counting the events of a long log, as a preview does: a million takes 0.1 s."""
 _STATEMENT_TIMEOUT = "2500ms"
-_AT_ONCE, _SOON, _LATER = 0.5, 2.0, 10.0
+_AT_ONCE, _SOON, _LATER = 0.5, 2.0, 15.0
 """Seconds for which answers are shared: of the log's end, of the present, and of the past."""
 _KEPT = 64
 """The most answers that are kept for others."""
@@ -131,7 +131,7 @@ class Readings:
         return await self._share("overview", self._read_overview, age=_SOON)
 
     async def history(self, subscription: str | None) -> History:
-        """The last hour; at most 10 s old. `subscription`: with what it owes.
+        """The last hour; at most 15 s old. `subscription`: with what it owes.
 
         Raises SubscriptionNotFoundError.
         """

@@ -4,23 +4,24 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pgbackend.delivery.history import step_columns
+from pgbackend.delivery.history import to_entry
 from pgbackend.delivery.outcomes import Buried, Finished, LetterDelivered, LetterFailed, Outcome, Scheduled, Skipped
 from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.model import Failure
 
 
-def commit_inputs(marks: Mapping[Shard, Mark], *, now: float) -> tuple[str, str, str, str, str, str, str]:
+def commit_inputs(marks: Mapping[Shard, Mark], *, clock: float) -> tuple[str, str, str, str, str, str, str]:
     """The marks, then the outcomes: scheduled, finished, buried, letters delivered, letters failed, skipped.
 
-    Each is a JSON array of rows with the names that the statement gives to its columns. `now`: in monotonic seconds.
+    Each is a JSON array of rows with the names that the statement gives to its columns. `clock`: as in
+    `to_entry()`.
     """
     kinds: dict[type[Outcome], list[dict[str, Any]]] = {
         kind: [] for kind in (Scheduled, Finished, Buried, LetterDelivered, LetterFailed, Skipped)
     }
     for shard, mark in marks.items():
         for outcome in mark.outcomes.values():
-            kinds[type(outcome)].append({"epoch": shard.lease.epoch, **_columns(outcome, now)})
+            kinds[type(outcome)].append({"epoch": shard.lease.epoch, **_columns(outcome, clock)})
     rows = [[_offset(shard, mark) for shard, mark in marks.items()], *kinds.values()]
     offsets, scheduled, finished, buried, delivered, failed, skipped = (json.dumps(kind, default=str) for kind in rows)
     return offsets, scheduled, finished, buried, delivered, failed, skipped
@@ -42,7 +43,7 @@ def _offset(shard: Shard, mark: Mark) -> dict[str, Any]:
     }
 
 
-def _columns(outcome: Outcome, now: float) -> dict[str, Any]:
+def _columns(outcome: Outcome, clock: float) -> dict[str, Any]:
     columns = _fields(outcome)
     match outcome:
         case Scheduled(failure=Failure() as failure):
@@ -50,7 +51,7 @@ def _columns(outcome: Outcome, now: float) -> dict[str, Any]:
         case Buried(position=position, failure=failure):
             columns = {"position": position, **_fields(failure)}
     if isinstance(outcome, Scheduled | Buried | LetterFailed):
-        columns["steps"] = [step_columns(step, now=now) for step in outcome.steps]
+        columns["history"] = [to_entry(step, clock=clock) for step in outcome.steps]
     return columns
 
 

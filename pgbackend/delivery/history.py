@@ -38,14 +38,15 @@ def joined(earlier: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...]:
     return (*earlier, *later)[-KEPT:]
 
 
-def step_columns(step: Step, *, now: float) -> dict[str, Any]:
-    """The step as JSON for the log's function `history_of`. `now`: in monotonic seconds."""
-    columns: dict[str, Any] = {"id": step.id, "what": step.what, "age": max(now - step.at, 0.0)}
+def to_entry(step: Step, *, clock: float) -> dict[str, Any]:
+    """The step as it is stored. `clock`: the server's time when the monotonic clock was 0, in seconds since 1970."""
+    at = datetime.fromtimestamp(clock + step.at, UTC)
+    entry: dict[str, Any] = {"at": at.isoformat(), "what": step.what, "id": step.id}
     if step.attempt is not None:
-        columns["attempt"] = step.attempt
+        entry["attempt"] = step.attempt
     if step.error is not None:
-        columns["error"] = step.error[:_ERROR_CHARACTERS]
-    return columns
+        entry["error"] = step.error[:_ERROR_CHARACTERS]
+    return entry
 
 
 def parse_history(text: str) -> tuple[HistoryEntry, ...]:

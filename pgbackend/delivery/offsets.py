@@ -12,7 +12,7 @@ from uuid import UUID
 
 from pgbackend import facts
 from pgbackend.delivery.commit_inputs import commit_inputs
-from pgbackend.delivery.outcomes import without_texts
+from pgbackend.delivery.outcomes import has_history, without_texts
 from pgbackend.delivery.shard import Mark, Shard
 from pgbackend.errors import ConnectionLostError, DatabaseError, SchemaError
 from pgbackend.log.log import Log
@@ -25,6 +25,8 @@ from pgbackend.postgres.sql.statements import OffsetsSql
 
 _SHOWN_RANGES = 20
 """How many skipped ranges a log line names at most."""
+_CLOCK_EXPIRES = 60.0
+"""Seconds in which the server's clock and this process's run alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,10 @@ class Offsets:
         self._log = log
         self._sql = load(OffsetsSql, "offsets", schema=schema)
         self._worker = worker
+        self._clock = 0.0
+        """The last result of `_read_clock()`."""
+        self._clock_expires = 0.0
+        """When it is read again, in monotonic seconds."""
 
     @property
     def database(self) -> Database:
@@ -173,8 +179,12 @@ class Offsets:
         self, run: _Pass, marks: Mapping[Shard, Mark], connection: Connection | None = None
     ) -> list[Shard]:
         """Commit marks with all their outcomes; the shards whose leases are lost."""
-        rows = await (connection or self._log.database).fetch(
-            self._sql.commit_by_key, self._worker, self._log.incarnation.id, *commit_inputs(marks, now=monotonic())
+        way = connection or self._log.database
+        # An outcome that has no steps, such as that an ordered event was handled, needs no clock.
+        has_steps = any(has_history(outcome) for mark in marks.values() for outcome in mark.outcomes.values())
+        clock = await self._read_clock(way) if has_steps else 0.0
+        rows = await way.fetch(
+            self._sql.commit_by_key, self._worker, self._log.incarnation.id, *commit_inputs(marks, clock=clock)
         )
         names = {shard.lease.epoch: shard.lease.subscription for shard in marks}
         # All rows of a subscription name the same ranges.
@@ -185,6 +195,16 @@ class Offsets:
         return run.confirm(
             {shard: mark.without(gone.get(shard.lease.epoch, ())) for shard, mark in marks.items()}, rows
         )
+
+    async def _read_clock(self, way: Database | Connection) -> float:
+        """The server's time when the monotonic clock was 0, in seconds since 1970."""
+        if monotonic() > self._clock_expires:
+            asked = monotonic()
+            (row,) = await way.fetch(self._sql.read_clock)
+            answered = monotonic()
+            self._clock = float(row["seconds"]) - (asked + answered) / 2
+            self._clock_expires = answered + _CLOCK_EXPIRES
+        return self._clock
 
     async def _commit_apart(self, run: _Pass) -> None:
         """Commit each shard by itself. Raises the first refusal, after all have had their turn."""

@@ -94,6 +94,11 @@ def outcome_key(outcome: Outcome) -> OutcomeKey:
     return ("event", outcome.position)
 
 
+def has_history(outcome: Outcome) -> bool:
+    """Whether it has steps to append to the event's history."""
+    return isinstance(outcome, Scheduled | Buried | LetterFailed) and bool(outcome.steps)
+
+
 def following(earlier: Outcome | None, outcome: Outcome) -> Outcome:
     """The outcome that replaces an earlier one of its event, which may not be committed, with the steps of both."""
     if isinstance(earlier, Scheduled | Buried | LetterFailed) and earlier.steps:

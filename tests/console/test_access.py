@@ -1,7 +1,6 @@
 """The console is open to those who may look, and to no page of another origin."""
 
 from base64 import b64encode
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,6 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-
-
-@pytest.fixture
-def idle() -> Backend:
-    """A backend that is not initialized: its console has files, and answers 503 where a request may read or act."""
-    return Backend("postgresql://nobody@localhost/nowhere")
-
-
-@pytest.fixture
-async def gate(idle: Backend) -> AsyncIterator[Client]:
-    """A client of its console, open to this machine."""
-    async with served(app(idle)) as client:
-        yield client
 
 
 class TestWithoutCredentials:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pgbackend import Backend, DeadLetter, Event, HistoryEntry, Retry
-from pgbackend.delivery.history import Step, joined, step_columns
+from pgbackend.delivery.history import Step, joined, to_entry
 from pgbackend.model import Order
 from tests.support.backends import dead_letters, failed, produce, running, settled
 from tests.support.polling import eventually
@@ -203,13 +203,14 @@ async def test_nothing_is_left_of_an_event_that_is_handled_in_the_end(database: 
     assert attempts == [1, 2]
 
 
-def test_a_step_says_how_long_ago_it_was_and_nothing_that_it_has_not() -> None:
+def test_an_entry_has_the_servers_time_the_beginning_of_the_error_and_nothing_that_the_step_has_not() -> None:
     step = Step(what="failed", attempt=3, error="x" * 501, at=10.0, id="0a1b2c3d")
-    assert step_columns(step, now=12.5) == {
-        "id": "0a1b2c3d", "what": "failed", "age": 2.5, "attempt": 3, "error": "x" * 500,
+    at = "1970-01-01T00:01:40+00:00"
+    assert to_entry(step, clock=90.0) == {
+        "at": at, "what": "failed", "id": "0a1b2c3d", "attempt": 3, "error": "x" * 500,
     }  # fmt: skip
-    assert step_columns(Step(what="buried", at=10.0, id="0a1b2c3d"), now=9.0) == {
-        "id": "0a1b2c3d", "what": "buried", "age": 0.0,
+    assert to_entry(Step(what="buried", at=10.0, id="0a1b2c3d"), clock=90.0) == {
+        "at": at, "what": "buried", "id": "0a1b2c3d",
     }  # fmt: skip
 
 

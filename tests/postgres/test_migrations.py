@@ -432,7 +432,6 @@ async def test_a_superuser_who_migrates_leaves_no_function_that_others_may_call(
         "forget_keys_of": False,
         "forget_letters": True,
         "forget_removed": True,
-        "history_of": False,
         "join_history": False,
         "key_hash": False,
         "key_hashes": True,
@@ -452,7 +451,7 @@ async def test_a_superuser_who_migrates_leaves_no_function_that_others_may_call(
     }
     assert all(row["is_owners"] for row in rows)
     # These see nothing but their arguments, and depend on no search_path.
-    public = {"check_event", "history_of", "join_history", "key_hash"}
+    public = {"check_event", "join_history", "key_hash"}
     assert {row["name"] for row in rows if row["is_public"]} == public
     assert all(row["has_search_path"] != row["is_public"] for row in rows)
 

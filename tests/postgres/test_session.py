@@ -120,7 +120,7 @@ async def test_behind_a_pooler_settings_of_the_database_change_nothing(
 
 @pytest.mark.direct
 async def test_the_connection_of_the_leases_survives_an_idle_timeout(database: str) -> None:
-    await set_for(database, {"idle_session_timeout": "100ms"})
+    await set_for(database, {"idle_session_timeout": "500ms"})
     observer = await asyncpg.connect(database, server_settings={"idle_session_timeout": "0"})
     with Recorder() as recorder:
         async with Backend(database, lease_timeout=3.0) as backend:

@@ -12,7 +12,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "broker.md").read_text(encoding="ut
 
 
 def test_the_configuration_in_the_documentation_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("INGEST_PASSWORD", "INGEST_TOKEN", "BILLING_AUTH"):
+    for name in ("INGEST_PASSWORD", "INGEST_TOKEN", "CONSOLE_PASSWORD", "BILLING_AUTH"):
         monkeypatch.setenv(name, "secret")
     shown, filters = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     billing = load(shown, origin="docs/broker.md").triggers["billing"]

@@ -63,11 +63,12 @@ async def test_after_none_to_ordered_a_failed_event_keeps_its_attempts_and_block
 ) -> None:
     flaky = Flaky("bad")
     async with running(database) as backend:
-        await backend.subscribe("s", flaky, retry=Retry(delay=LATER))
+        await backend.subscribe("s", flaky, retry=FAR)
         await produce(backend, "bad", "good", key="k")
         await failed(backend)
         await alter(backend, order=order)
         await produce(backend, "behind", key="k")
+        await backend.retry_now("s")
         await settled(backend)
         assert (await backend.status()).subscriptions[0].order == order
 
@@ -82,7 +83,7 @@ async def test_after_ordered_to_none_a_failed_event_keeps_its_attempts_and_block
     """The failed event may be above the offset, with the others behind it."""
     flaky = Flaky("bad")
     async with running(database) as backend:
-        await backend.subscribe("s", flaky, order=order, shards=shards, retry=Retry(delay=LATER))
+        await backend.subscribe("s", flaky, order=order, shards=shards, retry=FAR)
         await produce(backend, "bad", "a", "b", key="k")
         await produce(backend, "other", key="j")
         await failed(backend)
@@ -93,6 +94,7 @@ async def test_after_ordered_to_none_a_failed_event_keeps_its_attempts_and_block
 
         await eventually("the events behind the failed one are handled", has_overtaken, interval=0.005)
         assert "bad" not in flaky.handled
+        await backend.retry_now("s")
         await settled(backend)
 
     assert sorted(flaky.handled) == ["a", "b", "bad", "other"]
@@ -143,7 +145,7 @@ async def test_an_event_on_its_way_to_the_dead_letter_dispatcher_stays_on_it(dat
         raise Reject("no")
 
     async with running(database) as backend:
-        await backend.subscribe("s", refuse, retry=Retry(attempts=2, delay=LATER), dead_letter=dead)
+        await backend.subscribe("s", refuse, retry=Retry(attempts=2, delay=60.0), dead_letter=dead)
         await produce(backend, "a", key="k")
 
         async def was_tried() -> bool:
@@ -152,6 +154,7 @@ async def test_an_event_on_its_way_to_the_dead_letter_dispatcher_stays_on_it(dat
         await eventually("the dead-letter dispatcher has failed", was_tried)
         await failed(backend)
         await alter(backend, order="key")
+        await backend.retry_now("s")
         await settled(backend)
 
     assert got == [("a", 1), ("a", 2)]

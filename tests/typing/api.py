@@ -15,6 +15,7 @@ from pgbackend import (
     DeadLetter,
     Event,
     EventProducer,
+    HistoryEntry,
     Info,
     Interface,
     ProbeError,
@@ -84,6 +85,8 @@ async def operating(backend: Backend) -> None:
     count = await backend.redeliver(subscription="billing")
     async for waiting in backend.waiting("billing"):
         failed: WaitingEvent = waiting
+        entry: HistoryEntry = failed.history[0]
+        assert entry.attempt == 1
         count = await backend.retry_now("billing", position=failed.position)
         await backend.skip("billing", failed.position)
         redaction: Redaction = await backend.redact(failed.position)

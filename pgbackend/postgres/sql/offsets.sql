@@ -41,7 +41,7 @@ marks AS (
 retries AS (
     SELECT *
     FROM jsonb_to_recordset($4::text::jsonb) AS retry (
-        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid, steps jsonb
+        epoch bigint, position bigint, attempt int, delay float8, error text, failure jsonb, started_by uuid, history jsonb
     )
 ),
 finished AS (
@@ -51,7 +51,7 @@ finished AS (
 given_up AS (
     SELECT *
     FROM jsonb_to_recordset($6::text::jsonb) AS dead (
-        epoch bigint, position bigint, attempts int, error text, details jsonb, steps jsonb
+        epoch bigint, position bigint, attempts int, error text, details jsonb, history jsonb
     )
 ),
 letters_delivered AS (
@@ -61,7 +61,7 @@ letters_delivered AS (
 letters_failed AS (
     SELECT *
     FROM jsonb_to_recordset($8::text::jsonb) AS failed (
-        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid, steps jsonb
+        epoch bigint, letter bigint, attempt int, delay float8, error text, details jsonb, started_by uuid, history jsonb
     )
 ),
 gaps AS (
@@ -100,7 +100,7 @@ scheduled AS (
         (subscription, position, key_hash, attempt, due_at, last_error, failure, started_by, history)
     SELECT due.subscription, due.position, {key_hash}, due.attempt,
         clock_timestamp() + make_interval(secs => due.delay), due.error, due.failure::json, due.started_by,
-        {schema}.history_of(due.steps)
+        due.history
     FROM to_schedule AS due
     JOIN {schema}.stored_events AS event ON event.position = due.position
     ON CONFLICT (subscription, position) DO UPDATE
@@ -145,7 +145,7 @@ buried AS MATERIALIZED (
                         WHERE waiting.subscription = dead.subscription
                             AND waiting.position = dead.position
                     ),
-                    {schema}.history_of(dead.steps)
+                    dead.history
                 )
             )
         )
@@ -169,7 +169,7 @@ failed_letters AS (
         details = failed.details::json,
         due_at = clock_timestamp() + make_interval(secs => failed.delay),
         started_by = failed.started_by,
-        history = {schema}.join_history(letter.history, {schema}.history_of(failed.steps)),
+        history = {schema}.join_history(letter.history, failed.history),
         lives = CASE WHEN failed.started_by IS NULL THEN 0 ELSE letter.lives END
     FROM letters_failed AS failed
     JOIN fenced USING (epoch)
@@ -227,6 +227,10 @@ SELECT
         WHERE skipped.subscription = fenced.subscription
     ) AS skipped
 FROM fenced;
+
+-- name: read_clock
+-- In seconds since 1970. As text, because a dispatcher may have set a codec on the connection of its transaction.
+SELECT extract(epoch FROM clock_timestamp())::text AS seconds;
 
 -- name: bound_transactions
 -- For transactions in which dispatchers work. Their appends in plain SQL are checked, as any others are.

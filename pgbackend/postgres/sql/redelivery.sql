@@ -157,8 +157,9 @@ SET due_at = clock_timestamp(),
     attempt = 0,
     started_by = NULL,
     lives = 0,
-    history = {schema}.join_history(
-        history, jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'what', 'redelivered'))
+    history = jsonb_path_query_array(
+        history || jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'what', 'redelivered')),
+        '$[last-19 to last]'
     )
 WHERE ($1::bigint[] IS NULL OR letter_id = ANY ($1))
     AND ($2::text IS NULL OR subscription = $2)

@@ -63,6 +63,7 @@ class RequirementsSql:
 class OffsetsSql:
     commit_offsets: str
     commit_by_key: str
+    read_clock: str
     bound_transactions: str
 
 
