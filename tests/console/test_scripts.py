@@ -116,7 +116,8 @@ def page(first: int, last: int, *, head: int, more: bool, read_down_to: int | No
 
 
 def held(*pages: dict[str, object]) -> Any:
-    return run("tail.js", "given.reduce(m.withNewer, m.EMPTY)", pages)
+    """The tail after these answers, each to a request as the page makes it."""
+    return run("tail.js", "given.reduce((tail, page) => m.withNewer(tail, page, m.after(tail)), m.EMPTY)", pages)
 
 
 def positions(tail: Any) -> list[int]:
@@ -150,6 +151,23 @@ def test_a_tail_counts_and_marks_events_that_it_did_not_get() -> None:
     assert tail["rows"][200] == {"position": "1001", "missed": "990"}
 
 
+def test_events_of_a_transaction_that_was_open_are_counted_too() -> None:
+    # The head moves when positions are drawn, and the events appear when the transaction commits.
+    drawn = {"events": [], "head": "1210", "more": False, "read_down_to": "1"}
+    tail = held(page(1, 10, head=10, more=False), drawn, page(1011, 1210, head=1210, more=True))
+    assert tail["missed"] == "1000"
+    assert tail["rows"][200] == {"position": "1011", "missed": "1000"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "overlap", "asked"),
+    [([10], 0, "0"), ([5000], 0, "4936"), ([5000], 1000, "4000"), ([4500, 5000], 0, "4500"), ([100, 5000], 0, "3000")],
+)
+def test_a_request_looks_back_at_what_may_have_been_committed_late(heads: list[int], overlap: int, asked: str) -> None:
+    tail = {"start": "1", "heads": [str(head) for head in heads]}
+    assert run("tail.js", "m.after(given.tail, BigInt(given.overlap))", {"tail": tail, "overlap": overlap}) == asked
+
+
 def test_a_tail_keeps_500_rows_and_knows_where_older_ones_begin() -> None:
     pages = [page(200 * part + 1, 200 * part + 200, head=200 * part + 200, more=False) for part in range(4)]
     tail = held(*pages)
@@ -159,6 +177,6 @@ def test_a_tail_keeps_500_rows_and_knows_where_older_ones_begin() -> None:
 
 def test_older_pages_follow_without_a_gap() -> None:
     pages = [page(5, 10, head=10, more=True), page(4, 4, head=10, more=False)]
-    found = run("tail.js", "m.withOlder(m.withNewer(m.EMPTY, given[0]), given[1])", pages)
+    found = run("tail.js", "m.withOlder(m.withNewer(m.EMPTY, given[0], null), given[1])", pages)
     assert positions(found) == [10, 9, 8, 7, 6, 5, 4]
     assert (found["downTo"], found["more"], found["paged"]) == ("4", False, True)

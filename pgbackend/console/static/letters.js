@@ -52,7 +52,7 @@ const ofGroup = (one, done) => [{group: one.name, subscription: one.subscription
 
 const groupColumns = (actions, done) => [
   {id: "error", label: "Error", head: true, value: one => one.error, style: "stretch", cell: one => html`
-    <a class="line light" href=${`#/dead-letters/${encodeURIComponent(one.name)}`} title=${brief(one.error, 600)}><${Text} value=${one.error.slice(0, 400)}/></a>`},
+    <a class="two-lines light" href=${`#/dead-letters/${encodeURIComponent(one.name)}`} title=${brief(one.error, 600)}><${Text} value=${one.error.slice(0, 400)}/></a>`},
   {id: "subscription", label: "Subscription", width: "18%", value: one => one.subscription, cell: one => html`<${Line} value=${one.subscription}/>`},
   {id: "letters", label: "Letters", number: true, most: true, width: "6.5rem", value: one => one.letters, cell: one => count(one.letters)},
   {id: "due", label: "Due again", number: true, most: true, width: "7rem", value: one => one.due, cell: one => html`<${Figure} value=${one.due} text=${count(one.due)}/>`},
@@ -127,7 +127,7 @@ const letterColumns = ({actions, selected, toggle, letters, setSelected, done}) 
       onChange=${event => setSelected(new Set(event.target.checked ? letters.map(one => one.id) : []))}/>`,
     cell: one => html`<input type="checkbox" aria-label=${`Select dead letter ${one.id}`} checked=${selected.has(one.id)} onChange=${() => toggle(one.id)}/>`},
   {id: "id", label: "Letter", head: true, number: true, width: "6rem", cell: one => html`<span class="mono">${one.id}</span>`},
-  {id: "event", label: "Event", width: "26%", cell: one => html`
+  {id: "event", label: "Event", width: "26%", style: "stretch", cell: one => html`
     <span class="stack"><${Line} value=${one.type}/><span class="note"><${Line} value=${`${one.event_id} · ${one.source}`}/></span></span>`},
   {id: "position", label: "Position", number: true, width: "8rem", cell: one => one.position === null ? html`<span class="faint">unknown</span>`
     : html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},

@@ -9,12 +9,13 @@ import {after, EMPTY, OVERLAP, withNewer, withOlder} from "./tail.js";
 const FILTERS = [["type", "Type"], ["source", "Source"], ["subject", "Subject"], ["id", "ID"]];
 const PAGE = 100;
 const LIVE = 200; // rows of one request a second
-const NEAR = 64; // positions that each request looks back; every fifth one looks back as far as OVERLAP
+const FIFTH = 5; // each fifth request looks back as far as OVERLAP
 
 export function Events({params}) {
   const [fields, setFields] = useState(() => Object.fromEntries([...FILTERS.map(([id]) => id), "search"].map(id => [id, params.get(id) ?? ""])));
   const filters = useSettled(fields);
   const key = JSON.stringify(filters);
+  const [folded, setFolded] = useState(true); // on a phone, the filters hide what they filter
   const [paused, setPaused] = useState(false);
   const [held, setHeld] = useState({...EMPTY, key});
   const [problem, setProblem] = useState(null);
@@ -31,10 +32,9 @@ export function Events({params}) {
 
   const poll = usePoll(async signal => {
     const before = current.current.key === key ? current.current : {...EMPTY, key};
-    const overlap = turns.current++ % 5 === 0 ? OVERLAP : NEAR;
-    const first = before.head === null;
-    const answer = await get("events", {params: {...filters, limit: first ? PAGE : LIVE, after: after(before, overlap)}, signal});
-    if (!signal.aborted) keep(withNewer(before, answer));
+    const asked = after(before, turns.current++ % FIFTH === 0 ? OVERLAP : 0n);
+    const answer = await get("events", {params: {...filters, limit: asked === null ? PAGE : LIVE, after: asked}, signal});
+    if (!signal.aborted) keep(withNewer(before, answer, asked));
     return true;
   }, {every: paused ? null : 1_000, key});
 
@@ -52,7 +52,7 @@ export function Events({params}) {
     }
   };
   useShortcut(toggle);
-  if (!poll.data && poll.error && view.head === null) return html`<${Failure} error=${poll.error}/>`;
+  if (!poll.data && poll.error && view.start === null) return html`<${Failure} error=${poll.error}/>`;
   const set = id => event => setFields({...fields, [id]: event.target.value});
   const filtered = Object.values(filters).some(Boolean);
   return html`
@@ -64,7 +64,8 @@ export function Events({params}) {
       </div>
     </div>
     <${Stale} poll=${poll}/>
-    <form class="filters card" role="search" aria-label="Filter events" onSubmit=${event => event.preventDefault()}>
+    <form class=${`filters card ${folded && !filtered ? "folded" : ""}`} role="search" aria-label="Filter events" onSubmit=${event => event.preventDefault()}>
+      ${folded && !filtered && html`<button type="button" class="unfold" onClick=${() => setFolded(false)}>Filter…</button>`}
       ${FILTERS.map(([id, label]) => html`
         <label key=${id}>${label}<input type="search" autocomplete="off" spellcheck=${false} value=${fields[id]} onInput=${set(id)}/></label>`)}
       <label class="wide">Contains<input type="search" autocomplete="off" spellcheck=${false} value=${fields.search} onInput=${set("search")}/></label>
@@ -72,9 +73,9 @@ export function Events({params}) {
     </form>
     <section class="card" aria-label="Events">
       ${view.missed > 0n && html`
-        <p class="notice warn" role="note"><strong>${count(String(view.missed))} events are not shown.</strong> More arrive than this page takes: at most ${count(LIVE)} a second. Filters make it fewer.</p>`}
+        <p class="notice warn" role="note"><strong>${filtered ? "Up to " : ""}${count(String(view.missed))} events are not shown.</strong> More arrive than this page takes: at most ${count(LIVE)} a second. Filters make it fewer.</p>`}
       ${view.paged && html`<p class="empty">These are older ones. New events are not shown before you go back to live.</p>`}
-      ${view.head === null ? html`<${Loading}/>`
+      ${view.start === null ? html`<${Loading}/>`
         : view.rows.length > 0 ? html`<${Table} caption="Events, newest first" columns=${COLUMNS} rows=${view.rows} rowKey=${row => `${row.position}${row.missed ? " missed" : ""}`}/>`
         : filtered ? html`<${Empty}>No event matches${view.more ? ` among those behind position ${view.downTo}` : ""}. New ones appear here by themselves.<//>`
         : html`<${Empty}>The log is empty. Events appear here as they are produced.<//>`}
@@ -90,8 +91,8 @@ const COLUMNS = [
   {id: "position", label: "Position", head: true, number: true, width: "8rem", cell: row => row.missed === undefined
     ? html`<a class="mono" href=${`#/events/${row.position}`}>${row.position}</a>` : html`<span class="gap">${count(row.missed)} events not shown</span>`},
   {id: "time", label: "Recorded", width: "7.5rem", cell: isEvent(row => html`<${Time} at=${row.recorded_at}/>`)},
-  {id: "type", label: "Type", width: "17%", cell: isEvent(row => html`<${Line} value=${row.type}/>`)},
-  {id: "source", label: "Source", width: "15%", cell: isEvent(row => html`<${Line} value=${row.source}/>`)},
+  {id: "type", label: "Type", width: "17%", style: "stretch", cell: isEvent(row => html`<${Line} value=${row.type}/>`)},
+  {id: "source", label: "Source", width: "15%", style: "stretch", cell: isEvent(row => html`<${Line} value=${row.source}/>`)},
   {id: "subject", label: "Subject", width: "10%", cell: isEvent(row => row.subject && html`<${Line} value=${row.subject}/>`)},
   {id: "id", label: "ID", width: "12%", cell: isEvent(row => html`<${Line} value=${row.id}/>`)},
   {id: "data", label: "Data", style: "stretch", cell: isEvent(row => row.size === "0" || row.preview === null

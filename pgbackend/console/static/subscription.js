@@ -57,7 +57,7 @@ const Paused = ({paused}) => html`
 const Figures = ({subscription: one}) => html`
   <dl class="tiles">
     <div class="tile"><dt>Lag</dt><dd>${count(one.lag)}</dd><dd class="note">${one.lag_seconds === null ? "events" : `${duration(one.lag_seconds)} behind`}</dd></div>
-    <div class="tile"><dt>In flight</dt><dd>${count(one.in_flight)}</dd><dd class="note">at the last commit</dd></div>
+    <div class="tile"><dt>In flight</dt><dd>${count(one.in_flight)}</dd><dd class="note">being handled</dd></div>
     <div class="tile"><dt>Waiting</dt><dd class=${one.redeliveries > 0 ? "warn-text" : ""}>${count(one.redeliveries)}</dd><dd class="note">to be tried again</dd></div>
     <div class="tile"><dt>Dead letters</dt><dd class=${one.dead_letters > 0 ? "bad-text" : ""}>${count(one.dead_letters)}</dd>
       <dd class="note">${one.dead_letters > 0 ? html`<a href=${`#/dead-letters?subscription=${encodeURIComponent(one.name)}`}>show them</a>` : "events given up"}</dd></div>
@@ -99,7 +99,7 @@ const Shards = ({shards}) => html`
 function Waiting({subscription, waiting, total, actions, done}) {
   const columns = [
     {id: "position", label: "Position", head: true, number: true, width: "8rem", cell: one => html`<a class="mono" href=${`#/events/${one.position}`}>${one.position}</a>`},
-    {id: "event", label: "Event", width: "24%", cell: one => one.type === null ? html`<span class="faint">gone from the log</span>` : html`
+    {id: "event", label: "Event", width: "24%", style: "stretch", cell: one => one.type === null ? html`<span class="faint">gone from the log</span>` : html`
       <span class="stack"><${Line} value=${one.type}/><span class="note"><${Line} value=${`${one.id} · ${one.source}`}/></span></span>`},
     {id: "attempts", label: "Attempts", number: true, width: "6rem", cell: one => count(one.attempts)},
     {id: "due", label: "Due", width: "12rem", cell: one => html`<span class="stack"><${Time} at=${one.due_at}/>${one.given_up && html`<span class="note">to the dead-letter target</span>`}</span>`},

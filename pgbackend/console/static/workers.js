@@ -11,7 +11,7 @@ const SHOWN = 5;
 const COLUMNS = [
   {id: "name", label: "Worker", head: true, width: "22rem", value: one => one.name, cell: one => html`<span class="stack"><${Line} value=${one.name}/><span class="note mono">${one.id}</span></span>`},
   {id: "alive", label: "State", width: "6rem", value: one => one.is_alive, cell: one => html`<${State} value=${one.is_alive ? "alive" : "gone"}/>`},
-  {id: "heartbeat", label: "Last heartbeat", number: true, most: true, width: "9rem", value: one => one.heartbeat_seconds, cell: one => html`
+  {id: "heartbeat", label: "Heartbeat", number: true, most: true, width: "9rem", value: one => one.heartbeat_seconds, cell: one => html`
     <span class=${one.is_alive ? "" : "bad-text"}>${duration(one.heartbeat_seconds)} ago</span>`},
   {id: "lease", label: "Lease", number: true, width: "6rem", value: one => one.lease_seconds, cell: one => duration(one.lease_seconds)},
   {id: "started", label: "Started", width: "10rem", value: one => one.started_at, cell: one => html`<${Time} at=${one.started_at}/>`},
