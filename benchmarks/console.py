@@ -241,7 +241,7 @@ async def measure(options: argparse.Namespace) -> dict[str, list[Figures]]:
                 opened = await browser.ask(VIEWS[view])
                 assert set(opened["visible"]) <= {"visible"}, opened
                 await asyncio.sleep(SETTLE)
-                await target.ask("begin")
+                await keeps_up(target)
                 cost = Cost(postmaster, [Process(serve.process)])
                 before, began = (await browser.ask(None))["requests"], time.monotonic()
                 await asyncio.sleep(options.seconds)
@@ -259,6 +259,17 @@ async def measure(options: argparse.Namespace) -> dict[str, list[Figures]]:
                 found[view].append(figures)
                 print(f"{number + 1:5}  {view:9}  {_line(figures)}", flush=True)
     return found
+
+
+async def keeps_up(target: Child) -> None:
+    """Return once events arrive within a second. Raises PgBackendError when they do not for a minute."""
+    took: list[float] = []
+    for _ in range(60):
+        took = await target.ask("so far")
+        if took and statistics.median(took) < 1000:
+            return
+        await asyncio.sleep(1)
+    raise PgBackendError(f"The machine is too busy: {len(took)} events arrived in the last second, and late.")
 
 
 def _triggers(port: int) -> dict[str, Any]:
