@@ -8,7 +8,6 @@ import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +21,7 @@ from pgbackend.embedded.server import EmbeddedServer
 from pgbackend.postgres import connections, schema
 from pgbackend.postgres.grants import grants
 from pgbackend.postgres.pool import Database
-from tests.support.databases import Sql, connected
+from tests.support.databases import Sql, connected, dsn_of, new_database
 from tests.support.memory import memory
 from tests.support.pooler import PGBOUNCER, Pooler
 from tests.support.programs import VERSIONS, programs
@@ -193,9 +192,9 @@ def template(server: str, role: str | None) -> Iterator[str]:
     async def migrated() -> None:
         async with connected(server) as connection:
             await connection.execute(f'create database "{name}"')
-        await schema.migrate(lambda: asyncpg.connect(_dsn(server, name)), "pgbackend")
+        await schema.migrate(lambda: asyncpg.connect(dsn_of(server, name)), "pgbackend")
         if role is not None:
-            async with connected(_dsn(server, name)) as connection:
+            async with connected(dsn_of(server, name)) as connection:
                 await connection.execute(f"create role {role} login password '{role}'")
                 await connection.execute(
                     grants("pgbackend", producers=[role], consumers=[role], readers=[role], operators=[role])
@@ -218,7 +217,7 @@ async def database(
     request: pytest.FixtureRequest, server: str, template: str, role: str | None, way: Callable[[str], str]
 ) -> AsyncIterator[str]:
     """DSN of a migrated, empty log in a database of the test's own."""
-    async with _new_database(server, template=template) as dsn:
+    async with new_database(server, template=template) as dsn:
         if role is None or request.node.get_closest_marker("owner"):
             yield way(dsn)
         else:
@@ -229,7 +228,7 @@ async def database(
 @pytest.fixture
 async def empty_database(server: str, way: Callable[[str], str]) -> AsyncIterator[str]:
     """DSN of a database without a log."""
-    async with _new_database(server, template="template1") as dsn:
+    async with new_database(server, template="template1") as dsn:
         yield way(dsn)
 
 
@@ -247,24 +246,6 @@ async def backend(database: str) -> AsyncIterator[Backend]:
     await backend.init()
     yield backend
     await backend.stop()
-
-
-@asynccontextmanager
-async def _new_database(server: str, *, template: str) -> AsyncIterator[str]:
-    name = f"pgbackend_test_{uuid.uuid4().hex[:12]}"
-    async with connected(server) as connection:
-        # Copying files takes 13 ms of CPU time, the default of PostgreSQL 15 and newer, WAL_LOG, 28.
-        strategy = "strategy file_copy" if connection.get_server_version().major >= 15 else ""
-        await connection.execute(f'create database "{name}" template "{template}" {strategy}')
-    try:
-        yield _dsn(server, name)
-    finally:
-        async with connected(server) as connection:
-            await connection.execute(f'drop database if exists "{name}" with (force)')
-
-
-def _dsn(server: str, database: str) -> str:
-    return urlsplit(server)._replace(path=f"/{database}").geturl()
 
 
 _LEFT_BY_ASYNCPG = "ConnectionDoesNotExistError('connection was closed in the middle of operation')"

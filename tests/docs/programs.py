@@ -1,6 +1,7 @@
 """The pages whose Python and SQL run on a log, and the tables that they expect."""
 
 PROGRAMS = {
+    "docs/console.md": "",
     "docs/errors.md": "",
     "docs/operations.md": "",
     "docs/producing.md": "CREATE TABLE orders (id int PRIMARY KEY)",
