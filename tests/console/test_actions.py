@@ -7,6 +7,7 @@ import pytest
 
 from pgbackend import Backend, Event, Retry
 from pgbackend.console import app
+from pgbackend.facts import Recorder
 from tests.support.backends import dead_letters, failed, produce, running, settled, status_of
 from tests.support.console import PAGE, Client, served
 from tests.support.databases import Sql
@@ -34,6 +35,14 @@ class TestSubscriptions:
 
         await console.act("subscriptions/billing/resume", {})
         assert (await status_of(backend)).paused is None
+
+    async def test_the_log_says_what_was_done_and_from_where(self, console: Client) -> None:
+        with Recorder() as recorder:
+            await console.act("subscriptions/billing/skip", {"position": "7"})
+            assert (await console.post("subscriptions/billing/skip", {"position": "99"})).status == 404
+        (fact,) = recorder.all("console action")
+        assert (fact["request"], fact["client"]) == ("/api/subscriptions/billing/skip", "127.0.0.1")
+        assert fact["done"] == "Skipped the event at position 7: it is a dead letter now."
 
     async def test_the_next_overview_shows_what_was_done(self, console: Client) -> None:
         await console.get("overview")
