@@ -459,10 +459,11 @@ RATES = """
     {search}
     SELECT
         counted.minute,
+        counted.position,
         counted.events,
         counted.events / 60.0::float8 AS events_per_second
     FROM (
-        SELECT part.time AS minute, {count} AS events
+        SELECT part.time AS minute, part.upper AS position, {count} AS events
         FROM (
             SELECT
                 found.time,

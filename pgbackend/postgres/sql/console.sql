@@ -53,64 +53,39 @@ ORDER BY name, started_at;
 
 -- name: show_minutes
 -- The last 60 full minutes and the present one: the events that were recorded in each, and the position of the last
--- event that was recorded by its end. As in the view `rates`: by bisection over the primary key.
-WITH RECURSIVE unused AS MATERIALIZED (
+-- event that was recorded by its end.
+WITH past AS MATERIALIZED (
+    SELECT minute, position, events
+    FROM {schema}.rates
+),
+present AS MATERIALIZED (
+    SELECT
+        date_trunc('minute', statement_timestamp()) AS minute,
+        (SELECT max(past.position) FROM past) AS lower,
+        coalesce((SELECT event.position FROM {schema}.events AS event ORDER BY event.position DESC LIMIT 1), 0) AS upper
+),
+unused AS (
     SELECT coalesce(range_agg(int8range(last_position + 1, upper_bound)), '{}') AS positions
     FROM {schema}.segments
     WHERE last_position + 1 < upper_bound
-),
-edges AS MATERIALIZED (
-    SELECT date_trunc('minute', statement_timestamp()) - passed * interval '1 minute' AS time
-    FROM generate_series(0, 60) AS passed
-),
-bounds AS MATERIALIZED (
-    SELECT
-        coalesce((SELECT position - 1 FROM {schema}.events ORDER BY position LIMIT 1), 0) AS low,
-        coalesce((SELECT position FROM {schema}.events ORDER BY position DESC LIMIT 1), 0) AS high
-),
-search (time, low, high) AS (
-    SELECT edges.time, bounds.low, bounds.high
-    FROM edges
-    CROSS JOIN bounds
-    UNION ALL
-    SELECT
-        search.time,
-        CASE WHEN probe.recorded_at <= search.time THEN probe.position ELSE search.low END,
-        CASE WHEN probe.recorded_at <= search.time THEN search.high ELSE step.middle - 1 END
-    FROM search
-    CROSS JOIN LATERAL (SELECT search.low + (search.high - search.low + 1) / 2 AS middle) AS step
-    CROSS JOIN LATERAL (
-        SELECT event.position, event.recorded_at
-        FROM {schema}.events AS event
-        WHERE event.position >= step.middle
-        ORDER BY event.position
-        LIMIT 1
-    ) AS probe
-    WHERE search.low < search.high
-),
-part AS (
-    SELECT
-        search.time AS minute,
-        search.low AS lower,
-        lead(search.low, 1, bounds.high) OVER (ORDER BY search.time) AS upper,
-        lead(search.time, 1, statement_timestamp()) OVER (ORDER BY search.time) AS until
-    FROM search
-    CROSS JOIN bounds
-    WHERE search.low >= search.high
 )
+SELECT past.minute, past.position, 60.0::float8 AS seconds, past.events
+FROM past
+UNION ALL
 SELECT
-    part.minute,
-    part.upper AS position,
-    extract(epoch FROM part.until - part.minute)::float8 AS seconds,
+    present.minute,
+    greatest(present.lower, present.upper),
+    extract(epoch FROM statement_timestamp() - present.minute)::float8,
     (
-        SELECT greatest(0, part.upper - part.lower - coalesce(sum(upper(range) - lower(range)), 0))::bigint
+        SELECT greatest(0, present.upper - present.lower - coalesce(sum(upper(range) - lower(range)), 0))::bigint
         FROM unnest(
-            unused.positions * int8multirange(int8range(part.lower + 1, greatest(part.lower, part.upper) + 1))
+            unused.positions
+            * int8multirange(int8range(present.lower + 1, greatest(present.lower, present.upper) + 1))
         ) AS range
-    ) AS events
-FROM part
+    )
+FROM present
 CROSS JOIN unused
-ORDER BY part.minute;
+ORDER BY minute;
 
 -- name: show_backlogs
 -- How many positions subscription $1 owes now up to each of the positions $2; a null stands for the head of the log. By
