@@ -32,13 +32,13 @@ async def load(page: Page, route: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ROUTES)
-async def test_axe_finds_nothing_serious_on_a_page(
-    browser: Browser, shop: Shop, axe_script: str, scheme: str, name: str
+async def test_axe_finds_nothing_serious_on_any_page(
+    browser: Browser, shop: Shop, axe_script: str, scheme: str
 ) -> None:
     async with opened(browser, shop.url, color_scheme=scheme) as (page, _):
-        await load(page, ROUTES[name])
-        await axe.check(page, axe_script, only=SCHEMES[scheme])
+        for route in ROUTES:
+            await load(page, route)
+            await axe.check(page, axe_script, only=SCHEMES[scheme])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -47,9 +47,9 @@ async def test_axe_finds_nothing_serious_in_open_dialogs(
 ) -> None:
     async with opened(browser, shop.url, color_scheme=scheme) as (page, _):
         for route, openers in (
-            (ROUTES["subscription"], ("Pause…", "Retry all…", "Seek…", "Skip…")),
-            (ROUTES["paused subscription"], ("Resume…",)),
-            (ROUTES["dead letters of one subscription"], ("Redeliver all 5,850…", "Purge all 5,850…")),
+            ("#/subscriptions/shipping", ("Pause…", "Retry all…", "Seek…", "Skip…")),
+            ("#/subscriptions/crm-sync", ("Resume…",)),
+            ("#/dead-letters?subscription=shipping", ("Redeliver all 5,850…", "Purge all 5,850…")),
         ):
             await load(page, route)
             for opener in openers:
@@ -63,8 +63,8 @@ async def test_axe_finds_nothing_serious_in_open_dialogs(
 @pytest.mark.parametrize("scheme", SCHEMES)
 async def test_axe_finds_nothing_serious_on_a_phone(browser: Browser, shop: Shop, axe_script: str, scheme: str) -> None:
     async with opened(browser, shop.url, color_scheme=scheme, viewport=PHONE, has_touch=True) as (page, _):
-        for name in ("overview", "subscription"):
-            await load(page, ROUTES[name])
+        for route in ("#/", "#/subscriptions/shipping"):
+            await load(page, route)
             await axe.check(page, axe_script, only=SCHEMES[scheme])
 
 
@@ -186,7 +186,7 @@ async def test_no_page_is_wider_than_its_window(browser: Browser, shop: Shop, wi
     hostile = [f"#/events/{position}" for position in shop.hostile.values()] if width == PHONE["width"] else []
     names = [f"#/subscriptions/{one.name}" for one in world.HOSTILE_SUBSCRIPTIONS[4:6]]
     async with opened(browser, shop.url, viewport={"width": width, "height": 740}) as (page, _):
-        for route in [*ROUTES.values(), *names, *hostile]:
+        for route in [*ROUTES, *names, *hostile]:
             await load(page, route)
             wide, window = await page.evaluate(
                 "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
