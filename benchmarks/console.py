@@ -46,7 +46,7 @@ NICENESS = 10
 SETTLE = 3.0
 """Seconds before each measurement: the tabs load, and the last measurement's events arrive."""
 VIEWS = {"no tab": "", "overview": "#/", "live tail": "#/events"}
-"""What the tabs show in each measurement of a round."""
+"""The page of the tabs in each measurement of a round."""
 _ATTRIBUTES = '"specversion":"1.0","source":"/pgbackend/benchmarks","datacontenttype":"application/json"'
 
 

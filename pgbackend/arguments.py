@@ -76,7 +76,7 @@ def check_text(label: str, text: object) -> None:
 
 
 def check_repeats(connection: object | None, *, deduplicate: bool, on_repeats: object | None) -> None:
-    """What `produce_many()` is to do with repeats can be done: in a transaction of the caller's there is no choice."""
+    """Raise ConfigError for a choice about repeats: a transaction of the caller's has none."""
     if connection is not None and (not deduplicate or on_repeats is not None):
         name = "on_repeats" if deduplicate else "deduplicate=False"
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Who may look into the console, and which requests may change something.
+"""The doors of the console: who may look, and which requests may change something.
 
 `application` asks an `Access` about each request, and `check_action` about each POST. The promise: without credentials
 or a decision of the application, the console is open to this machine alone, and to no web page of another origin:

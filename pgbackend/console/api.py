@@ -101,7 +101,7 @@ class Api:
         return answer(shapes.letters(rows, limit))
 
     async def preview_seek(self, request: Request) -> Response:
-        """What a seek would bring again and skip."""
+        """The numbers of events that a seek would bring again and skip."""
         body = await Body.read(request, "subscription", "place")
         found = await self._readings.preview_seek(checked_name(body.text("subscription")), place_of(body.text("place")))
         return answer({"position": str(found.position), "again": found.again, "skipped": found.skipped})

@@ -1,4 +1,4 @@
-"""What the console answers when it refuses or cannot do something: problems as in RFC 9457.
+"""Answers of the console when it refuses or cannot do something: problems as in RFC 9457.
 
 `application` turns each error into one with `problem_of`. The promise: an error of pgbackend gets the status that fits
 it and keeps its text, which says what to do; a bug is logged, and its text stays in the log.

@@ -59,7 +59,7 @@ class History:
 
     minutes: Sequence[Record]
     backlogs: Sequence[int] | None
-    """What a subscription owes of the events up to the end of each minute."""
+    """The number of events up to the end of each minute that a subscription owes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,12 +211,12 @@ class Readings:
             return row["letters"], row["due"]
 
     async def preview_seek(self, name: str, place: Place) -> SeekPreview:
-        """What a seek would bring again and skip. One at a time, and beside the other readings, because it counts."""
+        """The outcome of a seek. One at a time, and beside the other readings, because it counts."""
         async with _in_turn(self._count_turns, _COUNTING):
             return await self._backend.preview_seek(name, place)
 
     def forget(self) -> None:
-        """What is shared is read again: somebody has changed something."""
+        """Read shared answers again: somebody has changed something."""
         self._shared.clear()
 
     # The statements of each.

@@ -1,4 +1,4 @@
-"""What requests to the console ask for, checked: parameters of paths and queries, and the members of JSON bodies.
+"""Checks the input of requests to the console: parameters of paths and queries, and the members of JSON bodies.
 
 `api` and `actions` read requests with it. The promise: what comes out can be asked of PostgreSQL as it is; a request
 that is wrong is told what was expected.

@@ -1,4 +1,4 @@
-"""What the console's page gets: readings as values of JSON. Pure.
+"""Shapes readings into the JSON that the console's page gets. Pure.
 
 The promise: a number that JavaScript could change (a position, an id, a count of bytes) is a text, and the data of an
 event is the text that came in, which nothing here parses.

@@ -72,7 +72,7 @@ export function useFailing() {
 const NOTHING = {data: null, error: null, at: null};
 
 /**
- * What `load(signal)` returned last, asked again every `every` milliseconds while the tab is visible.
+ * The last answer of `load(signal)`, which is asked again every `every` milliseconds while the tab is visible.
  * `every`: null stops asking. `key`: another one forgets the data and starts anew. Returns {data, error, at, refresh}; `at` is the time of the data.
  */
 export function usePoll(load, {every, key}) {

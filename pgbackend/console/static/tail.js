@@ -1,4 +1,4 @@
-// What the live tail holds: the newest rows in log order, at most MOST, with a mark where events were passed over.
+// The rows of the live tail: the newest ones in log order, at most MOST, with a mark where events were passed over.
 // Pure. Positions are decimal strings without leading zeros, because a bigint does not fit a number.
 
 const MOST = 500;
