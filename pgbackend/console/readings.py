@@ -247,6 +247,7 @@ class Readings:
         async with self._reading() as connection:
             # Before the events: one that is appended in between is above the head, and comes with the next page.
             head = await connection.fetchval(self._sql.show_head)
+            await connection.execute(self._sql.read_in_order)
             rows = await connection.fetch(
                 self._sql.search_events,
                 wanted.before, wanted.after, wanted.limit + 1,

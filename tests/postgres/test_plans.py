@@ -12,7 +12,15 @@ import pytest
 
 from pgbackend.postgres import schema
 from pgbackend.postgres.sql import load
-from pgbackend.postgres.sql.statements import FenceSql, LogSql, OffsetsSql, OverviewSql, RedeliverySql, ShardsSql
+from pgbackend.postgres.sql.statements import (
+    ConsoleSql,
+    FenceSql,
+    LogSql,
+    OffsetsSql,
+    OverviewSql,
+    RedeliverySql,
+    ShardsSql,
+)
 from tests.support.databases import connected
 
 BACKLOG = 200_000
@@ -23,6 +31,7 @@ FENCE = load(FenceSql, "fence", schema="pgbackend")
 REDELIVERY = load(RedeliverySql, "redelivery", schema="pgbackend")
 OVERVIEW = load(OverviewSql, "overview", schema="pgbackend")
 SHARDS = load(ShardsSql, "shards", schema="pgbackend")
+CONSOLE = load(ConsoleSql, "console", schema="pgbackend")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,29 @@ async def test_large_data_is_looked_up_by_position(connection: Any) -> None:
 
     assert scans_of_events(plan) <= {"Index Scan", "Bitmap Heap Scan"}
     assert rows_touched(plan) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "type_", "most"),
+    [
+        (2**63 - 1, 0, None, 501),
+        (2**63 - 1, 20_056_000, None, 501),
+        (19_999_000, 0, None, 501),
+        # Nothing matches.
+        (2**63 - 1, 0, "other", 10_000),
+        (2**63 - 1, 20_056_000, "other", 10_000),
+    ],
+)
+async def test_the_console_reads_the_newest_events_by_the_primary_key_and_no_more_than_it_shows_or_searches(
+    connection: Any, before: int, after: int, type_: str | None, most: int
+) -> None:
+    async with connection.transaction():
+        await connection.execute(CONSOLE.read_in_order)
+        plan = await explain(connection, CONSOLE.search_events, before, after, 501, type_, None, None, None, None, None)
+
+    assert scans_of_events(plan) == {"Index Scan"}
+    assert not list(nodes(plan, "Sort", "Incremental Sort"))
+    assert rows_touched(plan) <= most
 
 
 async def test_offsets_are_committed_by_ctid(connection: Any) -> None:

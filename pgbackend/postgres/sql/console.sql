@@ -154,6 +154,14 @@ ORDER BY edge.number;
 SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS head
 FROM {schema}.events_position_seq;
 
+-- name: read_in_order
+-- From here on this transaction reads events by their primary key. For so few rows of a range the planner would rather
+-- read the whole range and sort it: of 200,000 events that took 160 ms, and 2 ms by the key.
+SELECT
+    set_config('enable_sort', 'off', true) AS enable_sort,
+    set_config('enable_bitmapscan', 'off', true) AS enable_bitmapscan,
+    set_config('enable_seqscan', 'off', true) AS enable_seqscan;
+
 -- name: search_events
 -- The newest events below position $1 and above $2 that match, at most $3, each with the first bytes of its data. $4 to
 -- $7 are patterns of LIKE. $8 is a text in small letters, and $9 the forms that its bytes may have in the data, as

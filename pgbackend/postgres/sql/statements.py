@@ -232,6 +232,7 @@ class ConsoleSql:
     show_minutes: str
     show_backlogs: str
     show_head: str
+    read_in_order: str
     search_events: str
     show_event: str
     show_buried_event: str
