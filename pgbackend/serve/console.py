@@ -40,7 +40,7 @@ class BrokerConsole:
 
 
 def access_of(configuration: Configuration, *, bound: str) -> Access:
-    """Who may look into the console of a broker at the address `bound`."""
+    """The rule that says who may look into the console of a broker at the address `bound`."""
     section = configuration.console
     if section.user is not None and section.password is not None:
         return Basic(section.user.get_secret_value(), section.password.get_secret_value())

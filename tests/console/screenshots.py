@@ -30,7 +30,7 @@ class Picture:
     opener: str | None = None
     """The button that opens a dialog."""
     position: str | None = None
-    """What is filled into the dialog."""
+    """The values to fill into the dialog."""
 
 
 PICTURES = (

@@ -50,7 +50,7 @@ async def test_it_is_at_its_path_and_takes_no_events(database: str) -> None:
             head = await console.ask("HEAD", "api/overview")
             assert (head.status, head.body) == (200, b"")
 
-            # What is an event anywhere else is none here, in one piece or in two, and the handshake is not answered.
+            # The console takes no event, in one piece or in two, and does not answer the handshake.
             for path in ("", "api/overview", "api/subscriptions/x/pause", "no/such/file"):
                 for headers in (HEADERS, HEADERS | {"expect": "100-continue"}):
                     assert (await console.ask("POST", path, headers=headers, data=b"x")).status == 403

@@ -472,6 +472,7 @@ async def _go_on(dsn: str, backend: Backend) -> None:
                     AND heartbeat_at > clock_timestamp() - lease_timeout
                 """
             )
+            # The pace of the demonstration: five events and a heartbeat a second.
             await asyncio.sleep(1)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -416,6 +417,13 @@ async def _unlock_later(effects: Sql) -> None:
     await effects.execute("SELECT pg_advisory_unlock(7)")
 
 
+IDLE_LONG = """
+    SELECT clock_timestamp() - state_change > interval '400 ms'
+    FROM pg_stat_activity
+    WHERE pid = $1
+        AND state = 'idle in transaction'"""
+
+
 @pytest.mark.parametrize("how", ["idle", "statement"])
 async def test_a_dispatcher_cannot_keep_its_transaction_open_for_long(
     effects: Sql, database: str, monkeypatch: pytest.MonkeyPatch, how: str
@@ -425,11 +433,20 @@ async def test_a_dispatcher_cannot_keep_its_transaction_open_for_long(
     async def dawdle(event: Event, connection: Any) -> None:
         await insert(event, connection)
         if event.id == "slow":
-            await (asyncio.sleep(1) if how == "idle" else connection.execute("SELECT pg_sleep(60)"))
+            if how == "idle":
+                await eventually("the server has ended the connection", connection.is_closed)
+            else:
+                await connection.execute("SELECT pg_sleep(60)")
         if event.id == "patient":
             await connection.execute("SET LOCAL statement_timeout = 0")
             await connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-            await (asyncio.sleep(0.5) if how == "idle" else connection.execute("SELECT pg_sleep(0.5)"))
+            if how == "idle":
+                await eventually(
+                    "the transaction has been idle beyond the timeout",
+                    partial(effects.fetchval, IDLE_LONG, connection.get_server_pid()),
+                )
+            else:
+                await connection.execute("SELECT pg_sleep(0.5)")
 
     async with running(database) as backend:
         await produce(backend, "slow", "patient", "quick")

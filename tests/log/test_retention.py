@@ -865,6 +865,7 @@ async def test_a_log_that_keeps_a_second_stays_small_and_delivers_each_event_onc
                 await transaction.start()
                 await connection.executemany(INSERT, [(id_,) for id_ in ids])
                 if number == 0:
+                    # A slow appender: its transaction stays open over several passes.
                     await asyncio.sleep(0.4)
                 if count % 5:
                     await transaction.commit()

@@ -182,7 +182,7 @@ async def test_a_link_leads_past_the_navigation(page: Page) -> None:
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
 async def test_no_page_is_wider_than_its_window(browser: Browser, shop: Shop, width: int) -> None:
-    # What is widest is so on a phone.
+    # A page that is too wide is so on a phone first.
     hostile = [f"#/events/{position}" for position in shop.hostile.values()] if width == PHONE["width"] else []
     names = [f"#/subscriptions/{one.name}" for one in world.HOSTILE_SUBSCRIPTIONS[4:6]]
     async with opened(browser, shop.url, viewport={"width": width, "height": 740}) as (page, _):
