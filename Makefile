@@ -11,7 +11,7 @@ help:
 	@echo 'make serve    run the broker on port 8080, with a PostgreSQL of its own    (ARGS="--port 9090 …")'
 	@echo 'make demo     watch events go through it'
 	@echo 'make test     run the quick tests: three minutes                            (ARGS="tests/test_facts.py -x")'
-	@echo 'make test-all run all tests: twelve minutes'
+	@echo 'make test-all run all tests: fifteen minutes'
 	@echo 'make lint     ruff, mypy and the import contracts'
 	@echo 'make check    lint and test-all'
 	@echo 'make format   let ruff format and repair what it can'
