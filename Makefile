@@ -10,7 +10,7 @@ ARGS ?=
 help:
 	@echo 'make serve    run the broker on port 8080, with a PostgreSQL of its own    (ARGS="--port 9090 …")'
 	@echo 'make demo     watch events go through it'
-	@echo 'make test     run the quick tests: three minutes                            (ARGS="tests/test_facts.py -x")'
+	@echo 'make test     run the quick tests: five minutes                             (ARGS="tests/test_facts.py -x")'
 	@echo 'make test-all run all tests: fifteen minutes'
 	@echo 'make lint     ruff, mypy and the import contracts'
 	@echo 'make check    lint and test-all'
